@@ -1,0 +1,169 @@
+"""The model folder: load it, check every field and every hash. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UsageError
+
+FORMAT = 1
+DESCRIPTION = "ensemble.json"
+_MEMBER_NAME = re.compile(r"[a-z0-9_]{1,64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_SIDE = 8192
+
+
+@dataclass(frozen=True)
+class BundleFile:
+    path: Path
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Member:
+    name: str
+    architecture: str
+    weight: float
+    temperature: float
+    files: dict[str, BundleFile]  # by kind: "onnx", "safetensors"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An ensemble as trained: what it tells apart, what it eats, who votes with which weight."""
+
+    path: Path
+    classes: tuple[str, ...]
+    size: tuple[int, int]  # height, width of the pixels [N, 1, H, W]
+    decode: str
+    temperature: float
+    members: tuple[Member, ...]
+    canaries: BundleFile
+    sha256: str  # of ensemble.json, which holds the hashes of all other files
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(member.weight for member in self.members)
+
+
+def load(path: Path) -> Bundle:
+    """Load a bundle and check the hash of each of its files.
+
+    Raises UsageError, one line, for a bundle that is missing, half-written, altered or makes no sense.
+    """
+    description = path / DESCRIPTION
+    try:
+        raw = description.read_bytes()
+    except OSError as error:
+        hint = f"make one with: python -m training DATA -o {path}"
+        raise UsageError(f"bundle {path}: {DESCRIPTION}: {error.strerror}; {hint}") from None
+    try:
+        bundle = _parse(path, json.loads(raw), hashlib.sha256(raw).hexdigest())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"bundle {path}: {DESCRIPTION}: {_one_line(reason)}") from None
+    _check_hashes(bundle)
+    return bundle
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _parse(path: Path, data: dict[str, Any], sha256: str) -> Bundle:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"not an ensemble description of format {FORMAT}")
+    members = tuple(_member(path, entry) for entry in data["members"])
+    _expect(len(members) > 0, "members is empty")
+    names = [member.name for member in members]
+    _expect(len(set(names)) == len(names), f"members have the same name: {', '.join(names)}")
+    total = sum(member.weight for member in members)
+    _expect(abs(total - 1) < 1e-6, f"weights add up to {total:g}, not to 1")
+    shape = data["input"]
+    _expect(
+        shape.get("channels") == 1 and shape.get("dtype") == "uint8",
+        f"input {shape} is not uint8 with 1 channel",
+    )
+    size = tuple(shape[side] for side in ("height", "width"))
+    _expect(all(type(side) is int and 1 <= side <= _MAX_SIDE for side in size), f"input of size {size}")
+    _expect(data["decode"] in ("exact", "fast"), f"decode {data['decode']!r}; allowed: exact, fast")
+    return Bundle(
+        path,
+        _classes(data["classes"]),
+        (size[0], size[1]),
+        data["decode"],
+        _positive("temperature", data["temperature"]),
+        members,
+        _file(path, data["canaries"]),
+        sha256,
+    )
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _classes(values: Iterable[Any]) -> tuple[str, ...]:
+    classes = tuple(values)
+    fine = all(isinstance(name, str) and 0 < len(name) <= 64 and name.isprintable() for name in classes)
+    _expect(
+        fine and len(set(classes)) == len(classes) >= 2, f"classes {classes!r}: two or more distinct names"
+    )
+    return classes
+
+
+def _positive(name: str, value: Any) -> float:
+    fine = type(value) in (int, float) and math.isfinite(value) and value > 0
+    _expect(fine, f"{name} {value!r} is not a positive number")
+    return float(value)
+
+
+def _member(path: Path, entry: dict[str, Any]) -> Member:
+    name, weight = entry["name"], entry["weight"]
+    _expect(bool(_MEMBER_NAME.fullmatch(name)), f"member name {name!r}; allowed: a-z, 0-9 and _")
+    _expect(type(weight) in (int, float) and 0 <= weight <= 1, f"{name}: weight {weight!r} is not in [0, 1]")
+    _expect("onnx" in entry["files"], f"{name}: files has no onnx")
+    return Member(
+        name,
+        str(entry["architecture"]),
+        float(weight),
+        _positive(f"{name}: temperature", entry["temperature"]),
+        {kind: _file(path, file) for kind, file in entry["files"].items()},
+    )
+
+
+def _file(bundle: Path, entry: dict[str, Any]) -> BundleFile:
+    name, sha256 = entry["path"], entry["sha256"]
+    _expect(bool(_SHA256.fullmatch(sha256)), f"{name}: sha256 {sha256!r}")
+    relative = Path(name)
+    inside = not relative.is_absolute() and ".." not in relative.parts and relative.parts
+    _expect(bool(inside), f"file {name!r} is outside the bundle")
+    return BundleFile(bundle / relative, sha256)
+
+
+def _check_hashes(bundle: Bundle) -> None:
+    files = [file for member in bundle.members for file in member.files.values()] + [bundle.canaries]
+    with ThreadPoolExecutor(4) as pool:
+        for file, problem in zip(files, pool.map(_problem, files), strict=True):
+            if problem:
+                raise UsageError(f"bundle {bundle.path}: {file.path.name}: {problem}")
+
+
+def _problem(file: BundleFile) -> str | None:
+    try:
+        with file.path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        return f"{error.strerror}; the bundle is incomplete, make or copy it again"
+    if digest != file.sha256:
+        return f"altered: sha256 is {digest[:12]}, ensemble.json says {file.sha256[:12]}"
+    return None

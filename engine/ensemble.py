@@ -1,0 +1,41 @@
+"""Logits of all members to probabilities: softmax, weighted average, arg max, on NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+
+def softmax(logits: Floats) -> Floats:
+    """Softmax over the last axis in float32, shifted by the maximum so that nothing overflows."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), np.float32)
+
+
+def fuse(
+    logits: Floats,
+    *,
+    weights: Sequence[float],
+    temperatures: Sequence[float],
+    temperature: float = 1.0,
+) -> tuple[Floats, Floats]:
+    """P(c) = sum over members m of w_m softmax(z_m / T_m)_c, sharpened by the ensemble's temperature.
+
+    `logits` is float32 [M, N, C]. Returns the members' probabilities [M, N, C] and the ensemble's [N, C],
+    both float32. Members are added in their order, in float32, so that a GPU can give the same numbers.
+    A temperature T other than 1 gives P(c)^(1/T), normalised (Guo et al. 2017, on log P).
+    """
+    scale = np.asarray(temperatures, np.float32)[:, None, None]
+    members = softmax(logits / scale)
+    probabilities = np.zeros(members.shape[1:], np.float32)
+    for weight, member in zip(weights, members, strict=True):
+        probabilities += np.float32(weight) * member
+    if temperature != 1.0:
+        tiny = np.finfo(np.float32).tiny
+        logs: Floats = np.log(np.maximum(probabilities, tiny))
+        probabilities = softmax(logs / np.float32(temperature))
+    return members, probabilities

@@ -1,0 +1,319 @@
+"""A list of images to rows in order, streamed and cut into parts: CSV, Parquet, text list or folder.
+
+Opening a manifest reads it once from end to end without keeping it: that counts the rows, takes the
+fingerprint, settles the column types and finds what is malformed before the first image is touched.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from engine.errors import UsageError
+from engine.records import Part
+
+PATH = "path"
+_BLOCK = 4 << 20
+_IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG")
+_LOOKS_LIKE_PATH = re.compile(r"[/\\]|\.[A-Za-z][A-Za-z0-9]{0,4}$")
+_LOOKS_LIKE_IMAGE = re.compile(r"\.(jpe?g|png|dcm|dicom|tiff?|bmp|webp|jp2)$", re.IGNORECASE)
+
+
+class _Source(Protocol):
+    """The rows of one kind of manifest. `tables` can be called again and gives the same rows."""
+
+    schema: pa.Schema
+    rows: int
+    sha256: str
+
+    def tables(self) -> Iterator[pa.Table]: ...
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An opened manifest. `path_column` holds the paths, `columns` names the rest in order."""
+
+    source: Path
+    root: Path
+    rows: int
+    sha256: str
+    path_column: str
+    columns: pa.Schema
+    _rows: _Source
+
+    def parts(self, part_rows: int, wanted: Iterable[int] | None = None) -> Iterator[Part]:
+        """Parts of `part_rows` rows in order, the last one shorter; only those in `wanted` when given."""
+        keep = None if wanted is None else set(wanted)
+        index, held = 0, _Held(self._rows.schema)
+        for table in self._rows.tables():
+            held.add(table)
+            while held.rows >= part_rows:
+                yield from self._part(index, part_rows, held.take(part_rows), keep)
+                index += 1
+        if held.rows:
+            yield from self._part(index, part_rows, held.take(held.rows), keep)
+
+    def _part(self, index: int, part_rows: int, table: pa.Table, keep: set[int] | None) -> Iterator[Part]:
+        if keep is None or index in keep:
+            paths = table.column(self.path_column).cast(pa.string()).to_pylist()
+            yield Part(index, index * part_rows, paths, table.drop_columns([self.path_column]))
+
+
+class _Held:
+    """Rows that have been read and not yet handed out."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._tables: list[pa.Table] = []
+        self._schema, self.rows = schema, 0
+
+    def add(self, table: pa.Table) -> None:
+        self._tables.append(table)
+        self.rows += table.num_rows
+
+    def take(self, rows: int) -> pa.Table:
+        everything = pa.concat_tables(self._tables) if self._tables else self._schema.empty_table()
+        self._tables, self.rows = [everything.slice(rows)], self.rows - rows
+        return everything.slice(0, rows).combine_chunks()
+
+
+def open_manifest(
+    source: Path, *, path_column: str | None = None, root: Path | None = None, listing: Path | None = None
+) -> Manifest:
+    """Open a CSV (.csv, .tsv), Parquet, text list (one path a line) or folder.
+
+    Relative paths are resolved against `root`, else the manifest's own folder. A folder is listed to the
+    Parquet file `listing` unless that exists already. Raises UsageError, one line, for anything wrong.
+    """
+    try:
+        rows = _open(source, listing)
+    except OSError as error:
+        raise UsageError(f"manifest {source}: {error.strerror or error}") from None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+        raise UsageError(f"manifest {source}: {_reason(error)}") from None
+    if rows.rows == 0:
+        raise UsageError(f"manifest {source}: it has no rows; each row names one image")
+    names = rows.schema.names
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise UsageError(f"manifest {source}: these columns appear twice: {', '.join(map(repr, twice))}")
+    base = root or (source if source.is_dir() else source.parent)
+    column = _path_column(source, rows, path_column, base)
+    columns = pa.schema([field for field in rows.schema if field.name != column])
+    return Manifest(source, base.absolute(), rows.rows, rows.sha256, column, columns, rows)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    if "UTF8" in text.upper() or isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8; save it as UTF-8 (in Excel: CSV UTF-8)"
+    return text
+
+
+def _open(source: Path, listing: Path | None) -> _Source:
+    if source.is_dir():
+        assert listing is not None, "a folder needs a place for its listing"
+        if not listing.exists():
+            _list_folder(source, listing)
+        return _ParquetSource(listing)
+    with source.open("rb") as opened:
+        start = opened.read(8)
+    if not start:
+        raise UsageError(f"manifest {source}: the file has 0 bytes")
+    if start.startswith(_IMAGE_SIGNATURES):
+        raise UsageError(f"manifest {source}: this is an image; give a list of images or their folder")
+    if start.startswith(b"PAR1"):
+        return _ParquetSource(source)
+    if source.suffix.lower() in (".csv", ".tsv"):
+        return _CsvSource(source)
+    return _TextSource(source)
+
+
+def _path_column(source: Path, rows: _Source, wanted: str | None, root: Path) -> str:
+    names = rows.schema.names
+    column = wanted or (PATH if PATH in names else names[0])
+    if column not in names:
+        shown = ", ".join(map(repr, names[:10]))
+        raise UsageError(f"manifest {source}: no column {column!r}; it has {shown}; see --path-column")
+    kind = rows.schema.field(column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise UsageError(f"manifest {source}: column {column!r} holds {kind}, not paths; see --path-column")
+    if column in (wanted, PATH):
+        return column
+    if _LOOKS_LIKE_IMAGE.search(column):
+        raise UsageError(f"manifest {source}: no header, its first line is {column!r}; add a line 'path'")
+    first = next(rows.tables()).column(column).slice(0, 100).to_pylist()
+    if not any(value and (_LOOKS_LIKE_PATH.search(value) or (root / value).exists()) for value in first):
+        raise UsageError(
+            f"manifest {source}: no column 'path', and {column!r}, the first, has no paths; see --path-column"
+        )
+    return column
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+class _ParquetSource:
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        with pq.ParquetFile(source) as opened:
+            self.schema, self.rows = opened.schema_arrow.remove_metadata(), opened.metadata.num_rows
+        self.sha256 = _sha256(source)
+
+    def tables(self) -> Iterator[pa.Table]:
+        with pq.ParquetFile(self._source) as opened:
+            for batch in opened.iter_batches(65_536):
+                yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
+
+
+class _TextSource:
+    """One path a line; blank lines separate, they are not rows."""
+
+    schema = pa.schema([(PATH, pa.string())])
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        with source.open(encoding="utf-8-sig") as opened:
+            first = opened.readline(_BLOCK).strip().lower()
+        if re.match(r"\"?path\"?($|[,;\t])", first):
+            raise UsageError(f"manifest {source}: it has a header, so it is a CSV; rename it to .csv")
+        self.rows = sum(table.num_rows for table in self.tables())
+        self.sha256 = _sha256(source)
+
+    def tables(self) -> Iterator[pa.Table]:
+        with self._source.open(encoding="utf-8-sig", newline="\n") as lines:
+            while block := lines.readlines(_BLOCK):
+                paths = [path for line in block if (path := line.rstrip("\r\n")).strip()]
+                yield pa.table({PATH: pa.array(paths, pa.string())})
+
+
+class _CsvSource:
+    """A CSV with a header; the delimiter is the comma, semicolon or tab that the header uses most.
+
+    All cells are read as text. A column becomes a number only when that loses nothing: "007" stays text.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        with source.open(encoding="utf-8-sig", newline="") as opened:
+            header = opened.readline()
+            self._delimiter = max(",;\t", key=header.count)
+            opened.seek(0)
+            names = next(csv.reader(opened, delimiter=self._delimiter))
+        self._text = pa.schema([(name, pa.string()) for name in names])
+        kinds = {name: _KindOfText() for name in names}
+        self.rows = 0
+        for table in self._read():
+            self.rows += table.num_rows
+            for name, column in zip(table.column_names, table.columns, strict=True):
+                kinds[name].see(column)
+        self.schema = pa.schema([(name, kinds[name].type()) for name in names])
+        self.sha256 = _sha256(source)
+
+    def _read(self) -> Iterator[pa.Table]:
+        reader = pa_csv.open_csv(
+            self._source,
+            read_options=pa_csv.ReadOptions(block_size=_BLOCK, use_threads=False),
+            parse_options=pa_csv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(
+                column_types=dict(zip(self._text.names, self._text.types, strict=True)),
+                strings_can_be_null=False,
+            ),
+        )
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+    def tables(self) -> Iterator[pa.Table]:
+        for table in self._read():
+            yield pa.table(
+                [
+                    column if pa.types.is_string(field.type) else _to_kind(column, field.type)
+                    for column, field in zip(table.columns, self.schema, strict=True)
+                ],
+                schema=self.schema,
+            )
+
+
+_EMPTY = pa.scalar("")
+_BOOL = r"^(?:true|false|True|False|TRUE|FALSE)?$"
+_INTEGER = r"^(?:-?(?:0|[1-9][0-9]{0,17}))?$"
+_DECIMAL = r"^(?:-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,15})?(?:[eE][+-]?[0-9]{1,3})?)?$"
+
+
+class _KindOfText:
+    """The narrowest type that every cell of a column fits: bool, int64, float64, else string."""
+
+    def __init__(self) -> None:
+        self._candidates: list[tuple[str, pa.DataType]] = [
+            (_BOOL, pa.bool_()),
+            (_INTEGER, pa.int64()),
+            (_DECIMAL, pa.float64()),
+        ]
+        self._seen = False
+
+    def see(self, column: pa.ChunkedArray[Any]) -> None:
+        self._seen = self._seen or bool(pc.any(pc.not_equal(column, _EMPTY)).as_py())
+        self._candidates = [
+            (pattern, kind)
+            for pattern, kind in self._candidates
+            if pc.all(pc.match_substring_regex(column, pattern)).as_py() is not False
+        ]
+
+    def type(self) -> pa.DataType:
+        if not self._candidates or not self._seen:
+            return pa.string()
+        return self._candidates[0][1]
+
+
+def _to_kind(column: pa.ChunkedArray[Any], kind: pa.DataType) -> pa.ChunkedArray[Any]:
+    cells: pa.ChunkedArray[Any] = pc.if_else(pc.equal(column, _EMPTY), pa.scalar(None, pa.string()), column)
+    return cells.cast(kind)
+
+
+def _list_folder(folder: Path, listing: Path) -> None:
+    """Freeze the names of all files below `folder`, sorted folder by folder, hidden ones left out."""
+    schema = pa.schema([(PATH, pa.string())])
+    temporary = listing.with_name(f".{listing.name}.tmp")
+    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for names in _chunked(_walk(folder, listing.parent), 65_536):
+            writer.write_table(pa.table({PATH: pa.array(names, pa.string())}))
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    temporary.rename(listing)
+
+
+def _walk(folder: Path, output: Path) -> Iterator[str]:
+    own = output.resolve()
+    for current, folders, files in os.walk(folder):
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and Path(current, name).resolve() != own
+        )
+        for name in sorted(files):
+            if not name.startswith("."):
+                # names that are not UTF-8 can't be stored; their row will say that no such file exists
+                yield os.path.relpath(os.path.join(current, name), folder).encode("utf-8", "replace").decode()
+
+
+def _chunked(names: Iterable[str], size: int) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for name in names:
+        chunk.append(name)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -1,0 +1,97 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from engine.pipeline import Progress, Summary
+
+LINE_EVERY_S = 5.0
+BAR_EVERY_S = 0.1
+
+
+class Display:
+    """Call it with the run's progress as often as you like; it shows it as often as is useful."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._shown = time.monotonic()
+        self._task: TaskID | None = None
+        self._bar: Bar | None = None
+        if console.is_terminal:
+            self._bar = Bar(
+                BarColumn(None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]:.1f} images/s, {task.fields[errors]} errors, ETA"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=console,
+                transient=True,
+            )
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        done = progress.rows_before + progress.rows_done
+        if now - self._shown < (BAR_EVERY_S if self._bar else LINE_EVERY_S) and done < progress.rows:
+            return
+        self._shown = now
+        if self._bar:
+            if self._task is None:
+                self._task = self._bar.add_task("", total=progress.rows, rate=0.0, errors=0)
+            self._bar.update(self._task, completed=done, rate=progress.rate, errors=progress.errors)
+        else:
+            left_s = (progress.rows - done) / progress.rate if progress.rate else 0.0
+            self._console.print(
+                f"{done}/{progress.rows} rows, {progress.rate:.1f} images/s, {progress.errors} errors, "
+                f"ETA {_clock(left_s)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def show_summary(console: Console, summary: Summary) -> None:
+    """Counts that add up, the classes, the rate, and where the time went."""
+    counts = Table(box=None, show_header=False, pad_edge=False)
+    counts.add_column(justify="left")
+    counts.add_column(justify="right")
+    counts.add_row("rows", str(summary.rows))
+    for status, count in sorted(summary.by_status.items(), key=lambda item: (item[0] != "ok", item[0])):
+        counts.add_row(status, str(count))
+    for name, count in summary.by_class.items():
+        counts.add_row(f"  predicted {name}", str(count))
+    if summary.rows_done:
+        counts.add_row("images/s", f"{summary.rows_done / summary.elapsed_s:.1f}")
+        counts.add_row("seconds", f"{summary.elapsed_s:.1f}")
+    console.print(counts)
+    if summary.stages:
+        stages = Table("stage", "busy s", "starved s", "blocked s", "occupancy", box=None, pad_edge=False)
+        for column in stages.columns[1:]:
+            column.justify = "right"
+        for name, figures in summary.stages.items():
+            cells = [f"{figures[key]:.1f}" for key in ("busy_s", "starved_s", "blocked_s")]
+            stages.add_row(name, *cells, f"{figures['occupancy']:.0%}")
+        console.print(stages)
+        console.print(f"limited by: {summary.limited_by}")

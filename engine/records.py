@@ -1,0 +1,94 @@
+"""The records that cross a border between stages. Each field says which stage fills it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from engine.header import Header
+
+
+class Status(enum.IntEnum):
+    """What became of a row. The lower-case name is what the results hold."""
+
+    OK = 0
+    MISSING = 1
+    EMPTY = 2
+    UNREADABLE = 3
+    UNSUPPORTED = 4
+    TRUNCATED = 5
+    CORRUPT = 6
+    TOO_LARGE = 7
+    TIMEOUT = 8
+    SKIPPED = 9
+    CRASHED = 10
+
+    @property
+    def label(self) -> str:
+        return self.name.lower()
+
+
+@dataclass(slots=True)
+class Part:
+    """Consecutive manifest rows, the unit of resume. Filled by the manifest."""
+
+    index: int
+    first_row: int
+    paths: list[str | None]
+    columns: pa.Table  # the other manifest columns, same length as `paths`
+
+    @property
+    def rows(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(slots=True)
+class Batch:
+    """Consecutive rows of one part on their way through the stages, n rows of which k have pixels.
+
+    A row is addressed by its position in the batch; `index` ties pixels and scores to it.
+    """
+
+    # reader
+    part: Part
+    start: int  # position of the batch's first row in its part
+    status: npt.NDArray[np.uint8]  # [n], Status; later stages may turn OK into a failure
+    width: npt.NDArray[np.int32]  # [n], pixels as stored; 0 where unknown
+    height: npt.NDArray[np.int32]  # [n]
+    errors: dict[int, str] = field(default_factory=dict)  # position -> one line
+    flags: dict[int, list[str]] = field(default_factory=dict)
+    encoded: list[bytes] = field(default_factory=list)  # [n], b"" where there is nothing to decode
+    headers: list[Header | None] = field(default_factory=list)  # [n]
+    release: Callable[[], None] = lambda: None  # gives the encoded bytes back to the reader's budget
+    # preprocess
+    index: npt.NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # [k], positions
+    pixels: npt.NDArray[np.uint8] | None = None  # [k, 1, H, W], dropped by the members
+    # members and ensemble
+    members: npt.NDArray[np.float32] | None = None  # [M, k, C], probabilities of each member
+    probabilities: npt.NDArray[np.float32] | None = None  # [k, C], probabilities of the ensemble
+
+    @property
+    def rows(self) -> int:
+        return len(self.status)
+
+    def fail(self, position: int, status: Status, error: str) -> None:
+        """Turn a failure into the row's status: the one place where that happens."""
+        self.status[position] = status
+        self.errors[position] = error
+
+    def drop_encoded(self) -> None:
+        """Free the encoded bytes; the reader may read that much further ahead."""
+        self.encoded = []
+        self.release()
+
+    def __repr__(self) -> str:
+        first = self.part.first_row + self.start
+        return f"Batch(rows {first}..{first + self.rows - 1}, {len(self.index)} with pixels)"

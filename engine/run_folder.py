@@ -1,0 +1,123 @@
+"""The results folder: whose run it holds, what is finished, who works in it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from engine.errors import EngineError, UsageError
+from engine.sink import part_name, write_json
+
+RUN, SUCCESS, LISTING, LOCK = "_run.json", "_SUCCESS", "_manifest.parquet", ".lock"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return f"{text[:12]}..." if len(text) == 64 else repr(value)  # a hash
+
+
+class RunFolder:
+    """Locks `path` for this process while it is open. Created here, it is removed if no run was begun."""
+
+    def __init__(self, path: Path, *, overwrite: bool) -> None:
+        self.path = path
+        self._overwrite = overwrite
+
+    def __enter__(self) -> Self:
+        try:
+            self._refuse_foreign()
+            self._created = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UsageError(f"output {self.path}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise UsageError(f"output {self.path}: another process is writing there; wait for it") from None
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink()
+        if self._overwrite:
+            self.listing.unlink(missing_ok=True)  # the folder is listed again; the rest goes in begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not (self.path / RUN).exists():  # nothing was started: leave no trace
+            (self.path / LISTING).unlink(missing_ok=True)
+            (self.path / LOCK).unlink(missing_ok=True)
+            if self._created:
+                self.path.rmdir()
+        os.close(self._lock)
+
+    def _refuse_foreign(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"output {self.path}: this is a file; give a folder with -o")
+        ours = (RUN, LOCK)
+        if self.path.is_dir() and not any((self.path / name).exists() for name in ours):
+            others = [entry.name for entry in self.path.iterdir()]
+            if others:
+                raise UsageError(
+                    f"output {self.path}: it is not empty ({others[0]!r}) and holds no run; give another -o"
+                )
+
+    def _clear(self) -> None:
+        (self.path / SUCCESS).unlink(missing_ok=True)
+        for path in [*self.path.glob("part-*.parquet"), self.path / RUN]:
+            path.unlink(missing_ok=True)
+
+    @property
+    def listing(self) -> Path:
+        return self.path / LISTING
+
+    def recorded(self) -> dict[str, Any] | None:
+        """What `_run.json` says, None for a new folder."""
+        try:
+            recorded = json.loads((self.path / RUN).read_text())
+            if not isinstance(recorded["result_options"], dict):
+                raise ValueError("no result options")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"output {self.path}: {RUN} can't be read ({error}); give another -o") from None
+        return dict(recorded)
+
+    def begin(self, run: dict[str, Any]) -> dict[str, Any]:
+        """Record `run`, or check that the recorded one has the same result options and hand it back."""
+        if self._overwrite:
+            self._clear()
+        recorded = self.recorded()
+        if recorded is None:
+            write_json(self.path / RUN, run)
+            return run
+        old, new = recorded["result_options"], run["result_options"]
+        changed = [
+            f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
+            for name in {**old, **new}
+            if old.get(name) != new.get(name)
+        ]
+        if changed:
+            raise UsageError(
+                f"output {self.path}: it holds another run: {'; '.join(changed)}; "
+                "give another -o, or --overwrite to delete that run"
+            )
+        return recorded
+
+    def succeeded(self) -> bool:
+        return (self.path / SUCCESS).exists()
+
+    def succeed(self, summary: dict[str, Any]) -> None:
+        write_json(self.path / SUCCESS, summary)
+
+    def check(self, parts: dict[int, int], part_rows: int, rows: int) -> None:
+        """Every part is there with the rows it should have. `parts` maps index to rows, from the footers."""
+        for index in range(-(-rows // part_rows)):
+            expected = min(part_rows, rows - index * part_rows)
+            if parts.get(index) != expected:
+                name = self.path / part_name(index)
+                raise EngineError(f"{name}: {parts.get(index, 0)} rows where {expected} belong; run again")
+        if sum(parts.values()) != rows:
+            raise EngineError(f"{self.path}: {sum(parts.values())} rows in the parts, {rows} in the manifest")

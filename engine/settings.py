@@ -1,0 +1,80 @@
+"""What a run is asked to do: one frozen dataclass whose defaults the command line shows."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one image and all images in flight may take."""
+
+    memory: int = 1 << 30  # bytes of images in flight; the models come on top
+    max_pixels: int = 100_000_000
+    max_file_size: int = 512 << 20  # bytes
+
+    @property
+    def encoded_bytes(self) -> int:
+        """Bytes of files that are read ahead."""
+        return self.memory // 4
+
+    @property
+    def pixels_at_once(self) -> int:
+        """Pixels that are decoded together, at no more than 3 bytes each."""
+        return self.memory // 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of `engine.run`. None means: as recorded by the run that is resumed, else chosen here."""
+
+    manifest: Path
+    output: Path = Path("results")
+    bundle: Path = Path("bundle")
+    device: str = "auto"
+    runner: str = "auto"
+    batch_size: int | None = None
+    part_rows: int | None = None
+    path_column: str | None = None
+    column_prefix: str = ""
+    root: Path | None = None
+    workers: int | None = None
+    limits: Limits = Limits()
+    max_error_rate: float = 1.0
+    overwrite: bool = False
+    overlap: bool = True
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity, and the quota of its control group where there is one."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cpus if quota == "max" else max(1, min(cpus, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cpus
+
+
+def parse_bytes(text: str) -> int:
+    """'2GiB', '512M' or '4096' as bytes. Raises UsageError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if not found or found[2] not in _UNITS:
+        raise UsageError(f"{text!r} is not a size; give bytes or a number with a unit, such as 2GiB")
+    return int(float(found[1]) * _UNITS[found[2]])

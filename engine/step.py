@@ -1,0 +1,72 @@
+"""Members and ensemble on one batch. `enqueue` starts a batch, `stage` keeps several in flight, in order."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from engine import ensemble
+from engine.bundle import Bundle
+from engine.overlap import Meter
+from engine.records import Batch, Status
+from engine.runners import Runner
+
+
+class CpuStep:
+    """Each lane is a thread that takes a whole batch through all members; lanes 0 is the serial twin."""
+
+    def __init__(self, bundle: Bundle, runners: Sequence[Runner], *, lanes: int) -> None:
+        self._bundle, self._runners, self._lanes = bundle, runners, lanes
+        self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="members") if lanes else None
+
+    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
+        """Fill `members` and `probabilities`; the pixels are dropped."""
+        in_flight: deque[Future[Batch]] = deque()
+        with meter.upstream(batches) as source:
+            for batch in source:
+                in_flight.append(self.enqueue(batch, meter))
+                if len(in_flight) > self._lanes + 1 or not self._lanes:
+                    yield in_flight.popleft().result()
+            while in_flight:
+                yield in_flight.popleft().result()
+
+    def enqueue(self, batch: Batch, meter: Meter) -> Future[Batch]:
+        """Start a batch; the result is the same batch, scored."""
+        if self._pool:
+            return self._pool.submit(self._run, batch, meter)
+        done: Future[Batch] = Future()
+        done.set_result(self._run(batch, meter))
+        return done
+
+    def _run(self, batch: Batch, meter: Meter) -> Batch:
+        start = time.perf_counter()
+        self._score(batch)
+        meter.add(time.perf_counter() - start)
+        return batch
+
+    def _score(self, batch: Batch) -> None:
+        assert batch.pixels is not None
+        if len(batch.index):
+            logits = np.stack([runner.infer(batch.pixels) for runner in self._runners])  # [M, k, C]
+        else:
+            logits = np.empty((len(self._runners), 0, len(self._bundle.classes)), np.float32)
+        batch.pixels = None
+        finite = np.isfinite(logits).all(axis=(0, 2))
+        for position in batch.index[~finite]:
+            batch.fail(int(position), Status.CRASHED, "a member gave a score that is not a number")
+        batch.index = batch.index[finite]
+        batch.members, batch.probabilities = ensemble.fuse(
+            logits[:, finite],
+            weights=self._bundle.weights,
+            temperatures=[member.temperature for member in self._bundle.members],
+            temperature=self._bundle.temperature,
+        )
+
+    def close(self) -> None:
+        """End the lanes; the runners belong to the caller."""
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)

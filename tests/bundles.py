@@ -1,0 +1,81 @@
+"""Small real bundles: ONNX graphs whose logits tell where a picture is bright, so that a swap shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import save_file
+
+CLASSES = ("normal", "osteopenia", "osteoporosis")
+
+
+def write_member(path: Path, *, size: tuple[int, int], classes: int, seed: int) -> None:
+    """uint8 [N, 1, H, W] to float32 logits [N, C]: a linear map of a 4 x 4 thumbnail."""
+    rng = np.random.default_rng(seed)
+    kernel = [size[0] // 4, size[1] // 4]
+    weights = {
+        "scale": np.array(1 / 255, np.float32),
+        "matrix": rng.normal(0, 2, (16, classes)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["samples"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["samples", "scale"], ["unit"]),
+        helper.make_node("AveragePool", ["unit"], ["pooled"], kernel_shape=kernel, strides=kernel),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "matrix"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "member",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", 1, *size])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", classes])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    classes: tuple[str, ...] = CLASSES,
+    size: tuple[int, int] = (64, 64),
+    weights: tuple[float, ...] = (0.6, 0.4),
+    temperature: float = 1.0,
+) -> Path:
+    """A bundle as training writes it, with one member for each weight."""
+    (folder / "canaries").mkdir(parents=True)
+    members = []
+    for index, weight in enumerate(weights):
+        name = f"member{index}"
+        write_member(folder / f"{name}.onnx", size=size, classes=len(classes), seed=index)
+        members.append(
+            {
+                "name": name,
+                "architecture": "thumbnail",
+                "weight": weight,
+                "temperature": 1.0,
+                "files": {"onnx": _file(folder, f"{name}.onnx")},
+            }
+        )
+    save_file({"pixels": np.zeros((1, 1, *size), np.uint8)}, folder / "canaries" / "canaries.safetensors")
+    description = {
+        "format": 1,
+        "classes": list(classes),
+        "input": {"height": size[0], "width": size[1], "channels": 1, "dtype": "uint8"},
+        "decode": "exact",
+        "temperature": temperature,
+        "members": members,
+        "canaries": _file(folder, "canaries/canaries.safetensors"),
+        "training": {},
+    }
+    (folder / "ensemble.json").write_text(json.dumps(description))
+    return folder
+
+
+def _file(folder: Path, name: str) -> dict[str, str]:
+    return {"path": name, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
