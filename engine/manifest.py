@@ -251,7 +251,7 @@ class _CsvSource:
 _EMPTY = pa.scalar("")
 _BOOL = r"^(?:true|false|True|False|TRUE|FALSE)?$"
 _INTEGER = r"^(?:-?(?:0|[1-9][0-9]{0,17}))?$"
-_DECIMAL = r"^(?:-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,15})?(?:[eE][+-]?[0-9]{1,3})?)?$"
+_DECIMAL = r"^(?:-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?)?$"
 
 
 class _KindOfText:

@@ -1,0 +1,136 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.overlap import Meter
+from engine.preprocess import Preprocess, load_pixels
+from engine.preprocess.graph import DecodeError, Graph
+from tests.images import encode, pillow_reference, png, smooth
+from tests.tolerances import PIXEL_MAX, PIXEL_MEAN
+
+SIZE = (224, 224)
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return Graph(size=SIZE, batch_size=8, threads=2)
+
+
+def difference(graph: Graph, data: bytes) -> tuple[float, int]:
+    (pixels,) = graph.run([data])
+    assert pixels.shape == (1, *SIZE)
+    assert pixels.dtype == np.uint8
+    apart = np.abs(pixels[0].astype(int) - pillow_reference(data, SIZE))
+    return float(apart.mean()), int(apart.max())
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (7, 300), (224, 224), (600, 500), (1024, 1024), (2660, 2180)]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_gray_pixels_are_pillows(graph: Graph, height: int, width: int, kind: str) -> None:
+    mean, largest = difference(graph, encode(Image.fromarray(smooth(height, width)), kind))
+    assert mean <= PIXEL_MEAN
+    assert largest <= PIXEL_MAX
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [
+        ("RGB", "JPEG", {"quality": 90}),
+        ("RGB", "JPEG", {"progressive": True}),
+        ("RGB", "JPEG", {"subsampling": 0}),
+        ("CMYK", "JPEG", {"quality": 95}),
+        ("RGB", "PNG", {}),
+        ("P", "PNG", {}),
+        ("1", "PNG", {}),
+    ],
+)
+def test_colour_becomes_luma(graph: Graph, mode: str, kind: str, options: dict[str, object]) -> None:
+    picture = Image.fromarray(smooth(600, 500, channels=3)).convert(mode)
+    mean, _ = difference(graph, encode(picture, kind, **options))
+    assert mean <= PIXEL_MEAN
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_orientation(graph: Graph, kind: str, value: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    mean, largest = difference(graph, encode(Image.fromarray(smooth(300, 400)), kind, exif=exif))
+    assert mean <= PIXEL_MEAN
+    assert largest <= PIXEL_MAX
+
+
+def test_twenty_megapixels(graph: Graph) -> None:
+    mean, largest = difference(graph, encode(Image.fromarray(smooth(5000, 4000)), "JPEG"))
+    assert mean <= PIXEL_MEAN
+    assert largest <= PIXEL_MAX
+
+
+def test_16_bits_give_the_pixels_of_8_bits(tmp_path: Path) -> None:
+    gray = smooth(500, 400)
+    twelve = np.rint(gray / 255 * 4095).astype(np.uint16)
+    for name, data in {"8": png(gray), "12": png(twelve), "16": png(gray.astype(np.uint16) * 257)}.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+    loaded = load_pixels([tmp_path / f"{name}.png" for name in ("8", "12", "16")])
+    eight, *others = loaded.pixels.astype(int)
+    for other in others:
+        assert np.abs(other - eight).max() <= 1
+
+
+def test_one_damaged_image_fails_the_graph_and_the_next_call_works(graph: Graph) -> None:
+    good = encode(Image.fromarray(smooth(50, 60)), "PNG")
+    damaged = good[: len(good) // 2] + b"\0" * 20 + good[len(good) // 2 + 20 :]
+    alone = graph.run([good])
+    for _ in range(3):
+        with pytest.raises(DecodeError):
+            graph.run([good, damaged])
+        assert np.array_equal(graph.run([good]), alone)
+
+
+def test_damaged_images_cost_only_their_rows(tmp_path: Path) -> None:
+    paths = []
+    for index in range(20):
+        data = encode(Image.fromarray(smooth(90, 70, seed=index)), ("PNG", "JPEG")[index % 2])
+        if index in (3, 4, 8, 17):
+            middle = len(data) // 2
+            data = data[:middle] + bytes(200) + (b"\xff\xd9" if index % 2 else data[middle + 200 :])
+        paths.append(tmp_path / f"{index}")
+        paths[-1].write_bytes(data)
+    loaded = load_pixels(paths, size=(32, 32))
+    alone = [load_pixels([path], size=(32, 32)) for path in paths]
+    assert {position for position, status, _ in loaded.failures if status == "corrupt"} >= {4, 8}
+    for row, position in enumerate(loaded.index):
+        assert np.array_equal(loaded.pixels[row], alone[position].pixels[0])
+    assert len(loaded.index) + len(loaded.failures) == 20
+
+
+def test_images_are_decoded_within_the_pixel_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(6):
+        (tmp_path / f"{index}").write_bytes(encode(Image.fromarray(smooth(100, 100, seed=index)), "PNG"))
+    paths = [tmp_path / f"{index}" for index in range(6)]
+    plenty = load_pixels(paths, size=(32, 32))
+    together = []
+    run = Graph.run
+    monkeypatch.setattr(Graph, "run", lambda self, images: together.append(len(images)) or run(self, images))
+    monkeypatch.setattr("engine.settings.Limits.pixels_at_once", 25_000)
+    scarce = load_pixels(paths, size=(32, 32))
+    assert together == [1, 2, 2, 2]  # the first is the graph's own check
+    assert np.array_equal(plenty.pixels, scarce.pixels)
+
+
+def test_a_stage_closes_what_feeds_it() -> None:
+    closed = []
+
+    def source():
+        try:
+            yield from ()
+        finally:
+            closed.append(True)
+
+    preprocess = Preprocess(size=(8, 8), batch_size=2, threads=1, max_pixels_at_once=1 << 20)
+    assert list(preprocess.stage(source(), Meter("preprocess"))) == []
+    assert closed

@@ -1,0 +1,9 @@
+"""How near is near enough, in one place."""
+
+# pixels of the DALI graph against Pillow's full decode and antialiased BILINEAR, gray levels
+PIXEL_MEAN = 1.0
+PIXEL_MAX = 8
+# probabilities of the engine against a plain float32 PyTorch script
+PARITY = 2e-3
+# the same numbers by another order of float32 operations
+ROUNDING = 1e-6
