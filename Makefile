@@ -1,0 +1,47 @@
+# make run: set up, build the demo bundle, screen a synthetic archive.   make test: set up and run the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test lint benchmarks clean
+
+run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
+	$(BIN)/python -m engine.run demo/archive/manifest.csv -b demo/bundle -o demo/results
+	@$(BIN)/python -c 'import pandas as pd; \
+	  rows = pd.read_parquet("demo/results").sort_values("p_osteoporosis", ascending=False); \
+	  print("\nThe rows with the highest probability of osteoporosis, of", len(rows), "in demo/results:\n"); \
+	  print(rows[["row", "path", "label", "prediction", "confidence", "p_osteoporosis"]].head(10).to_string(index=False))'
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+benchmarks: .venv/training.stamp demo/bundle/ensemble.json
+	$(BIN)/python -m benchmarks throughput -b demo/bundle
+	$(BIN)/python -m benchmarks throughput --null
+
+clean:
+	rm -rf .venv demo
+
+.venv/training.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'
+	touch $@
+
+.venv/dev.stamp: .venv/training.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training,dev]'
+	touch $@
+
+demo/images/normal: | .venv/training.stamp
+	$(BIN)/python -m training.synthetic demo/images --class-folders --count 450 --seed 1 --size 256 384
+
+# the results of an older bundle go with it
+demo/bundle/ensemble.json: demo/images/normal
+	rm -rf demo/results
+	$(BIN)/python -m training demo/images -o demo/bundle --weights none --seed 1 --overwrite
+
+demo/archive/manifest.csv: | .venv/training.stamp
+	$(BIN)/python -m training.synthetic demo/archive --count 96 --seed 2

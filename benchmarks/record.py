@@ -1,0 +1,60 @@
+"""What every benchmark writes: the figures, and all that is needed to take them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from engine.pipeline import processor_name, versions
+from engine.settings import available_cpus
+
+ROOT = Path(__file__).parent.parent
+
+
+def machine() -> dict[str, Any]:
+    """The machine and how busy it is now."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": processor_name(),
+        "cores": available_cpus(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": platform.platform(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def commit() -> str:
+    """The commit the figures belong to; "-dirty" when the source differs from it, "unknown" outside git."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--", "engine", "benchmarks", "training")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def write(path: Path, name: str, figures: dict[str, Any], *, before: dict[str, Any]) -> None:
+    """Write the figures of benchmark `name`; `before` is `machine()` as it was at the start."""
+    record = {
+        "benchmark": name,
+        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "taken": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "machine": before | {"load_average_after": os.getloadavg()[0]},
+        "versions": versions(),
+        **figures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,367 @@
+"""End-to-end rate beside the ceiling that the stages set when each runs alone, in the same invocation.
+
+On shared cores the ceiling is cores / (sum over stages of core-seconds per image): what the machine could do
+if the stages overlapped perfectly and nothing else cost anything. Pipeline efficiency is rate / ceiling.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from engine import bundle, runners
+from engine.manifest import Manifest, open_manifest
+from engine.overlap import Meter
+from engine.pipeline import CPU_BATCH, CPU_PART_ROWS, READ_THREADS, flow, meters_for
+from engine.preprocess import Preprocess
+from engine.reader import Reader
+from engine.records import Batch, Part, Status
+from engine.settings import Limits, available_cpus
+from engine.sink import Layout, Sink
+from engine.step import CpuStep
+
+DISTINCT = 32  # images on disk; the manifest repeats them
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one stage took for `rows` images when it ran alone."""
+
+    rows: int
+    wall_s: float
+    core_s: float
+
+    @property
+    def rate(self) -> float:
+        return self.rows / self.wall_s
+
+    @property
+    def core_s_per_image(self) -> float:
+        return self.core_s / self.rows
+
+
+def measure(work: Callable[[], int]) -> Cost:
+    """Time `work`, which returns how many images it did."""
+    wall, core = time.perf_counter(), time.process_time()
+    rows = work()
+    return Cost(rows, time.perf_counter() - wall, time.process_time() - core)
+
+
+def write_image(folder: Path, index: int, side: int) -> None:
+    from PIL import Image
+
+    from training import synthetic
+
+    sample = synthetic.sample(seed=1, index=index, size_range=(side, side))
+    Image.fromarray(sample.pixels).save(folder / f"{index:03}.jpg", quality=90)
+
+
+def make_archive(folder: Path, rows: int, side: int) -> Path:
+    """`rows` rows that name `DISTINCT` gray JPEGs of `side` x `side` pixels, quality 90."""
+    images = folder / f"images-{side}"
+    if not images.exists():
+        making = folder / f".images-{side}"
+        making.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor() as pool:
+            list(pool.map(write_image, [making] * DISTINCT, range(DISTINCT), [side] * DISTINCT))
+        making.rename(images)
+    manifest = folder / f"manifest-{rows}.csv"
+    lines = (f"{images.name}/{row % DISTINCT:03}.jpg\n" for row in range(rows))
+    manifest.write_text("path\n" + "".join(lines))
+    return manifest
+
+
+class Stages:
+    """Each stage by itself, with the settings that `engine.run` chooses on this machine."""
+
+    def __init__(self, models: bundle.Bundle, manifest: Manifest, workers: int) -> None:
+        self._models, self._workers = models, workers
+        self._paths = [path for part in manifest.parts(CPU_PART_ROWS) for path in part.paths]
+        self._root = manifest.root
+        self._layout = Layout.of(models, manifest, "")
+        opened = [runners.open_runner("onnx", models, member) for member in models.members]
+        self._step = CpuStep(models, opened, lanes=workers)
+        self._preprocess = Preprocess(
+            size=models.size,
+            batch_size=CPU_BATCH,
+            threads=workers,
+            max_pixels_at_once=Limits().pixels_at_once,
+        )
+
+    def costs(self, rows: int) -> dict[str, Cost]:
+        """Every stage, in random order; the first `rows` rows."""
+        part = Part(0, 0, self._paths[:rows], pa.table({"_": pa.nulls(rows)}).drop_columns(["_"]))
+        stages = {
+            "read": lambda: self._read(part),
+            "preprocess": lambda: self._decode(part),
+            "members": lambda: self._infer(part),
+            "write": lambda: self._write(part),
+        }
+        names = list(stages)
+        random.shuffle(names)
+        found = {name: stages[name]() for name in names}
+        return {name: found[name] for name in stages}
+
+    def _batches(self, part: Part) -> Iterator[Batch]:
+        reader = Reader.within(Limits(), root=self._root, batch_size=CPU_BATCH, threads=READ_THREADS)
+        return reader.stage([part], Meter("read"))
+
+    def _read(self, part: Part) -> Cost:
+        def work() -> int:
+            rows = 0
+            for batch in self._batches(part):
+                batch.drop_encoded()
+                rows += batch.rows
+            return rows
+
+        return measure(work)
+
+    def _decode(self, part: Part) -> Cost:
+        held = list(self._batches(part))  # read beforehand; dropped as it is decoded
+        return measure(lambda: _count(self._preprocess.stage(held, Meter("preprocess"))))
+
+    def _decoded(self, part: Part) -> list[Batch]:
+        return list(self._preprocess.stage(self._batches(part), Meter("preprocess")))
+
+    def _infer(self, part: Part) -> Cost:
+        held = self._decoded(part)
+        return measure(lambda: _count(self._step.stage(held, Meter("members"))))
+
+    def _write(self, part: Part) -> Cost:
+        members, classes = len(self._models.members), len(self._models.classes)
+        held = list(self._batches(part))
+        for batch in held:
+            batch.drop_encoded()
+        scored = list(NullScores(members, classes).stage(NullPixels().stage(held, Meter("")), Meter("")))
+        with tempfile.TemporaryDirectory() as folder:
+            sink = Sink(Path(folder), self._layout, {})
+            return measure(lambda: sum(1 for _ in sink.stage(scored, Meter("write"))) * 0 + part.rows)
+
+
+def _count(batches: Iterable[Batch]) -> int:
+    return sum(batch.rows for batch in batches)
+
+
+class NullPixels:
+    """A preprocess that decodes nothing."""
+
+    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
+        with meter.upstream(batches) as source:
+            for batch in source:
+                batch.drop_encoded()
+                batch.index = np.flatnonzero(batch.status == Status.OK)
+                yield batch
+
+
+class NullScores:
+    """A step that scores nothing: the same probability for every class."""
+
+    def __init__(self, members: int, classes: int) -> None:
+        self._members, self._classes = members, classes
+
+    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
+        with meter.upstream(batches) as source:
+            for batch in source:
+                rows, value = len(batch.index), 1 / self._classes
+                batch.members = np.full((self._members, rows, self._classes), value, np.float32)
+                batch.probabilities = np.full((rows, self._classes), value, np.float32)
+                yield batch
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """One `python -m engine.run` in a process of its own."""
+
+    rate: float  # images/s from the first read to the last part synced
+    core_s_per_image: float  # the whole process, start-up included
+    peak_memory_mb: float
+    start_up_s: float  # process start to first read, and last part to exit
+
+
+def run_engine(manifest: Path, models: Path, folder: Path) -> EndToEnd:
+    output = folder / f"results-{time.time_ns()}"
+    command = [sys.executable, "-m", "engine.run", str(manifest), "-b", str(models), "-o", str(output)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    errors = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    wall_s = time.perf_counter() - start
+    if process.returncode:
+        raise RuntimeError(f"engine.run ended with status {process.returncode}: {errors[-500:]}")
+    success = json.loads((output / "_SUCCESS").read_text())
+    last = success["last_start"]
+    assert success["ok"] == success["rows"], success["by_status"]
+    return EndToEnd(
+        rate=last["rows"] / last["elapsed_s"],
+        core_s_per_image=(usage.ru_utime + usage.ru_stime) / last["rows"],
+        peak_memory_mb=usage.ru_maxrss / 1024,
+        start_up_s=wall_s - last["elapsed_s"],
+    )
+
+
+def throughput(
+    console: Console, work: Path, models: Path, rows: int, rounds: int, side: int
+) -> dict[str, Any]:
+    """`rounds` rounds of end to end and each stage alone; medians, and efficiency within each round."""
+    manifest = make_archive(work, rows, side)
+    loaded = bundle.load(models)
+    opened = open_manifest(manifest)
+    cores = available_cpus()
+    stages = Stages(loaded, opened, cores)
+    stages.costs(min(rows, 8 * CPU_BATCH))  # warm-up
+    taken = []
+    for number in range(rounds):
+        end_to_end = run_engine(manifest, models, work)
+        costs = stages.costs(min(rows, 512))
+        ceiling = cores / sum(cost.core_s_per_image for cost in costs.values())
+        taken.append((end_to_end, costs, end_to_end.rate / ceiling))
+        console.print(
+            f"round {number + 1}: {end_to_end.rate:.2f} images/s of {ceiling:.2f}, "
+            f"efficiency {end_to_end.rate / ceiling:.3f}",
+            highlight=False,
+        )
+    return _figures(taken, cores, rows, side, loaded)
+
+
+def _figures(
+    taken: list[tuple[EndToEnd, dict[str, Cost], float]],
+    cores: int,
+    rows: int,
+    side: int,
+    models: bundle.Bundle,
+) -> dict[str, Any]:
+    def median(values: Iterable[float]) -> float:
+        return statistics.median(values)
+
+    stages = {}
+    for name in taken[0][1]:
+        stages[name] = {
+            "rate_alone": median(costs[name].rate for _, costs, _ in taken),
+            "core_ms_per_image": 1000 * median(costs[name].core_s_per_image for _, costs, _ in taken),
+        }
+    total_ms = sum(stage["core_ms_per_image"] for stage in stages.values())
+    return {
+        "work": {
+            "rows": rows,
+            "distinct_images": DISTINCT,
+            "image": f"{side} x {side} gray JPEG, quality 90, synthetic",
+            "members": [member.architecture for member in models.members],
+            "batch_size": CPU_BATCH,
+            "precision": "fp32",
+        },
+        "pipeline_efficiency": {
+            "median": median(efficiency for *_, efficiency in taken),
+            "rounds": [efficiency for *_, efficiency in taken],
+        },
+        "images_per_s": median(run.rate for run, *_ in taken),
+        "ceiling_images_per_s": cores / (total_ms / 1000),
+        "stages": stages,
+        "peak_memory_mb": max(run.peak_memory_mb for run, *_ in taken),
+        "start_up_s": median(run.start_up_s for run, *_ in taken),
+        "core_ms_per_image_whole_process": 1000 * median(run.core_s_per_image for run, *_ in taken),
+    }
+
+
+def host_cost(work: Path, rows: int) -> dict[str, Any]:
+    """Python's own cost: all stages but decoding and inference, on tiny real files, `rows` rows.
+
+    The figure is process CPU time per row: manifest, file reads, header checks, queues, Parquet.
+    """
+    from PIL import Image
+
+    images = work / "tiny"
+    images.mkdir(parents=True, exist_ok=True)
+    for index in range(100):
+        Image.new("L", (16, 16), index).save(images / f"{index:02}.png")
+    manifest = work / f"tiny-{rows}.csv"
+    manifest.write_text("path\n" + "".join(f"tiny/{row % 100:02}.png\n" for row in range(rows)))
+    opened = open_manifest(manifest)
+    layout = Layout(("normal", "osteopenia", "osteoporosis"), ("a", "b"), opened.columns, "")
+    reader = Reader.within(Limits(), root=opened.root, batch_size=CPU_BATCH, threads=READ_THREADS)
+
+    def run() -> int:
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            items = flow(
+                opened.parts(CPU_PART_ROWS),
+                reader,
+                NullPixels(),
+                NullScores(2, 3),
+                Sink(Path(folder), layout, {}),
+                meters_for(available_cpus()),
+                overlap=True,
+            )
+            with closing(items):  # type: ignore[type-var]
+                return sum(item.rows for item in items if isinstance(item, Batch))
+
+    whole = measure(run)
+    reading = measure(
+        lambda: sum(batch.rows for batch in reader.stage(opened.parts(CPU_PART_ROWS), Meter("")))
+    )
+    return {
+        "work": {"rows": rows, "image": "16 x 16 PNG", "batch_size": CPU_BATCH, "part_rows": CPU_PART_ROWS},
+        "host_us_per_image": 1e6 * whole.core_s_per_image,
+        "of_that_reading_us": 1e6 * reading.core_s_per_image,
+        "images_per_s": whole.rate,
+    }
+
+
+def show(console: Console, figures: dict[str, Any], limits: dict[str, str]) -> None:
+    """Efficiency first, then the stages, then what else was measured, each beside its limit."""
+    table = Table("figure", "measured", "limit", box=None, pad_edge=False)
+    if "stages" in figures:
+        table.add_row(
+            "pipeline efficiency", f"{figures['pipeline_efficiency']['median']:.3f}", limits["efficiency"]
+        )
+        table.add_row("images/s end to end", f"{figures['images_per_s']:.2f}", "")
+        table.add_row("images/s ceiling", f"{figures['ceiling_images_per_s']:.2f}", "")
+        for name, stage in figures["stages"].items():
+            cost = f"{stage['rate_alone']:.1f} images/s, {stage['core_ms_per_image']:.3f} core-ms"
+            table.add_row(f"  {name} alone", cost, "")
+        table.add_row("peak memory, MB", f"{figures['peak_memory_mb']:.0f}", limits["memory"])
+        table.add_row("start-up and end, s", f"{figures['start_up_s']:.2f}", "")
+    else:
+        table.add_row("host cost, us per image", f"{figures['host_us_per_image']:.1f}", limits["host"])
+        table.add_row("  of that reading", f"{figures['of_that_reading_us']:.1f}", "")
+        table.add_row("rows/s", f"{figures['images_per_s']:.0f}", "")
+    console.print(table)
+
+
+def main(console: Console, options: Any) -> None:
+    before = record.machine()
+    limits = {"efficiency": ">= 0.93", "memory": "<= 1500", "host": "<= 50"}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(options.work or scratch).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        if options.null:
+            name, figures = "throughput-null", host_cost(work, options.rows or 200_000)
+        else:
+            name = "throughput"
+            rows = options.rows or 1024
+            figures = throughput(console, work, options.bundle, rows, options.rounds, options.side)
+    show(console, figures, limits)
+    target = options.output / f"{name}-cpu.json"
+    record.write(target, name, figures, before=before)
+    console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
