@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from rich.console import Console
 
@@ -87,9 +89,30 @@ def settings_from(arguments: list[str]) -> Settings:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    console = Console(stderr=True)
+    with _own_stderr() as stderr:
+        return _main(sys.argv[1:] if arguments is None else arguments, Console(file=stderr))
+
+
+@contextmanager
+def _own_stderr() -> Iterator[TextIO]:
+    """Keep standard error for this program: libjpeg and libpng complain there about each damaged image.
+
+    Their lines name no file; what they mean is in the row's status. Python's own errors still get out.
+    """
+    kept, python = os.dup(2), sys.stderr
+    with os.fdopen(kept, "w", buffering=1) as stderr, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        sys.stderr = stderr
+        try:
+            yield stderr
+        finally:
+            os.dup2(kept, 2)
+            sys.stderr = python
+
+
+def _main(arguments: list[str], console: Console) -> int:
     try:
-        settings = settings_from(sys.argv[1:] if arguments is None else arguments)
+        settings = settings_from(arguments)
         stop = _stop_on_signal(console)
         with Display(console) as display:
             summary = screen(settings, watch=display, stop=stop)

@@ -23,6 +23,7 @@ import numpy.typing as npt
 DEPTHS = (8, 10, 12, 14, 16)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _ORIENTATION = 0x0112
+_BLOCK = 1 << 20  # pixels
 
 
 def to_gray_pnm(png: bytes) -> bytes:
@@ -40,16 +41,19 @@ def to_gray(samples: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> npt.NDAr
     """Samples [H, W] or [H, W, 1 | 2 | 3 | 4] (gray, gray + alpha, RGB, RGBA) to gray [H, W]."""
     if samples.ndim == 2:
         samples = samples[:, :, None]
-    channels = samples.shape[2]
+    height, width, channels = samples.shape
     opaque = channels in (1, 3)
-    colour = samples if opaque else samples[:, :, :-1]
-    if opaque and channels == 1 and samples.dtype == np.uint8:
-        return np.ascontiguousarray(samples[:, :, 0])
-    gray = (colour @ _LUMA) if colour.shape[2] == 3 else colour[:, :, 0].astype(np.float32)
-    gray *= 255.0 / full_scale(colour)
-    if not opaque:
-        gray *= samples[:, :, -1] / np.float32(np.iinfo(samples.dtype).max)
-    return np.clip(np.rint(gray), 0, 255).astype(np.uint8)
+    scale = np.float32(255.0 / full_scale(samples if opaque else samples[:, :, :-1]))
+    gray = np.empty((height, width), np.uint8)
+    rows = max(1, _BLOCK // width)  # block by block, so that floats never cost more than the samples
+    for start in range(0, height, rows):
+        block = samples[start : start + rows]
+        colour = block if opaque else block[:, :, :-1]
+        level = (colour @ _LUMA if colour.shape[2] == 3 else colour[:, :, 0]) * scale
+        if not opaque:
+            level *= block[:, :, -1] / np.float32(np.iinfo(samples.dtype).max)
+        gray[start : start + rows] = np.clip(np.rint(level), 0, 255)
+    return gray
 
 
 def full_scale(samples: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> int:
@@ -57,7 +61,7 @@ def full_scale(samples: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> int:
     if samples.dtype == np.uint8:
         return 255
     largest = int(samples.max())
-    if largest > 255 and not (samples % 257).any():
+    if largest > 255 and not any((row % 257).any() for row in samples):
         return 65535
     return next((1 << bits) - 1 for bits in DEPTHS if largest < 1 << bits)
 
