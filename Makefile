@@ -36,7 +36,7 @@ clean:
 	touch $@
 
 demo/images/normal: | .venv/training.stamp
-	$(BIN)/python -m training.synthetic demo/images --class-folders --count 450 --seed 1 --size 256 384
+	$(BIN)/python -m training.synthetic demo/images --class-folders --count 150 --seed 1 --size 256 384
 
 # the results of an older bundle go with it
 demo/bundle/ensemble.json: demo/images/normal
@@ -44,4 +44,4 @@ demo/bundle/ensemble.json: demo/images/normal
 	$(BIN)/python -m training demo/images -o demo/bundle --weights none --seed 1 --overwrite
 
 demo/archive/manifest.csv: | .venv/training.stamp
-	$(BIN)/python -m training.synthetic demo/archive --count 96 --seed 2
+	$(BIN)/python -m training.synthetic demo/archive --count 96 --seed 2 --size 400 1400

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from engine.overlap import Meter
 from engine.preprocess.depth import to_gray_pnm
 from engine.preprocess.graph import DecodeError, Graph
+from engine.reader import Reader
 from engine.records import Batch, Part, Status
 from engine.settings import Limits, available_cpus
 
@@ -112,10 +114,6 @@ def load_pixels(
     paths: Sequence[Path], *, size: tuple[int, int] = (224, 224), threads: int | None = None
 ) -> Loaded:
     """Read and preprocess files as screening does. All pixels are held at once: for training and checks."""
-    import pyarrow as pa
-
-    from engine.reader import Reader
-
     limits = Limits()
     threads = threads or available_cpus()
     reader = Reader.within(limits, root=Path(), batch_size=16, threads=threads)

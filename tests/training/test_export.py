@@ -1,0 +1,151 @@
+"""A tiny model through the same export: the files, their hashes, the parity gate and atomicity."""
+
+import hashlib
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from engine import bundle as bundles
+from engine.ensemble import fuse
+from engine.errors import ParityError, UsageError
+from training import export, heads
+
+CLASSES = ["left", "right"]
+SIZE = (20, 28)
+
+
+def tiny_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(8, len(CLASSES)),
+    ).eval()
+
+
+def random_pixels(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 1, *SIZE), dtype=np.uint8)
+
+
+def members() -> list[export.Member]:
+    return [
+        export.Member(name=name, architecture="tiny", weight=weight, model=tiny_model(seed))
+        for seed, (name, weight) in enumerate({"one": 0.4, "two": 0.6}.items())
+    ]
+
+
+def write(target, **changes):
+    given = {
+        "classes": CLASSES,
+        "canaries": random_pixels(32),
+        "check": random_pixels(3, 1),
+        "training": {"a": 1},
+    }
+    export.write_bundle(target, members(), **{**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    target = tmp_path_factory.mktemp("bundles") / "deep" / "bundle"
+    write(target)
+    return target
+
+
+def test_the_engine_loads_it(bundle):
+    loaded = bundles.load(bundle)
+    assert (loaded.classes, loaded.size, loaded.weights) == (tuple(CLASSES), SIZE, (0.4, 0.6))
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_every_hash_matches(bundle):
+    description = json.loads((bundle / "ensemble.json").read_text())
+    files = [file for member in description["members"] for file in member["files"].values()]
+    for file in [*files, description["canaries"]]:
+        assert hashlib.sha256((bundle / file["path"]).read_bytes()).hexdigest() == file["sha256"]
+    on_disk = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
+    assert on_disk == {"ensemble.json", description["canaries"]["path"], *(file["path"] for file in files)}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_graph_equals_torch_for_any_batch(bundle, count):
+    session = onnxruntime.InferenceSession(bundle / "one.onnx", providers=["CPUExecutionProvider"])
+    (given,), (made,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape[1:]) == ("pixels", "tensor(uint8)", [1, *SIZE])
+    assert (made.name, made.type) == ("logits", "tensor(float)")
+    pixels = random_pixels(count, 7)
+    (logits,) = session.run(None, {"pixels": pixels})
+    assert np.allclose(logits, heads.infer(tiny_model(0), pixels).numpy(), atol=1e-5)
+
+
+def test_safetensors_hold_the_module(bundle):
+    states = load_file(bundle / "two.safetensors")
+    assert states.keys() == tiny_model(1).state_dict().keys()
+    assert all(np.array_equal(states[name], value) for name, value in tiny_model(1).state_dict().items())
+
+
+def test_canaries_are_what_torch_and_the_ensemble_say(bundle):
+    canaries = load_file(bundle / "canaries" / "canaries.safetensors")
+    assert np.array_equal(canaries["pixels"], random_pixels(32))
+    assert canaries["logits"].shape == (2, 32, 2)
+    _, expected = fuse(canaries["logits"], weights=[0.4, 0.6], temperatures=[1.0, 1.0])
+    assert np.array_equal(canaries["probabilities"], expected)
+    assert canaries["probabilities"].dtype == canaries["logits"].dtype == np.float32
+
+
+def test_an_existing_target_is_refused(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(UsageError, match="--overwrite"):
+        write(tmp_path / "bundle")
+
+
+def test_only_a_bundle_is_overwritten(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "holiday.jpg").touch()
+    with pytest.raises(UsageError, match="not a bundle"):
+        write(tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "holiday.jpg").exists()
+
+
+@pytest.fixture
+def quick_export(monkeypatch, bundle):
+    """The module's graphs again, without exporting: for tests of everything around the export."""
+    graphs = {name: (bundle / name).read_bytes() for name in ("one.onnx", "two.onnx")}
+    monkeypatch.setattr(export, "export_onnx", lambda model, file, size: file.write_bytes(graphs[file.name]))
+
+
+def test_overwrite_replaces_a_bundle_whole(tmp_path, quick_export):
+    write(tmp_path / "bundle")
+    (tmp_path / "bundle" / "plans").mkdir()
+    write(tmp_path / "bundle", overwrite=True, training={"a": 2})
+    assert json.loads((tmp_path / "bundle" / "ensemble.json").read_text())["training"] == {"a": 2}
+    assert not (tmp_path / "bundle" / "plans").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_a_failing_export_leaves_what_was_there(tmp_path, quick_export, monkeypatch, there_before):
+    if there_before:
+        write(tmp_path / "bundle", training={"a": 1})
+    monkeypatch.setattr(export, "_sync", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write(tmp_path / "bundle", overwrite=True, training={"a": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"] * there_before
+    if there_before:
+        assert bundles.load(tmp_path / "bundle")
+        assert json.loads((tmp_path / "bundle" / "ensemble.json").read_text())["training"] == {"a": 1}
+
+
+def test_a_graph_that_differs_is_refused(tmp_path, quick_export, monkeypatch):
+    monkeypatch.setattr(export, "infer", lambda model, pixels: heads.infer(tiny_model(9), pixels))
+    with pytest.raises(ParityError, match="one: the exported graph differs"):
+        write(tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []

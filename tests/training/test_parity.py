@@ -1,0 +1,97 @@
+"""The real members, end to end: `engine.run` against a plain PyTorch script, and serial against overlapped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+
+from engine.preprocess import load_pixels
+from tests.conftest import Command, write_images
+from tests.tolerances import PARITY
+from training import export, heads, models
+
+CLASSES = ("normal", "osteopenia", "osteoporosis")
+WEIGHTS = {"resnet50": 0.4, "inception_v3": 0.6}
+
+
+@pytest.fixture(scope="module")
+def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both networks, seeded, with statistics of real pixels and heads that react to them."""
+    folder = tmp_path_factory.mktemp("real")
+    images = sorted(write_images(folder / "images", 24).iterdir())
+    pixels = load_pixels(images).pixels
+    members = []
+    for seed, (name, weight) in enumerate(WEIGHTS.items()):
+        model = models.build(name, classes=len(CLASSES), weights="none", seed=seed)
+        base, head = models.split_head(model)
+        heads.calibrate_batch_norm(base, pixels)
+        features = heads.infer(base, pixels)
+        heads.fold(head, *heads.standardisation(features))
+        models.join_head(base, head)
+        members.append(export.Member(name=name, architecture=name, weight=weight, model=model))
+    target = folder / "bundle"
+    export.write_bundle(target, members, classes=CLASSES, canaries=pixels, check=pixels[:4], training={})
+    return target
+
+
+def plain_pytorch(bundle: Path, paths: list[Path]) -> np.ndarray:
+    """What a user would write: torchvision's networks, the trained weights, softmax, weighted average."""
+    pixels = torch.from_numpy(load_pixels(paths).pixels)
+    images = (pixels.float() / 255).repeat(1, 3, 1, 1)
+    total = torch.zeros(len(paths), len(CLASSES))
+    for name, weight in WEIGHTS.items():
+        if name == "resnet50":
+            model = torchvision.models.resnet50()
+        else:
+            model = torchvision.models.inception_v3(
+                aux_logits=False, transform_input=False, init_weights=False
+            )
+        model.fc = nn.Sequential(nn.Linear(2048, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, len(CLASSES)))
+        model.load_state_dict(load_file(bundle / f"{name}.safetensors"))
+        model.eval()
+        with torch.inference_mode():
+            total += weight * torch.softmax(model(images), dim=1)
+    return total.numpy()
+
+
+def assert_parity(engine_run: Command, bundle: Path, folder: Path, paths: list[Path]) -> None:
+    manifest = folder / "manifest.csv"
+    pd.DataFrame({"path": [str(path) for path in paths]}).to_csv(manifest, index=False)
+    run = engine_run(manifest, "-b", bundle, "-o", "parity", timeout_s=300)
+    assert run.returncode == 0, run.stderr
+    found = pd.read_parquet(folder / "parity")
+    assert (found.status == "ok").all()
+    scores = found[[f"p_{name}" for name in CLASSES]].to_numpy()
+    expected = plain_pytorch(bundle, paths)
+    assert np.abs(scores - expected).max() <= PARITY
+    assert expected.std(axis=0).max() > 10 * PARITY, "scores that hardly differ would prove nothing"
+
+
+def test_the_engine_agrees_with_plain_pytorch(engine_run: Command, real_bundle: Path, archive: Path) -> None:
+    assert_parity(engine_run, real_bundle, archive.parent, sorted(archive.iterdir()))
+
+
+def test_the_engine_agrees_on_real_radiographs(
+    engine_run: Command, real_bundle: Path, radiographs: list[Path], tmp_path: Path
+) -> None:
+    assert_parity(engine_run, real_bundle, tmp_path, [path.resolve() for path in radiographs[::4]])
+
+
+def test_serial_and_overlapped_are_equal_bit_for_bit(
+    engine_run: Command, real_bundle: Path, archive: Path
+) -> None:
+    tables = []
+    for name, options in {"serial": ["--serial"], "overlapped": []}.items():
+        run = engine_run(archive, "-b", real_bundle, "-o", name, *options, timeout_s=300)
+        assert run.returncode == 0, run.stderr
+        table = pq.read_table(archive.parent / name / "part-00000.parquet")
+        tables.append(table.replace_schema_metadata(None))
+    assert tables[0].equals(tables[1])

@@ -1,0 +1,1 @@
+"""Labelled radiographs in, a bundle out: `python -m training DATA -o BUNDLE`."""

@@ -1,0 +1,243 @@
+"""Trained members to a bundle on disk: written beside its place, checked, then renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import save as arrays_to_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import nn
+
+from engine import bundle as bundles
+from engine.ensemble import fuse, softmax
+from engine.errors import ParityError, UsageError
+from engine.runners import open_runner
+from training.data import Pixels
+from training.heads import infer
+from training.models import PixelsToLogits
+
+Floats = npt.NDArray[np.float32]
+
+OPSET = 20
+CANARIES = 32
+CANARY_SEED = 871_236_455  # of its own, so that no synthetic training set holds the same images
+CANARY_SIDES = (256, 640)  # pixels; height and width of the radiographs they are made from
+PROBABILITY_LIMIT = 1e-4  # largest difference between the exported graph and the torch module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One trained member, ready to be written."""
+
+    name: str  # [a-z0-9_]+
+    architecture: str
+    weight: float
+    model: nn.Module  # [N, 3, H, W] -> logits [N, C]
+    temperature: float = 1.0
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raise UsageError unless a bundle may be put at `target`. Only a bundle is ever overwritten."""
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise UsageError(f"{target} exists; choose another place or give --overwrite")
+    if not (target / bundles.DESCRIPTION).is_file():
+        raise UsageError(
+            f"{target} is not a bundle (no {bundles.DESCRIPTION}): --overwrite does not touch it"
+        )
+
+
+def canary_pixels(*, size: tuple[int, int]) -> Pixels:
+    """Synthetic radiographs through the engine's preprocess graph: uint8 [32, 1, H, W]. Never a patient's."""
+    from engine.preprocess import load_pixels
+    from training.synthetic import write_archive
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        manifest = write_archive(
+            folder, count=CANARIES, seed=CANARY_SEED, size_range=CANARY_SIDES, balance="balanced", processes=1
+        )
+        images = sorted(path for path in folder.rglob("*.*") if path != manifest)
+        loaded = load_pixels(images, size=size)
+    assert len(loaded.pixels) == CANARIES, loaded.failures
+    return loaded.pixels
+
+
+def write_bundle(
+    target: Path,
+    members: Sequence[Member],
+    *,
+    classes: Sequence[str],
+    canaries: Pixels,
+    check: Pixels,
+    training: dict[str, Any],
+    overwrite: bool = False,
+) -> None:
+    """Write a bundle at `target`, whole or not at all.
+
+    `canaries` and `check` are uint8 [N, 1, H, W]; every exported graph is compared with its torch module on
+    both. Raises UsageError for a target that exists, ParityError for a graph that differs.
+    """
+    check_target(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    unfinished.mkdir()
+    try:
+        logits = _write_files(unfinished, members, classes, canaries, training)
+        _check_parity(unfinished, members, canaries, logits, check)
+        _sync(unfinished)
+        _put(unfinished, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def export_onnx(model: nn.Module, file: Path, *, size: tuple[int, int]) -> None:
+    """`model` as a float32 graph `pixels` uint8 [N, 1, H, W] -> `logits` [N, C] with a dynamic N."""
+    network = PixelsToLogits(model).eval()
+    example = torch.zeros(2, 1, *size, dtype=torch.uint8)
+    with _quiet():
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            verbose=False,
+        )
+        assert program is not None
+        program.save(file, external_data=False)
+
+
+def _write_files(
+    folder: Path,
+    members: Sequence[Member],
+    classes: Sequence[str],
+    canaries: Pixels,
+    training: dict[str, Any],
+) -> Floats:
+    """Everything the bundle holds. Returns the canaries' logits [M, N, C] as torch gives them."""
+    height, width = size = canaries.shape[2:]
+    for member in members:
+        export_onnx(member.model, folder / f"{member.name}.onnx", size=size)
+        states = {name: value.contiguous() for name, value in member.model.state_dict().items()}
+        (folder / f"{member.name}.safetensors").write_bytes(tensors_to_bytes(states))
+    logits = np.stack([infer(member.model, canaries).numpy() for member in members])
+    _write_canaries(folder / "canaries", members, canaries, logits)
+    description = {
+        "format": bundles.FORMAT,
+        "classes": list(classes),
+        "input": {"height": height, "width": width, "channels": 1, "dtype": "uint8"},
+        "decode": "exact",
+        "temperature": 1.0,
+        "members": [_describe(folder, member) for member in members],
+        "canaries": _file(folder, "canaries/canaries.safetensors"),
+        "training": training,
+    }
+    text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / bundles.DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    return logits
+
+
+def _write_canaries(folder: Path, members: Sequence[Member], pixels: Pixels, logits: Floats) -> None:
+    _, probabilities = fuse(
+        logits,
+        weights=[member.weight for member in members],
+        temperatures=[member.temperature for member in members],
+    )
+    folder.mkdir()
+    arrays: dict[str, npt.NDArray[Any]] = {"pixels": pixels, "logits": logits, "probabilities": probabilities}
+    (folder / "canaries.safetensors").write_bytes(arrays_to_bytes(arrays))
+
+
+def _describe(folder: Path, member: Member) -> dict[str, Any]:
+    return {
+        "name": member.name,
+        "architecture": member.architecture,
+        "weight": member.weight,
+        "temperature": member.temperature,
+        "files": {kind: _file(folder, f"{member.name}.{kind}") for kind in ("onnx", "safetensors")},
+    }
+
+
+def _file(folder: Path, path: str) -> dict[str, str]:
+    with (folder / path).open("rb") as opened:
+        return {"path": path, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def _check_parity(
+    folder: Path, members: Sequence[Member], canaries: Pixels, canary_logits: Floats, check: Pixels
+) -> None:
+    """Load the bundle as the engine will and compare every member with its torch module."""
+    bundle = bundles.load(folder)
+    pixels = np.concatenate([canaries, check])
+    for member, entry, logits in zip(members, bundle.members, canary_logits, strict=True):
+        expected = softmax(np.concatenate([logits, infer(member.model, check).numpy()]))
+        with open_runner("onnx", bundle, entry) as runner:
+            found = softmax(runner.infer(pixels))
+        difference = float(np.abs(found - expected).max())
+        if not difference <= PROBABILITY_LIMIT:  # also when it is not a number
+            raise ParityError(
+                f"{member.name}: the exported graph differs from the torch module by {difference:.2g} in "
+                f"probability on {len(pixels)} images; allowed: {PROBABILITY_LIMIT:g}"
+            )
+
+
+def _sync(folder: Path) -> None:
+    """Everything in `folder` to the disk, files before the folders that name them."""
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`; a bundle that is there goes once the new one is in its place."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        target.rename(old)
+        try:
+            folder.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old)
+    else:
+        folder.rename(target)
+    _sync_one(target.parent)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress, warnings and log lines off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
