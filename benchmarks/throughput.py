@@ -71,7 +71,7 @@ def write_image(folder: Path, index: int, side: int) -> None:
     from training import synthetic
 
     sample = synthetic.sample(seed=1, index=index, size_range=(side, side))
-    Image.fromarray(sample.pixels).save(folder / f"{index:03}.jpg", quality=90)
+    Image.fromarray(sample.pixels8).save(folder / f"{index:03}.jpg", quality=90)
 
 
 def make_archive(folder: Path, rows: int, side: int) -> Path:

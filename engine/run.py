@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 from rich.console import Console
 
 from engine.errors import EngineError, UsageError
-from engine.pipeline import Summary, screen
+from engine.pipeline import CPU_BATCH, CPU_PART_ROWS, Summary, screen
 from engine.progress import Display, show_summary
 from engine.runners import RUNNERS
 from engine.settings import Limits, Settings, parse_bytes
@@ -44,8 +44,13 @@ def _parser() -> argparse.ArgumentParser:
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
     add("--device", default=defaults.device, help="auto or cpu (%(default)s)")
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
-    add("--batch-size", type=_count, metavar="N", help="images a batch (8 on a CPU)")
-    add("--part-rows", type=_count, metavar="N", help="rows a part, the unit of resume (1024 on a CPU)")
+    add("--batch-size", type=_count, metavar="N", help=f"images a batch ({CPU_BATCH} on a CPU)")
+    add(
+        "--part-rows",
+        type=_count,
+        metavar="N",
+        help=f"rows a part, the unit of resume ({CPU_PART_ROWS} on a CPU)",
+    )
     add("--path-column", metavar="NAME", help="manifest column with the paths (path, else the first)")
     add("--column-prefix", default=defaults.column_prefix, metavar="TEXT", help="put before manifest columns")
     add("--root", type=Path, help="folder of relative paths (the manifest's own)")

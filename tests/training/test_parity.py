@@ -54,7 +54,9 @@ def plain_pytorch(bundle: Path, paths: list[Path]) -> np.ndarray:
             model = torchvision.models.inception_v3(
                 aux_logits=False, transform_input=False, init_weights=False
             )
-        model.fc = nn.Sequential(nn.Linear(2048, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, len(CLASSES)))
+        model.fc = nn.Sequential(
+            nn.Linear(2048, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, len(CLASSES))
+        )
         model.load_state_dict(load_file(bundle / f"{name}.safetensors"))
         model.eval()
         with torch.inference_mode():
