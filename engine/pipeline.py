@@ -28,9 +28,9 @@ from engine.settings import Settings, available_cpus
 from engine.sink import Done, Layout, Sink, finished
 from engine.step import CpuStep
 
-CPU_BATCH = 4  # larger batches take more memory and are no faster
+CPU_BATCH = 8  # larger batches take more memory and are no faster
 CPU_PART_ROWS = 1024
-READ_THREADS = 4
+READ_THREADS = 16
 STAGES = ("read", "preprocess", "members", "write")
 
 
@@ -164,12 +164,14 @@ def flow(
     *,
     overlap: bool,
 ) -> Iterator[Batch | Done]:
-    """The stages in a row. With `overlap` each works ahead of the next; without, the results are the same."""
-    depth = 2 if overlap else 0
-    batches = prefetch(reader.stage(parts, meters["read"]), depth, meters["read"])
-    pixels = prefetch(preprocess.stage(batches, meters["preprocess"]), depth, meters["preprocess"])
-    scores = prefetch(step.stage(pixels, meters["members"]), depth, meters["members"])
-    return sink.stage(scores, meters["write"])
+    """The stages in a row. Without `overlap` each waits for the next, and the results are the same.
+
+    Reader and step work ahead in threads of their own; only preprocess needs one from here.
+    """
+    batches = reader.stage(parts, meters["read"])
+    pixels = preprocess.stage(batches, meters["preprocess"])
+    ready = prefetch(pixels, 2 if overlap else 0, meters["preprocess"])
+    return sink.stage(step.stage(ready, meters["members"]), meters["write"])
 
 
 def _drain(

@@ -20,6 +20,10 @@ from engine.overlap import Meter
 from engine.records import Batch, Part, Status
 from engine.settings import Limits
 
+# One more batch is read ahead for each of these that reading a batch takes on average: files in the page
+# cache need one thread, and more would only fight for the interpreter lock; slow storage gets all of them.
+AHEAD_EVERY_S = 0.001
+
 
 class _ReadError(Exception):
     def __init__(self, status: Status, message: str) -> None:
@@ -59,6 +63,16 @@ class _Budget:
             self._changed.notify_all()
 
 
+class _Latency:
+    """Running mean of the time that reading a batch takes."""
+
+    def __init__(self) -> None:
+        self.mean_s = 0.0
+
+    def see(self, taken_s: float) -> None:
+        self.mean_s += (taken_s - self.mean_s) / 16
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads the files of parts in batches. `threads` 0 reads in the caller's thread."""
@@ -82,24 +96,27 @@ class Reader:
             tickets = enumerate(
                 (part, start) for part in source for start in range(0, part.rows, self.batch_size)
             )
+            latency = _Latency()
             if self.threads == 0:
                 for ticket, (part, start) in tickets:
-                    yield self._read_batch(part, start, ticket, budget, meter)
+                    yield self._read_batch(part, start, ticket, budget, meter, latency)
                 return
             pending: deque[Future[Batch]] = deque()
             pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read")
             try:
                 for ticket, (part, start) in tickets:
-                    if len(pending) > self.threads:
+                    pending.append(pool.submit(self._read_batch, part, start, ticket, budget, meter, latency))
+                    if len(pending) > min(self.threads, 1 + latency.mean_s / AHEAD_EVERY_S):
                         yield pending.popleft().result()
-                    pending.append(pool.submit(self._read_batch, part, start, ticket, budget, meter))
                 while pending:
                     yield pending.popleft().result()
             finally:
                 budget.close()
                 pool.shutdown(cancel_futures=True)
 
-    def _read_batch(self, part: Part, start: int, ticket: int, budget: _Budget, meter: Meter) -> Batch:
+    def _read_batch(
+        self, part: Part, start: int, ticket: int, budget: _Budget, meter: Meter, latency: _Latency
+    ) -> Batch:
         began = time.perf_counter()
         paths = part.paths[start : start + self.batch_size]
         rows = len(paths)
@@ -124,7 +141,9 @@ class Reader:
                 batch.fail(position, error.status, str(error))
         budget.pass_head(ticket)
         batch.release = lambda: budget.release(held)
-        meter.add(time.perf_counter() - began)
+        taken = time.perf_counter() - began
+        meter.add(taken)
+        latency.see(taken)
         return batch
 
     def _read(self, path: str | None, ticket: int, budget: _Budget) -> bytes:

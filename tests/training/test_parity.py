@@ -1,4 +1,4 @@
-"""The real members, end to end: `engine.run` against a plain PyTorch script, and serial against overlapped."""
+"""The real members end to end: `engine.run` against a plain PyTorch script, serial against overlapped."""
 
 from __future__ import annotations
 
