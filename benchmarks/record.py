@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,10 @@ def _git(*arguments: str) -> str:
     ).stdout.strip()
 
 
-def write(path: Path, name: str, figures: dict[str, Any], *, before: dict[str, Any]) -> None:
-    """Write the figures of benchmark `name`; `before` is `machine()` as it was at the start."""
+def write(path: Path, command: str, figures: dict[str, Any], *, before: dict[str, Any]) -> None:
+    """Write the figures of `command`; `before` is `machine()` as it was at the start."""
     record = {
-        "benchmark": name,
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
+        "command": f"python -m benchmarks {command}",
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": before | {"load_average_after": os.getloadavg()[0]},

@@ -356,12 +356,17 @@ def main(console: Console, options: Any) -> None:
         work = Path(options.work or scratch).absolute()
         work.mkdir(parents=True, exist_ok=True)
         if options.null:
-            name, figures = "throughput-null", host_cost(work, options.rows or 200_000)
+            rows = options.rows or 200_000
+            name, figures = "throughput-null", host_cost(work, rows)
+            command = f"throughput --null --rows {rows}"
         else:
-            name = "throughput"
             rows = options.rows or 1024
+            name, command = (
+                "throughput",
+                f"throughput --rows {rows} --rounds {options.rounds} --side {options.side}",
+            )
             figures = throughput(console, work, options.bundle, rows, options.rounds, options.side)
     show(console, figures, limits)
     target = options.output / f"{name}-cpu.json"
-    record.write(target, name, figures, before=before)
+    record.write(target, command, figures, before=before)
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

@@ -97,15 +97,15 @@ def _initialise(model: nn.Module) -> None:
     """A random base whose features still tell images apart and survive half precision.
 
     Batch-normalised random networks amplify small differences layer by layer (Yang et al. 2019, "A mean field
-    theory of batch normalization"). Two usual remedies: ResNet's residual branches start small, and where
-    there are none a bias keeps most of each ReLU's inputs in its linear part. The first filters sum to zero:
-    they see texture, not brightness.
+    theory of batch normalization"). Two usual remedies: ResNet's residual branches start small (not at zero:
+    every layer has to count when forms of the model are compared), and where there are none a bias keeps most
+    of each ReLU's inputs in its linear part. The first filters sum to zero: they see texture, not brightness.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         elif isinstance(module, Bottleneck):
-            nn.init.constant_(module.bn3.weight, 0.2)
+            nn.init.constant_(module.bn3.weight, 0.05)
         elif isinstance(module, BasicConv2d):
             nn.init.constant_(module.bn.bias, 1.0)
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
