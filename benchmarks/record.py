@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
         "processor": processor_name(),
         "cores": available_cpus(),
         "memory_gib": round(memory / 2**30, 1),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         "load_average": os.getloadavg()[0],
     }
 
@@ -32,7 +32,7 @@ def commit() -> str:
     """The commit the figures belong to; "-dirty" when the source differs from it, "unknown" outside git."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--", "engine", "benchmarks", "training")
+        changed = _git("status", "--porcelain", "--", "engine", "training", "benchmarks/*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("-dirty" if changed else "")

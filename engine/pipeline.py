@@ -231,7 +231,7 @@ def _describe(
         "bundle": str(models.path.absolute()),
         "classes": list(models.classes),
         "weights": {member.name: member.weight for member in models.members},
-        "machine": {"system": platform.platform(), "processor": processor_name()},
+        "machine": {"system": f"{platform.system()} {platform.release()}", "processor": processor_name()},
         "versions": versions(),
     }
 
