@@ -24,9 +24,11 @@ def _build(batch_size: int, threads: int, height: int, width: int) -> Any:
 
     def pixels() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
-        gray = fn.decoders.image(encoded, device="cpu", output_type=types.GRAY)  # upright by EXIF
-        small = fn.resize(gray, size=[height, width], interp_type=types.INTERP_LINEAR, antialias=True)
-        return fn.reshape(small, shape=[1, height, width])
+        gray = fn.decoders.image(encoded, device="cpu", output_type=types.GRAY)  # [h, w, 1], upright by EXIF
+        small = _resize(gray, height, width, types.UINT8)
+        for axis in (0, 1):
+            small = _renormalise(small, gray, axis, (height, width))
+        return fn.reshape(fn.cast(small, dtype=types.UINT8), shape=[1, height, width])
 
     # the dynamic executor (DALI's default) survives a bad image; the others are lost after one
     pipeline = pipeline_def(pixels)(
@@ -36,10 +38,45 @@ def _build(batch_size: int, threads: int, height: int, width: int) -> Any:
     return pipeline
 
 
+def _resize(image: Any, height: int, width: int, dtype: Any) -> Any:
+    from nvidia.dali import fn, types
+
+    return fn.resize(
+        image, size=[height, width], interp_type=types.INTERP_LINEAR, antialias=True, dtype=dtype
+    )
+
+
+def _renormalise(small: Any, gray: Any, axis: int, size: tuple[int, int]) -> Any:
+    """Take the repeated border out of the first and last line of `small` along `axis`, as Pillow does.
+
+    Where the triangle filter reaches over the edge, DALI repeats the image's outermost line, so that a frame
+    of one pixel counts many times over; Pillow leaves that share w out and scales the rest up. When s source
+    pixels become one, w = n (s - n) / (2 s^2) with n = floor(s / 2 + 1/2), about 1/8, in the first and last
+    line only. So each becomes (line - w * outermost) / (1 - w). An enlarged image (s < 1) has w = 0.
+    """
+    from nvidia.dali import fn, math, types
+
+    length = fn.cast(gray.shape()[axis], dtype=types.FLOAT)
+    s = length / size[axis]
+    n = math.floor(s / 2 + 0.5)
+    w = n * (s - n) / (2 * s * s) * fn.cast(s > 1.0, dtype=types.FLOAT)
+    repeated, ends = 0.0, 0.0
+    for start, position in ((0, 0), (fn.cast(length - 1, dtype=types.INT32), size[axis] - 1)):
+        line = fn.slice(gray, start=start, shape=[1], axes=[axis])
+        height, width = (1, size[1]) if axis == 0 else (size[0], 1)
+        mask = np.zeros((size[0], 1, 1) if axis == 0 else (1, size[1], 1), np.float32)
+        mask.flat[position] = 1
+        end = types.Constant(mask, device="cpu")
+        repeated = repeated + end * _resize(line, height, width, types.FLOAT)
+        ends = ends + end
+    return (small - w * repeated) * (1 + w / (1 - w) * ends)
+
+
 class Graph:
     """Decodes (EXIF orientation applied), turns colour to luma and resizes with antialiased linear filtering.
 
-    Pixels differ from Pillow's full decode and BILINEAR resize by less than 1 gray level on average.
+    Pixels differ from Pillow's full decode and BILINEAR resize by less than 1 gray level on average, by 8 at
+    most on gray images.
     """
 
     def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int) -> None:

@@ -37,6 +37,23 @@ def test_gray_pixels_are_pillows(graph: Graph, height: int, width: int, kind: st
 
 
 @pytest.mark.parametrize(
+    ("height", "width"), [(3, 3), (224, 448), (225, 260), (300, 700), (1024, 1024), (2430, 1994)]
+)
+def test_a_bright_frame_keeps_its_weight(graph: Graph, height: int, width: int) -> None:
+    """Scanned films have frames of a pixel or two; a resize that repeats the border makes much of them."""
+    framed = smooth(height, width)
+    framed[0], framed[:, -1], framed[-1], framed[:, 0] = 255, 255, 0, 0
+    _, largest = difference(graph, encode(Image.fromarray(framed), "PNG"))
+    assert largest <= PIXEL_MAX
+
+
+def test_real_radiographs_have_pillows_pixels(graph: Graph, radiographs: list[Path]) -> None:
+    for path in radiographs[::5]:
+        mean, largest = difference(graph, path.read_bytes())
+        assert (mean <= PIXEL_MEAN, largest <= PIXEL_MAX) == (True, True)
+
+
+@pytest.mark.parametrize(
     ("mode", "kind", "options"),
     [
         ("RGB", "JPEG", {"quality": 90}),
