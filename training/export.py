@@ -123,6 +123,8 @@ def export_onnx(model: nn.Module, file: Path, *, size: tuple[int, int]) -> None:
             verbose=False,
         )
         assert program is not None
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # stack traces, with the paths of the machine that trained
         program.save(file, external_data=False)
 
 

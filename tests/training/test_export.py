@@ -86,6 +86,11 @@ def test_graph_equals_torch_for_any_batch(bundle, count):
     assert np.allclose(logits, heads.infer(tiny_model(0), pixels).numpy(), atol=1e-5)
 
 
+def test_graph_does_not_name_the_machine_that_trained(bundle):
+    assert b"export.py" not in (bundle / "one.onnx").read_bytes()
+    assert b"models.py" not in (bundle / "one.onnx").read_bytes()
+
+
 def test_safetensors_hold_the_module(bundle):
     states = load_file(bundle / "two.safetensors")
     assert states.keys() == tiny_model(1).state_dict().keys()
