@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine.pipeline import processor_name, versions
+from engine.provenance import processor_name, versions
 from engine.settings import available_cpus
 
 ROOT = Path(__file__).parent.parent

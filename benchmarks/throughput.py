@@ -27,11 +27,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
+from benchmarks.processes import core_seconds, peak_memory
 from engine import bundle, runners
 from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter
-from engine.pipeline import CPU_BATCH, CPU_PART_ROWS, READ_THREADS, flow, meters_for
-from engine.preprocess import Preprocess
+from engine.pipeline import READ_THREADS, flow, meters_for
+from engine.preprocess.stage import Preprocess
+from engine.provenance import CPU_BATCH, CPU_PART_ROWS
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
 from engine.settings import Limits, available_cpus
@@ -60,9 +62,9 @@ class Cost:
 
 def measure(work: Callable[[], int]) -> Cost:
     """Time `work`, which returns how many images it did."""
-    wall, core = time.perf_counter(), time.process_time()
+    wall, core = time.perf_counter(), core_seconds(os.getpid())
     rows = work()
-    return Cost(rows, time.perf_counter() - wall, time.process_time() - core)
+    return Cost(rows, time.perf_counter() - wall, core_seconds(os.getpid()) - core)
 
 
 def write_image(folder: Path, index: int, side: int) -> None:
@@ -108,7 +110,9 @@ class Stages:
 
     def costs(self, rows: int) -> dict[str, Cost]:
         """Every stage, in random order; the first `rows` rows."""
-        part = Part(0, 0, self._paths[:rows], pa.table({"_": pa.nulls(rows)}).drop_columns(["_"]))
+        part = Part(
+            0, np.arange(rows), self._paths[:rows], pa.table({"_": pa.nulls(rows)}).drop_columns(["_"])
+        )
         stages = {
             "read": lambda: self._read(part),
             "preprocess": lambda: self._decode(part),
@@ -121,7 +125,7 @@ class Stages:
         return {name: found[name] for name in stages}
 
     def _batches(self, part: Part) -> Iterator[Batch]:
-        reader = Reader.within(Limits(), root=self._root, batch_size=CPU_BATCH, threads=READ_THREADS)
+        reader = Reader(self._root, CPU_BATCH, READ_THREADS, limits=Limits())
         return reader.stage([part], Meter("read"))
 
     def _read(self, part: Part) -> Cost:
@@ -195,7 +199,7 @@ class EndToEnd:
 
     rate: float  # images/s from the first read to the last part synced
     core_s_per_image: float  # the whole process, start-up included
-    peak_memory_mb: float
+    peak_memory_mb: float  # of the whole tree of processes
     start_up_s: float  # process start to first read, and last part to exit
 
 
@@ -205,8 +209,9 @@ def run_engine(manifest: Path, models: Path, folder: Path) -> EndToEnd:
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
-    errors = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
+    with peak_memory(process) as peak:
+        errors = process.stderr.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall_s = time.perf_counter() - start
     if process.returncode:
@@ -217,7 +222,7 @@ def run_engine(manifest: Path, models: Path, folder: Path) -> EndToEnd:
     return EndToEnd(
         rate=last["rows"] / last["elapsed_s"],
         core_s_per_image=(usage.ru_utime + usage.ru_stime) / last["rows"],
-        peak_memory_mb=usage.ru_maxrss / 1024,
+        peak_memory_mb=peak.bytes / 2**20,
         start_up_s=wall_s - last["elapsed_s"],
     )
 
@@ -300,7 +305,7 @@ def host_cost(work: Path, rows: int) -> dict[str, Any]:
     manifest.write_text("path\n" + "".join(f"tiny/{row % 100:02}.png\n" for row in range(rows)))
     opened = open_manifest(manifest)
     layout = Layout(("normal", "osteopenia", "osteoporosis"), ("a", "b"), opened.columns, "")
-    reader = Reader.within(Limits(), root=opened.root, batch_size=CPU_BATCH, threads=READ_THREADS)
+    reader = Reader(opened.root, CPU_BATCH, READ_THREADS, limits=Limits())
 
     def run() -> int:
         with tempfile.TemporaryDirectory(dir=work) as folder:

@@ -41,12 +41,23 @@ class Header(NamedTuple):
 class HeaderError(Exception):
     """The bytes can't be scored; `status` says why in the ledger's words."""
 
-    def __init__(self, status: Status, message: str) -> None:
+    def __init__(self, status: Status, message: str, size: tuple[int, int] | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.size = status, size
 
 
-def parse(data: bytes) -> Header:
+def parse(data: bytes, max_pixels: int) -> Header:
+    found = _parse(data)
+    if found.width * found.height > max_pixels:
+        raise HeaderError(
+            Status.TOO_LARGE,
+            f"{found.width} x {found.height} pixels; --max-pixels allows {max_pixels}",
+            (found.width, found.height),
+        )
+    return found
+
+
+def _parse(data: bytes) -> Header:
     """The header of a JPEG or PNG file, decided by content.
 
     Raises HeaderError with UNSUPPORTED, TRUNCATED (the end is missing) or CORRUPT.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -67,7 +68,9 @@ class Manifest:
     def _part(self, index: int, part_rows: int, table: pa.Table, keep: set[int] | None) -> Iterator[Part]:
         if keep is None or index in keep:
             paths = table.column(self.path_column).cast(pa.string()).to_pylist()
-            yield Part(index, index * part_rows, paths, table.drop_columns([self.path_column]))
+            first = index * part_rows
+            row = np.arange(first, first + len(paths))
+            yield Part(index, row, paths, table.drop_columns([self.path_column]))
 
 
 class _Held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 from typing import Self
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from engine.pipeline import Progress, Summary
+from engine.ledger import Progress, Summary
 
 LINE_EVERY_S = 5.0
 BAR_EVERY_S = 0.1
@@ -31,6 +32,7 @@ class Display:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]:.1f} images/s, {task.fields[errors]} errors, ETA"),
                 TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[forecast]}"),
                 console=console,
                 transient=True,
             )
@@ -54,19 +56,36 @@ class Display:
         self._shown = now
         if self._bar:
             if self._task is None:
-                self._task = self._bar.add_task("", total=progress.rows, rate=0.0, errors=0)
-            self._bar.update(self._task, completed=done, rate=progress.rate, errors=progress.errors)
+                self._task = self._bar.add_task("", total=progress.rows, rate=0.0, errors=0, forecast="")
+            self._bar.update(
+                self._task,
+                completed=done,
+                rate=progress.rate,
+                errors=progress.errors,
+                forecast=_forecast(progress).removeprefix(", "),
+            )
         else:
-            left_s = (progress.rows - done) / progress.rate if progress.rate else 0.0
+            left_s = progress.seconds_for(progress.rows_left)
             self._console.print(
                 f"{done}/{progress.rows} rows, {progress.rate:.1f} images/s, {progress.errors} errors, "
-                f"ETA {_clock(left_s)}",
+                f"ETA {_clock(left_s)}{_forecast(progress)}",
                 highlight=False,
                 soft_wrap=True,
             )
 
 
+def _forecast(progress: Progress) -> str:
+    """Whether the run will be done by its deadline."""
+    moment = progress.finish_by
+    if not moment:
+        return ""
+    share = progress.share_by(moment)
+    return f", done by {moment:%H:%M}" if share >= 1 else f", {share:.0%} done by {moment:%H:%M}"
+
+
 def _clock(seconds: float) -> str:
+    if math.isinf(seconds):
+        return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"

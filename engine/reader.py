@@ -1,21 +1,28 @@
-"""Rows to encoded bytes: many reads in flight, bounded by bytes; bad rows get their status here."""
+"""Rows to encoded bytes: many reads in flight, bounded by bytes; bad rows get their status here.
+
+A read that hangs costs its own row: its batch is set aside and the others pass it. After `timeout_s` the row
+is given up, and the rest of its batch is read by another thread.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import queue
 import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from engine import header
+from engine.errors import EngineError
+from engine.header import Header, HeaderError
 from engine.overlap import Meter
 from engine.records import Batch, Part, Status
 from engine.settings import Limits
@@ -23,6 +30,9 @@ from engine.settings import Limits
 # One more batch is read ahead for each of these that reading a batch takes on average: files in the page
 # cache need one thread, and more would only fight for the interpreter lock; slow storage gets all of them.
 AHEAD_EVERY_S = 0.001
+PATIENCE_S = 1.0  # a batch whose file takes longer is set aside
+MAX_HUNG = 64  # reads given up on that have not come back; more, and the storage is down
+WITNESSES = 8  # files that were read last: are all of them gone, so is the storage
 
 
 class _ReadError(Exception):
@@ -32,17 +42,17 @@ class _ReadError(Exception):
 
 
 class _Budget:
-    """Bytes that may be held at once. The oldest unread batch always passes, so nothing can lock up."""
+    """Bytes that may be held at once. The batch that the consumer waits for always passes."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._used, self._closed = limit, 0, False
-        self._head = 0
+        self._first: _Job | None = None
         self._changed = threading.Condition()
 
-    def acquire(self, size: int, ticket: int) -> None:
+    def acquire(self, size: int, job: _Job) -> None:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._used + size <= self._limit or ticket == self._head or self._closed
+                lambda: self._used + size <= self._limit or job is self._first or self._closed
             )
             self._used += size
 
@@ -51,10 +61,9 @@ class _Budget:
             self._used -= size
             self._changed.notify_all()
 
-    def pass_head(self, ticket: int) -> None:
-        """Batch `ticket` is read; the next one is the oldest now."""
+    def let_pass(self, job: _Job) -> None:
         with self._changed:
-            self._head = ticket + 1
+            self._first = job
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -63,62 +72,80 @@ class _Budget:
             self._changed.notify_all()
 
 
-class _Latency:
-    """Running mean of the time that reading a batch takes."""
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """One thread's try at a batch. `since`: monotonic second that its present read began, if one goes on."""
 
-    def __init__(self) -> None:
-        self.mean_s = 0.0
+    since: float | None = None
 
-    def see(self, taken_s: float) -> None:
-        self.mean_s += (taken_s - self.mean_s) / 16
+    def slow_for(self, now: float) -> float:
+        since = self.since
+        return 0.0 if since is None else now - since
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """A batch being read. Only the present `attempt` may write to it, under `lock`."""
+
+    batch: Batch
+    paths: list[str | None]
+    attempt: _Attempt = field(default_factory=_Attempt)
+    position: int = 0  # of the file that is read now
+    held: int = 0  # bytes of the budget
+    busy_s: float = 0.0
+    done: bool = False
+    aside: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the files of parts in batches. `threads` 0 reads in the caller's thread."""
+    """Reads the files of parts in batches, `threads` batches at once."""
 
     root: Path
     batch_size: int
     threads: int
-    memory: int  # bytes of encoded images held at once, beyond one batch
-    max_pixels: int
-    max_file_size: int  # bytes
-
-    @classmethod
-    def within(cls, limits: Limits, *, root: Path, batch_size: int, threads: int) -> Reader:
-        """A reader that keeps to the limits."""
-        return cls(root, batch_size, threads, limits.encoded_bytes, limits.max_pixels, limits.max_file_size)
+    limits: Limits
+    timeout_s: float = 60.0
+    ahead: bool = True  # False: one batch after the other
 
     def stage(self, parts: Iterable[Part], meter: Meter) -> Iterator[Batch]:
-        """Batches in manifest order; no batch crosses a part's border."""
-        budget = _Budget(self.memory)
-        with meter.upstream(parts) as source:
-            tickets = enumerate(
-                (part, start) for part in source for start in range(0, part.rows, self.batch_size)
-            )
-            latency = _Latency()
-            if self.threads == 0:
-                for ticket, (part, start) in tickets:
-                    yield self._read_batch(part, start, ticket, budget, meter, latency)
-                return
-            pending: deque[Future[Batch]] = deque()
-            pool = ThreadPoolExecutor(self.threads, thread_name_prefix="read")
-            try:
-                for ticket, (part, start) in tickets:
-                    pending.append(pool.submit(self._read_batch, part, start, ticket, budget, meter, latency))
-                    if len(pending) > min(self.threads, 1 + latency.mean_s / AHEAD_EVERY_S):
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                budget.close()
-                pool.shutdown(cancel_futures=True)
+        """Batches in manifest order, but for those that a hanging read holds up; none crosses a part."""
+        with meter.upstream(parts) as source, closing(_Reading(self, meter)) as reading:
+            for part in source:
+                for start in range(0, part.rows, self.batch_size):
+                    reading.begin(part, start)
+                    yield from reading.finished(leave=reading.ahead)
+            yield from reading.finished(leave=0)
+            yield from reading.stragglers()
 
-    def _read_batch(
-        self, part: Part, start: int, ticket: int, budget: _Budget, meter: Meter, latency: _Latency
-    ) -> Batch:
-        began = time.perf_counter()
-        paths = part.paths[start : start + self.batch_size]
+
+class _Reading:
+    """The reads of one stage: threads, the batches in their hands, and what waits to be handed on."""
+
+    def __init__(self, reader: Reader, meter: Meter) -> None:
+        self._reader, self._meter = reader, meter
+        self._budget = _Budget(reader.limits.encoded_bytes)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._pending: deque[_Job] = deque()  # in manifest order
+        self._aside: list[_Job] = []
+        self._witnesses: deque[str] = deque(maxlen=WITNESSES)
+        self._hung = 0
+        self._closed = False
+        self._latency_s = 0.0  # running mean over batches
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        for _ in range(reader.threads):
+            self._add_thread()
+
+    @property
+    def ahead(self) -> float:
+        """How many batches may be in flight beyond the one that is handed on next."""
+        return min(self._reader.threads, 1 + self._latency_s / AHEAD_EVERY_S) if self._reader.ahead else 0
+
+    def begin(self, part: Part, start: int) -> None:
+        paths = part.paths[start : start + self._reader.batch_size]
         rows = len(paths)
         batch = Batch(
             part,
@@ -129,65 +156,215 @@ class Reader:
             encoded=[b""] * rows,
             headers=[None] * rows,
         )
-        held = 0
-        for position, path in enumerate(paths):
-            try:
-                data = self._read(path, ticket, budget)
-                held += len(data)
-                self._check(batch, position, data)
-            except _ReadError as error:
-                batch.fail(position, error.status, str(error))
-            except header.HeaderError as error:
-                batch.fail(position, error.status, str(error))
-        budget.pass_head(ticket)
-        batch.release = lambda: budget.release(held)
-        taken = time.perf_counter() - began
-        meter.add(taken)
-        latency.see(taken)
-        return batch
+        job = _Job(batch, paths)
+        self._pending.append(job)
+        self._jobs.put(job)
 
-    def _read(self, path: str | None, ticket: int, budget: _Budget) -> bytes:
+    def finished(self, leave: float) -> Iterator[Batch]:
+        """Batches that are read, until at most `leave` are in flight; waits for them."""
+        while True:
+            yield from self._ready_aside()
+            if len(self._pending) <= leave:
+                return
+            job = self._pending[0]
+            if job.done or self._wait(job):
+                self._pending.popleft()
+                yield self._hand_on(job)
+
+    def stragglers(self) -> Iterator[Batch]:
+        """What was set aside, as it comes."""
+        while self._aside:
+            self._wait(self._aside[0])
+            yield from self._ready_aside()
+
+    def _ready_aside(self) -> Iterator[Batch]:
+        for job in [job for job in self._aside if job.done]:
+            self._aside.remove(job)
+            yield self._hand_on(job)
+
+    def _hand_on(self, job: _Job) -> Batch:
+        self._meter.add(job.busy_s)
+        self._latency_s += (job.busy_s - self._latency_s) / 16
+        held = job.held
+        job.batch.release = lambda: self._budget.release(held)
+        return job.batch
+
+    def _wait(self, job: _Job) -> bool:
+        """Wait a moment for `job`; True when it is done. A slow one is set aside, a hanging file given up."""
+        self._budget.let_pass(job)
+        with self._changed:
+            if not job.done and not self._error:
+                self._changed.wait(self._until_next_look())
+        if self._error:
+            raise self._error
+        if job.done:
+            return True
+        now = time.monotonic()
+        if (
+            job.attempt.slow_for(now) > PATIENCE_S
+            and not job.aside
+            and len(self._aside) < self._reader.threads
+        ):
+            self._set_aside(job)
+        for slow in {*self._aside, job}:
+            if slow.attempt.slow_for(now) > self._reader.timeout_s:
+                self._give_up(slow)
+        return False
+
+    def _until_next_look(self) -> float:
+        return min(PATIENCE_S, self._reader.timeout_s) / 4
+
+    def _set_aside(self, job: _Job) -> None:
+        """Let the batches behind `job` pass; its thread ends with it, so another takes its place."""
+        job.aside = True
+        self._pending.remove(job)
+        self._aside.append(job)
+        self._add_thread()
+
+    def _give_up(self, job: _Job) -> None:
+        """Take the batch from the thread that hangs; the file it hangs on is lost, the rest goes on."""
+        timeout_s = self._reader.timeout_s
+        with job.lock:
+            if job.done or job.attempt.slow_for(time.monotonic()) <= timeout_s:
+                return  # it came at the last moment
+            job.attempt = _Attempt()
+            job.batch.fail(job.position, Status.TIMEOUT, f"no answer for {timeout_s:g} s (--read-timeout)")
+            job.position += 1
+        with self._changed:
+            self._hung += 1
+        if self._hung > MAX_HUNG:
+            raise EngineError(
+                f"the storage of the images does not answer: {self._hung} reads hang for longer than "
+                f"{timeout_s:g} s; the same command goes on when it answers again"
+            )
+        self._add_thread()
+        self._jobs.put(job)
+
+    def _add_thread(self) -> None:
+        # daemons: a read that never comes back must not keep the process
+        thread = threading.Thread(target=self._work, name="read", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        goes_on = True
+        while goes_on and (job := self._jobs.get()) is not None:
+            try:
+                goes_on = self._read_batch(job)
+            except BaseException as error:  # handed to the consumer, which raises it
+                self._error, goes_on = error, False
+            with self._changed:
+                self._changed.notify_all()
+
+    def _read_batch(self, job: _Job) -> bool:
+        """Read what is left of a batch. False when another thread has taken this one's place meanwhile."""
+        began = time.perf_counter()
+        attempt, data = job.attempt, b""
+        while job.position < len(job.paths) and not self._closed:
+            attempt.since = time.monotonic()
+            data, found, error = self._read_checked(job, attempt)
+            with job.lock:
+                if job.attempt is not attempt:
+                    break
+                self._keep(job, data, found, error)
+                attempt.since = None
+        with job.lock, self._changed:
+            if job.attempt is not attempt:
+                self._budget.release(len(data))
+                self._hung -= 1
+                return False
+            job.busy_s += time.perf_counter() - began
+            job.done = True
+            return not job.aside
+
+    def _read_checked(
+        self, job: _Job, attempt: _Attempt
+    ) -> tuple[bytes, Header | None, _ReadError | HeaderError | None]:
+        data = b""
+        try:
+            data = self._read(job, attempt)
+            return data, header.parse(data, self._reader.limits.max_pixels), None
+        except (_ReadError, HeaderError) as error:
+            return data, None, error
+
+    @staticmethod
+    def _keep(job: _Job, data: bytes, found: Header | None, error: _ReadError | HeaderError | None) -> None:
+        batch, position = job.batch, job.position
+        job.held += len(data)
+        size = (found.width, found.height) if found else getattr(error, "size", None)
+        if size:
+            batch.width[position], batch.height[position] = size
+        if found:
+            batch.encoded[position], batch.headers[position] = data, found
+            if found.flags:
+                batch.flags[position] = list(found.flags)
+        if error:
+            batch.fail(position, error.status, str(error))
+        job.position += 1
+
+    def _read(self, job: _Job, attempt: _Attempt) -> bytes:
+        path = job.paths[job.position]
         if not path:
             raise _ReadError(Status.MISSING, "the row has no path")
+        full = os.path.join(self._reader.root, path)
         try:
             # O_NONBLOCK: opening a FIFO that nobody writes to must not hang
-            descriptor = os.open(os.path.join(self.root, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            descriptor = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise _os_error(error) from None
+            raise self._os_error(error) from None
         except ValueError:
             raise _ReadError(Status.UNREADABLE, "the path holds a NUL character") from None
         try:
-            info = os.fstat(descriptor)
-            if not stat.S_ISREG(info.st_mode):
-                raise _ReadError(Status.UNREADABLE, f"a {_kind(info.st_mode)}, not a file")
-            size = info.st_size
-            if size == 0:
-                raise _ReadError(Status.EMPTY, "the file has 0 bytes")
-            if size > self.max_file_size:
-                raise _ReadError(Status.TOO_LARGE, f"{size} bytes; at most {self.max_file_size} are read")
-            budget.acquire(size, ticket)
-            try:
-                data = _read_all(descriptor, size)
-            except OSError as error:
-                budget.release(size)
-                raise _os_error(error) from None
-            if len(data) < size:  # it shrank meanwhile
-                budget.release(size - len(data))
-            return data
+            data = self._read_opened(job, attempt, descriptor)
         finally:
             os.close(descriptor)
+        self._witnesses.append(full)
+        return data
 
-    def _check(self, batch: Batch, position: int, data: bytes) -> None:
-        found = header.parse(data)
-        batch.width[position], batch.height[position] = found.width, found.height
-        if found.flags:
-            batch.flags[position] = list(found.flags)
-        if found.width * found.height > self.max_pixels:
-            raise _ReadError(
-                Status.TOO_LARGE,
-                f"{found.width} x {found.height} pixels; --max-pixels allows {self.max_pixels}",
-            )
-        batch.encoded[position], batch.headers[position] = data, found
+    def _read_opened(self, job: _Job, attempt: _Attempt, descriptor: int) -> bytes:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise _ReadError(Status.UNREADABLE, f"a {_kind(info.st_mode)}, not a file")
+        size, most = info.st_size, self._reader.limits.max_file_size
+        if size == 0:
+            raise _ReadError(Status.EMPTY, "the file has 0 bytes")
+        if size > most:
+            raise _ReadError(Status.TOO_LARGE, f"{size} bytes; --max-file-size allows {most}")
+        attempt.since = None  # waiting for room is not the storage's fault
+        self._budget.acquire(size, job)
+        attempt.since = time.monotonic()
+        try:
+            data = _read_all(descriptor, size)
+        except OSError as error:
+            self._budget.release(size)
+            raise self._os_error(error) from None
+        if len(data) < size:  # it shrank meanwhile
+            self._budget.release(size - len(data))
+        return data
+
+    def _os_error(self, error: OSError) -> _ReadError:
+        """The row's status, unless all storage has gone: then no row may be called missing."""
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        if self._storage_gone():
+            raise EngineError(
+                f"the images have disappeared: {self._reader.root} or a folder below it went away during the "
+                "run; the same command goes on when it is back"
+            ) from None
+        status = Status.MISSING if missing else Status.UNREADABLE
+        return _ReadError(status, error.strerror or "read error")
+
+    def _storage_gone(self) -> bool:
+        """None of the files that were read last is there any more."""
+        return not any(os.path.exists(path) for path in list(self._witnesses) or [str(self._reader.root)])
+
+    def close(self) -> None:
+        self._closed = True
+        self._budget.close()
+        for _ in self._threads:
+            self._jobs.put(None)
+        deadline = time.monotonic() + 2 * PATIENCE_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _read_all(descriptor: int, size: int) -> bytes:
@@ -201,12 +378,6 @@ def _read_all(descriptor: int, size: int) -> bytes:
         pieces.append(data)
         size -= len(data)
     return b"".join(pieces)
-
-
-def _os_error(error: OSError) -> _ReadError:
-    missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-    status = Status.MISSING if missing else Status.UNREADABLE
-    return _ReadError(status, error.strerror or "read error")
 
 
 def _kind(mode: int) -> str:

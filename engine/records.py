@@ -38,10 +38,10 @@ class Status(enum.IntEnum):
 
 @dataclass(slots=True)
 class Part:
-    """Consecutive manifest rows, the unit of resume. Filled by the manifest."""
+    """Manifest rows that become one file, the unit of resume. Filled by the manifest."""
 
     index: int
-    first_row: int
+    row: npt.NDArray[np.int64]  # [n], numbers in the manifest: consecutive, but for a retry of failed rows
     paths: list[str | None]
     columns: pa.Table  # the other manifest columns, same length as `paths`
 
@@ -90,5 +90,5 @@ class Batch:
         self.release()
 
     def __repr__(self) -> str:
-        first = self.part.first_row + self.start
-        return f"Batch(rows {first}..{first + self.rows - 1}, {len(self.index)} with pixels)"
+        row = self.part.row[self.start : self.start + self.rows]
+        return f"Batch(rows {row[0]}..{row[-1]}, {len(self.index)} with pixels)"

@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from rich.console import Console
 
-from engine.errors import EngineError, UsageError
-from engine.pipeline import CPU_BATCH, CPU_PART_ROWS, Summary, screen
+from engine.errors import EngineError, Stopped, UsageError
+from engine.ledger import Summary
+from engine.pipeline import GRACE_S, retry, screen
 from engine.progress import Display, show_summary
+from engine.provenance import CPU_BATCH, CPU_PART_ROWS
+from engine.run_folder import recorded_bundle
 from engine.runners import RUNNERS
-from engine.settings import Limits, Settings, parse_bytes
+from engine.settings import Limits, Settings, parse_bytes, parse_moment
 
 NOTICE = "Research use only; not a medical device. The output is a work list for people, not a diagnosis."
 EXAMPLE = "example: python -m engine.run manifest.csv -b bundle -o results"
+GIVE_UP_S = 3 * GRACE_S  # after this long without a clean stop the process ends all the same
+_OPERATING = frozenset(
+    (
+        "manifest",
+        "only_errors",
+        "bundle",
+        "workers",
+        "memory",
+        "read_timeout_s",
+        "finish_by",
+        "max_error_rate",
+        "serial",
+    )
+)
+MAX_BATCH, MAX_PART_ROWS, MAX_WORKERS = 4096, 1_000_000, 1024
 
 
 class _Parser(argparse.ArgumentParser):
@@ -44,21 +64,46 @@ def _parser() -> argparse.ArgumentParser:
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
     add("--device", default=defaults.device, help="auto or cpu (%(default)s)")
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
-    add("--batch-size", type=_count, metavar="N", help=f"images a batch ({CPU_BATCH} on a CPU)")
+    add("--batch-size", type=_count(MAX_BATCH), metavar="N", help=f"images a batch ({CPU_BATCH} on a CPU)")
     add(
         "--part-rows",
-        type=_count,
+        type=_count(MAX_PART_ROWS),
         metavar="N",
         help=f"rows a part, the unit of resume ({CPU_PART_ROWS} on a CPU)",
     )
     add("--path-column", metavar="NAME", help="manifest column with the paths (path, else the first)")
     add("--column-prefix", default=defaults.column_prefix, metavar="TEXT", help="put before manifest columns")
     add("--root", type=Path, help="folder of relative paths (the manifest's own)")
-    add("--workers", type=_count, metavar="N", help="CPU threads (all that this process may use)")
+    add(
+        "--workers", type=_count(MAX_WORKERS), metavar="N", help="CPU threads (all that this process may use)"
+    )
     add("--memory", default="1GiB", metavar="SIZE", help="for images in flight (%(default)s)")
-    add("--max-pixels", type=_count, default=defaults.limits.max_pixels, metavar="N", help="(%(default)s)")
-    add("--max-file-size", default="512MiB", metavar="SIZE", help="(%(default)s)")
-    add("--max-error-rate", type=_share, default=defaults.max_error_rate, metavar="F", help="(%(default)s)")
+    pixels = defaults.limits.max_pixels
+    add("--max-pixels", type=_count(), default=pixels, metavar="N", help="of an image (%(default)s)")
+    add("--max-file-size", default="512MiB", metavar="SIZE", help="of an image (%(default)s)")
+    add(
+        "--read-timeout",
+        dest="read_timeout_s",
+        type=_seconds,
+        default=defaults.read_timeout_s,
+        metavar="S",
+        help="seconds that reading one file may take (%(default)g)",
+    )
+    add(
+        "--finish-by", metavar="TIME", help="stop at a clean point in time for 06:00, or an ISO date and time"
+    )
+    add(
+        "--max-error-rate",
+        type=_share,
+        default=defaults.max_error_rate,
+        metavar="F",
+        help="share of failed rows that still counts as success (%(default)g)",
+    )
+    add(
+        "--only-errors",
+        action="store_true",
+        help="MANIFEST is a results folder: try its failed rows again, with the options of that run",
+    )
     add("--overwrite", action="store_true", help="delete the run that OUTPUT holds and start again")
     add(
         "--serial",
@@ -68,59 +113,69 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+def _count(most: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
+        if value < 1 or (most and value > most):
+            allowed = f"a whole number from 1 to {most}" if most else "a positive whole number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return value
+
+    return parse
+
+
+def _number(text: str, low: float, high: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between {low:g} and {high:g}")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+    return _number(text, 0, 1)
+
+
+def _seconds(text: str) -> float:
+    return _number(text, 0.1, 86_400)
 
 
 def settings_from(arguments: list[str]) -> Settings:
     """Raises UsageError, and SystemExit for --help."""
-    given: dict[str, Any] = vars(_parser().parse_args(arguments))
+    parser = _parser()
+    given: dict[str, Any] = vars(parser.parse_args(arguments))
+    if given["only_errors"]:
+        _take_from_run(given, {name for name in given if given[name] != parser.get_default(name)})
     limits = Limits(
         memory=parse_bytes(given.pop("memory")),
         max_pixels=given.pop("max_pixels"),
         max_file_size=parse_bytes(given.pop("max_file_size")),
     )
+    if given["finish_by"]:
+        given["finish_by"] = parse_moment(given["finish_by"], datetime.now(UTC))
     return Settings(limits=limits, overlap=not given.pop("serial"), **given)
 
 
+def _take_from_run(given: dict[str, Any], changed: set[str]) -> None:
+    """--only-errors: the options are those of the run, but for how it is operated."""
+    wrong = changed - _OPERATING
+    if wrong:
+        option = "--" + min(wrong).replace("_", "-")
+        raise UsageError(f"{option} can't be given with --only-errors, which takes it from the run")
+    if "bundle" not in changed:
+        given["bundle"] = recorded_bundle(given["manifest"])
+
+
 def main(arguments: list[str] | None = None) -> int:
-    with _own_stderr() as stderr:
-        return _main(sys.argv[1:] if arguments is None else arguments, Console(file=stderr))
-
-
-@contextmanager
-def _own_stderr() -> Iterator[TextIO]:
-    """Keep standard error for this program: libjpeg and libpng complain there about each damaged image.
-
-    Their lines name no file; what they mean is in the row's status. Python's own errors still get out.
-    """
-    kept, python = os.dup(2), sys.stderr
-    with os.fdopen(kept, "w", buffering=1) as stderr, open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-        sys.stderr = stderr
-        try:
-            yield stderr
-        finally:
-            os.dup2(kept, 2)
-            sys.stderr = python
-
-
-def _main(arguments: list[str], console: Console) -> int:
+    console = Console(stderr=True)
     try:
-        settings = settings_from(arguments)
-        stop = _stop_on_signal(console)
+        settings = settings_from(sys.argv[1:] if arguments is None else arguments)
+        stop = _stop_on_signal(console, settings.finish_by)
         with Display(console) as display:
-            summary = screen(settings, watch=display, stop=stop)
+            work = retry if settings.only_errors else screen
+            summary = work(settings, watch=display, stop=stop)
     except EngineError as error:
         console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         return error.exit_status
@@ -130,15 +185,16 @@ def _main(arguments: list[str], console: Console) -> int:
             f"error: {where}{error.strerror or error}", markup=False, highlight=False, soft_wrap=True
         )
         return 1
-    return _report(console, summary, settings.max_error_rate)
+    return _report(console, summary, settings)
 
 
-def _report(console: Console, summary: Summary, max_error_rate: float) -> int:
+def _report(console: Console, summary: Summary, settings: Settings) -> int:
     if not summary.rows_done:
-        console.print(f"{summary.output} is finished already; --overwrite starts again", markup=False)
+        hint = "no row failed" if settings.only_errors else "--overwrite starts again"
+        console.print(f"{summary.output} is finished already; {hint}", markup=False)
     show_summary(console, summary)
     print(summary.output)
-    if summary.errors > max_error_rate * summary.rows:
+    if summary.errors > settings.max_error_rate * summary.rows:
         console.print(
             f"error: {summary.errors} of {summary.rows} rows failed, more than --max-error-rate allows"
         )
@@ -146,19 +202,36 @@ def _report(console: Console, summary: Summary, max_error_rate: float) -> int:
     return 0
 
 
-def _stop_on_signal(console: Console) -> threading.Event:
-    """The first SIGINT or SIGTERM asks the run to stop, the second ends the process."""
+def _stop_on_signal(console: Console, finish_by: datetime | None) -> threading.Event:
+    """The first signal, or the deadline, asks the run to stop; a second signal ends the process."""
     stop = threading.Event()
+
+    def give_up() -> None:
+        console.print("error: stopped while storage or a stage hangs; the same command goes on")
+        os._exit(Stopped.exit_status)
+
+    def ask() -> None:
+        stop.set()
+        _in_background(GIVE_UP_S, give_up)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
             os._exit(130)
-        stop.set()
         console.print("stopping; once more to stop at once")
+        ask()
 
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, handle)
+    if finish_by:
+        _in_background((finish_by - datetime.now(UTC)).total_seconds(), ask)
     return stop
+
+
+def _in_background(seconds: float, action: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.start()
 
 
 if __name__ == "__main__":

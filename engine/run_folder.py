@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import EngineError, UsageError
-from engine.sink import part_name, write_json
+from engine.sink import Done, finished, part_name, write_json
 
 RUN, SUCCESS, LISTING, LOCK = "_run.json", "_SUCCESS", "_manifest.parquet", ".lock"
 
@@ -26,6 +27,13 @@ class RunFolder:
         self.path = path
         self._overwrite = overwrite
 
+    @classmethod
+    def existing(cls, path: Path) -> Self:
+        """A folder that holds a run. Raises UsageError for any other."""
+        if not (path / RUN).is_file():
+            raise UsageError(f"results {path}: no {RUN} there; give the output folder of a run")
+        return cls(path, overwrite=False)
+
     def __enter__(self) -> Self:
         try:
             self._refuse_foreign()
@@ -36,9 +44,11 @@ class RunFolder:
             raise UsageError(f"output {self.path}: {error.strerror}") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             os.close(self._lock)
-            raise UsageError(f"output {self.path}: another process is writing there; wait for it") from None
+            busy = isinstance(error, BlockingIOError)
+            reason = "another process is writing there; wait for it" if busy else f"no lock: {error.strerror}"
+            raise UsageError(f"output {self.path}: {reason}") from None
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
         if self._overwrite:
@@ -50,7 +60,8 @@ class RunFolder:
             (self.path / LISTING).unlink(missing_ok=True)
             (self.path / LOCK).unlink(missing_ok=True)
             if self._created:
-                self.path.rmdir()
+                with suppress(OSError):  # somebody else put something there, or deleted it
+                    self.path.rmdir()
         os.close(self._lock)
 
     def _refuse_foreign(self) -> None:
@@ -106,18 +117,53 @@ class RunFolder:
             )
         return recorded
 
+    def withdraw(self) -> None:
+        """The run is not finished, or not any more."""
+        (self.path / SUCCESS).unlink(missing_ok=True)
+
     def succeeded(self) -> bool:
         return (self.path / SUCCESS).exists()
 
     def succeed(self, summary: dict[str, Any]) -> None:
         write_json(self.path / SUCCESS, summary)
 
-    def check(self, parts: dict[int, int], part_rows: int, rows: int) -> None:
-        """Every part is there with the rows it should have. `parts` maps index to rows, from the footers."""
-        for index in range(-(-rows // part_rows)):
-            expected = min(part_rows, rows - index * part_rows)
-            if parts.get(index) != expected:
-                name = self.path / part_name(index)
-                raise EngineError(f"{name}: {parts.get(index, 0)} rows where {expected} belong; run again")
-        if sum(parts.values()) != rows:
-            raise EngineError(f"{self.path}: {sum(parts.values())} rows in the parts, {rows} in the manifest")
+    def finished(self, run: dict[str, Any]) -> dict[int, Done]:
+        """The parts on disk, each where the manifest has it. Raises EngineError that names the wrong one."""
+        parts = finished(self.path, run["run_id"])
+        for index, part in parts.items():
+            self._check(index, part.first_row, part.rows, run)
+        return parts
+
+    def complete(self, run: dict[str, Any]) -> dict[int, Done]:
+        """All parts of the run; their footers have to add up to the manifest. Raises EngineError."""
+        parts = self.finished(run)
+        rows = run["rows"]
+        for index in range(parts_of(run)):
+            if index not in parts:
+                raise EngineError(f"{self.path / part_name(index)}: it is missing; run again")
+        total = sum(part.rows for part in parts.values())
+        if total != rows:
+            raise EngineError(f"{self.path}: {total} rows in the parts, {rows} in the manifest")
+        return parts
+
+    def _check(self, index: int, first_row: int, rows: int, run: dict[str, Any]) -> None:
+        part_rows = run["result_options"]["part_rows"]
+        first = index * part_rows
+        expected = max(0, min(part_rows, run["rows"] - first))
+        if (first_row, rows) != (first, expected):
+            raise EngineError(
+                f"{self.path / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
+                f"from row {first}; delete it and run again"
+            )
+
+
+def parts_of(run: dict[str, Any]) -> int:
+    """How many parts the run that `_run.json` describes has."""
+    return -(-int(run["rows"]) // int(run["result_options"]["part_rows"]))
+
+
+def recorded_bundle(results: Path) -> Path:
+    """Where the bundle of the run in `results` was. Raises UsageError when there is no run."""
+    recorded = RunFolder.existing(results).recorded()
+    assert recorded is not None
+    return Path(recorded["bundle"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from datetime import datetime, time, timedelta
 from pathlib import Path
 
 from engine.errors import UsageError
@@ -58,6 +59,9 @@ class Settings:
     workers: int | None = None
     limits: Limits = Limits()
     max_error_rate: float = 1.0
+    read_timeout_s: float = 60.0
+    finish_by: datetime | None = None  # with a time zone
+    only_errors: bool = False  # `manifest` is the results folder whose failed rows are tried again
     overwrite: bool = False
     overlap: bool = True
 
@@ -78,3 +82,21 @@ def parse_bytes(text: str) -> int:
     if not found or found[2] not in _UNITS:
         raise UsageError(f"{text!r} is not a size; give bytes or a number with a unit, such as 2GiB")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def parse_moment(text: str, now: datetime) -> datetime:
+    """'06:00' as the next one after `now`, local time, or an ISO 8601 date and time. Raises UsageError."""
+    example = "give a time such as 06:00 or 2031-05-17T06:00"
+    try:
+        if re.fullmatch(r"\d{1,2}:\d{2}(:\d{2})?", text):
+            moment = datetime.combine(now.astimezone().date(), time.fromisoformat(text.zfill(5))).astimezone()
+            if moment <= now:
+                tomorrow = moment.date() + timedelta(days=1)
+                moment = datetime.combine(tomorrow, moment.time()).astimezone()
+        else:
+            moment = datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError):
+        raise UsageError(f"--finish-by {text!r} is not a time; {example}") from None
+    if moment <= now:
+        raise UsageError(f"--finish-by {text} is in the past; {example}")
+    return moment

@@ -8,12 +8,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engine.bundle import Bundle
@@ -57,6 +58,15 @@ class Layout:
             )
         return layout
 
+    @classmethod
+    def of_part(cls, bundle: Bundle, folder: Path, index: int) -> Layout:
+        """As a part on disk has it; its manifest columns have their prefix already."""
+        names = tuple(member.name for member in bundle.members)
+        bare = cls(bundle.classes, names, pa.schema([]), "")
+        own = set(bare.schema.names)
+        stored = pq.read_schema(folder / part_name(index))
+        return replace(bare, passthrough=pa.schema([field for field in stored if field.name not in own]))
+
     @property
     def schema(self) -> pa.Schema:
         kept = [field.with_name(self.column_prefix + field.name) for field in self.passthrough]
@@ -96,7 +106,6 @@ class _OpenPart:
         self.flags: dict[int, list[str]] = {}
 
     def add(self, batch: Batch) -> None:
-        assert batch.start == self.filled
         assert batch.probabilities is not None
         assert batch.members is not None
         rows = slice(batch.start, batch.start + batch.rows)
@@ -112,7 +121,7 @@ class _OpenPart:
         failed, sizeless = self.status != Status.OK, self.width == 0
         best = self.scores.argmax(axis=1) if rows else np.zeros(0, np.intp)
         columns = [
-            pa.array(np.arange(part.first_row, part.first_row + rows)),
+            pa.array(part.row),
             pa.array(part.paths, pa.string()),
             *part.columns.columns,
             pa.array(_LABELS[self.status]),
@@ -133,47 +142,94 @@ class Done:
     """A part on disk."""
 
     index: int
+    first_row: int
     rows: int
     by_status: dict[str, int]
     by_class: dict[str, int]
 
+    @property
+    def errors(self) -> int:
+        return self.rows - self.by_status.get("ok", 0) - self.by_status.get("skipped", 0)
+
 
 class Sink:
-    """Writes the parts of one run into `folder`. `provenance` goes into each file."""
+    """Writes the parts of one run into `folder`. `provenance` goes into each file.
 
-    def __init__(self, folder: Path, layout: Layout, provenance: dict[str, Any]) -> None:
-        self._folder, self._layout = folder, layout
+    With `fold` the rows replace those of the same numbers in a part that is there already.
+    """
+
+    def __init__(
+        self, folder: Path, layout: Layout, provenance: dict[str, Any], *, fold: bool = False
+    ) -> None:
+        self._folder, self._layout, self._fold = folder, layout, fold
         self._provenance = json.dumps(provenance).encode()
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch | Done]:
-        """Hand each batch on once its rows are kept, and a Done after each part that is safe on disk."""
-        current: _OpenPart | None = None
+        """Hand each batch on once its rows are kept, and a Done after each part that is safe on disk.
+
+        Batches may come in any order; only the parts they belong to are held.
+        """
+        opened: dict[int, _OpenPart] = {}
         with meter.upstream(batches) as source:
             for batch in source:
                 start = time.perf_counter()
-                if current is None or current.part is not batch.part:
-                    current = _OpenPart(batch.part, self._layout)
-                current.add(batch)
-                done = self._write(current) if current.filled == batch.part.rows else None
+                index = batch.part.index
+                part = opened.get(index) or opened.setdefault(index, _OpenPart(batch.part, self._layout))
+                part.add(batch)
+                done = self._write(opened.pop(index)) if part.filled == part.part.rows else None
                 meter.add(time.perf_counter() - start)
                 yield batch
                 if done:
-                    current = None
                     yield done
 
     def _write(self, part: _OpenPart) -> Done:
-        table = part.table(self._layout)
-        by_status = Counter(_LABELS[part.status].tolist())
-        by_class = Counter(filter(None, table.column("prediction").to_pylist()))
-        done = Done(part.part.index, part.part.rows, dict(by_status), dict(by_class))
-        facts = {"part": done.index, "by_status": done.by_status, "by_class": done.by_class}
-        table = table.replace_schema_metadata(
-            {_METADATA: self._provenance, b"part": json.dumps(facts).encode()}
-        )
-        target = self._folder / part_name(done.index)
-        with atomic(target) as temporary:
-            pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP)
+        """The one place that commits a part."""
+        index = part.part.index
+        target = self._folder / part_name(index)
+        try:
+            table = part.table(self._layout)
+            if self._fold:
+                table = _folded(pq.read_table(target), table)
+            done = Done(
+                index,
+                table.column("row")[0].as_py(),
+                table.num_rows,
+                _counts(table, "status"),
+                _counts(table, "prediction"),
+            )
+            facts = {"part": index, "by_status": done.by_status, "by_class": done.by_class}
+            table = table.replace_schema_metadata(
+                {_METADATA: self._provenance, b"part": json.dumps(facts).encode()}
+            )
+            with atomic(target) as temporary:
+                pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
+            raise EngineError(
+                f"{target}: {reason}; the parts that are written are whole, and the same command goes on"
+            ) from None
         return done
+
+
+def failed_rows(folder: Path, indices: Iterable[int], layout: Layout) -> Iterator[Part]:
+    """The rows of finished parts that failed, to be tried again."""
+    kept = layout.passthrough.names
+    for index in indices:
+        table = pq.read_table(folder / part_name(index), columns=["row", PATH, "status", *kept])
+        done = pa.array([Status.OK.label, Status.SKIPPED.label])
+        table = table.filter(pc.invert(pc.is_in(table.column("status"), value_set=done)))
+        paths = table.column(PATH).to_pylist()
+        yield Part(index, table.column("row").to_numpy(), paths, table.select(kept).combine_chunks())
+
+
+def _folded(old: pa.Table, new: pa.Table) -> pa.Table:
+    """`old` with the rows of `new` in place of those that have their numbers."""
+    kept = old.filter(pc.invert(pc.is_in(old.column("row"), value_set=new.column("row"))))
+    return pa.concat_tables([kept.cast(new.schema), new]).sort_by("row")
+
+
+def _counts(table: pa.Table, column: str) -> dict[str, int]:
+    return dict(Counter(filter(None, table.column(column).to_pylist())))
 
 
 class atomic:
@@ -208,18 +264,47 @@ def write_json(target: Path, data: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(data, indent=2, default=str) + "\n")
 
 
-def finished(folder: Path) -> dict[int, Done]:
-    """The parts on disk, by index, as their own footers tell. Raises EngineError for a damaged one."""
+def finished(folder: Path, run_id: str) -> dict[int, Done]:
+    """The parts on disk, by index. Their footers have to be whole, of this run, and add up.
+
+    Raises EngineError that names the part otherwise.
+    """
     parts = {}
     for path in folder.iterdir():
-        found = _PART_NAME.fullmatch(path.name)
-        if not found:
-            continue
-        try:
-            metadata = pq.read_metadata(path)
-            facts = json.loads((metadata.metadata or {})[b"part"])
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise EngineError(f"{path}: not a finished part ({reason}); delete it and run again") from None
-        parts[int(found[1])] = Done(int(found[1]), metadata.num_rows, facts["by_status"], facts["by_class"])
+        if found := _PART_NAME.fullmatch(path.name):
+            index = int(found[1])
+            try:
+                parts[index] = _from_footer(index, pq.read_metadata(path), run_id)
+            except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise EngineError(
+                    f"{path}: not a part of this run ({reason}); delete it and run again"
+                ) from None
     return parts
+
+
+def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:
+    metadata = footer.metadata or {}
+    facts, owner = json.loads(metadata[b"part"]), json.loads(metadata[_METADATA])["run_id"]
+    if owner != run_id:
+        raise ValueError(f"it belongs to run {owner}")
+    if facts["part"] != index:
+        raise ValueError(f"it is part {facts['part']}")
+    row, prediction = _statistics(footer, "row"), _statistics(footer, "prediction")
+    first, last = min(group.min for group in row), max(group.max for group in row)
+    done = Done(index, first, footer.num_rows, facts["by_status"], facts["by_class"])
+    if last - first + 1 != done.rows:
+        raise ValueError(f"rows {first} to {last} in {done.rows} rows")
+    if sum(done.by_status.values()) != done.rows:
+        raise ValueError(f"{sum(done.by_status.values())} of {done.rows} rows have a status")
+    scored = done.rows - sum(group.null_count for group in prediction)
+    if not scored == done.by_status.get("ok", 0) == sum(done.by_class.values()):
+        raise ValueError(f"{scored} rows have scores, {done.by_status.get('ok', 0)} are ok")
+    return done
+
+
+def _statistics(footer: pq.FileMetaData, column: str) -> list[Any]:
+    """Of each row group."""
+    names = [footer.row_group(0).column(place).path_in_schema for place in range(footer.num_columns)]
+    place = names.index(column)
+    return [footer.row_group(group).column(place).statistics for group in range(footer.num_row_groups)]

@@ -75,7 +75,7 @@ def scan(folder: Path, *, classes: Sequence[str] | None = None) -> Listing:
 
 def load(listing: Listing, *, size: tuple[int, int]) -> Dataset:
     """Decode everything at `size` = (height, width). Raises UsageError when a class has too few left."""
-    from engine.preprocess import load_pixels
+    from engine.preprocess.stage import load_pixels
 
     loaded = load_pixels(listing.paths, size=size)
     labels = listing.labels[loaded.index]

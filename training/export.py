@@ -65,7 +65,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 def canary_pixels(*, size: tuple[int, int]) -> Pixels:
     """Synthetic radiographs through the engine's preprocess graph: uint8 [32, 1, H, W]. Never a patient's."""
-    from engine.preprocess import load_pixels
+    from engine.preprocess.stage import load_pixels
     from training.synthetic import write_archive
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -5,9 +5,11 @@ import pytest
 from PIL import Image
 
 from engine.overlap import Meter
-from engine.preprocess import Preprocess, load_pixels
+from engine.preprocess.decoder import Decoder
 from engine.preprocess.graph import DecodeError, Graph
+from engine.preprocess.stage import Preprocess, load_pixels
 from tests.images import encode, pillow_reference, png, smooth
+from tests.pixels import pixels_alone
 from tests.tolerances import PIXEL_MAX, PIXEL_MEAN
 
 SIZE = (224, 224)
@@ -118,10 +120,11 @@ def test_damaged_images_cost_only_their_rows(tmp_path: Path) -> None:
         paths.append(tmp_path / f"{index}")
         paths[-1].write_bytes(data)
     loaded = load_pixels(paths, size=(32, 32))
-    alone = [load_pixels([path], size=(32, 32)) for path in paths]
-    assert {position for position, status, _ in loaded.failures if status == "corrupt"} >= {4, 8}
+    alone = pixels_alone(paths, (32, 32))
+    assert {position for position, status, _ in loaded.failures if status == "corrupt"} == {3, 4, 8, 17}
+    assert [position for position, pixels in enumerate(alone) if pixels is None] == [3, 4, 8, 17]
     for row, position in enumerate(loaded.index):
-        assert np.array_equal(loaded.pixels[row], alone[position].pixels[0])
+        assert np.array_equal(loaded.pixels[row], alone[position])
     assert len(loaded.index) + len(loaded.failures) == 20
 
 
@@ -131,11 +134,15 @@ def test_images_are_decoded_within_the_pixel_budget(tmp_path: Path, monkeypatch:
     paths = [tmp_path / f"{index}" for index in range(6)]
     plenty = load_pixels(paths, size=(32, 32))
     together = []
-    run = Graph.run
-    monkeypatch.setattr(Graph, "run", lambda self, images: together.append(len(images)) or run(self, images))
+    decode = Decoder.decode
+    monkeypatch.setattr(
+        Decoder,
+        "decode",
+        lambda self, images, on_host: together.append(len(images)) or decode(self, images, on_host),
+    )
     monkeypatch.setattr("engine.settings.Limits.pixels_at_once", 25_000)
     scarce = load_pixels(paths, size=(32, 32))
-    assert together == [1, 2, 2, 2]  # the first is the graph's own check
+    assert together == [2, 2, 2]
     assert np.array_equal(plenty.pixels, scarce.pixels)
 
 
@@ -148,6 +155,6 @@ def test_a_stage_closes_what_feeds_it() -> None:
         finally:
             closed.append(True)
 
-    preprocess = Preprocess(size=(8, 8), batch_size=2, threads=1, max_pixels_at_once=1 << 20)
-    assert list(preprocess.stage(source(), Meter("preprocess"))) == []
+    with Preprocess(size=(8, 8), batch_size=2, threads=1, max_pixels_at_once=1 << 20) as preprocess:
+        assert list(preprocess.stage(source(), Meter("preprocess"))) == []
     assert closed

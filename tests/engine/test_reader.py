@@ -11,13 +11,18 @@ from PIL import Image
 from engine.overlap import Meter
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
+from engine.settings import Limits
 from tests.images import encode, smooth
 
 
 def read(paths: list[str | None], *, threads: int = 3, **options: object) -> list[Batch]:
-    settings = {"memory": 1 << 20, "max_pixels": 10_000, "max_file_size": 1 << 20} | options
-    reader = Reader(root=Path("/"), batch_size=4, threads=threads, **settings)
-    return list(reader.stage([Part(0, 0, paths, pa.table({}))], Meter("read")))
+    settings = {"memory": 4 << 20, "max_pixels": 10_000, "max_file_size": 1 << 20} | options
+    reader = Reader(Path("/"), batch_size=4, threads=threads, limits=Limits(**settings))
+    return list(reader.stage([part_of(paths)], Meter("read")))
+
+
+def part_of(paths: list[str | None]) -> Part:
+    return Part(0, np.arange(len(paths)), paths, pa.table({}))
 
 
 def picture(path: Path, seed: int = 0) -> bytes:
@@ -26,7 +31,7 @@ def picture(path: Path, seed: int = 0) -> bytes:
     return data
 
 
-@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.parametrize("threads", [1, 3])
 def test_bytes_come_in_manifest_order(tmp_path: Path, threads: int) -> None:
     contents = [picture(tmp_path / str(index), index) for index in range(10)]
     batches = read([str(tmp_path / str(index)) for index in range(10)], threads=threads)
@@ -88,8 +93,8 @@ def test_unreadable_without_permission(tmp_path: Path) -> None:
 def test_reading_ahead_is_bounded_by_bytes(tmp_path: Path) -> None:
     """With a budget of one file, batches come one by one, and every one comes."""
     contents = [picture(tmp_path / str(index), index) for index in range(24)]
-    reader = Reader(Path("/"), 4, 3, memory=len(contents[0]), max_pixels=10_000, max_file_size=1 << 20)
-    part = Part(0, 0, [str(tmp_path / str(index)) for index in range(24)], pa.table({}))
+    reader = Reader(Path("/"), 4, 3, limits=Limits(memory=4 * len(contents[0])))
+    part = part_of([str(tmp_path / str(index)) for index in range(24)])
     seen = []
 
     def consume() -> None:
@@ -106,8 +111,8 @@ def test_reading_ahead_is_bounded_by_bytes(tmp_path: Path) -> None:
 def test_closing_early_leaves_no_thread(tmp_path: Path) -> None:
     for index in range(24):
         picture(tmp_path / str(index))
-    reader = Reader(Path("/"), 4, 3, memory=1, max_pixels=10_000, max_file_size=1 << 20)
-    part = Part(0, 0, [str(tmp_path / str(index)) for index in range(24)], pa.table({}))
+    reader = Reader(Path("/"), 4, 3, limits=Limits(memory=1))
+    part = part_of([str(tmp_path / str(index)) for index in range(24)])
     stage = reader.stage([part], Meter("read"))
     next(stage)
     stage.close()

@@ -21,9 +21,9 @@ import pytest
 
 from engine.bundle import load
 from engine.ensemble import fuse
-from engine.preprocess import load_pixels
 from tests.bundles import CLASSES, write_bundle
 from tests.conftest import ROOT, Command, write_images
+from tests.pixels import pixels_alone
 from tests.tolerances import ROUNDING
 
 
@@ -36,9 +36,9 @@ def expected_scores(bundle: Path, paths: list[Path]) -> np.ndarray:
     loaded = load(bundle)
     sessions = [onnxruntime.InferenceSession(member.files["onnx"].path) for member in loaded.members]
     rows = []
-    for path in paths:
-        pixels = load_pixels([path], size=loaded.size).pixels
-        logits = np.stack([session.run(None, {"pixels": pixels})[0] for session in sessions])
+    for pixels in pixels_alone(paths, loaded.size):
+        assert pixels is not None
+        logits = np.stack([session.run(None, {"pixels": pixels[None]})[0] for session in sessions])
         rows.append(fuse(logits, weights=loaded.weights, temperatures=[1.0, 1.0])[1][0])
     return np.array(rows)
 
@@ -212,8 +212,16 @@ def test_a_folder_of_something_else_is_never_written_to(
         (["numbers.csv"], "not paths"),
         (["fine.csv", "-b", "nowhere"], "ensemble.json: No such file"),
         (["clash.csv"], "'status' are names of results"),
-        (["fine.csv", "--batch-size", "0"], "not a positive number"),
-        (["fine.csv", "--batch-size", "x"], "--batch-size"),
+        (["fine.csv", "--batch-size", "0"], "'0' is not a whole number from 1 to 4096"),
+        (["fine.csv", "--batch-size", "1000000000"], "from 1 to 4096"),
+        (["fine.csv", "--batch-size", "1e9"], "'1e9' is not a whole number"),
+        (["fine.csv", "--read-timeout", "0"], "not a number between"),
+        (["fine.csv", "--finish-by", "25:00"], "'25:00' is not a time"),
+        (["fine.csv", "--finish-by", "2020-01-01T06:00"], "in the past"),
+        (["fine.csv", "--root", "nowhere"], "no such folder"),
+        (["fifo"], "neither a file nor a folder"),
+        (["/dev/zero"], "neither a file nor a folder"),
+        (["bundle", "--only-errors"], "the output folder of a run"),
         (["fine.csv", "--device", "cuda:0"], "allowed: auto, cpu"),
         (["fine.csv", "--runner", "tensorflow"], "allowed: auto, onnx"),
         (["fine.csv", "--memory", "lots"], "'lots' is not a size"),
@@ -233,8 +241,10 @@ def test_wrong_usage_is_one_line_and_status_2(
         "clash.csv": "path,status\na.png,x\n",
     }.items():
         (tmp_path / name).write_text(text)
+    os.mkfifo(tmp_path / "fifo")
     (tmp_path / "bundle").symlink_to(bundle)
-    run = engine_run(*arguments, "-o", "out")
+    output = [] if "--only-errors" in arguments else ["-o", "out"]
+    run = engine_run(*arguments, *output)
     assert run.returncode == 2
     assert complaint in run.stderr
     assert run.stderr.startswith("error: ")

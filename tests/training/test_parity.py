@@ -13,7 +13,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.preprocess import load_pixels
+from engine.preprocess.stage import load_pixels
 from tests.conftest import Command, write_images
 from tests.tolerances import PARITY
 from training import export, heads, models

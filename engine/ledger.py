@@ -1,0 +1,137 @@
+"""What a run has done: counts while it goes on, and the sums that have to add up at its end."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from engine.overlap import Meter
+from engine.records import Batch, Status
+from engine.sink import Done
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; `rows_done` and the counters grow while it runs."""
+
+    rows: int  # that the run has to do, earlier starts included
+    rows_before: int = 0  # finished by an earlier start of the same run
+    rows_done: int = 0  # by this start, on disk or not
+    by_status: Counter[str] = field(default_factory=Counter)  # of rows_before and rows_done
+    by_class: Counter[str] = field(default_factory=Counter)  # of finished parts
+    finish_by: datetime | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def add(self, batch: Batch) -> None:
+        self.rows_done += batch.rows
+        self.by_status["ok"] += len(batch.index)
+        for position in batch.errors:
+            self.by_status[Status(batch.status[position]).label] += 1
+
+    @property
+    def errors(self) -> int:
+        return self.by_status.total() - self.by_status["ok"] - self.by_status["skipped"]
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def rate(self) -> float:
+        """Rows per second of this start."""
+        return self.rows_done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def rows_left(self) -> int:
+        return self.rows - self.rows_before - self.rows_done
+
+    def seconds_for(self, rows: int) -> float:
+        """How long `rows` more rows take at the rate so far; infinite before there is one."""
+        return rows / self.rate if self.rate else float("inf")
+
+    def share_by(self, moment: datetime) -> float:
+        """Forecast: the share of the run that is done at `moment`, 0 to 1."""
+        left_s = (moment - datetime.now(UTC)).total_seconds()
+        done = self.rows_before + self.rows_done + self.rate * max(0.0, left_s)
+        return min(1.0, done / self.rows)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The outcome of a run, as `_SUCCESS` records it."""
+
+    output: Path
+    run_id: str
+    rows: int
+    by_status: dict[str, int]
+    by_class: dict[str, int]
+    rows_done: int  # by this start; 0 when the run was finished already
+    elapsed_s: float
+    stages: dict[str, dict[str, float]]  # seconds busy, starved and blocked, and occupancy, of this start
+    limited_by: str | None
+    decoder_restarts: int
+
+    @property
+    def errors(self) -> int:
+        return self.rows - self.by_status.get("ok", 0) - self.by_status.get("skipped", 0)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "rows": self.rows,
+            "ok": self.by_status.get("ok", 0),
+            "skipped": self.by_status.get("skipped", 0),
+            "errors": self.errors,
+            "by_status": self.by_status,
+            "by_class": self.by_class,
+            "last_start": {
+                "rows": self.rows_done,
+                "elapsed_s": self.elapsed_s,
+                "stages": self.stages,
+                "limited_by": self.limited_by,
+                "decoder_restarts": self.decoder_restarts,
+            },
+        }
+
+
+def summary_of(
+    output: Path,
+    run: dict[str, Any],
+    parts: Iterable[Done],
+    progress: Progress,
+    meters: dict[str, Meter],
+    decoder_restarts: int,
+) -> Summary:
+    """Add up the parts of a complete run."""
+    by_status, by_class = Counter[str](), Counter[str]()
+    for part in parts:
+        by_status.update(part.by_status)
+        by_class.update(part.by_class)
+    elapsed = progress.elapsed_s
+    stages = {
+        name: {
+            "busy_s": round(meter.busy_s, 3),
+            "starved_s": round(meter.starved_s, 3),
+            "blocked_s": round(meter.blocked_s, 3),
+            "occupancy": round(meter.occupancy(elapsed), 3),
+        }
+        for name, meter in meters.items()
+    }
+    return Summary(
+        output,
+        run["run_id"],
+        run["rows"],
+        dict(by_status),
+        dict(by_class),
+        progress.rows_done,
+        round(elapsed, 3),
+        stages,
+        max(meters, key=lambda name: meters[name].occupancy(elapsed)) if meters else None,
+        decoder_restarts,
+    )

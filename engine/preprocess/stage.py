@@ -1,0 +1,139 @@
+"""The stage between reader and members: encoded bytes to pixels; a bad image costs only its own row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from engine.overlap import Meter
+from engine.preprocess.decoder import CrashedError, Decoder, RefusedError
+from engine.reader import Reader
+from engine.records import Batch, Part, Status
+from engine.settings import Limits, available_cpus
+
+
+class Preprocess:
+    """Fills in pixels through a decoder process, which it owns; use from one thread at a time."""
+
+    def __init__(
+        self, *, size: tuple[int, int], batch_size: int, threads: int, max_pixels_at_once: int
+    ) -> None:
+        self.decoder = Decoder(size=size, batch_size=batch_size, threads=threads)
+        self._max_pixels_at_once = max_pixels_at_once
+
+    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
+        """Fill `pixels` and `index` of each batch; what can't be decoded gets its status."""
+        with meter.upstream(batches) as source:
+            for batch in source:
+                start = time.perf_counter()
+                self.fill(batch)
+                meter.add(time.perf_counter() - start)
+                yield batch
+
+    def fill(self, batch: Batch) -> None:
+        pixels = np.empty((batch.rows, 1, *self.decoder.size), np.uint8)
+        decoded = np.zeros(batch.rows, bool)
+        for positions in self._chunks(batch):
+            decoded[self._decode(batch, positions, pixels)] = True
+        batch.drop_encoded()
+        batch.index = np.flatnonzero(decoded)
+        batch.pixels = pixels if decoded.all() else pixels[decoded]
+
+    def _chunks(self, batch: Batch) -> Iterator[list[int]]:
+        """Runs of positions whose decoded sizes fit into memory together."""
+        chunk: list[int] = []
+        pixels = 0
+        for position, header in enumerate(batch.headers):
+            if header is None:
+                continue
+            size = header.width * header.height
+            if chunk and (pixels + size > self._max_pixels_at_once or len(chunk) == self.decoder.batch_size):
+                yield chunk
+                chunk, pixels = [], 0
+            chunk.append(position)
+            pixels += size
+        if chunk:
+            yield chunk
+
+    def _decode(self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8]) -> list[int]:
+        """Decode `positions` together into `pixels`, else each alone. Returns those that decoded."""
+        try:
+            self._request(batch, positions, pixels)
+        except (RefusedError, CrashedError):
+            return [position for position in positions if self._decode_alone(batch, position, pixels)]
+        return positions
+
+    def _decode_alone(self, batch: Batch, position: int, pixels: npt.NDArray[np.uint8]) -> bool:
+        header = batch.headers[position]
+        assert header is not None
+        for last_try in (False, True):  # a decoder can die of something else than the image
+            try:
+                self._request(batch, [position], pixels)
+                return True
+            except RefusedError as error:
+                batch.fail(position, Status.CORRUPT, f"{header.format} decoder: {error}")
+                return False
+            except CrashedError as error:
+                if last_try:
+                    batch.fail(position, Status.CRASHED, f"{header.format} decoder: {error}")
+        return False
+
+    def _request(self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8]) -> None:
+        headers = [header for position in positions if (header := batch.headers[position])]
+        decoded = self.decoder.decode(
+            [batch.encoded[position] for position in positions], [header.deep for header in headers]
+        )
+        pixels[positions] = decoded.pixels
+        if decoded.flags:
+            (position,) = positions
+            batch.flags.setdefault(position, []).extend(decoded.flags)
+
+    def close(self) -> None:
+        self.decoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Pixels of the files that decoded, and why the others did not."""
+
+    pixels: npt.NDArray[np.uint8]  # [k, 1, H, W]
+    index: npt.NDArray[np.int64]  # [k], positions in the list of paths
+    failures: list[tuple[int, str, str]]  # position, status, one-line error
+
+
+def load_pixels(
+    paths: Sequence[Path], *, size: tuple[int, int] = (224, 224), threads: int | None = None
+) -> Loaded:
+    """Read and preprocess files as screening does. All pixels are held at once: for training and checks."""
+    limits = Limits()
+    threads = threads or available_cpus()
+    reader = Reader(Path(), batch_size=16, threads=threads, limits=limits)
+    part = Part(0, np.arange(len(paths)), [str(path) for path in paths], pa.table({}))
+    pixels, index, failures = [np.empty((0, 1, *size), np.uint8)], [np.empty(0, np.int64)], []
+    with Preprocess(
+        size=size, batch_size=16, threads=threads, max_pixels_at_once=limits.pixels_at_once
+    ) as preprocess:
+        for batch in preprocess.stage(reader.stage([part], Meter("read")), Meter("preprocess")):
+            assert batch.pixels is not None
+            pixels.append(batch.pixels)
+            index.append(batch.start + batch.index)
+            failures += [
+                (batch.start + position, Status(batch.status[position]).label, error)
+                for position, error in sorted(batch.errors.items())
+            ]
+    found = np.concatenate(index)
+    order = np.argsort(found)
+    return Loaded(np.concatenate(pixels)[order], found[order], sorted(failures))

@@ -1,0 +1,82 @@
+"""Where results come from: what `_run.json` and every part say of options, models, versions and machine."""
+
+from __future__ import annotations
+
+import platform
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from engine import __version__
+from engine.bundle import Bundle
+from engine.manifest import Manifest
+from engine.settings import Settings
+
+CPU_BATCH = 8  # larger batches take more memory and are no faster
+CPU_PART_ROWS = 1024
+
+
+def describe(
+    settings: Settings,
+    recorded: dict[str, Any] | None,
+    manifest: Manifest,
+    models: Bundle,
+    runner: str,
+    device: str,
+) -> dict[str, Any]:
+    """`_run.json`: result options, which may not change on resume, and facts.
+
+    What `settings` leave open is as in `recorded`, the run that is resumed.
+    """
+    before = recorded["result_options"] if recorded else {}
+    return {
+        "format": 1,
+        "run_id": uuid.uuid4().hex,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "result_options": {
+            "manifest_sha256": manifest.sha256,
+            "root": str(manifest.root),
+            "path_column": manifest.path_column,
+            "column_prefix": settings.column_prefix,
+            "bundle_sha256": models.sha256,
+            "runner": runner,
+            "device": device,
+            "precision": "fp32",
+            "decode": models.decode,
+            "batch_size": settings.batch_size or before.get("batch_size") or CPU_BATCH,
+            "part_rows": settings.part_rows or before.get("part_rows") or CPU_PART_ROWS,
+            "max_pixels": settings.limits.max_pixels,
+            "max_file_size": settings.limits.max_file_size,
+        },
+        "manifest": str(manifest.source.absolute()),
+        "rows": manifest.rows,
+        "bundle": str(models.path.absolute()),
+        "classes": list(models.classes),
+        "weights": {member.name: member.weight for member in models.members},
+        "machine": {"system": f"{platform.system()} {platform.release()}", "processor": processor_name()},
+        "versions": versions(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's marketing name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of the engine and of what decides the pixels and the files."""
+    found = {"engine": __version__, "python": platform.python_version()}
+    for package in ("nvidia-dali-cuda130", "imagecodecs", "numpy", "pyarrow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
