@@ -4,13 +4,48 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from benchmarks import throughput
+from benchmarks import damage, memory, throughput
 from benchmarks.record import ROOT
 from engine.errors import EngineError
+
+Names = Any  # what argparse's add_subparsers gives
+
+
+def throughput_of(names: Names) -> None:
+    one = names.add_parser("throughput", help="end to end, each stage's ceiling, their ratio, peak memory")
+    _common(one, throughput.main)
+    one.add_argument("--rows", type=int, help="1024, or 200000 with --null")
+    one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add_argument("--null", action="store_true", help="Python's own cost: nothing decoded, nothing scored")
+    one.add_argument("--work", type=Path, help="folder for images and results (a temporary one)")
+
+
+def damage_of(names: Names) -> None:
+    one = names.add_parser("damage", help="the rate with none, 1 %% and 20 %% of the images damaged")
+    _common(one, damage.main)
+    one.add_argument("--rows", type=int, default=800, help="(%(default)s)")
+    one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+
+
+def memory_of(names: Names) -> None:
+    one = names.add_parser("memory", help="peak memory of a long run beside that of a short one")
+    _common(one, memory.main)
+    one.add_argument("--rows", type=int, default=2_000_000, help="(%(default)s)")
+
+
+def _common(one: argparse.ArgumentParser, run: Callable[[Console, Any], None]) -> None:
+    one.add_argument("-b", "--bundle", type=Path, default=Path("demo/bundle"), help="(%(default)s)")
+    folder = ROOT / "benchmarks" / "results"
+    one.add_argument("-o", "--output", type=Path, default=folder, help="folder of the JSON")
+    one.set_defaults(run=run)
 
 
 def main() -> int:
@@ -20,17 +55,9 @@ def main() -> int:
         epilog="example: python -m benchmarks throughput -b demo/bundle",
     )
     names = parser.add_subparsers(metavar="NAME", required=True)
-    one = names.add_parser("throughput", help="end to end, each stage's ceiling, their ratio, peak memory")
-    one.add_argument("-b", "--bundle", type=Path, default=Path("demo/bundle"), help="(%(default)s)")
-    one.add_argument("--rows", type=int, help="1024, or 200000 with --null")
-    one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
-    one.add_argument("--null", action="store_true", help="Python's own cost: nothing decoded, nothing scored")
-    one.add_argument("--work", type=Path, help="folder for images and results (a temporary one)")
-    one.add_argument(
-        "-o", "--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the JSON"
-    )
-    one.set_defaults(run=throughput.main)
+    throughput_of(names)
+    damage_of(names)
+    memory_of(names)
     options = parser.parse_args()
     try:
         options.run(Console(), options)

@@ -118,6 +118,8 @@ def open_manifest(
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
+    if "straddl" in text:
+        return f"a row of more than {_BLOCK >> 20} MiB; is a closing quote missing?"
     if "UTF8" in text.upper() or isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8; save it as UTF-8 (in Excel: CSV UTF-8)"
     return text
@@ -225,7 +227,25 @@ class _CsvSource:
             for name, column in zip(table.column_names, table.columns, strict=True):
                 kinds[name].see(column)
         self.schema = pa.schema([(name, kinds[name].type()) for name in names])
+        self._check_quotes()
         self.sha256 = _sha256(source)
+
+    def _check_quotes(self) -> None:
+        """A quote that is never closed would swallow all rows behind it."""
+        with self._source.open("rb") as opened:
+            odd = sum(block.count(b'"') for block in iter(lambda: opened.read(_BLOCK), b"")) % 2
+        if not odd:
+            return
+        line = 0
+        with self._source.open(encoding="utf-8-sig", newline="") as opened:
+            rows = csv.reader(opened, delimiter=self._delimiter, strict=True)
+            try:
+                for _ in rows:
+                    line = rows.line_num
+            except csv.Error:
+                raise UsageError(
+                    f"manifest {self._source}: line {line + 1}: a quote is opened and never closed"
+                ) from None
 
     def _read(self) -> Iterator[pa.Table]:
         reader = pa_csv.open_csv(

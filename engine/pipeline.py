@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from engine import bundle, runners
 from engine.bundle import Bundle
@@ -35,6 +35,11 @@ Watch = Callable[[Progress], None]
 
 
 class PixelStage(Protocol):
+    @property
+    def crashes(self) -> int:
+        """How often a decoder had to be started anew."""
+        ...
+
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]: ...
 
 
@@ -45,11 +50,16 @@ class ScoreStage(Protocol):
 
 
 def screen(
-    settings: Settings, *, watch: Watch = lambda _: None, stop: threading.Event | None = None
+    settings: Settings,
+    *,
+    watch: Watch = lambda _: None,
+    stop: threading.Event | None = None,
+    stages_of: type[Stages] | None = None,
 ) -> Summary:
     """Screen a manifest as `settings` say; the same settings go on where an earlier run stopped.
 
     `watch` is called after each batch. Setting `stop` ends the run within seconds with `Stopped`.
+    `stages_of` replaces the stages, for benchmarks.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     models = bundle.load(settings.bundle)
@@ -62,7 +72,7 @@ def screen(
         )
         layout = Layout.of(models, manifest, settings.column_prefix)
         run = describe(settings, folder.recorded(), manifest, models, runner, device)
-        stages = stack.enter_context(_Stages(settings, models, run))
+        stages = stack.enter_context((stages_of or Stages)(settings, models, run))
         run = folder.begin(run)
         done = folder.finished(run)
         if folder.succeeded() and len(done) == parts_of(run):
@@ -104,7 +114,7 @@ def retry(
         limits = replace(
             settings.limits, max_pixels=options["max_pixels"], max_file_size=options["max_file_size"]
         )
-        stages = stack.enter_context(_Stages(replace(settings, limits=limits), models, run))
+        stages = stack.enter_context(Stages(replace(settings, limits=limits), models, run))
         layout = Layout.of_part(models, folder.path, min(failed))
         folder.withdraw()
         parts = failed_rows(folder.path, sorted(failed), layout)
@@ -112,7 +122,7 @@ def retry(
         return _close_ledger(folder, run, progress, stages)
 
 
-class _Stages:
+class Stages:
     """The stages of one run, opened: decoder process, members and lanes."""
 
     def __init__(self, settings: Settings, models: Bundle, run: dict[str, Any]) -> None:
@@ -121,34 +131,33 @@ class _Stages:
         self._workers = (settings.workers or available_cpus()) if settings.overlap else 1
         self.meters: dict[str, Meter] = meters_for(self._workers)
 
-    def __enter__(self) -> _Stages:
-        models, options = self._models, self._options
+    def __enter__(self) -> Self:
         with ExitStack() as stack:
-            # first, so that it starts while the members load
-            self._preprocess = stack.enter_context(
-                Preprocess(
-                    size=models.size,
-                    batch_size=options["batch_size"],
-                    threads=self._workers,
-                    max_pixels_at_once=self._settings.limits.pixels_at_once,
-                )
-            )
-            members = [
-                stack.enter_context(runners.open_runner(options["runner"], models, member))
-                for member in models.members
-            ]
-            self._run["versions"] |= _versions(members)
-            self._step = CpuStep(models, members, lanes=self._workers if self._settings.overlap else 0)
-            stack.callback(self._step.close)
+            self.open(stack)
             self._opened = stack.pop_all()
         return self
 
+    def open(self, stack: ExitStack) -> None:
+        """Set `preprocess` and `step`; what has to be closed goes to `stack`."""
+        models, options = self._models, self._options
+        # first, so that it starts while the members load
+        preprocess = Preprocess(
+            size=models.size,
+            batch_size=options["batch_size"],
+            threads=self._workers,
+            max_pixels_at_once=self._settings.limits.pixels_at_once,
+        )
+        self.preprocess: PixelStage = stack.enter_context(preprocess)
+        members = [
+            stack.enter_context(runners.open_runner(options["runner"], models, member))
+            for member in models.members
+        ]
+        self._run["versions"] |= _versions(members)
+        self.step: ScoreStage = CpuStep(models, members, lanes=self._workers if self._settings.overlap else 0)
+        stack.callback(self.step.close)
+
     def __exit__(self, *_: object) -> None:
         self._opened.close()
-
-    @property
-    def decoder_restarts(self) -> int:
-        return self._preprocess.decoder.crashes
 
     def run(
         self,
@@ -167,7 +176,7 @@ class _Stages:
             timeout_s=settings.read_timeout_s,
             ahead=settings.overlap,
         )
-        items = flow(parts, reader, self._preprocess, self._step, sink, self.meters, overlap=settings.overlap)
+        items = flow(parts, reader, self.preprocess, self.step, sink, self.meters, overlap=settings.overlap)
         progress.started = time.monotonic()
         drain(items, progress, watch, stop, part_rows=options["part_rows"])
 
@@ -251,9 +260,9 @@ def _check_paths(settings: Settings) -> None:
         raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")
 
 
-def _close_ledger(folder: RunFolder, run: dict[str, Any], progress: Progress, stages: _Stages) -> Summary:
+def _close_ledger(folder: RunFolder, run: dict[str, Any], progress: Progress, stages: Stages) -> Summary:
     """Re-read the footers of all parts; only when they add up to the manifest does the run succeed."""
     parts = folder.complete(run)
-    summary = summary_of(folder.path, run, parts.values(), progress, stages.meters, stages.decoder_restarts)
+    summary = summary_of(folder.path, run, parts.values(), progress, stages.meters, stages.preprocess.crashes)
     folder.succeed(summary.as_json())
     return summary

@@ -194,6 +194,8 @@ def _report(console: Console, summary: Summary, settings: Settings) -> int:
         console.print(f"{summary.output} is finished already; {hint}", markup=False)
     show_summary(console, summary)
     print(summary.output)
+    if summary.by_status.get("missing") == summary.rows:
+        console.print("not one of the files is there; do relative paths start elsewhere? see --root")
     if summary.errors > settings.max_error_rate * summary.rows:
         console.print(
             f"error: {summary.errors} of {summary.rows} rows failed, more than --max-error-rate allows"

@@ -28,6 +28,11 @@ class Preprocess:
         self.decoder = Decoder(size=size, batch_size=batch_size, threads=threads)
         self._max_pixels_at_once = max_pixels_at_once
 
+    @property
+    def crashes(self) -> int:
+        """How often the decoder had to be started anew."""
+        return self.decoder.crashes
+
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
         """Fill `pixels` and `index` of each batch; what can't be decoded gets its status."""
         with meter.upstream(batches) as source:

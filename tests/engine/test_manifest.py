@@ -39,6 +39,10 @@ def test_csv_dialects(tmp_path: Path, text: str, paths: list[str]) -> None:
     assert rows_of(write(tmp_path / "m.csv", text)) == paths
 
 
+def test_a_quote_within_a_cell_is_only_a_letter(tmp_path: Path) -> None:
+    assert rows_of(write(tmp_path / "m.csv", 'path,disk\na.png,5" floppy\nb.png,\n')) == ["a.png", "b.png"]
+
+
 def test_columns_keep_what_they_hold(tmp_path: Path) -> None:
     frame = pd.DataFrame(
         {
@@ -141,6 +145,8 @@ def test_parts_are_consecutive_and_can_be_chosen(tmp_path: Path) -> None:
         ("m.csv", "path,x\na.png,1,2\n", "Expected 2 columns, got 3"),
         ("m.csv", b"path\n\xe9.png\n", "not UTF-8"),
         ("m.csv", "path,a,a\nx.png,1,2\n", "twice: 'a'"),
+        ("m.csv", 'path,x\na.png,1\nb.png,"2\nc.png,3\n', "line 3: a quote is opened and never closed"),
+        ("m.csv", "path\n" + "a" * (9 << 20) + "\n", "more than 4 MiB; is a closing quote missing"),
         ("m.txt", "path,label\na.png,1\n", "rename it to .csv"),
         ("m.txt", b"\xe9.png\n", "not UTF-8"),
         ("m.parquet", b"PAR1 and then nothing", "manifest"),

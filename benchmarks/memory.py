@@ -1,0 +1,56 @@
+"""`python -m benchmarks memory`: does a run of two million rows take more memory than one of twenty thousand?
+
+Both are whole runs (manifest, reads, Parquet, ledger) with null stages, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from benchmarks.null import NullStages
+from benchmarks.throughput import tiny_archive
+from engine.pipeline import screen
+from engine.settings import Settings
+
+LIMIT_MB = 100  # that the long run may take beyond the short one
+
+
+def null_run(manifest: Path, models: Path, output: Path) -> tuple[float, float]:
+    """Peak memory in MB and seconds of a run of its own process."""
+    start = time.perf_counter()
+    summary = screen(Settings(manifest=manifest, bundle=models, output=output), stages_of=NullStages)
+    assert summary.rows_done == summary.rows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter() - start
+
+
+def main(console: Console, options: Any) -> None:
+    before = record.machine()
+    found = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for rows in (20_000, options.rows):
+            work = Path(scratch, str(rows))
+            work.mkdir()
+            manifest = tiny_archive(work, rows)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+                peak, seconds = fresh.submit(null_run, manifest, options.bundle, work / "out").result()
+            found.append({"rows": rows, "peak_memory_mb": peak, "seconds": seconds})
+    growth = found[1]["peak_memory_mb"] - found[0]["peak_memory_mb"]
+    table = Table("rows", "peak memory, MB", "seconds", box=None, pad_edge=False)
+    for run in found:
+        table.add_row(str(run["rows"]), f"{run['peak_memory_mb']:.0f}", f"{run['seconds']:.1f}")
+    console.print(table)
+    console.print(f"growth {growth:.0f} MB, limit {LIMIT_MB}", highlight=False)
+    target = options.output / "memory-cpu.json"
+    command = f"memory --rows {options.rows}"
+    record.write(target, command, {"runs": found, "growth_mb": growth, "limit_mb": LIMIT_MB}, before=before)
+    console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,51 @@
+"""Stages that do nothing: what is left is the engine's own work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+
+import numpy as np
+
+from engine.overlap import Meter
+from engine.pipeline import Stages
+from engine.records import Batch, Status
+
+
+class NullPixels:
+    """A preprocess that decodes nothing."""
+
+    crashes = 0
+
+    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
+        with meter.upstream(batches) as source:
+            for batch in source:
+                batch.drop_encoded()
+                batch.index = np.flatnonzero(batch.status == Status.OK)
+                yield batch
+
+
+class NullScores:
+    """A step that scores nothing: the same probability for every class."""
+
+    def __init__(self, members: int, classes: int) -> None:
+        self._members, self._classes = members, classes
+
+    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
+        with meter.upstream(batches) as source:
+            for batch in source:
+                rows, value = len(batch.index), 1 / self._classes
+                batch.members = np.full((self._members, rows, self._classes), value, np.float32)
+                batch.probabilities = np.full((rows, self._classes), value, np.float32)
+                yield batch
+
+    def close(self) -> None:
+        pass
+
+
+class NullStages(Stages):
+    """A whole run with neither decoder nor members."""
+
+    def open(self, stack: ExitStack) -> None:
+        self.preprocess = NullPixels()
+        self.step = NullScores(len(self._models.members), len(self._models.classes))
