@@ -6,46 +6,43 @@ import os
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 SAMPLE_EVERY_S = 0.05
 
 
-def descendants(pid: int) -> list[int]:
-    """`pid` and whatever it has started, as far as it is there."""
-    found = [pid]
-    for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                found += [int(child) for child in children.read_text().split()]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    return found
+@dataclass(frozen=True)
+class Process:
+    resident_bytes: int
+    core_s: float  # of processor time
 
 
-def core_seconds(pid: int) -> float:
+def tree(leader: int) -> dict[int, Process]:
+    """`leader`, the living processes of its session, and whatever they have started, by process id."""
+    found: dict[int, tuple[int, int, Process]] = {}
+    tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                process = Process(int(fields[21]) * page, (int(fields[11]) + int(fields[12])) / tick)
+                found[int(path.parent.name)] = int(fields[1]), int(fields[3]), process
+    ours = {pid for pid, (_, session, _) in found.items() if leader in (pid, session)}
+    while more := {pid for pid, (parent, *_) in found.items() if parent in ours} - ours:
+        ours |= more
+    return {pid: found[pid][2] for pid in ours}
+
+
+def core_seconds(leader: int) -> float:
     """Processor time that the living processes of the tree have used."""
-    ticks = 0
-    for process in descendants(pid):
-        try:
-            fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(process.core_s for process in tree(leader).values())
 
 
-def resident_bytes(pid: int) -> int:
+def resident_bytes(leader: int) -> int:
     """Memory of the tree; pages that two of its processes share count twice."""
-    pages = 0
-    for process in descendants(pid):
-        try:
-            pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
-        except (FileNotFoundError, ProcessLookupError, IndexError):
-            continue
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return sum(process.resident_bytes for process in tree(leader).values())
 
 
 @dataclass

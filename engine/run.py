@@ -10,10 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO, cast
 
 from rich.console import Console
 
@@ -28,7 +29,7 @@ from engine.settings import Limits, Settings, parse_bytes, parse_moment
 
 NOTICE = "Research use only; not a medical device. The output is a work list for people, not a diagnosis."
 EXAMPLE = "example: python -m engine.run manifest.csv -b bundle -o results"
-GIVE_UP_S = 3 * GRACE_S  # after this long without a clean stop the process ends all the same
+GIVE_UP_S = 2 * GRACE_S  # after this long without a clean stop the process ends all the same
 _OPERATING = frozenset(
     (
         "manifest",
@@ -168,8 +169,31 @@ def _take_from_run(given: dict[str, Any], changed: set[str]) -> None:
         given["bundle"] = recorded_bundle(given["manifest"])
 
 
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w")
+
+
+class _Log:
+    """Standard error, but a full disk or a closed pipe behind it does not end the run."""
+
+    def __init__(self) -> None:
+        self._stream: TextIO = sys.stderr or _nowhere()  # None where it was closed
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def main(arguments: list[str] | None = None) -> int:
-    console = Console(stderr=True)
+    console = Console(file=cast(TextIO, _Log()))
     try:
         settings = settings_from(sys.argv[1:] if arguments is None else arguments)
         stop = _stop_on_signal(console, settings.finish_by)
@@ -193,7 +217,10 @@ def _report(console: Console, summary: Summary, settings: Settings) -> int:
         hint = "no row failed" if settings.only_errors else "--overwrite starts again"
         console.print(f"{summary.output} is finished already; {hint}", markup=False)
     show_summary(console, summary)
-    print(summary.output)
+    try:
+        print(summary.output, flush=True)
+    except OSError:  # the results are safe, whoever wanted to read this
+        sys.stdout = _nowhere()
     if summary.by_status.get("missing") == summary.rows:
         console.print("not one of the files is there; do relative paths start elsewhere? see --root")
     if summary.errors > settings.max_error_rate * summary.rows:
@@ -209,6 +236,7 @@ def _stop_on_signal(console: Console, finish_by: datetime | None) -> threading.E
     stop = threading.Event()
 
     def give_up() -> None:
+        console.show_cursor(True)
         console.print("error: stopped while storage or a stage hangs; the same command goes on")
         os._exit(Stopped.exit_status)
 
@@ -218,6 +246,7 @@ def _stop_on_signal(console: Console, finish_by: datetime | None) -> threading.E
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.is_set():
+            console.show_cursor(True)
             os._exit(130)
         console.print("stopping; once more to stop at once")
         ask()

@@ -1,19 +1,14 @@
-"""The decoder: a process that runs the graph, so that a crash, a hang or a leak in it costs one image.
+"""The decoder: a process that decodes and resizes, so that a crash, a hang or a leak in it costs one image.
 
-`Decoder` is the engine's end, `main` the process. They speak over a socket: a request is one byte an image
-(1: to be decoded on the host first) and then the images; the reply a JSON object and then the pixels.
-
-libjpeg tells of damage on standard error only, and goes on with whatever it has. In a process of its own
-that is a clean channel: a batch about which it said something is refused, and looked at image by image.
+`Decoder` is the engine's end, `main` the process. They speak over a socket: a request is the number of
+images and then the images; the reply a JSON object, and the pixels of those that decoded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import re
 import resource
 import signal
 import socket
@@ -24,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -32,26 +27,13 @@ import numpy.typing as npt
 from engine.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
+    from engine.preprocess.codecs import Decoded
     from engine.preprocess.graph import Graph
 
 DECODE_TIMEOUT_S = 120  # of one request; an image of 100 megapixels takes seconds
-RETIRE_BYTES = 3 << 30  # a decoder that has grown beyond is replaced by a fresh one
-CHECK_MEMORY_EVERY = 256  # requests
-_ONE_PIXEL = b"P5 1 1 255\n\x80"
-_DAMAGE = ("Corrupt JPEG data", "Premature end of JPEG file", "Inconsistent progression sequence")
-# libjpeg tells only the first of an image's warnings, so that one of these may hide damage
-_MAY_HIDE_DAMAGE = (
-    "Corrupt JPEG data: bad ICC marker",
-    "Invalid SOS parameters for sequential JPEG",
-    "Unknown Adobe color transform code",
-    "Warning: unknown JFIF revision number",
-)
-MAY_HIDE_DAMAGE = "decoder_warning"
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class RefusedError(Exception):
-    """The decoder could not decode all images of a request; the text is about one image if it was alone."""
+RETIRE_BYTES = 3 << 29  # a decoder that has grown beyond is replaced by a fresh one
+RETIRE_FAILURES = 1000  # and so is one that has refused so many images: libraries leak where they fail
+RETIRE_REQUESTS = 16  # but not before it has answered so many requests
 
 
 class CrashedError(Exception):
@@ -59,31 +41,31 @@ class CrashedError(Exception):
 
 
 @dataclass(frozen=True)
-class Decoded:
-    pixels: npt.NDArray[np.uint8]  # [N, 1, H, W]
-    flags: tuple[str, ...] = ()
+class Reply:
+    """What became of n images, by their position in the request."""
+
+    pixels: npt.NDArray[np.uint8]  # [k, 1, H, W], of those that decoded
+    failed: dict[int, str]  # one line each
+    flags: dict[int, list[str]]
 
 
 class Decoder:
-    """The engine's end. The process starts at once, and anew with the first request after a crash."""
+    """The engine's end. The process starts at once, and anew after a crash."""
 
     def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int) -> None:
         self.size, self.batch_size, self.crashes = size, batch_size, 0
-        numbers = (*size, batch_size, threads, DECODE_TIMEOUT_S, RETIRE_BYTES)
+        numbers = (*size, batch_size, threads, DECODE_TIMEOUT_S, RETIRE_BYTES, RETIRE_FAILURES)
         self._arguments = [str(number) for number in numbers]
-        self._ready = False
         self._start()
 
-    def decode(self, images: Sequence[bytes], on_host: Sequence[bool]) -> Decoded:
-        """At most `batch_size` images, all or none. Raises RefusedError or CrashedError."""
+    def decode(self, images: Sequence[bytes]) -> Reply:
+        """Decode 1 to `batch_size` encoded images. Raises CrashedError."""
         self._await_start()
         try:
-            self._connection.send_bytes(bytes(on_host))
+            self._connection.send_bytes(str(len(images)).encode())
             for image in images:
                 self._connection.send_bytes(image)
             reply = json.loads(self._connection.recv_bytes())
-            if "refused" in reply:
-                raise RefusedError(reply["refused"])
             pixels = np.frombuffer(self._connection.recv_bytes(), np.uint8)
         except (EOFError, OSError):
             self.crashes += 1
@@ -93,13 +75,15 @@ class Decoder:
         if reply["retire"]:
             self._end()
             self._start()
-        return Decoded(pixels.reshape(len(images), 1, *self.size), tuple(reply["flags"]))
+        failed, flags = (
+            {int(key): value for key, value in reply[name].items()} for name in ("failed", "flags")
+        )
+        return Reply(pixels.reshape(-1, 1, *self.size), failed, flags)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs, open(os.devnull, "rb+") as nothing:
             self._said = os.memfd_create("decoder", os.MFD_CLOEXEC)
-            fcntl.fcntl(self._said, fcntl.F_SETFL, os.O_APPEND)
             root = str(Path(__file__).parents[2])
             path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
             self._process = subprocess.Popen(
@@ -139,12 +123,7 @@ class Decoder:
             return f"stopped after {DECODE_TIMEOUT_S} s"
         if status < 0:
             return f"ended by {signal.Signals(-status).name}"
-        return f"ended with status {status}: {_one_line(said.strip().splitlines()[-1:])}"
-
-    def cpu_s(self) -> float:
-        """Seconds of processor time that the present process has used."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return f"ended with status {status}: {' '.join(said.strip().splitlines()[-1:])[:200]}"
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -158,11 +137,6 @@ class Decoder:
         self.close()
 
 
-def _one_line(lines: Sequence[str]) -> str:
-    text = " ".join(_COLOUR.sub("", " ".join(lines)).split())
-    return "".join(letter for letter in text if letter.isprintable())[:200]
-
-
 def main(arguments: Sequence[str]) -> None:
     """The process: serve until the engine closes its end, or is gone."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the engine says when to stop
@@ -170,7 +144,7 @@ def main(arguments: Sequence[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):  # short of memory, this process goes and not the engine
         Path("/proc/self/oom_score_adj").write_text("500")
-    descriptor, height, width, batch_size, threads, timeout_s, retire_bytes = map(int, arguments)
+    descriptor, height, width, batch_size, threads, timeout_s, *retire = map(int, arguments)
     connection = Connection(descriptor)
     try:
         graph = _graph(height, width, batch_size, threads)
@@ -178,65 +152,62 @@ def main(arguments: Sequence[str]) -> None:
         connection.send_bytes(str(error).encode())
         return
     connection.send_bytes(b"ready")
+    with open(os.devnull, "w") as nowhere:  # the libraries' words about single files
+        os.dup2(nowhere.fileno(), 2)
     with contextlib.suppress(EOFError, ConnectionError), ThreadPoolExecutor(threads) as pool:
-        serve(connection, graph, pool, timeout_s=timeout_s, retire_bytes=retire_bytes)
+        _serve(connection, graph, pool, timeout_s, *retire)
 
 
 def _graph(height: int, width: int, batch_size: int, threads: int) -> Graph:
-    from engine.preprocess.graph import DecodeError, Graph
+    from engine.preprocess.graph import Graph
 
     graph = Graph(size=(height, width), batch_size=batch_size, threads=threads)
-    try:
-        graph.run([_ONE_PIXEL])  # a graph that can't decode this would call every row corrupt
-    except DecodeError as error:
-        raise EngineError(f"DALI can't decode: {_one_line([str(error)])}") from None
+    graph.run([np.zeros((1, 1), np.uint8)])  # the first run is slow
     return graph
 
 
-def serve(
-    connection: Connection, graph: Graph, pool: ThreadPoolExecutor, *, timeout_s: int, retire_bytes: int
+def _serve(
+    connection: Connection,
+    graph: Graph,
+    pool: ThreadPoolExecutor,
+    timeout_s: int,
+    retire_bytes: int,
+    retire_failures: int,
 ) -> None:
     """Answer requests; raises EOFError when the engine has closed its end."""
-    from engine.preprocess.depth import to_gray_pnm
-    from engine.preprocess.graph import DecodeError
-
-    def prepared(image: bytes, on_host: int) -> bytes:
-        return to_gray_pnm(image) if on_host else image
-
+    failures = 0
     for number in range(1, sys.maxsize):
-        on_host = connection.recv_bytes()
-        images = [connection.recv_bytes() for _ in on_host]
-        os.ftruncate(2, 0)
+        images = [connection.recv_bytes() for _ in range(int(connection.recv_bytes()))]
         signal.setitimer(signal.ITIMER_REAL, timeout_s)  # its signal ends the process
-        try:
-            pixels = graph.run(list(pool.map(prepared, images, on_host)))
-            flags = _judged(os.pread(2, 1 << 16, 0).decode(errors="replace"), alone=len(images) == 1)
-        except (DecodeError, RefusedError, ValueError, MemoryError) as error:
-            connection.send_bytes(json.dumps({"refused": _reason(error)}).encode())
-        else:
-            retire = number % CHECK_MEMORY_EVERY == 0 and _resident_bytes() > retire_bytes
-            connection.send_bytes(json.dumps({"flags": flags, "retire": retire}).encode())
-            connection.send_bytes(pixels.tobytes())
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        found = list(pool.map(_decoded, images))
+        decoded = [image.gray for image in found if not isinstance(image, str)]
+        pixels = graph.run(decoded).tobytes() if decoded else b""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        failures += len(images) - len(decoded)
+        grown = _resident_bytes() > retire_bytes or failures > retire_failures
+        reply: dict[str, Any] = {
+            "failed": {place: text for place, text in enumerate(found) if isinstance(text, str)},
+            "flags": {
+                place: image.flags
+                for place, image in enumerate(found)
+                if not isinstance(image, str) and image.flags
+            },
+            "retire": grown and number >= RETIRE_REQUESTS,
+        }
+        del images, found, decoded
+        connection.send_bytes(json.dumps(reply).encode())
+        connection.send_bytes(pixels)
 
 
-def _judged(said: str, *, alone: bool) -> list[str]:
-    """Flags for what libjpeg said. Raises RefusedError for damage, or what only a look at each tells."""
-    hiding = [line for line in said.splitlines() if line.startswith(_MAY_HIDE_DAMAGE)]
-    damage = [line for line in said.splitlines() if line.startswith(_DAMAGE) and line not in hiding]
-    if damage or (hiding and not alone):
-        raise RefusedError(_one_line(damage[:1]))
-    return [MAY_HIDE_DAMAGE] if hiding else []
+def _decoded(image: bytes) -> Decoded | str:
+    """The image, or one line that says why not."""
+    from engine.header import parse
+    from engine.preprocess.codecs import decode
 
-
-def _reason(error: Exception) -> str:
-    from engine.preprocess.graph import DecodeError
-
-    said = [line for line in os.pread(2, 1 << 16, 0).decode(errors="replace").splitlines() if line.strip()]
-    if isinstance(error, DecodeError):
-        return _one_line(said[:1]) or "the image is damaged"
-    return _one_line([str(error)])
+    try:
+        return decode(image, parse(image, sys.maxsize))  # the reader has let it pass
+    except ValueError as error:
+        return str(error)
 
 
 def _resident_bytes() -> int:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from engine.overlap import Meter
-from engine.preprocess.decoder import CrashedError, Decoder, RefusedError
+from engine.preprocess.decoder import CrashedError, Decoder
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
 from engine.settings import Limits, available_cpus
@@ -67,38 +67,34 @@ class Preprocess:
         if chunk:
             yield chunk
 
-    def _decode(self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8]) -> list[int]:
-        """Decode `positions` together into `pixels`, else each alone. Returns those that decoded."""
+    def _decode(
+        self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8], *, again: bool = False
+    ) -> list[int]:
+        """Decode `positions` together into `pixels`. Returns those that decoded.
+
+        If the decoder dies over them each is tried alone, and once more, since it can die of something else.
+        """
         try:
-            self._request(batch, positions, pixels)
-        except (RefusedError, CrashedError):
-            return [position for position in positions if self._decode_alone(batch, position, pixels)]
-        return positions
-
-    def _decode_alone(self, batch: Batch, position: int, pixels: npt.NDArray[np.uint8]) -> bool:
-        header = batch.headers[position]
-        assert header is not None
-        for last_try in (False, True):  # a decoder can die of something else than the image
-            try:
-                self._request(batch, [position], pixels)
-                return True
-            except RefusedError as error:
-                batch.fail(position, Status.CORRUPT, f"{header.format} decoder: {error}")
-                return False
-            except CrashedError as error:
-                if last_try:
-                    batch.fail(position, Status.CRASHED, f"{header.format} decoder: {error}")
-        return False
-
-    def _request(self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8]) -> None:
-        headers = [header for position in positions if (header := batch.headers[position])]
-        decoded = self.decoder.decode(
-            [batch.encoded[position] for position in positions], [header.deep for header in headers]
-        )
-        pixels[positions] = decoded.pixels
-        if decoded.flags:
+            return self._request(batch, positions, pixels)
+        except CrashedError as error:
+            if len(positions) > 1:
+                return [one for position in positions for one in self._decode(batch, [position], pixels)]
+            if not again:
+                return self._decode(batch, positions, pixels, again=True)
             (position,) = positions
-            batch.flags.setdefault(position, []).extend(decoded.flags)
+            batch.fail(position, Status.CRASHED, f"{_format(batch, position)} decoder: {error}")
+            return []
+
+    def _request(self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8]) -> list[int]:
+        reply = self.decoder.decode([batch.encoded[position] for position in positions])
+        for place, error in reply.failed.items():
+            position = positions[place]
+            batch.fail(position, Status.CORRUPT, f"{_format(batch, position)} decoder: {error}")
+        for place, flags in reply.flags.items():
+            batch.flags.setdefault(positions[place], []).extend(flags)
+        decoded = [position for place, position in enumerate(positions) if place not in reply.failed]
+        pixels[decoded] = reply.pixels
+        return decoded
 
     def close(self) -> None:
         self.decoder.close()
@@ -108,6 +104,12 @@ class Preprocess:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _format(batch: Batch, position: int) -> str:
+    header = batch.headers[position]
+    assert header is not None
+    return header.format
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,15 @@ from tests.images import encode, smooth
 FAULTS = """
 import os, signal, sys
 if "engine.preprocess.decoder" in sys.orig_argv:
-    from engine.preprocess.graph import Graph
-    run = Graph.run
-    def faulty(self, images):
-        if any(b"CRASH" in image for image in images):
+    from engine.preprocess import codecs
+    decode = codecs.decode
+    def faulty(image, header):
+        if b"CRASH" in image:
             os.kill(os.getpid(), signal.SIGSEGV)
-        if any(b"HANG" in image for image in images):
-            signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.Signals) - {signal.SIGALRM})
+        if b"HANG" in image:
             signal.sigwait({signal.SIGUSR2})
-        return run(self, images)
-    Graph.run = faulty
+        return decode(image, header)
+    codecs.decode = faulty
 """
 
 
@@ -95,14 +94,17 @@ def test_signals_for_the_engine_do_not_end_the_decoder(preprocess: Preprocess, t
     assert preprocess.decoder.crashes == 0
 
 
-def test_a_decoder_that_has_grown_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "RETIRE_BYTES", 1)
-    images = [jpeg(0)]
+@pytest.mark.parametrize("limit", ["RETIRE_BYTES", "RETIRE_FAILURES"])
+def test_a_decoder_that_may_leak_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(decoder, limit, 1)
+    images = [jpeg(0), damaged_middle(jpeg(1)), damaged_middle(jpeg(2))]
     with Preprocess(size=(32, 32), batch_size=8, threads=1, max_pixels_at_once=1 << 24) as preprocess:
         first = preprocess.decoder._process.pid
-        for _ in range(decoder.CHECK_MEMORY_EVERY + 1):
+        for _ in range(decoder.RETIRE_REQUESTS + 1):
             (batch,) = screened(preprocess, tmp_path / "images", images)
-            assert not batch.errors
+            assert sorted(batch.errors) == [1, 2]
         assert preprocess.decoder._process.pid != first
         assert preprocess.decoder.crashes == 0
 

@@ -75,7 +75,7 @@ def list_images(folder: Path, rows: int, *, name: str = "m.txt") -> Path:
     if not (folder / "images").exists():
         write_images(folder / "images", 8)
     good = (folder / "images" / "image-01.jpg").read_bytes()
-    (folder / "images" / "bad.jpg").write_bytes(good[:300] + b"\xff\xd9")
+    (folder / "images" / "bad.jpg").write_bytes(good[: len(good) * 3 // 4] + b"\xff\xd9")
     names = [f"image-{index:02}{('.png', '.jpg')[index % 2]}" for index in range(8)] + ["nowhere", "bad.jpg"]
     rng = random.Random(1)
     lines = [f"images/{rng.choice(names)}" for _ in range(rows)]
@@ -316,11 +316,18 @@ def test_storage_that_hangs_as_a_whole_stops_the_run(start: Start, tmp_path: Pat
     for name in names:
         (tmp_path / name).write_bytes(b"anything")
     (tmp_path / "m.txt").write_text("\n".join(names))
-    process = start("m.txt", "-o", "out", "--read-timeout", "0.3", LD_PRELOAD=str(tmp_path / "hang.so"))
+    hanging = {"LD_PRELOAD": str(tmp_path / "hang.so")}
+    process = start("m.txt", "-o", "out", "--read-timeout", "0.3", **hanging)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "does not answer" in errors
     assert "Traceback" not in errors
+    process = start("m.txt", "-o", "other", **hanging)
+    while not (tmp_path / "other" / "_run.json").exists():
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=15)
+    assert process.returncode == 5, errors
 
 
 def test_only_errors_mends_what_can_be_mended(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
@@ -371,6 +378,19 @@ def test_only_errors_keeps_to_the_options_of_the_run(
     run = engine_run("--only-errors", "out")
     assert run.returncode == 2
     assert "the run is not finished" in run.stderr
+
+
+def test_a_log_that_can_not_be_written_does_not_end_a_run(bundle: Path, tmp_path: Path) -> None:
+    list_images(tmp_path, 50)
+    command = f"{sys.executable} -m engine.run m.txt -b {bundle}"
+    for redirection in ("2>/dev/full >/dev/full", "2>&- >&-", "2>&1 | true; test ${PIPESTATUS[0]} = 0"):
+        shutil.rmtree(tmp_path / "results", ignore_errors=True)
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        status = subprocess.run(
+            ["bash", "-c", f"{command} {redirection}"], cwd=tmp_path, env=environment, check=False
+        ).returncode
+        assert status == 0
+        assert (tmp_path / "results" / "_SUCCESS").exists()
 
 
 @pytest.mark.parametrize(

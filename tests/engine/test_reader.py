@@ -81,6 +81,15 @@ def test_each_failure_has_its_status(tmp_path: Path) -> None:
         assert not any("\n" in error or str(tmp_path) in error for error in batch.errors.values())
 
 
+def test_a_refused_image_keeps_its_declared_size(tmp_path: Path) -> None:
+    (tmp_path / "wide.png").write_bytes(encode(Image.fromarray(np.zeros((150, 200), np.uint8)), "PNG"))
+    (tmp_path / "cut").write_bytes(picture(tmp_path / "good")[:-20])
+    (tmp_path / "text").write_text("hello")
+    (batch,) = read([str(tmp_path / name) for name in ("wide.png", "cut", "text")])
+    assert batch.width.tolist() == [200, 40, 0]
+    assert batch.height.tolist() == [150, 30, 0]
+
+
 def test_unreadable_without_permission(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may read everything")

@@ -1,0 +1,64 @@
+"""What an encoded image says of itself: format, size and layout, read from its header, nothing decoded.
+
+One module per format, each with `matches(data)` and `parse(data, limit)`. Input is hostile: no loop runs
+longer than the file or a fixed bound, nothing is allocated in proportion to a declared number, and what a
+decoder would allocate beyond the declared pixels is refused here.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Protocol
+
+from engine.header import bmp, gif, jpeg, jpeg2000, png, pnm, tiff, webp
+from engine.header.common import Header, HeaderError, Limit, truncated, unsupported
+
+__all__ = ["Header", "HeaderError", "parse"]
+
+
+class _Format(Protocol):
+    def matches(self, data: bytes) -> bool: ...
+
+    def parse(self, data: bytes, limit: Limit) -> Header: ...
+
+
+_FORMATS: dict[str, _Format] = {
+    "JPEG": jpeg,
+    "PNG": png,
+    "TIFF": tiff,
+    "JPEG 2000": jpeg2000,
+    "WebP": webp,
+    "BMP": bmp,
+    "PNM": pnm,
+    "GIF": gif,
+}
+_OTHERS = ((b"%PDF", "a PDF file"), (b"PK\x03\x04", "a ZIP file"), (b"P7\n", "a PAM file"))
+
+
+def parse(data: bytes, max_pixels: int) -> Header:
+    """The header of an encoded image, its format decided by content.
+
+    Raises HeaderError: TOO_LARGE (before any other verdict on an image whose size is known), UNSUPPORTED,
+    TRUNCATED (the end is missing) or CORRUPT.
+    """
+    if data[128:132] == b"DICM":
+        raise unsupported(f"a DICOM file; supported: {', '.join(_FORMATS)}")
+    name = next((name for name, module in _FORMATS.items() if module.matches(data)), None)
+    if name is None:
+        raise unsupported(f"{_name(data)}; supported: {', '.join(_FORMATS)}")
+    limit = Limit(max_pixels)
+    try:
+        return _FORMATS[name].parse(data, limit)
+    except struct.error:
+        error = truncated(f"{name} ends inside its header at byte {len(data)}")
+    except HeaderError as raised:
+        error = raised
+    error.size = limit.size
+    raise error
+
+
+def _name(data: bytes) -> str:
+    for magic, name in _OTHERS:
+        if data.startswith(magic):
+            return name
+    return f"not an image (starts with {data[:8].hex()})"

@@ -1,0 +1,25 @@
+"""BMP: an uncompressed raster, which needs no library (imagecodecs reads 8 and 24 bits only)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.header import Header
+from engine.header.bmp import Layout
+from engine.preprocess.codecs.gray import Gray, palette_gray, to_gray, unpacked
+
+
+def decode(data: bytes, header: Header) -> Gray:
+    layout: Layout = header.layout
+    size = layout.stride * header.height
+    rows = np.frombuffer(data, np.uint8, size, layout.start).reshape(header.height, layout.stride)
+    rows = rows if layout.top_down else rows[::-1]
+    if layout.bits >= 24:
+        channels = layout.bits // 8
+        pixels = rows[:, : header.width * channels].reshape(header.height, header.width, channels)
+        return to_gray(pixels[:, :, [2, 1, 0, 3] if layout.alpha else [2, 1, 0]])
+    if layout.bits < 8:
+        rows = unpacked(rows, layout.bits)
+    first, entries, entry = layout.palette
+    colours = np.frombuffer(data, np.uint8, entries * entry, first).reshape(entries, entry)
+    return palette_gray(rows[:, : header.width], colours[:, 2::-1])

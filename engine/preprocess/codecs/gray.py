@@ -1,0 +1,97 @@
+"""Samples of any depth to 8-bit gray.
+
+DALI divides 16-bit samples by 257, which leaves a 12-bit radiograph 16 gray levels. Here the *significant*
+bits decide:
+
+- samples that are all multiples of 257 are 8-bit samples stretched to 16, and are divided by 257;
+- otherwise the smallest of 8, 10, 12, 14, 16 bits that holds the largest sample is the depth, and the
+  samples are scaled by 255 / (2^depth - 1), rounded.
+
+PNG's sBIT is not needed: a writer that follows the PNG recommendation stretches its samples to the full
+16 bits, one that does not leaves them in the low bits, and the rule above reads both right. A file that
+declares fewer than 16 bits, or another white, is believed. Colour becomes ITU-R BT.601 luma; what is
+transparent is laid over black.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+DEPTHS = (8, 10, 12, 14, 16)
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_BLOCK = 1 << 20  # pixels
+
+Gray = npt.NDArray[np.uint8]
+Samples = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+
+def to_gray(samples: Samples, *, white: int | None = None) -> Gray:
+    """Samples [H, W] or [H, W, 1 | 2 | 3 | 4] (gray, gray + alpha, RGB, RGBA) to gray [H, W].
+
+    `white` is the sample value that means white where the format says it; alpha's is the type's largest, or
+    `white` too.
+    """
+    if samples.ndim == 2:
+        samples = samples[:, :, None]
+    height, width, channels = samples.shape
+    opaque = channels in (1, 3)
+    if white is None:
+        white = full_scale(samples if opaque else samples[:, :, :-1])
+        solid = int(np.iinfo(samples.dtype).max)
+    else:
+        solid = white
+    if channels == 1 and samples.dtype == np.uint8 and white == 255:
+        return np.ascontiguousarray(samples[:, :, 0], np.uint8)
+    gray = np.empty((height, width), np.uint8)
+    rows = max(1, _BLOCK // width)  # block by block, so that floats never cost more than the samples
+    for start in range(0, height, rows):
+        block = samples[start : start + rows]
+        colour = block if opaque else block[:, :, :-1]
+        level = colour @ _LUMA if colour.shape[2] == 3 else colour[:, :, 0]
+        level = level * np.float32(255.0 / white)
+        if not opaque:
+            level *= block[:, :, -1] / np.float32(solid)
+        gray[start : start + rows] = np.clip(np.rint(level), 0, 255)
+    return gray
+
+
+def full_scale(samples: Samples) -> int:
+    """The sample value that means white: 255, 1023, 4095, 16383 or 65535."""
+    if samples.dtype == np.uint8:
+        return 255
+    largest = int(samples.max())
+    if largest > 255 and not any((row % 257).any() for row in samples):
+        return 65535
+    return next((1 << bits) - 1 for bits in DEPTHS if largest < 1 << bits)
+
+
+def declared_white(bits: int) -> int | None:
+    """What `to_gray` takes as white for samples of `bits` bits: 16 say nothing, significant bits decide."""
+    return (1 << bits) - 1 if bits < 16 else None
+
+
+def palette_gray(indexes: npt.NDArray[np.uint8], colours: Samples, *, transparent: int = -1) -> Gray:
+    """Indexes [H, W] into uint8 colours [n, 3] to gray; black where transparent or beyond the palette."""
+    table = np.zeros(256, np.uint8)
+    table[: len(colours)] = to_gray(colours[None], white=255)[0]
+    if transparent >= 0:
+        table[transparent] = 0
+    return table[indexes]
+
+
+def unpacked(rows: Gray, bits: int) -> Gray:
+    """Rows [n, stride] of packed samples of 1, 2 or 4 bits, the highest first, to one byte each."""
+    samples = [rows >> shift & (1 << bits) - 1 for shift in range(8 - bits, -1, -bits)]
+    return np.stack(samples, axis=2).reshape(len(rows), -1)
+
+
+def oriented(gray: Gray, value: int) -> Gray:
+    """[H, W] as it should be seen: EXIF 2.32, tag 0x0112."""
+    if value >= 5:
+        gray = gray.T
+    if value in (2, 3, 6, 7):
+        gray = gray[:, ::-1]
+    if value in (3, 4, 7, 8):
+        gray = gray[::-1]
+    return np.ascontiguousarray(gray)

@@ -1,0 +1,76 @@
+"""PNM: text or a raster, which needs no library."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.header import Header
+from engine.header.pnm import Layout
+from engine.preprocess.codecs.gray import Gray, Samples, to_gray
+
+_COMMENT = re.compile(rb"#[^\r\n]*")
+_GAP = re.compile(rb"[ \t\n\v\f\r]")
+_GAPS = b" \t\n\v\f\r"
+_PIECE = 1 << 20  # bytes of text turned into numbers at once
+
+
+def decode(data: bytes, header: Header) -> Gray:
+    layout: Layout = header.layout
+    shape = (header.height, header.width, layout.channels)
+    if layout.white == 0:
+        return (1 - _bits(data, layout, header.height, header.width)) * np.uint8(255)
+    samples = _numbers(data, layout, shape) if layout.plain else _raster(data, layout, shape)
+    if samples.max() > layout.white:
+        raise ValueError(f"a sample over {layout.white}, the largest allowed")
+    # 65535 is what a writer of 16-bit samples declares whatever is in them
+    return to_gray(samples, white=layout.white if layout.white < 65535 else None)
+
+
+def _bits(data: bytes, layout: Layout, height: int, width: int) -> Gray:
+    """1 is black."""
+    if not layout.plain:
+        packed = np.frombuffer(data, np.uint8, (width + 7) // 8 * height, layout.start)
+        return np.unpackbits(packed.reshape(height, -1), axis=1)[:, :width]
+    digits = _COMMENT.sub(b"", data[layout.start :]).translate(None, _GAPS)[: height * width]
+    bits = np.frombuffer(digits, np.uint8) - np.uint8(ord("0"))
+    if len(bits) < height * width or bits.max() > 1:
+        raise ValueError(f"not {height * width} pixels of 0 or 1")
+    return bits.reshape(height, width)
+
+
+def _raster(data: bytes, layout: Layout, shape: tuple[int, int, int]) -> Samples:
+    count = shape[0] * shape[1] * shape[2]
+    if layout.white < 256:
+        return np.frombuffer(data, np.uint8, count, layout.start).reshape(shape)
+    return np.frombuffer(data, ">u2", count, layout.start).astype(np.uint16).reshape(shape)
+
+
+def _numbers(data: bytes, layout: Layout, shape: tuple[int, int, int]) -> Samples:
+    """Samples of a plain file, a piece of its text at a time."""
+    text = _COMMENT.sub(b"", data[layout.start :])
+    count = shape[0] * shape[1] * shape[2]
+    samples: Samples = np.empty(count, np.uint8) if layout.white < 256 else np.empty(count, np.uint16)
+    filled = position = 0
+    while filled < len(samples) and position < len(text):
+        gap = _GAP.search(text, position + _PIECE)
+        end = gap.start() if gap else len(text)
+        found = _parsed(text[position:end], layout.white)[: len(samples) - filled]
+        samples[filled : filled + len(found)] = found
+        filled, position = filled + len(found), end
+    if filled < len(samples):
+        raise ValueError(f"{filled} of {len(samples)} samples")
+    return samples.reshape(shape)
+
+
+def _parsed(text: bytes, white: int) -> npt.NDArray[np.int64]:
+    if text.translate(None, b"0123456789" + _GAPS):
+        raise ValueError("something that isn't a number among the samples")
+    if not text.strip(_GAPS):
+        return np.empty(0, np.int64)
+    found = np.fromstring(text, np.int64, sep=" ")
+    if found.max() > white or found.min() < 0:  # an overflow may come out negative
+        raise ValueError(f"a sample over {white}, the largest allowed")
+    return found

@@ -1,0 +1,96 @@
+"""TIFF: strips and tiles put together here, each through its own codec.
+
+Not the whole file by the libtiff of imagecodecs: it would parse the file once more, past the header's checks,
+and damaged deflate strips come out of it as pixels that differ from call to call. Here a strip that runs
+short is an error. LZW alone is libtiff's, strip by strip: `imagecodecs.lzw_decode` follows codes that are
+not yet in its table through unset pointers.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import imagecodecs
+import numpy as np
+
+from engine.header import Header
+from engine.header.tiff import Layout
+from engine.preprocess.codecs import codec
+from engine.preprocess.codecs.gray import Gray, Samples, declared_white, palette_gray, to_gray, unpacked
+
+
+def decode(data: bytes, header: Header) -> Gray:
+    layout: Layout = header.layout
+    samples = _samples(data, layout)
+    if layout.palette:
+        colours = np.array(layout.palette, np.uint16).reshape(3, -1).T
+        if colours.max() > 255:  # else a writer took 8 bits for 16
+            colours >>= 8
+        return palette_gray(samples[:, :, 0].astype(np.uint8), colours.astype(np.uint8))
+    if layout.channels in (2, 4) and not layout.alpha:
+        samples = samples[:, :, :-1]
+    gray = to_gray(samples, white=declared_white(layout.bits))
+    return 255 - gray if layout.inverted else gray
+
+
+def _samples(data: bytes, layout: Layout) -> Samples:
+    """All pieces, [H, W, channels]."""
+    samples = np.empty(
+        (layout.height, layout.width, layout.channels), np.uint8 if layout.bits <= 8 else np.uint16
+    )
+    pieces = layout.across * layout.down
+    for index, (start, end) in enumerate(layout.spans):
+        piece = _piece(data[start:end], layout, layout.rows(index))  # [rows, piece_width, channels or 1]
+        channel, place = divmod(index, pieces) if layout.planar else (slice(None), index)
+        y, x = place // layout.across * layout.piece_height, place % layout.across * layout.piece_width
+        part = samples[y : y + layout.piece_height, x : x + layout.piece_width, channel]
+        inside = piece[: part.shape[0], : part.shape[1]]
+        part[...] = inside[:, :, 0] if layout.planar else inside
+    return samples
+
+
+def _piece(stored: bytes, layout: Layout, rows: int) -> Samples:
+    raw = _uncompressed(stored, layout, rows * layout.stride)
+    channels = 1 if layout.planar else layout.channels
+    shape = (rows, layout.piece_width, channels)
+    if layout.bits in (8, 16):
+        order = ">" if layout.big_endian else "<"
+        piece = np.frombuffer(raw, f"{order}u{layout.bits // 8}").reshape(shape)
+        piece = piece.astype(piece.dtype.newbyteorder("="), copy=False)
+        return np.cumsum(piece, axis=1, dtype=piece.dtype) if layout.differences else piece
+    if layout.bits < 8:
+        return unpacked(np.frombuffer(raw, np.uint8).reshape(rows, -1), layout.bits)[:, : shape[1], None]
+    row = shape[1] * channels
+    piece = codec.run(imagecodecs.packints_decode, raw, "u2", layout.bits, runlen=row)
+    return np.asarray(piece, np.uint16).reshape(shape)
+
+
+def _uncompressed(stored: bytes, layout: Layout, size: int) -> bytes:
+    """The first `size` bytes of a piece. Raises ValueError when there are fewer or a checksum is wrong."""
+    if layout.compression == "deflate":
+        inflate = zlib.decompressobj()
+        try:
+            # some writers pad the last strip; one byte more, so that the end and its checksum are reached
+            raw = inflate.decompress(stored, layout.piece_height * layout.stride + 1)
+        except zlib.error:
+            raise ValueError("a damaged strip or tile") from None
+        if not inflate.eof:
+            raise ValueError("a strip or tile that doesn't end where it should")
+    elif layout.compression == "lzw":
+        raw = codec.run(imagecodecs.tiff_decode, _one_row(stored, size), index=0).tobytes()
+    elif layout.compression == "packbits":
+        raw = codec.run(imagecodecs.packbits_decode, stored, out=size)
+    else:
+        raw = stored
+    if len(raw) < size:
+        raise ValueError(f"a strip or tile of {len(raw)} bytes; {size} expected")
+    return raw[:size]
+
+
+def _one_row(lzw: bytes, size: int) -> bytes:
+    """A gray TIFF of one row of `size` bytes around compressed ones."""
+    tags = {256: size, 257: 1, 258: 8, 259: 5, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(lzw)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return struct.pack("<4sI", b"II*\0", 8 + len(lzw)) + lzw + directory
