@@ -106,7 +106,7 @@ class Stages:
             size=models.size,
             batch_size=CPU_BATCH,
             threads=workers,
-            max_pixels_at_once=Limits().pixels_at_once,
+            decoding_bytes=Limits().decoding_bytes,
         )
 
     def costs(self, rows: int) -> dict[str, Cost]:

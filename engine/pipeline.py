@@ -145,7 +145,7 @@ class Stages:
             size=models.size,
             batch_size=options["batch_size"],
             threads=self._workers,
-            max_pixels_at_once=self._settings.limits.pixels_at_once,
+            decoding_bytes=self._settings.limits.decoding_bytes,
         )
         self.preprocess: PixelStage = stack.enter_context(preprocess)
         members = [

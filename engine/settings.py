@@ -37,9 +37,9 @@ class Limits:
         return self.memory // 4
 
     @property
-    def pixels_at_once(self) -> int:
-        """Pixels that are decoded together, at no more than 3 bytes each."""
-        return self.memory // 8
+    def decoding_bytes(self) -> int:
+        """Bytes that decoding may take for images that are decoded together; a single one may take more."""
+        return self.memory // 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ def pixels_alone(paths: Sequence[Path], size: tuple[int, int]) -> list[np.ndarra
     """uint8 [1, H, W] of each file, None for one that is refused; no other image is near it."""
     part = Part(0, np.arange(len(paths)), [str(path) for path in paths], pa.table({}))
     batches = Reader(Path(), batch_size=1, threads=1, limits=Limits()).stage([part], Meter("read"))
-    with Preprocess(size=size, batch_size=1, threads=1, max_pixels_at_once=1) as preprocess:
+    with Preprocess(size=size, batch_size=1, threads=1, decoding_bytes=1) as preprocess:
         return [
             batch.pixels[0] if len(batch.index) else None
             for batch in preprocess.stage(batches, Meter("preprocess"))

@@ -10,6 +10,18 @@ from engine.records import Status
 INT32_MAX = (1 << 31) - 1
 
 
+_PEAK_BYTES_PER_PIXEL = {
+    "bmp": 6,
+    "gif": 4,
+    "jpeg": 4,
+    "jpeg2000": 27,
+    "png": 12,
+    "pnm": 6,
+    "tiff": 12,
+    "webp": 14,
+}
+
+
 class Header(NamedTuple):
     format: str
     width: int  # pixels as stored
@@ -17,6 +29,11 @@ class Header(NamedTuple):
     flags: tuple[str, ...] = ()
     orientation: int = 1  # EXIF 1 to 8
     layout: Any = None  # what else the format's own decoder has to know
+
+    @property
+    def decoding_bytes(self) -> int:
+        """What decoding takes at its peak, at most, by measurement."""
+        return self.width * self.height * _PEAK_BYTES_PER_PIXEL[self.format]
 
 
 class HeaderError(Exception):

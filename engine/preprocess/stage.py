@@ -22,11 +22,9 @@ from engine.settings import Limits, available_cpus
 class Preprocess:
     """Fills in pixels through a decoder process, which it owns; use from one thread at a time."""
 
-    def __init__(
-        self, *, size: tuple[int, int], batch_size: int, threads: int, max_pixels_at_once: int
-    ) -> None:
+    def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int, decoding_bytes: int) -> None:
         self.decoder = Decoder(size=size, batch_size=batch_size, threads=threads)
-        self._max_pixels_at_once = max_pixels_at_once
+        self._decoding_bytes = decoding_bytes
 
     @property
     def crashes(self) -> int:
@@ -52,18 +50,18 @@ class Preprocess:
         batch.pixels = pixels if decoded.all() else pixels[decoded]
 
     def _chunks(self, batch: Batch) -> Iterator[list[int]]:
-        """Runs of positions whose decoded sizes fit into memory together."""
+        """Runs of positions that can be decoded together within the memory allowed."""
         chunk: list[int] = []
-        pixels = 0
+        held = 0
         for position, header in enumerate(batch.headers):
             if header is None:
                 continue
-            size = header.width * header.height
-            if chunk and (pixels + size > self._max_pixels_at_once or len(chunk) == self.decoder.batch_size):
+            size = header.decoding_bytes
+            if chunk and (held + size > self._decoding_bytes or len(chunk) == self.decoder.batch_size):
                 yield chunk
-                chunk, pixels = [], 0
+                chunk, held = [], 0
             chunk.append(position)
-            pixels += size
+            held += size
         if chunk:
             yield chunk
 
@@ -131,7 +129,7 @@ def load_pixels(
     part = Part(0, np.arange(len(paths)), [str(path) for path in paths], pa.table({}))
     pixels, index, failures = [np.empty((0, 1, *size), np.uint8)], [np.empty(0, np.int64)], []
     with Preprocess(
-        size=size, batch_size=16, threads=threads, max_pixels_at_once=limits.pixels_at_once
+        size=size, batch_size=16, threads=threads, decoding_bytes=limits.decoding_bytes
     ) as preprocess:
         for batch in preprocess.stage(reader.stage([part], Meter("read")), Meter("preprocess")):
             assert batch.pixels is not None

@@ -44,7 +44,7 @@ def preprocess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prep
     (tmp_path / "sitecustomize.py").write_text(FAULTS)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(decoder, "DECODE_TIMEOUT_S", 1)
-    with Preprocess(size=(32, 32), batch_size=8, threads=2, max_pixels_at_once=1 << 24) as opened:
+    with Preprocess(size=(32, 32), batch_size=8, threads=2, decoding_bytes=1 << 24) as opened:
         yield opened
 
 
@@ -100,7 +100,7 @@ def test_a_decoder_that_may_leak_is_replaced(
 ) -> None:
     monkeypatch.setattr(decoder, limit, 1)
     images = [jpeg(0), damaged_middle(jpeg(1)), damaged_middle(jpeg(2))]
-    with Preprocess(size=(32, 32), batch_size=8, threads=1, max_pixels_at_once=1 << 24) as preprocess:
+    with Preprocess(size=(32, 32), batch_size=8, threads=1, decoding_bytes=1 << 24) as preprocess:
         first = preprocess.decoder._process.pid
         for _ in range(decoder.RETIRE_REQUESTS + 1):
             (batch,) = screened(preprocess, tmp_path / "images", images)
@@ -110,7 +110,7 @@ def test_a_decoder_that_may_leak_is_replaced(
 
 
 def test_no_process_stays_behind(tmp_path: Path) -> None:
-    preprocess = Preprocess(size=(32, 32), batch_size=8, threads=1, max_pixels_at_once=1 << 24)
+    preprocess = Preprocess(size=(32, 32), batch_size=8, threads=1, decoding_bytes=1 << 24)
     pid = preprocess.decoder._process.pid
     preprocess.close()
     for _ in range(100):

@@ -132,7 +132,7 @@ def test_images_are_decoded_within_the_pixel_budget(tmp_path: Path, monkeypatch:
         "decode",
         lambda self, images: together.append(len(images)) or decode(self, images),
     )
-    monkeypatch.setattr("engine.settings.Limits.pixels_at_once", 25_000)
+    monkeypatch.setattr("engine.settings.Limits.decoding_bytes", 250_000)
     scarce = load_pixels(paths, size=(32, 32))
     assert together == [2, 2, 2]
     assert np.array_equal(plenty.pixels, scarce.pixels)
@@ -147,6 +147,6 @@ def test_a_stage_closes_what_feeds_it() -> None:
         finally:
             closed.append(True)
 
-    with Preprocess(size=(8, 8), batch_size=2, threads=1, max_pixels_at_once=1 << 20) as preprocess:
+    with Preprocess(size=(8, 8), batch_size=2, threads=1, decoding_bytes=1 << 20) as preprocess:
         assert list(preprocess.stage(source(), Meter("preprocess"))) == []
     assert closed
