@@ -51,9 +51,8 @@ class _Budget:
 
     def acquire(self, size: int, job: _Job) -> None:
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._used + size <= self._limit or job is self._first or self._closed
-            )
+            while self._used + size > self._limit and job is not self._first and not self._closed:
+                self._changed.wait()
             self._used += size
 
     def release(self, size: int) -> None:
@@ -125,6 +124,7 @@ class _Reading:
 
     def __init__(self, reader: Reader, meter: Meter) -> None:
         self._reader, self._meter = reader, meter
+        self._root = str(reader.root)
         self._budget = _Budget(reader.limits.encoded_bytes)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: deque[_Job] = deque()  # in manifest order
@@ -163,7 +163,8 @@ class _Reading:
     def finished(self, leave: float) -> Iterator[Batch]:
         """Batches that are read, until at most `leave` are in flight; waits for them."""
         while True:
-            yield from self._ready_aside()
+            if self._aside:
+                yield from self._ready_aside()
             if len(self._pending) <= leave:
                 return
             job = self._pending[0]
@@ -306,7 +307,7 @@ class _Reading:
         path = job.paths[job.position]
         if not path:
             raise _ReadError(Status.MISSING, "the row has no path")
-        full = os.path.join(self._reader.root, path)
+        full = os.path.join(self._root, path)
         try:
             # O_NONBLOCK: opening a FIFO that nobody writes to must not hang
             descriptor = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -355,7 +356,7 @@ class _Reading:
 
     def _storage_gone(self) -> bool:
         """None of the files that were read last is there any more."""
-        return not any(os.path.exists(path) for path in list(self._witnesses) or [str(self._reader.root)])
+        return not any(os.path.exists(path) for path in list(self._witnesses) or [self._root])
 
     def close(self) -> None:
         self._closed = True
