@@ -33,6 +33,7 @@ def damage_of(names: Names) -> None:
     one.add_argument("--rows", type=int, default=800, help="(%(default)s)")
     one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add_argument("--radiographs", type=Path, metavar="DIR", help="JPEGs to damage (synthetic ones)")
 
 
 def memory_of(names: Names) -> None:

@@ -1,6 +1,7 @@
-"""`python -m benchmarks damage`: what damaged files cost that only the decoder can tell.
+"""`python -m benchmarks damage`: what damaged files cost that only the decoder can tell, and how many it tells.
 
-The same rows, with none, 1 % and 20 % of their images damaged in the middle, in turn, `rounds` times.
+Rates: the same rows, with none, 1 % and 20 % of their images damaged in the middle, in turn, `rounds` times.
+Caught: copies of JPEGs (of `--radiographs`, else synthetic) with random damage in the middle of their pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.throughput import DISTINCT, EndToEnd, make_archive, run_engine
+from engine.header import HeaderError, parse
+from engine.preprocess import codecs
+from engine.settings import Limits
 
+COPIES = 400  # of each kind of damage
 SHARES = (0.0, 0.01, 0.2)
 LIMIT = 0.95  # of the rate without damage that 1 % may leave
 
@@ -44,12 +49,53 @@ def make_manifest(folder: Path, rows: int, side: int, share: float) -> tuple[Pat
     return manifest, count
 
 
+def _flip(data: bytearray, at: int, rng: random.Random) -> None:
+    data[at] ^= 1 << rng.randrange(8)
+
+
+def _random(data: bytearray, at: int, rng: random.Random) -> None:
+    data[at : at + 64] = rng.randbytes(64)
+
+
+def _zeros(data: bytearray, at: int, rng: random.Random) -> None:
+    data[at : at + 512] = bytes(512)
+
+
+DAMAGE = {
+    "1 bit": (_flip, 1),
+    "4 bits": (_flip, 4),
+    "64 random bytes": (_random, 1),
+    "512 zeros": (_zeros, 1),
+}
+
+
+def caught(images: list[bytes], copies: int) -> dict[str, float]:
+    """The share of damaged copies that is refused, by kind of damage."""
+    found = {}
+    for name, (change, times) in DAMAGE.items():
+        rng, refused = random.Random(name), 0
+        for _ in range(copies):
+            data = bytearray(rng.choice(images))
+            for _ in range(times):
+                change(data, rng.randrange(data.index(b"\xff\xda") + 14, len(data) - 514), rng)
+            try:
+                codecs.decode(bytes(data), parse(bytes(data), Limits().max_pixels))
+            except (ValueError, HeaderError):
+                refused += 1
+        found[name] = refused / copies
+    return found
+
+
 def main(console: Console, options: Any) -> None:
     before = record.machine()
     runs: dict[float, list[EndToEnd]] = {share: [] for share in SHARES}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         manifests = {share: make_manifest(work, options.rows, options.side, share) for share in SHARES}
+        folder = options.radiographs or work / f"images-{options.side}"
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "damaged" not in path.name]
+        images = [data for path in files if (data := path.read_bytes()).startswith(b"\xff\xd8")]
+        shares = caught(images, COPIES)
         for _ in range(options.rounds):
             for share in random.sample(SHARES, len(SHARES)):
                 manifest, bad = manifests[share]
@@ -67,11 +113,22 @@ def main(console: Console, options: Any) -> None:
         cells = f"{found['rows_per_s']:.2f}", f"{found['of_clean']['median']:.3f}"
         table.add_row(f"{share:.0%}", *cells, f"{found['core_ms_per_row']:.1f}")
     console.print(table)
+    for name, share in shares.items():
+        console.print(f"caught of {COPIES} copies with {name}: {share:.0%}", highlight=False)
     console.print(f"limit at 1 %: {LIMIT} of the rate without damage", highlight=False)
     target = options.output / "damage-cpu.json"
     command = f"damage --rows {options.rows} --rounds {options.rounds} --side {options.side}"
     work_done = {"rows": options.rows, "image": f"{options.side} x {options.side} gray JPEG, quality 90"}
     record.write(
-        target, command, {"work": work_done, "damaged_share": figures, "limit": LIMIT}, before=before
+        target,
+        command,
+        {
+            "work": work_done,
+            "damaged_share": figures,
+            "limit": LIMIT,
+            "caught": {"of": "radiographs" if options.radiographs else "synthetic", "copies": COPIES}
+            | shares,
+        },
+        before=before,
     )
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
