@@ -1,4 +1,4 @@
-"""`python -m benchmarks damage`: what damaged files cost that only the decoder can tell, and how many it tells.
+"""`python -m benchmarks damage`: what damage costs that only the decoder can tell, and how much it tells.
 
 Rates: the same rows, with none, 1 % and 20 % of their images damaged in the middle, in turn, `rounds` times.
 Caught: copies of JPEGs (of `--radiographs`, else synthetic) with random damage in the middle of their pixels.

@@ -189,8 +189,25 @@ def test_finish_by_stops_at_the_border_of_a_part(
     assert len(parts(tmp_path / "out")) > found
 
 
+def with_mounts(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a shell script that may mount what no other process sees; status 77 where that isn't allowed."""
+    run = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "bash", "-c", script],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    if run.returncode == 77 or "unshare" in run.stderr:
+        pytest.skip("no right to mount")
+    return run
+
+
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(bundle: Path, tmp_path: Path) -> None:
     list_images(tmp_path, 4_000)
+    (tmp_path / "out").mkdir()
     script = f"""
         mount -t tmpfs -o size=100k none out || exit 77
         run() {{ {sys.executable} -m engine.run m.txt -o out/results -b {bundle} --part-rows 256; }}
@@ -200,18 +217,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(bundle: Path, tmp_path
         run; echo status $?
         cp -r out/results kept
     """
-    (tmp_path / "out").mkdir()
-    run = subprocess.run(
-        ["unshare", "--map-root-user", "--mount", "bash", "-c", script],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    if run.returncode == 77 or "unshare" in run.stderr:
-        pytest.skip("no right to mount a small disk")
+    run = with_mounts(script, tmp_path)
     _, second = run.stdout.split("status 1\n", 1)
     assert "No space left on device" in run.stderr
     assert "the same command goes on" in run.stderr
@@ -219,27 +225,14 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(bundle: Path, tmp_path
     assert "part-00000.parquet" in second
     assert ".tmp" not in second
     assert "status 0" in second
-    whole = table(tmp_path / "kept")
-    assert whole.column("row").to_pylist() == list(range(4_000))
+    assert table(tmp_path / "kept").column("row").to_pylist() == list(range(4_000))
 
 
 def test_a_read_only_folder_is_refused(bundle: Path, tmp_path: Path) -> None:
     list_images(tmp_path, 10)
     (tmp_path / "out").mkdir()
-    script = (
-        f"mount -t tmpfs -o ro none out || exit 77; {sys.executable} -m engine.run m.txt -o out/r -b {bundle}"
-    )
-    run = subprocess.run(
-        ["unshare", "--map-root-user", "--mount", "bash", "-c", script],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if run.returncode == 77 or "unshare" in run.stderr:
-        pytest.skip("no right to mount")
+    command = f"{sys.executable} -m engine.run m.txt -o out/r -b {bundle}"
+    run = with_mounts(f"mount -t tmpfs -o ro none out || exit 77; {command}", tmp_path)
     assert run.returncode == 2
     assert run.stderr == "error: output out/r: Read-only file system\n"
 
