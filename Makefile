@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint benchmarks clean
+.PHONY: run test lint benchmarks fuzz clean
 
 run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
 	$(BIN)/python -m engine.run demo/archive/manifest.csv -b demo/bundle -o demo/results
@@ -21,7 +21,12 @@ lint: .venv/dev.stamp
 
 benchmarks: .venv/training.stamp demo/bundle/ensemble.json
 	$(BIN)/python -m benchmarks throughput -b demo/bundle
-	$(BIN)/python -m benchmarks throughput --null
+	$(BIN)/python -m benchmarks throughput -b demo/bundle --null
+	$(BIN)/python -m benchmarks memory -b demo/bundle
+	$(BIN)/python -m benchmarks damage -b demo/bundle
+
+fuzz: .venv/dev.stamp
+	$(BIN)/python -m tests.fuzz --count 20000
 
 clean:
 	rm -rf .venv demo

@@ -155,6 +155,7 @@ class Stages:
         self._run["versions"] |= _versions(members)
         self.step: ScoreStage = CpuStep(models, members, lanes=self._workers if self._settings.overlap else 0)
         stack.callback(self.step.close)
+        preprocess.decoder.await_start()
 
     def __exit__(self, *_: object) -> None:
         self._opened.close()

@@ -76,6 +76,7 @@ class _Attempt:
     """One thread's try at a batch. `since`: monotonic second that its present read began, if one goes on."""
 
     since: float | None = None
+    overdue: bool = False  # at the last look
 
     def slow_for(self, now: float) -> float:
         since = self.since
@@ -208,8 +209,10 @@ class _Reading:
         ):
             self._set_aside(job)
         for slow in {*self._aside, job}:
-            if slow.attempt.slow_for(now) > self._reader.timeout_s:
+            overdue = slow.attempt.slow_for(now) > self._reader.timeout_s
+            if overdue and slow.attempt.overdue:  # not at the first look: this process may have been paused
                 self._give_up(slow)
+            slow.attempt.overdue = overdue
         return False
 
     def _until_next_look(self) -> float:
@@ -287,6 +290,10 @@ class _Reading:
             return data, header.parse(data, self._reader.limits.max_pixels), None
         except (_ReadError, HeaderError) as error:
             return data, None, error
+        except (EngineError, MemoryError):
+            raise
+        except Exception as error:  # no file may end the run, whatever its header makes of a parser
+            return data, None, _ReadError(Status.CORRUPT, f"its header can't be read: {type(error).__name__}")
 
     @staticmethod
     def _keep(job: _Job, data: bytes, found: Header | None, error: _ReadError | HeaderError | None) -> None:

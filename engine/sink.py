@@ -189,7 +189,7 @@ class Sink:
         try:
             table = part.table(self._layout)
             if self._fold:
-                table = _folded(pq.read_table(target), table)
+                table = _folded(_read(target), table)
             done = Done(
                 index,
                 table.column("row")[0].as_py(),
@@ -215,11 +215,16 @@ def failed_rows(folder: Path, indices: Iterable[int], layout: Layout) -> Iterato
     """The rows of finished parts that failed, to be tried again."""
     kept = layout.passthrough.names
     for index in indices:
-        table = pq.read_table(folder / part_name(index), columns=["row", PATH, "status", *kept])
+        table = _read(folder / part_name(index), columns=["row", PATH, "status", *kept])
         done = pa.array([Status.OK.label, Status.SKIPPED.label])
         table = table.filter(pc.invert(pc.is_in(table.column("status"), value_set=done)))
         paths = table.column(PATH).to_pylist()
         yield Part(index, table.column("row").to_numpy(), paths, table.select(kept).combine_chunks())
+
+
+def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
+    with pq.ParquetFile(path) as opened:  # not read_table, which makes columns of folders named key=value
+        return opened.read(columns)
 
 
 def _folded(old: pa.Table, new: pa.Table) -> pa.Table:

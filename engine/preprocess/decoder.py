@@ -60,7 +60,7 @@ class Decoder:
 
     def decode(self, images: Sequence[bytes]) -> Reply:
         """Decode 1 to `batch_size` encoded images. Raises CrashedError."""
-        self._await_start()
+        self.await_start()
         try:
             self._connection.send_bytes(str(len(images)).encode())
             for image in images:
@@ -98,7 +98,8 @@ class Decoder:
         self._connection = Connection(ours.detach())
         self._ready = False
 
-    def _await_start(self) -> None:
+    def await_start(self) -> None:
+        """Raises UsageError when a package is missing, EngineError when the process dies."""
         if self._ready:
             return
         try:

@@ -168,6 +168,20 @@ def test_only_missing_parts_are_made(engine_run: Command, archive: Path, bundle:
     assert table_without_metadata(output).equals(whole)
 
 
+def test_a_folder_that_grew_is_resumed_from_its_listing(
+    engine_run: Command, archive: Path, bundle: Path
+) -> None:
+    engine_run(archive, "-b", bundle, "-o", "out", "--part-rows", 8)
+    output = archive.parent / "out"
+    whole = table_without_metadata(output)
+    (output / "_SUCCESS").unlink()
+    (output / "part-00001.parquet").unlink()
+    (archive / "a-new-one.png").write_bytes((archive / "image-00.png").read_bytes())
+    run = engine_run(archive, "-b", bundle, "-o", "out")
+    assert run.returncode == 0, run.stderr
+    assert table_without_metadata(output).equals(whole)
+
+
 def test_an_output_folder_with_another_run_is_left_alone(
     engine_run: Command, archive: Path, bundle: Path, tmp_path: Path
 ) -> None:
@@ -326,6 +340,25 @@ def test_help_fits_a_screen_and_shows_an_example(engine_run: Command) -> None:
     assert run.stdout.count("\n") <= 50
     assert "example:" in run.stdout
     assert "not a medical device" in run.stdout
+
+
+def test_what_is_not_installed_is_said_before_anything_is_written(
+    tmp_path: Path, archive: Path, bundle: Path
+) -> None:
+    blocked = tmp_path / "blocked" / "nvidia"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ImportError('not here')")
+    run = subprocess.run(
+        [sys.executable, "-m", "engine.run", archive, "-b", bundle, "-o", tmp_path / "out"],
+        env=os.environ | {"PYTHONPATH": f"{blocked.parent}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert "pip install nvidia-dali-cuda130" in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_works_without_torch(tmp_path: Path, archive: Path, bundle: Path) -> None:
