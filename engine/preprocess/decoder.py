@@ -65,20 +65,24 @@ class Decoder:
             self._connection.send_bytes(str(len(images)).encode())
             for image in images:
                 self._connection.send_bytes(image)
-            reply = json.loads(self._connection.recv_bytes())
-            pixels = np.frombuffer(self._connection.recv_bytes(), np.uint8)
-        except (EOFError, OSError):
+            said = json.loads(self._connection.recv_bytes())
+            reply = self._reply(said, self._connection.recv_bytes(), len(images))
+        except (EOFError, OSError, ValueError, KeyError):  # it died, or talks nonsense
             self.crashes += 1
             reason = self._end()
             self._start()
             raise CrashedError(reason) from None
-        if reply["retire"]:
+        if said["retire"]:
             self._end()
             self._start()
+        return reply
+
+    def _reply(self, said: dict[str, Any], pixels: bytes, images: int) -> Reply:
         failed, flags = (
-            {int(key): value for key, value in reply[name].items()} for name in ("failed", "flags")
+            {int(key): value for key, value in said[name].items()} for name in ("failed", "flags")
         )
-        return Reply(pixels.reshape(-1, 1, *self.size), failed, flags)
+        shape = (images - len(failed), 1, *self.size)
+        return Reply(np.frombuffer(pixels, np.uint8).reshape(shape), failed, flags)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
