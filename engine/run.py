@@ -201,15 +201,21 @@ def main(arguments: list[str] | None = None) -> int:
             work = retry if settings.only_errors else screen
             summary = work(settings, watch=display, stop=stop)
     except EngineError as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        return error.exit_status
+        return _failed(console, str(error), error.exit_status)
     except OSError as error:  # a full disk, a folder that went away
         where = f"{error.filename}: " if error.filename else ""
-        console.print(
-            f"error: {where}{error.strerror or error}", markup=False, highlight=False, soft_wrap=True
-        )
-        return 1
+        return _failed(console, f"{where}{error.strerror or error}", 1)
+    except Exception as error:
+        if "ENGINE_DEBUG" in os.environ:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return _failed(console, f"internal: {text} (ENGINE_DEBUG=1 shows where)", 1)
     return _report(console, summary, settings)
+
+
+def _failed(console: Console, reason: str, exit_status: int) -> int:
+    console.print(f"error: {reason}", markup=False, highlight=False, soft_wrap=True)
+    return exit_status
 
 
 def _report(console: Console, summary: Summary, settings: Settings) -> int:

@@ -103,16 +103,21 @@ class Decoder:
         self._ready = False
 
     def await_start(self) -> None:
-        """Raises UsageError when a package is missing, EngineError when the process dies."""
-        if self._ready:
-            return
-        try:
-            answer = self._connection.recv_bytes().decode()
-        except (EOFError, OSError):
-            raise EngineError(f"the decoder does not start: {self._end()}") from None
-        if answer != "ready":
-            raise UsageError(answer)
-        self._ready = True
+        """Raises UsageError when a package is missing, EngineError when the process keeps dying."""
+        for last_try in (False, False, True):
+            if self._ready:
+                return
+            try:
+                answer = self._connection.recv_bytes().decode()
+            except (EOFError, OSError):
+                reason = self._end()
+                self._start()
+                if last_try:
+                    raise EngineError(f"the decoder does not start: {reason}") from None
+                continue
+            if answer != "ready":
+                raise UsageError(answer)
+            self._ready = True
 
     def _end(self) -> str:
         """Let the process end, and say how it did."""

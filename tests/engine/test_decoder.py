@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from engine.errors import EngineError
 from engine.overlap import Meter
 from engine.preprocess import decoder
 from engine.preprocess.stage import Preprocess
@@ -82,6 +83,22 @@ def test_a_decoder_killed_from_outside_costs_nothing(preprocess: Preprocess, tmp
     assert not after.errors
     assert np.array_equal(before.pixels, after.pixels)
     assert preprocess.decoder.crashes == 1
+
+
+def test_a_decoder_killed_while_it_starts_is_started_again(preprocess: Preprocess, tmp_path: Path) -> None:
+    preprocess.decoder._process.kill()
+    (batch,) = screened(preprocess, tmp_path / "images", [jpeg(0)])
+    assert not batch.errors
+    assert preprocess.decoder.crashes == 0
+
+
+def test_a_decoder_that_never_starts_is_one_line(
+    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    preprocess.decoder._process.kill()
+    with pytest.raises(EngineError, match="the decoder does not start: ended with status 1"):
+        preprocess.decoder.await_start()
 
 
 def test_signals_for_the_engine_do_not_end_the_decoder(preprocess: Preprocess, tmp_path: Path) -> None:
