@@ -46,7 +46,7 @@ demo/images/normal: | .venv/training.stamp
 # the results of an older bundle go with it
 demo/bundle/ensemble.json: demo/images/normal
 	rm -rf demo/results
-	$(BIN)/python -m training demo/images -o demo/bundle --weights none --seed 1 --overwrite
+	$(BIN)/python -m training demo/images -o demo/bundle --weights none --freeze --copies 0 --seed 1 --overwrite
 
 demo/archive/manifest.csv: | .venv/training.stamp
 	$(BIN)/python -m training.synthetic demo/archive --count 96 --seed 2 --size 400 1400

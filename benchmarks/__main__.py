@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import damage, memory, throughput
+from benchmarks import damage, memory, throughput, training
 from benchmarks.record import ROOT
 from engine.errors import EngineError
 
@@ -42,8 +42,22 @@ def memory_of(names: Names) -> None:
     one.add_argument("--rows", type=int, default=2_000_000, help="(%(default)s)")
 
 
+def training_of(names: Names) -> None:
+    one = names.add_parser(
+        "training", help="labelled images to a bundle to screened test images, with figures"
+    )
+    one.add_argument("--data", type=Path, required=True, help="what python -m training takes")
+    one.add_argument("--name", required=True, help="of the JSON: training-NAME.json")
+    one.add_argument("--arguments", default="", help="further ones of python -m training, in one string")
+    _output(one, training.main)
+
+
 def _common(one: argparse.ArgumentParser, run: Callable[[Console, Any], None]) -> None:
     one.add_argument("-b", "--bundle", type=Path, default=Path("demo/bundle"), help="(%(default)s)")
+    _output(one, run)
+
+
+def _output(one: argparse.ArgumentParser, run: Callable[[Console, Any], None]) -> None:
     folder = ROOT / "benchmarks" / "results"
     one.add_argument("-o", "--output", type=Path, default=folder, help="folder of the JSON")
     one.set_defaults(run=run)
@@ -59,6 +73,7 @@ def main() -> int:
     throughput_of(names)
     damage_of(names)
     memory_of(names)
+    training_of(names)
     options = parser.parse_args()
     try:
         options.run(Console(), options)

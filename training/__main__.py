@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from engine.errors import EngineError, UsageError
-from training.settings import Options
+from training.settings import Balance, Duplicates, Normalization, Options, Schedule, choices
 
-if TYPE_CHECKING:
-    from training.recipe import Report
-
-SMALLEST_SIDE = 75  # pixels; what inception_v3 can still reduce
+STOPPED = 5  # exit status: the same command with --resume goes on
 _EPILOG = """\
-example:
-  python -m training radiographs -o bundle --classes normal osteopenia osteoporosis
+examples:
+  python -m training radiographs -o bundle
+  python -m training radiographs -o bundle --freeze          heads only, on cached features: for a CPU
+  python -m training radiographs -o bundle --check-data      copies, leaks and shortcuts; trains nothing
+  python -m training labels.csv -o bundle --folds 5          columns path, label; optional patient, split
 
+Beside the bundle, BUNDLE.training holds split.csv, copies.csv and left_out.csv, which name files.
 Research use only, not a medical device."""
 
 
@@ -36,15 +39,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from training.recipe import train  # seconds of imports: after --help and wrong arguments
 
         with _Steps() as steps:
-            report = train(options, step=steps.step, note=steps.note)
+            result = train(options, step=steps.step, note=steps.note)
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return _fail(str(error), error.exit_status)
     except KeyboardInterrupt:
-        print("error: interrupted; no bundle was written", file=sys.stderr)
-        return 130
-    _show(report, options)
+        return _fail("stopped; no bundle was written; the same command with --resume goes on", STOPPED)
+    except Exception as error:
+        if os.environ.get("ENGINE_DEBUG"):
+            raise
+        return _fail(_unexpected(error), EngineError.exit_status)
+    if result.evaluation is None:
+        print("nothing was trained: --check-data")
+    else:
+        _show(result.evaluation, options)
     return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _unexpected(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return f"out of memory: {text[:100]}; try a smaller --batch-size, then --resume"
+    return f"{type(error).__name__}: {text}; with ENGINE_DEBUG=1 it comes with its traceback"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,59 +75,100 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: Sequence[str] | None) -> Options:
     parser = _Parser(
         prog="python -m training",
-        description="Train an ensemble on a folder of class folders and write a bundle for the engine.",
+        description="Train an ensemble on labelled images and write a bundle for the engine.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("data", metavar="DATA", type=Path, help="folder with one folder of images per class")
-    add("-o", "--output", metavar="BUNDLE", type=Path, required=True, help="where the bundle goes")
+    _add_data(parser)
+    _add_members(parser)
+    _add_recipe(parser)
+    _add_run(parser)
+    given = vars(parser.parse_args(arguments))
+    given["size"] = tuple(given["size"])
+    return Options(**given)
+
+
+def _adder(group: Any) -> Callable[..., None]:
+    """Adds an option with the default that the dataclass has."""
+
+    def add(flag: str, text: str, **more: Any) -> None:
+        default = getattr(Options, flag.removeprefix("--").replace("-", "_"))
+        shown = "" if default in (None, False, 0) or isinstance(default, tuple) else f" ({default})"
+        group.add_argument(flag, default=default, help=text + shown, **more)
+
+    return add
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA", type=Path, help="folder of class folders, or a CSV")
+    parser.add_argument(
+        "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="where the bundle goes"
+    )
+    add = _adder(parser.add_argument_group("data"))
+    add("--classes", "names of the classes, in order (what the data says)", nargs="+", metavar="NAME")
+    add("--path-column", "of a CSV (path, else the first)", metavar="NAME")
+    add("--label-column", "of a CSV", metavar="NAME")
+    add("--root", "folder that relative paths of a CSV start at (its own)", type=Path, metavar="DIR")
+    add(
+        "--duplicates",
+        "copies of one image: group keeps them on one side of the split, drop uses one of them and none with "
+        "contradicting labels, ignore is the paper's protocol and leaks",
+        choices=choices(Duplicates),
+    )
+    add("--allow-leak", "use the split that the data comes with even if it leaks", action="store_true")
+    add("--check-data", "look at the data and stop", action="store_true")
+
+
+def _add_members(parser: argparse.ArgumentParser) -> None:
+    add = _adder(parser.add_argument_group("members"))
     add(
         "--members",
+        "torchvision's classifiers (resnet50 inception_v3)",
         nargs="+",
         metavar="NAME",
-        default=Options.members,
-        help="resnet50, inception_v3 (default: both)",
     )
     add(
         "--weights",
+        "of the bases: imagenet (default), none (random) or files; one for all members, or one each",
         nargs="+",
         metavar="W",
-        default=Options.weights,
-        help="of the bases: imagenet (default), none (random: a demonstration) or files, one per member",
     )
-    add("--classes", nargs="+", metavar="NAME", help="class folders, in order (default: all, sorted)")
+    add("--size", "input in pixels (224 224)", nargs=2, metavar=("H", "W"), type=int)
+    add("--normalization", "after the division by 255, inside the graphs", choices=choices(Normalization))
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    add = _adder(parser.add_argument_group("recipe"))
+    add("--freeze", "train the heads only", action="store_true")
+    add("--copies", "augmented copies of each training image for the heads", type=int, metavar="N")
+    add("--head-epochs", "of the heads, at most", type=int, metavar="N")
+    add("--head-rate", "learning rate of the heads", type=float, metavar="R")
+    add("--epochs", "of the whole network, at most (40; 150 from random weights)", type=int, metavar="N")
     add(
-        "--size",
-        nargs=2,
-        metavar=("H", "W"),
-        type=int,
-        default=Options.size,
-        help="input in pixels (default: 224 224)",
+        "--rate",
+        "learning rate of the whole network (1e-4; 1e-3 from random weights)",
+        type=float,
+        metavar="R",
     )
-    add("--epochs", type=int, metavar="N", default=Options.epochs, help="at most (default: %(default)s)")
     add(
-        "--seed",
+        "--patience",
+        "epochs without a better validation macro-F1 (heads 40; whole network 10, 40 from random weights)",
         type=int,
         metavar="N",
-        default=Options.seed,
-        help="of everything random (default: %(default)s)",
     )
-    add("--overwrite", action="store_true", help="replace a bundle that is there")
-    given = vars(parser.parse_args(arguments))
-    given["size"] = tuple(given["size"])
-    return _checked(Options(**given))
+    add("--batch-size", "images at once", type=int, metavar="N")
+    add("--schedule", "of the learning rate", choices=choices(Schedule))
+    add("--balance", "classes by weights in the loss, or by sampling", choices=choices(Balance))
+    add("--temperature-scaling", "fit the ensemble's temperature on the validation set", action="store_true")
+    add("--folds", "also cross-validate with this many folds", type=int, metavar="K")
+    add("--seed", "of everything random", type=int, metavar="N")
 
 
-def _checked(options: Options) -> Options:
-    if options.epochs < 1:
-        raise UsageError(f"--epochs {options.epochs}: at least 1")
-    if min(options.size) < SMALLEST_SIDE:
-        height, width = options.size
-        raise UsageError(
-            f"--size {height} {width}: at least {SMALLEST_SIDE} each, or the networks end up empty"
-        )
-    return options
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = _adder(parser.add_argument_group("run"))
+    add("--device", "auto, cpu, cuda or cuda:N", metavar="D")
+    add("--resume", "go on with the training that was interrupted", action="store_true")
+    add("--overwrite", "replace a bundle that is there, and an unfinished training", action="store_true")
 
 
 class _Steps:
@@ -142,6 +203,7 @@ class _Steps:
             self._bars.advance(task, done)
 
         yield progress
+        self._bars.update(task, total=count)  # early stopping: it is done all the same
         if not self._console.is_terminal:
             self.note(f"{what}: {count} of {total} in {time.monotonic() - start:.1f} s")
 
@@ -149,27 +211,43 @@ class _Steps:
         self._console.print(line, markup=False)
 
 
-def _show(report: Report, options: Options) -> None:
+def _show(evaluation: dict[str, Any], options: Options) -> None:
     """The table and the next command, on stdout."""
     console = Console(highlight=False, soft_wrap=True)
-    table = Table("", "weight", box=None)
+    table = Table(box=None)
+    table.add_column(no_wrap=True)
+    table.add_column("weight")
     for which in ("validation", "test"):
         table.add_column(f"{which}\naccuracy", justify="right")
         table.add_column("\nmacro-F1", justify="right")
-    weights = [f"{weight:.2f}" for weight in report.chosen.weights]
-    for name, weight in zip((*report.members, "ensemble"), (*weights, ""), strict=True):
-        scores = report.scores[name]
+    table.add_column("\n95 %", justify="right")
+    weights = [f"{weight:.2f}" for weight in evaluation["weights_search"]["chosen"]["weights"]]
+    for (name, scores), weight in zip(evaluation["voters"].items(), [*weights, ""], strict=True):
         figures = [
-            scores[which][figure] for which in ("validation", "test") for figure in ("accuracy", "macro_f1")
+            scores[which][figure]["value"]
+            for which in ("validation", "test")
+            for figure in ("accuracy", "macro_f1")
         ]
-        table.add_row(name, weight, *(f"{figure:.3f}" for figure in figures))
+        interval = scores["test"]["macro_f1"]
+        span = "" if interval["low"] is None else f"{interval['low']:.3f}-{interval['high']:.3f}"
+        table.add_row(name, weight, *(f"{figure:.3f}" for figure in figures), span)
     console.print(table)
-    for candidate in report.beside:
-        mix = " / ".join(f"{weight:g}" for weight in candidate.weights)
-        console.print(f"beside: {mix} gives macro-F1 {candidate.macro_f1:.3f} on the validation set")
+    for candidate in evaluation["weights_search"]["beside"]:
+        mix = " / ".join(f"{weight:g}" for weight in candidate["weights"])
+        console.print(f"beside: {mix} gives macro-F1 {candidate['macro_f1']:.3f} on the validation set")
+    if evaluation["folds"]:
+        figure = evaluation["folds"]["voters"]["ensemble"]["macro_f1"]
+        console.print(
+            f"{evaluation['folds']['count']} folds: ensemble macro-F1 {figure['mean']:.3f} "
+            f"+- {figure['deviation']:.3f} on images not trained on"
+        )
     bundle = shlex.quote(str(options.output))
-    console.print(f"bundle: {bundle}\nuse it: python -m engine.run manifest.csv -b {bundle}", markup=False)
+    console.print(
+        f"bundle: {bundle}; report: {shlex.quote(str(options.output / 'report.html'))}", markup=False
+    )
+    console.print(f"use it: python -m engine.run manifest.csv -b {bundle}", markup=False)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,127 +1,114 @@
-"""Class folders to labelled pixels, and their stratified split."""
+"""Listed images to pixels, as the engine's preprocess graph gives them, and what their files are like."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
-from engine.errors import UsageError
+from engine.header import Header
+from engine.preprocess.stage import load_pixels
+from training.listing import Labels, Listing, check_counts
 
-Labels = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
-
-MIN_PER_CLASS = 3  # one image each for training, validation and test
+Progress = Callable[[int], None]  # gets the number of images, batches or epochs just done
 
 
 @dataclass(frozen=True)
-class Listing:
-    """Image files and what they show, before anything is decoded."""
+class Facts:
+    """What a file is like apart from its picture: should say nothing about the class."""
 
-    classes: tuple[str, ...]
-    paths: list[Path]
-    labels: Labels  # [N], positions in `classes`
+    width: int
+    height: int
+    bytes: int
+    mode: str  # Pillow's: L, RGB, I;16, ...
+    format: str
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What decoded, as the engine's preprocess graph gives it."""
+    """What decoded, in the order of the listing."""
 
     classes: tuple[str, ...]
     paths: list[Path]
     labels: Labels  # [N]
     pixels: Pixels  # [N, 1, H, W]
-    failures: list[tuple[Path, str]]  # what did not decode, with a one-line reason
+    facts: list[Facts]  # [N]
+    hashes: list[str]  # [N], sha256 of the files
+    patients: list[str | None] | None  # [N]
+    given: list[str | None] | None  # [N], names of sets
+    failures: list[tuple[Path, str, str]]  # what did not decode: status and a one-line reason
 
     def __post_init__(self) -> None:
-        assert len(self.paths) == len(self.labels) == len(self.pixels)
+        assert len(self.paths) == len(self.labels) == len(self.pixels) == len(self.facts) == len(self.hashes)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __repr__(self) -> str:
+        return f"Dataset({len(self)} images of {', '.join(self.classes)})"
+
+    @property
+    def sha256(self) -> str:
+        """Of everything that decides a training: files in order, labels, patients, sets."""
+        content = (self.classes, self.labels.tolist(), self.hashes, self.patients, self.given)
+        return hashlib.sha256(repr(content).encode("utf-8", "backslashreplace")).hexdigest()
+
+    def take(self, positions: Labels) -> Dataset:
+        """The images at `positions`, in that order."""
+        chosen = {
+            field.name: [getattr(self, field.name)[position] for position in positions]
+            for field in fields(self)
+            if field.name in ("paths", "facts", "hashes", "patients", "given")
+            and getattr(self, field.name) is not None
+        }
+        return replace(self, labels=self.labels[positions], pixels=self.pixels[positions], **chosen)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Three disjoint sets of positions in a dataset, sorted."""
-
-    train: Labels
-    validation: Labels
-    test: Labels
-
-    def named(self) -> Sequence[tuple[str, Labels]]:
-        return ("train", self.train), ("validation", self.validation), ("test", self.test)
-
-
-def scan(folder: Path, *, classes: Sequence[str] | None = None) -> Listing:
-    """List the files of a folder of class folders, in sorted order; hidden files are left out.
-
-    The class list is `classes`, in that order, or the sorted folder names. Raises UsageError.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; expected a folder with one folder of images per class")
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not _hidden(entry.name))
-    chosen = tuple(classes or found)
-    absent = [name for name in chosen if name not in found]
-    if absent:
-        raise UsageError(f"{folder}: no class folder {absent[0]!r}; it has: {', '.join(found) or 'none'}")
-    if len(chosen) < 2 or len(set(chosen)) < len(chosen):
-        listed = ", ".join(chosen) or "none"
-        raise UsageError(f"{folder}: two or more distinct class folders are needed, found: {listed}")
-    files = [_files(folder / name) for name in chosen]
-    labels = np.repeat(np.arange(len(chosen)), [len(group) for group in files])
-    _check_counts(labels, chosen, "images")
-    return Listing(chosen, [path for group in files for path in group], labels)
-
-
-def load(listing: Listing, *, size: tuple[int, int]) -> Dataset:
+def load(listing: Listing, *, size: tuple[int, int], progress: Progress) -> Dataset:
     """Decode everything at `size` = (height, width). Raises UsageError when a class has too few left."""
-    from engine.preprocess.stage import load_pixels
-
-    loaded = load_pixels(listing.paths, size=size)
+    loaded = load_pixels(listing.paths, size=size, progress=progress)
     labels = listing.labels[loaded.index]
-    _check_counts(labels, listing.classes, "readable images")
+    check_counts(labels, listing.classes, "readable images")
+    paths = [listing.paths[position] for position in loaded.index]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decompressed
+        read = [_read(path, header) for path, header in zip(paths, loaded.headers, strict=True)]
     return Dataset(
         classes=listing.classes,
-        paths=[listing.paths[position] for position in loaded.index],
+        paths=paths,
         labels=labels,
         pixels=loaded.pixels,
-        failures=[
-            (listing.paths[position], f"{status}: {error}") for position, status, error in loaded.failures
-        ],
+        facts=[facts for facts, _ in read],
+        hashes=[sha256 for _, sha256 in read],
+        patients=_taken(listing.patients, loaded.index),
+        given=_taken(listing.given, loaded.index),
+        failures=[(listing.paths[position], *why) for position, *why in loaded.failures],
     )
 
 
-def split(labels: Labels, *, seed: int, shares: tuple[float, float] = (0.15, 0.15)) -> Split:
-    """Cut every class by itself into train, validation and test; `shares` are those of the last two.
-
-    Each class gives at least one image to each set, so that a class of three is still in all of them.
-    """
-    random = np.random.default_rng(seed)
-    sets: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        validation, test = (max(1, round(share * len(members))) for share in shares)
-        cuts = np.split(members, [len(members) - validation - test, len(members) - test])
-        for chosen, cut in zip(sets, cuts, strict=True):
-            chosen.extend(cut)
-    return Split(*(np.sort(np.array(chosen, np.int64)) for chosen in sets))
+def _taken(values: Sequence[str | None] | None, positions: Labels) -> list[str | None] | None:
+    return None if values is None else [values[position] for position in positions]
 
 
-def counts(labels: Labels, classes: Sequence[str]) -> dict[str, int]:
-    """Images per class, in the order of `classes`."""
-    return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
+def _read(path: Path, header: Header) -> tuple[Facts, str]:
+    data = path.read_bytes()
+    return (
+        Facts(header.width, header.height, len(data), _mode(path), header.format),
+        hashlib.sha256(data).hexdigest(),
+    )
 
 
-def _check_counts(labels: Labels, classes: Sequence[str], what: str) -> None:
-    for name, count in counts(labels, classes).items():
-        if count < MIN_PER_CLASS:
-            raise UsageError(f"class {name!r} has {count} {what}; at least {MIN_PER_CLASS} are needed")
-
-
-def _files(folder: Path) -> list[Path]:
-    inside = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path for path in inside if not any(map(_hidden, path.relative_to(folder).parts)))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
+def _mode(path: Path) -> str:
+    """Pillow's name for the samples; it reads the header only."""
+    try:
+        with Image.open(path) as image:
+            return image.mode
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return "unknown"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize_scalar
 
 from engine.ensemble import fuse
 from training.metrics import accuracy, macro_f1
@@ -52,8 +53,12 @@ def beside(logits: Floats, labels: Labels) -> list[Candidate]:
     return [judge(logits, labels, weights) for weights in fixed]
 
 
-def judge(logits: Floats, labels: Labels, weights: tuple[float, ...]) -> Candidate:
-    _, probabilities = fuse(logits, weights=weights, temperatures=[1.0] * len(logits))
+def judge(
+    logits: Floats, labels: Labels, weights: tuple[float, ...], *, temperature: float = 1.0
+) -> Candidate:
+    _, probabilities = fuse(
+        logits, weights=weights, temperatures=[1.0] * len(logits), temperature=temperature
+    )
     predictions = probabilities.argmax(axis=1)
     likelihood = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     return Candidate(
@@ -62,6 +67,20 @@ def judge(logits: Floats, labels: Labels, weights: tuple[float, ...]) -> Candida
         macro_f1=macro_f1(labels, predictions, classes=probabilities.shape[1]),
         nll=float(-np.log(np.maximum(likelihood, 1e-12)).mean()),
     )
+
+
+def fit_temperature(logits: Floats, labels: Labels, weights: Sequence[float]) -> float:
+    """The ensemble's temperature that gives `labels` the highest likelihood, 0.05 to 20.
+
+    One scalar on the averaged log-probabilities (Guo et al. 2017, "On calibration of modern neural
+    networks").
+    """
+
+    def loss(log_temperature: float) -> float:
+        return judge(logits, labels, tuple(weights), temperature=math.exp(log_temperature)).nll
+
+    found = minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded")
+    return float(math.exp(found.x))
 
 
 def grid(members: int, steps: int = STEPS) -> Iterator[tuple[float, ...]]:

@@ -11,9 +11,10 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,14 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import save as tensors_to_bytes
-from torch import nn
 
 from engine import bundle as bundles
 from engine.ensemble import fuse, softmax
 from engine.errors import ParityError, UsageError
 from engine.runners import open_runner
 from training.data import Pixels
-from training.heads import infer
-from training.models import PixelsToLogits
+from training.features import infer
+from training.models import IMAGENET_MEAN, IMAGENET_STD, Network, folded
 
 Floats = npt.NDArray[np.float32]
 
@@ -47,8 +47,7 @@ class Member:
     name: str  # [a-z0-9_]+
     architecture: str
     weight: float
-    model: nn.Module  # [N, 3, H, W] -> logits [N, C]
-    temperature: float = 1.0
+    network: Network
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
@@ -87,19 +86,38 @@ def write_bundle(
     canaries: Pixels,
     check: Pixels,
     training: dict[str, Any],
+    temperature: float = 1.0,
+    documents: Mapping[str, str] = MappingProxyType({}),
     overwrite: bool = False,
 ) -> None:
     """Write a bundle at `target`, whole or not at all.
 
-    `canaries` and `check` are uint8 [N, 1, H, W]; every exported graph is compared with its torch module on
-    both. Raises UsageError for a target that exists, ParityError for a graph that differs.
+    `canaries` and `check` are uint8 [N, 1, H, W]; every exported graph is compared with its network on
+    both. `documents` are texts by file name, for people. Raises UsageError for a target that exists,
+    ParityError for a graph that differs.
     """
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     unfinished.mkdir()
     try:
-        logits = _write_files(unfinished, members, classes, canaries, training)
+        for name, text in documents.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        logits = _write_members(unfinished, members, canaries)
+        _write_canaries(unfinished / "canaries", members, canaries, logits, temperature)
+        description = {
+            "format": bundles.FORMAT,
+            "classes": list(classes),
+            "input": _input(canaries, members),
+            "decode": "exact",
+            "temperature": temperature,
+            "members": [_describe(unfinished, member) for member in members],
+            "canaries": _file(unfinished, "canaries/canaries.safetensors"),
+            "documents": [_file(unfinished, name) for name in documents],
+            "training": training,
+        }
+        text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
+        (unfinished / bundles.DESCRIPTION).write_text(text + "\n", encoding="utf-8")
         _check_parity(unfinished, members, canaries, logits, check)
         _sync(unfinished)
         _put(unfinished, target)
@@ -107,13 +125,12 @@ def write_bundle(
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def export_onnx(model: nn.Module, file: Path, *, size: tuple[int, int]) -> None:
-    """`model` as a float32 graph `pixels` uint8 [N, 1, H, W] -> `logits` [N, C] with a dynamic N."""
-    network = PixelsToLogits(model).eval()
+def export_onnx(network: Network, file: Path, *, size: tuple[int, int]) -> None:
+    """`network` as a float32 graph `pixels` uint8 [N, 1, H, W] -> `logits` [N, C] with a dynamic N."""
     example = torch.zeros(2, 1, *size, dtype=torch.uint8)
     with _quiet():
         program = torch.onnx.export(
-            network,
+            folded(network).eval(),
             (example,),
             dynamo=True,
             opset_version=OPSET,
@@ -128,41 +145,38 @@ def export_onnx(model: nn.Module, file: Path, *, size: tuple[int, int]) -> None:
         program.save(file, external_data=False)
 
 
-def _write_files(
-    folder: Path,
-    members: Sequence[Member],
-    classes: Sequence[str],
-    canaries: Pixels,
-    training: dict[str, Any],
-) -> Floats:
-    """Everything the bundle holds. Returns the canaries' logits [M, N, C] as torch gives them."""
-    height, width = size = canaries.shape[2:]
+def _write_members(folder: Path, members: Sequence[Member], canaries: Pixels) -> Floats:
+    """Graphs and weights. Returns the canaries' logits [M, N, C] as torch gives them."""
+    size = (canaries.shape[2], canaries.shape[3])
     for member in members:
-        export_onnx(member.model, folder / f"{member.name}.onnx", size=size)
-        states = {name: value.contiguous() for name, value in member.model.state_dict().items()}
+        export_onnx(member.network, folder / f"{member.name}.onnx", size=size)
+        states = {name: value.contiguous() for name, value in member.network.state_dict().items()}
         (folder / f"{member.name}.safetensors").write_bytes(tensors_to_bytes(states))
-    logits = np.stack([infer(member.model, canaries).numpy() for member in members])
-    _write_canaries(folder / "canaries", members, canaries, logits)
-    description = {
-        "format": bundles.FORMAT,
-        "classes": list(classes),
-        "input": {"height": height, "width": width, "channels": 1, "dtype": "uint8"},
-        "decode": "exact",
-        "temperature": 1.0,
-        "members": [_describe(folder, member) for member in members],
-        "canaries": _file(folder, "canaries/canaries.safetensors"),
-        "training": training,
+    return np.stack([infer(member.network, torch.from_numpy(canaries)).numpy() for member in members])
+
+
+def _input(pixels: Pixels, members: Sequence[Member]) -> dict[str, Any]:
+    """What the graphs take; the normalization is inside them, and named for whoever rebuilds the networks."""
+    (normalization,) = {member.network.normalization for member in members}
+    return {
+        "height": pixels.shape[2],
+        "width": pixels.shape[3],
+        "channels": 1,
+        "dtype": "uint8",
+        "normalization": None
+        if normalization == "none"
+        else {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
     }
-    text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / bundles.DESCRIPTION).write_text(text + "\n", encoding="utf-8")
-    return logits
 
 
-def _write_canaries(folder: Path, members: Sequence[Member], pixels: Pixels, logits: Floats) -> None:
+def _write_canaries(
+    folder: Path, members: Sequence[Member], pixels: Pixels, logits: Floats, temperature: float
+) -> None:
     _, probabilities = fuse(
         logits,
         weights=[member.weight for member in members],
-        temperatures=[member.temperature for member in members],
+        temperatures=[1.0] * len(members),
+        temperature=temperature,
     )
     folder.mkdir()
     arrays: dict[str, npt.NDArray[Any]] = {"pixels": pixels, "logits": logits, "probabilities": probabilities}
@@ -174,7 +188,7 @@ def _describe(folder: Path, member: Member) -> dict[str, Any]:
         "name": member.name,
         "architecture": member.architecture,
         "weight": member.weight,
-        "temperature": member.temperature,
+        "temperature": 1.0,
         "files": {kind: _file(folder, f"{member.name}.{kind}") for kind in ("onnx", "safetensors")},
     }
 
@@ -187,17 +201,17 @@ def _file(folder: Path, path: str) -> dict[str, str]:
 def _check_parity(
     folder: Path, members: Sequence[Member], canaries: Pixels, canary_logits: Floats, check: Pixels
 ) -> None:
-    """Load the bundle as the engine will and compare every member with its torch module."""
+    """Load the bundle as the engine will and compare every member with its network."""
     bundle = bundles.load(folder)
     pixels = np.concatenate([canaries, check])
     for member, entry, logits in zip(members, bundle.members, canary_logits, strict=True):
-        expected = softmax(np.concatenate([logits, infer(member.model, check).numpy()]))
+        expected = softmax(np.concatenate([logits, infer(member.network, torch.from_numpy(check)).numpy()]))
         with open_runner("onnx", bundle, entry) as runner:
             found = softmax(runner.infer(pixels))
         difference = float(np.abs(found - expected).max())
         if not difference <= PROBABILITY_LIMIT:  # also when it is not a number
             raise ParityError(
-                f"{member.name}: the exported graph differs from the torch module by {difference:.2g} in "
+                f"{member.name}: the exported graph differs from the network by {difference:.2g} in "
                 f"probability on {len(pixels)} images; allowed: {PROBABILITY_LIMIT:g}"
             )
 

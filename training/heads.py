@@ -1,96 +1,61 @@
-"""Heads on frozen features: calibrate the base, extract once, fit, fold the scaling into the weights."""
+"""The first phase: the head alone, on the cached features of a frozen base."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from engine.errors import EngineError
-from training.data import Labels, Pixels, Split
-from training.metrics import macro_f1
-from training.models import PixelsToLogits
+from training.data import Progress
+from training.features import Floats, silent
+from training.fit import Batch, Fit, descend, epoch_batches
+from training.listing import Labels
+from training.models import Network
 from training.settings import Fitting
-
-FEATURE_BATCH = 16  # images at once; larger is not faster on a CPU
-Examples = tuple[Tensor, Tensor]  # features [N, F], labels [N]
-Progress = Callable[[int], None]  # gets the number of images or epochs just done
+from training.split import Split
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How the fit went; the head itself holds the best epoch's weights."""
-
-    epochs: int
-    best_epoch: int  # counted from 1
-    macro_f1: float  # validation, best epoch
-    loss: float  # validation, best epoch, class-balanced
-
-
-def calibrate_batch_norm(base: nn.Module, pixels: Pixels) -> None:
-    """Set every running mean and variance to those of `pixels`, seen as one batch.
-
-    A random base needs this: its statistics are otherwise 0 and 1, and its activations explode or vanish.
-    """
-    norms = [module for module in base.modules() if isinstance(module, nn.BatchNorm2d)]
-    usual = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average: the first batch replaces what was there
-    network = PixelsToLogits(base).to(memory_format=torch.channels_last).train()
-    with torch.inference_mode():
-        network(torch.from_numpy(pixels))
-    network.eval()
-    for norm, momentum in zip(norms, usual, strict=True):
-        norm.momentum = momentum
-
-
-def _silent(done: int) -> None:
-    """No progress wanted."""
-
-
-def infer(model: nn.Module, pixels: Pixels, progress: Progress = _silent) -> Tensor:
-    """What `model`, a network [N, 3, H, W] -> [N, K], gives for uint8 [N, 1, H, W]: float32 [N, K]."""
-    network = PixelsToLogits(model).to(memory_format=torch.channels_last).eval()
-    outputs = []
-    for batch in torch.from_numpy(pixels).split(FEATURE_BATCH):
-        with torch.inference_mode():
-            outputs.append(network(batch))
-        progress(len(batch))
-    return torch.cat(outputs).clone()
-
-
-def fit(
-    head: nn.Sequential,
-    features: Tensor,
+def fit_head(
+    network: Network,
+    features: Floats,
     labels: Labels,
     split: Split,
     fitting: Fitting,
-    progress: Progress = _silent,
+    *,
+    checkpoint: Path,
+    device: torch.device,
+    progress: Progress = silent,
 ) -> Fit:
-    """Train `head` in place on raw features [N, F] of a frozen base, and keep the best epoch's weights.
+    """Train the head in place on raw features [copies + 1, N, F] of its base; the best epoch's weights stay.
 
-    Raises EngineError when the loss is not a number.
+    Every epoch takes one of the copies of each training image at random. Raises EngineError when the loss is
+    not a number.
     """
-    mean, scale = standardisation(features[split.train])
-    standard, targets = (features - mean) / scale, torch.from_numpy(labels)
-    train = standard[split.train], targets[split.train]
-    validation = standard[split.validation], targets[split.validation]
-    result = _descend(head, train, validation, fitting, progress)
-    fold(head, mean, scale)
+    mean, scale = standardisation(torch.from_numpy(features[0][split.train]))
+    train = (torch.from_numpy(features[:, split.train]) - mean) / scale  # [copies + 1, n, F]
+    validation = (torch.from_numpy(features[0][split.validation]) - mean) / scale
+    targets = torch.from_numpy(labels[split.train])
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        for positions, rng in epoch_batches(labels[split.train], fitting, epoch):
+            copies = rng.integers(len(train), size=len(positions))
+            yield train[copies, positions].to(device), targets[positions].to(device)
+
+    head = network.head.to(device)
+    result = descend(
+        head,
+        batches,
+        (validation, torch.from_numpy(labels[split.validation])),
+        fitting,
+        class_weights=balance(targets, _classes(head)) if fitting.balance == "loss" else None,
+        checkpoint=checkpoint,
+        device=device,
+        progress=lambda epoch: progress(1),
+    )
+    fold(head, mean.to(device), scale.to(device))
     return result
-
-
-def logits(head: nn.Sequential, features: Tensor) -> npt.NDArray[np.float32]:
-    """Logits [N, C] of raw features [N, F]."""
-    with torch.inference_mode():
-        return np.asarray(head.eval()(features).numpy(), np.float32)
 
 
 def standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,48 +80,7 @@ def balance(labels: Tensor, classes: int) -> Tensor:
     return len(labels) / (classes * torch.bincount(labels, minlength=classes).clamp(min=1).float())
 
 
-def _descend(
-    head: nn.Sequential, train: Examples, validation: Examples, fitting: Fitting, progress: Progress
-) -> Fit:
-    """AdamW with early stopping on validation macro-F1, then loss."""
+def _classes(head: nn.Sequential) -> int:
     last = head[-1]
     assert isinstance(last, nn.Linear)
-    torch.manual_seed(fitting.seed)  # order of the examples, dropout
-    loss_of = nn.CrossEntropyLoss(weight=balance(train[1], last.out_features))
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=fitting.learning_rate, weight_decay=fitting.weight_decay
-    )
-    best, best_state, epoch = Fit(0, 0, -1.0, math.inf), head.state_dict(), 0
-    for epoch in range(1, fitting.epochs + 1):
-        _epoch(head, train, optimizer, loss_of, fitting.batch_size)
-        score, loss = _validate(head, validation, loss_of)
-        if not math.isfinite(loss):
-            raise EngineError(f"epoch {epoch}: the validation loss is {loss}; check images and weights")
-        progress(1)
-        if (score, -loss) > (best.macro_f1, -best.loss):
-            best, best_state = Fit(epoch, epoch, score, loss), copy.deepcopy(head.state_dict())
-        elif epoch - best.best_epoch >= fitting.patience:
-            break
-    head.load_state_dict(best_state)
-    return replace(best, epochs=epoch)
-
-
-def _epoch(
-    head: nn.Module, train: Examples, optimizer: torch.optim.Optimizer, loss_of: nn.Module, batch_size: int
-) -> None:
-    features, labels = train
-    head.train()
-    for batch in torch.randperm(len(labels)).split(batch_size):
-        optimizer.zero_grad()
-        loss_of(head(features[batch]), labels[batch]).backward()
-        optimizer.step()
-
-
-def _validate(head: nn.Module, validation: Examples, loss_of: nn.Module) -> tuple[float, float]:
-    """Macro-F1 and loss."""
-    features, labels = validation
-    with torch.inference_mode():
-        outputs = head.eval()(features)  # [N, C]
-        loss = float(loss_of(outputs, labels))
-    predictions = outputs.argmax(dim=1).numpy()
-    return macro_f1(labels.numpy(), predictions, classes=outputs.shape[1]), loss
+    return last.out_features

@@ -1,180 +1,159 @@
-"""The recipe "frozen-features": heads on frozen bases, from class folders to a bundle."""
+"""The recipe, from labelled images to a bundle: look at the data, fit the members, weigh, judge, export."""
 
 from __future__ import annotations
 
-import platform
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import nn
 
-from engine.ensemble import fuse
-from engine.errors import UsageError
-from training import ensemble, export, heads, models
-from training.data import Dataset, Labels, Listing, Split, counts, load, scan, split
-from training.ensemble import Candidate
-from training.metrics import accuracy, macro_f1
-from training.settings import Fitting, Options
+from training import audit, export, report, split
+from training.assess import Mix, Prepared, assess, cross_validate, weigh
+from training.data import Dataset, load
+from training.listing import Labels, list_images
+from training.members import Note, Step, Trained, Trainer, choose_device, plan_members
+from training.settings import Options
+from training.state import State
 
-CALIBRATION_IMAGES = 64  # enough for the running statistics of a random base
 PARITY_IMAGES = 32  # of the validation set, besides the canaries
-TABLE_ROWS = 21  # of the weights search that are kept: all of them for two members
-PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy")
-
-Floats = npt.NDArray[np.float32]
-Scores = dict[str, dict[str, float]]  # set -> figure -> value
-Note = Callable[[str], None]
-# `with step("features of resnet50", 450) as progress:` shows one; progress(16) tells that 16 more are done
-Step = Callable[[str, int], AbstractContextManager[heads.Progress]]
+EVALUATION, REPORT = "evaluation.json", "report.html"
 
 
 @dataclass(frozen=True)
-class Member:
-    """One member on its way: built, then trained in place."""
+class Result:
+    """What came out; `evaluation` is None if only the data were looked at."""
 
-    name: str
-    architecture: str
-    weights: str
-    seed: int
-    model: nn.Module  # [N, 3, H, W] -> logits [N, C]
+    findings: dict[str, Any]
+    evaluation: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Report:
-    """What came out, for the person who waits."""
-
-    members: tuple[str, ...]
-    scores: dict[str, Scores]  # by member, and "ensemble"
-    searched: list[Candidate]  # best first
-    beside: list[Candidate]
-
-    @property
-    def chosen(self) -> Candidate:
-        return self.searched[0]
-
-
-def train(options: Options, *, step: Step, note: Note) -> Report:
+def train(options: Options, *, step: Step, note: Note) -> Result:
     """Train all members, choose their weights, write the bundle. `note` takes lines for the user.
 
-    Raises UsageError for what the user got wrong, ParityError when an exported graph differs.
+    Raises UsageError for what the user got wrong, EngineError for a loss that is not a number, ParityError
+    when an exported graph differs.
     """
-    export.check_target(options.output, overwrite=options.overwrite)
-    listing = scan(options.data, classes=options.classes)
-    members = build_members(options, classes=len(listing.classes))  # wrong weights fail before the long part
-    dataset = decode(listing, options.size, step, note)
-    parts = split(dataset.labels, seed=options.seed)
-    fits = {}
-    outputs = []
-    for member in members:
-        fits[member.name], logits = train_member(member, dataset, parts, epochs=options.epochs, step=step)
-        outputs.append(logits)
-    report = assess(members, np.stack(outputs), dataset, parts)
-    facts = _facts(options, members, dataset, parts, fits, report)
-    write(options, members, dataset, parts, report, facts, step)
-    return report
+    device = choose_device(options.device)
+    if not options.check_data:
+        export.check_target(options.output, overwrite=options.overwrite)
+    with State(options) as state:
+        state.check()
+        prepared = prepare(options, state, step, note)
+        if options.check_data:
+            return Result(prepared.findings)
+        state.begin(prepared.dataset.sha256)
+        trainer = Trainer(options, prepared.dataset, device, state.work, step, note)
+        trained = trainer.fit(prepared.parts)
+        mix = weigh(trained, prepared.dataset.labels, prepared.parts, options)
+        evaluation = assess(trained, mix, prepared, options)
+        evaluation["folds"] = cross_validate(trainer, prepared.folds)
+        write(options, trained, mix, prepared, evaluation, step)
+        state.finish()
+    return Result(prepared.findings, evaluation)
 
 
-def build_members(options: Options, *, classes: int) -> list[Member]:
-    """Networks with new heads. Members of one architecture get numbered names and seeds of their own."""
-    weights = list(options.weights)
-    if len(weights) == 1:
-        weights *= len(options.members)
-    if len(weights) != len(options.members):
-        raise UsageError(
-            f"--weights: {len(weights)} given for {len(options.members)} members; "
-            "allowed: one for all, or one each"
-        )
-    seen: Counter[str] = Counter()
-    members = []
-    for index, (architecture, source) in enumerate(zip(options.members, weights, strict=True)):
-        seen[architecture] += 1
-        name = architecture if seen[architecture] == 1 else f"{architecture}_{seen[architecture]}"
-        seed = options.seed + index
-        model = models.build(architecture, classes=classes, weights=source, seed=seed)
-        members.append(Member(name, architecture, source, seed, model))
-    return members
-
-
-def decode(listing: Listing, size: tuple[int, int], step: Step, note: Note) -> Dataset:
-    """All pixels; every file that can't be used is named."""
-    with step("decode images", len(listing.paths)) as progress:
-        dataset = load(listing, size=size)
-        progress(len(listing.paths))
-    for path, reason in dataset.failures:
-        note(f"left out: {path}: {reason}")
-    if dataset.failures:
-        note(f"{len(dataset.failures)} of {len(listing.paths)} files left out, {len(dataset.paths)} used")
-    return dataset
-
-
-def train_member(
-    member: Member, dataset: Dataset, parts: Split, *, epochs: int, step: Step
-) -> tuple[heads.Fit, Floats]:
-    """Fit the head of one member in place. Returns how it went and the logits [N, C] of the whole dataset."""
-    base, head = models.split_head(member.model)
-    if member.weights == "none":
-        random = np.random.default_rng(member.seed)
-        some = random.permutation(parts.train)[:CALIBRATION_IMAGES]
-        with step(f"{member.name}: statistics of images", len(some)) as progress:
-            heads.calibrate_batch_norm(base, dataset.pixels[some])
-            progress(len(some))
-    with step(f"{member.name}: features of images", len(dataset.pixels)) as progress:
-        features = heads.infer(base, dataset.pixels, progress)
-    fitting = Fitting(epochs=epochs, seed=member.seed)
-    with step(f"{member.name}: head, epochs", epochs) as progress:
-        fitted = heads.fit(head, features, dataset.labels, parts, fitting, progress)
-    models.join_head(base, head)
-    return fitted, heads.logits(head, features)
-
-
-def assess(members: Sequence[Member], logits: Floats, dataset: Dataset, parts: Split) -> Report:
-    """Choose the weights on the validation set and score members and ensemble; `logits` is [M, N, C]."""
-    validation = logits[:, parts.validation], dataset.labels[parts.validation]
-    searched = ensemble.search(*validation)
-    by_member, fused = fuse(logits, weights=searched[0].weights, temperatures=[1.0] * len(logits))
-    names = tuple(member.name for member in members)
-    voters = dict(zip(names, by_member, strict=True)) | {"ensemble": fused}
-    return Report(
-        members=names,
-        scores={
-            name: _scores(probabilities, dataset.labels, parts) for name, probabilities in voters.items()
-        },
-        searched=searched,
-        beside=ensemble.beside(*validation),
+def prepare(options: Options, state: State, step: Step, note: Note) -> Prepared:
+    """List, decode, look for copies and leaks, split; every file that can't be used is counted and listed."""
+    listing = list_images(
+        options.data,
+        classes=options.classes,
+        path_column=options.path_column,
+        label_column=options.label_column,
+        root=options.root,
     )
+    for line in listing.notes:
+        note(line)
+    if not options.check_data:
+        for plan in plan_members(options):  # wrong weights fail before the long part
+            plan.build(options, len(listing.classes))
+    with step("decode images", len(listing.paths)) as progress:
+        dataset = load(listing, size=options.size, progress=progress)
+    state.write_table("left_out.csv", ("path", "status", "error"), dataset.failures)
+    if dataset.failures:
+        note(
+            f"{len(dataset.failures)} of {len(listing.paths)} files left out: {state.folder / 'left_out.csv'}"
+        )
+    with step("look for copies", len(dataset)) as progress:
+        families = audit.families(dataset, progress)
+    state.write_table("copies.csv", ("path", "label", "identical", "copies"), _copies(dataset, families))
+    audit.check_given(dataset.given, families, allow_leak=options.allow_leak)
+    images = len(dataset)
+    if options.duplicates == "drop":
+        stay = audit.without_copies(dataset, families)
+        dataset, families = dataset.take(stay), families.take(stay)
+    groups = np.arange(len(dataset)) if options.duplicates == "ignore" else families.together
+    cut = {"classes": dataset.classes, "seed": options.seed}
+    parts = split.split(dataset.labels, groups, given=dataset.given, **cut)
+    folds = list(split.folds(dataset.labels, groups, options.folds, **cut)) if options.folds else []
+    sets = parts.names()
+    state.write_table("split.csv", ("path", "label", "split", "group"), _rows(dataset, families, sets))
+    findings = audit.report(dataset, families, sets, seed=options.seed)
+    findings |= {"duplicates": options.duplicates, "dropped": images - len(dataset)}
+    for line in audit.sentences(findings):
+        note(line)
+    return Prepared(dataset, families, parts, folds, findings)
+
+
+def _rows(dataset: Dataset, families: audit.Families, sets: Sequence[str]) -> Iterator[tuple[object, ...]]:
+    for path, label, name, group in zip(
+        dataset.paths, dataset.labels, sets, families.together.tolist(), strict=True
+    ):
+        yield path, dataset.classes[label], name, group
+
+
+def _copies(dataset: Dataset, families: audit.Families) -> list[tuple[object, ...]]:
+    """Every image that has a copy: path, label, group of identical files, group of near copies."""
+    _, inverse, sizes = np.unique(families.near, return_inverse=True, return_counts=True)
+    positions = np.flatnonzero(sizes[inverse] > 1)
+    order = positions[np.argsort(families.near[positions], kind="stable")]
+    return [
+        (
+            dataset.paths[one],
+            dataset.classes[dataset.labels[one]],
+            int(families.exact[one]),
+            int(families.near[one]),
+        )
+        for one in order
+    ]
 
 
 def write(
     options: Options,
-    members: Sequence[Member],
-    dataset: Dataset,
-    parts: Split,
-    report: Report,
-    facts: dict[str, Any],
+    trained: Sequence[Trained],
+    mix: Mix,
+    prepared: Prepared,
+    evaluation: dict[str, Any],
     step: Step,
 ) -> None:
     """Export, check and put the bundle in its place."""
-    with step("export and check members", len(members)) as progress:
+    dataset = prepared.dataset
+    with step("export and check members", len(trained)) as progress:
         export.write_bundle(
             options.output,
             [
-                export.Member(name=one.name, architecture=one.architecture, weight=weight, model=one.model)
-                for one, weight in zip(members, report.chosen.weights, strict=True)
+                export.Member(
+                    name=member.plan.name,
+                    architecture=member.plan.architecture,
+                    weight=weight,
+                    network=member.network,
+                )
+                for member, weight in zip(trained, mix.weights, strict=True)
             ],
             classes=dataset.classes,
             canaries=export.canary_pixels(size=options.size),
-            check=dataset.pixels[_spread(parts.validation, PARITY_IMAGES)],
-            training=facts,
+            check=dataset.pixels[_spread(prepared.parts.validation, PARITY_IMAGES)],
+            training=_facts(options, trained, evaluation),
+            temperature=mix.temperature,
+            documents={
+                EVALUATION: json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+                REPORT: report.render(evaluation),
+            },
             overwrite=options.overwrite,
         )
-        progress(len(members))
+        progress(len(trained))
 
 
 def _spread(positions: Labels, count: int) -> Labels:
@@ -182,47 +161,21 @@ def _spread(positions: Labels, count: int) -> Labels:
     return positions[np.unique(np.linspace(0, len(positions) - 1, count).round().astype(np.int64))]
 
 
-def _scores(probabilities: Floats, labels: Labels, parts: Split) -> Scores:
-    predictions = probabilities.argmax(axis=1)
+def _facts(options: Options, trained: Sequence[Trained], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """How the bundle came to be, in short, for ensemble.json; the rest is in evaluation.json."""
     return {
-        name: {
-            "accuracy": accuracy(labels[chosen], predictions[chosen]),
-            "macro_f1": macro_f1(labels[chosen], predictions[chosen], classes=probabilities.shape[1]),
-        }
-        for name, chosen in parts.named()
-    }
-
-
-def _facts(
-    options: Options,
-    members: Sequence[Member],
-    dataset: Dataset,
-    parts: Split,
-    fits: dict[str, heads.Fit],
-    report: Report,
-) -> dict[str, Any]:
-    """How the bundle came to be: kept in ensemble.json, read by people."""
-    return {
-        "recipe": "frozen-features",
-        "demo": any(member.weights == "none" for member in members),
-        "seed": options.seed,
-        "images": {name: counts(dataset.labels[chosen], dataset.classes) for name, chosen in parts.named()},
-        "left_out": len(dataset.failures),
+        "recipe": "frozen base" if options.freeze else "whole network",
+        "demo": evaluation["demo"],
+        "options": evaluation["recipe"],
+        "images": evaluation["images"],
         "members": {
-            member.name: {
-                "weights": Path(member.weights).name,
-                "seed": member.seed,
-                "fit": asdict(fits[member.name]),
-                **report.scores[member.name],
+            member.plan.name: {
+                "weights": Path(member.plan.weights).name,
+                "seed": member.plan.seed,
+                "best": evaluation["best"][member.plan.name],
             }
-            for member in members
+            for member in trained
         },
-        "ensemble": report.scores["ensemble"],
-        "weights_search": {
-            "set": "validation",
-            "chosen": asdict(report.chosen),
-            "beside": [asdict(candidate) for candidate in report.beside],
-            "table": [asdict(candidate) for candidate in report.searched[:TABLE_ROWS]],
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "weights_search": {"set": "validation", "chosen": evaluation["weights_search"]["chosen"]},
+        "versions": evaluation["versions"],
     }

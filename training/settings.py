@@ -3,32 +3,137 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Literal, get_args
+
+from engine.errors import UsageError
+
+Schedule = Literal["cosine", "plateau"]
+Balance = Literal["loss", "sampling"]
+Duplicates = Literal["group", "drop", "ignore"]
+Normalization = Literal["none", "imagenet"]
+
+SMALLEST_SIDE = 32  # pixels
+LARGEST_SIDE = 4096
+MOST_FOLDS = 20
+_RUN_ONLY = ("output", "device", "overwrite", "resume", "check_data")  # may differ when a training is resumed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """How a head is fitted."""
+    """How one phase is fitted: the head alone on cached features, or the whole network."""
 
-    epochs: int = 200  # at most
-    patience: int = 40  # epochs without a better validation score
+    epochs: int  # at most
+    patience: int  # epochs without a better validation score
+    learning_rate: float
     batch_size: int = 32
-    learning_rate: float = 1e-4
     weight_decay: float = 1e-2
+    schedule: Schedule = "cosine"
+    balance: Balance = "loss"
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of `python -m training`."""
+    """Options of `python -m training`. Defaults that depend on the weights are None here."""
 
     data: Path
     output: Path
-    members: Sequence[str] = ("resnet50", "inception_v3")  # architectures
+    # data
+    classes: Sequence[str] | None = None  # None: what the data says
+    path_column: str | None = None
+    label_column: str = "label"
+    root: Path | None = None
+    duplicates: Duplicates = "group"
+    allow_leak: bool = False
+    check_data: bool = False
+    # members
+    members: Sequence[str] = ("resnet50", "inception_v3")  # torchvision's names
     weights: Sequence[str] = ("imagenet",)  # one for all members, or one per member
-    classes: Sequence[str] | None = None  # None: the sorted folder names
     size: tuple[int, int] = (224, 224)  # height, width
-    epochs: int = Fitting.epochs
+    normalization: Normalization = "none"
+    # recipe
+    freeze: bool = False
+    copies: int = 4  # augmented copies of each training image whose features are cached
+    head_epochs: int = 200
+    head_rate: float = 1e-3
+    epochs: int | None = None  # of the whole network: 40, or 150 from random weights
+    rate: float | None = None  # of the whole network: 1e-4, or 1e-3 from random weights
+    patience: int | None = None  # 40 epochs of the head; 10 of the whole network, or 40 from random weights
+    batch_size: int = 32
+    schedule: Schedule = "cosine"
+    balance: Balance = "loss"
+    temperature_scaling: bool = False
+    folds: int = 0
     seed: int = 0
+    # the run
+    device: str = "auto"
     overwrite: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises UsageError: the value, then what is allowed."""
+        _at_least("--copies", self.copies, 0)
+        _at_least("--seed", self.seed, 0)
+        for name in ("head_epochs", "epochs", "patience", "batch_size"):
+            _at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+        for name, value in (("--head-rate", self.head_rate), ("--rate", self.rate)):
+            if value is not None and not 0 < value <= 1:
+                raise UsageError(f"{name} {value}: above 0, at most 1; usual are 1e-5 to 1e-2")
+        if not (self.folds == 0 or 2 <= self.folds <= MOST_FOLDS):
+            raise UsageError(f"--folds {self.folds}: 2 to {MOST_FOLDS}, or 0 for none")
+        if not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in self.size):
+            height, width = self.size
+            raise UsageError(f"--size {height} {width}: {SMALLEST_SIDE} to {LARGEST_SIDE} each")
+        if len(self.weights) not in (1, len(self.members)):
+            raise UsageError(
+                f"--weights: {len(self.weights)} given for {len(self.members)} members; "
+                "allowed: one for all, or one each"
+            )
+
+    def weights_of(self, member: int) -> str:
+        return self.weights[0] if len(self.weights) == 1 else self.weights[member]
+
+    def head(self, seed: int) -> Fitting:
+        """The first phase: the base is frozen."""
+        return self._fitting(self.head_epochs, self.patience or 40, self.head_rate, seed)
+
+    def whole(self, weights: str, seed: int) -> Fitting:
+        """The second phase: nothing is frozen, the rate is lower; random weights take longer."""
+        epochs, patience, rate = (150, 40, 1e-3) if weights == "none" else (40, 10, 1e-4)
+        return self._fitting(self.epochs or epochs, self.patience or patience, self.rate or rate, seed)
+
+    def _fitting(self, epochs: int, patience: int, rate: float, seed: int) -> Fitting:
+        return Fitting(
+            epochs=epochs,
+            patience=patience,
+            learning_rate=rate,
+            batch_size=self.batch_size,
+            schedule=self.schedule,
+            balance=self.balance,
+            seed=seed,
+        )
+
+    def recorded(self) -> dict[str, Any]:
+        """What decides the result, JSON-ready: a resumed training has to have the same."""
+        values = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in _RUN_ONLY
+        }
+        return {name: _plain(value) for name, value in values.items()}
+
+
+def choices(literal: Any) -> tuple[str, ...]:
+    """What a Literal type allows, for argparse."""
+    return get_args(literal)
+
+
+def _at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UsageError(f"{name} {value}: at least {least}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value.absolute())
+    return list(value) if isinstance(value, (tuple, list)) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from engine.header import Header
 from engine.overlap import Meter
 from engine.preprocess.decoder import CrashedError, Decoder
 from engine.reader import Reader
@@ -116,18 +117,28 @@ class Loaded:
 
     pixels: npt.NDArray[np.uint8]  # [k, 1, H, W]
     index: npt.NDArray[np.int64]  # [k], positions in the list of paths
+    headers: list[Header]  # [k], what the files say of themselves
     failures: list[tuple[int, str, str]]  # position, status, one-line error
 
 
 def load_pixels(
-    paths: Sequence[Path], *, size: tuple[int, int] = (224, 224), threads: int | None = None
+    paths: Sequence[Path],
+    *,
+    size: tuple[int, int] = (224, 224),
+    threads: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Loaded:
-    """Read and preprocess files as screening does. All pixels are held at once: for training and checks."""
+    """Read and preprocess files as screening does. All pixels are held at once: for training and checks.
+
+    `progress` gets the number of files just done.
+    """
     limits = Limits()
     threads = threads or available_cpus()
     reader = Reader(Path(), batch_size=16, threads=threads, limits=limits)
     part = Part(0, np.arange(len(paths)), [str(path) for path in paths], pa.table({}))
-    pixels, index, failures = [np.empty((0, 1, *size), np.uint8)], [np.empty(0, np.int64)], []
+    pixels, index = [np.empty((0, 1, *size), np.uint8)], [np.empty(0, np.int64)]
+    headers: list[Header | None] = []
+    failures = []
     with Preprocess(
         size=size, batch_size=16, threads=threads, decoding_bytes=limits.decoding_bytes
     ) as preprocess:
@@ -135,10 +146,14 @@ def load_pixels(
             assert batch.pixels is not None
             pixels.append(batch.pixels)
             index.append(batch.start + batch.index)
+            headers += [batch.headers[position] for position in batch.index]
             failures += [
                 (batch.start + position, Status(batch.status[position]).label, error)
                 for position, error in sorted(batch.errors.items())
             ]
+            progress(batch.rows)
     found = np.concatenate(index)
-    order = np.argsort(found)
-    return Loaded(np.concatenate(pixels)[order], found[order], sorted(failures))
+    order = np.argsort(found)  # slow files come late
+    known = [header for position in order if (header := headers[position]) is not None]
+    assert len(known) == len(found), "what has pixels has a header"
+    return Loaded(np.concatenate(pixels)[order], found[order], known, sorted(failures))

@@ -8,37 +8,21 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.numpy import load_file
-from torch import nn
 
 from engine import bundle as bundles
 from engine.ensemble import fuse
 from engine.errors import ParityError, UsageError
-from training import export, heads
+from tests.training.networks import random_pixels, tiny_network
+from training import export
+from training.features import infer
 
 CLASSES = ["left", "right"]
 SIZE = (20, 28)
 
 
-def tiny_model(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(0.5),
-        nn.Linear(8, len(CLASSES)),
-    ).eval()
-
-
-def random_pixels(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, 1, *SIZE), dtype=np.uint8)
-
-
 def members() -> list[export.Member]:
     return [
-        export.Member(name=name, architecture="tiny", weight=weight, model=tiny_model(seed))
+        export.Member(name=name, architecture="tiny", weight=weight, network=tiny_network(2, seed))
         for seed, (name, weight) in enumerate({"one": 0.4, "two": 0.6}.items())
     ]
 
@@ -46,8 +30,9 @@ def members() -> list[export.Member]:
 def write(target, **changes):
     given = {
         "classes": CLASSES,
-        "canaries": random_pixels(32),
-        "check": random_pixels(3, 1),
+        "documents": {"report.html": "<p>ümlaut"},
+        "canaries": random_pixels(32, SIZE),
+        "check": random_pixels(3, SIZE, 1),
         "training": {"a": 1},
     }
     export.write_bundle(target, members(), **{**given, **changes})
@@ -69,6 +54,7 @@ def test_the_engine_loads_it(bundle):
 def test_every_hash_matches(bundle):
     description = json.loads((bundle / "ensemble.json").read_text())
     files = [file for member in description["members"] for file in member["files"].values()]
+    files += description["documents"]
     for file in [*files, description["canaries"]]:
         assert hashlib.sha256((bundle / file["path"]).read_bytes()).hexdigest() == file["sha256"]
     on_disk = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
@@ -81,9 +67,9 @@ def test_graph_equals_torch_for_any_batch(bundle, count):
     (given,), (made,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.type, given.shape[1:]) == ("pixels", "tensor(uint8)", [1, *SIZE])
     assert (made.name, made.type) == ("logits", "tensor(float)")
-    pixels = random_pixels(count, 7)
+    pixels = random_pixels(count, SIZE, 7)
     (logits,) = session.run(None, {"pixels": pixels})
-    assert np.allclose(logits, heads.infer(tiny_model(0), pixels).numpy(), atol=1e-5)
+    assert np.allclose(logits, infer(tiny_network(2), torch.from_numpy(pixels)).numpy(), atol=1e-5)
 
 
 def test_graph_does_not_name_the_machine_that_trained(bundle):
@@ -93,17 +79,45 @@ def test_graph_does_not_name_the_machine_that_trained(bundle):
 
 def test_safetensors_hold_the_module(bundle):
     states = load_file(bundle / "two.safetensors")
-    assert states.keys() == tiny_model(1).state_dict().keys()
-    assert all(np.array_equal(states[name], value) for name, value in tiny_model(1).state_dict().items())
+    expected = tiny_network(2, 1).state_dict()
+    assert states.keys() == expected.keys()
+    assert all(np.array_equal(states[name], value) for name, value in expected.items())
 
 
 def test_canaries_are_what_torch_and_the_ensemble_say(bundle):
     canaries = load_file(bundle / "canaries" / "canaries.safetensors")
-    assert np.array_equal(canaries["pixels"], random_pixels(32))
+    assert np.array_equal(canaries["pixels"], random_pixels(32, SIZE))
     assert canaries["logits"].shape == (2, 32, 2)
     _, expected = fuse(canaries["logits"], weights=[0.4, 0.6], temperatures=[1.0, 1.0])
     assert np.array_equal(canaries["probabilities"], expected)
     assert canaries["probabilities"].dtype == canaries["logits"].dtype == np.float32
+
+
+def test_a_temperature_is_recorded_and_used(tmp_path, quick_export):
+    write(tmp_path / "bundle", temperature=2.0)
+    assert bundles.load(tmp_path / "bundle").temperature == 2.0
+    canaries = load_file(tmp_path / "bundle" / "canaries" / "canaries.safetensors")
+    options = {"weights": [0.4, 0.6], "temperatures": [1.0, 1.0]}
+    assert np.array_equal(canaries["probabilities"], fuse(canaries["logits"], **options, temperature=2.0)[1])
+
+
+@pytest.mark.parametrize("normalization", ["none", "imagenet"])
+def test_normalization_is_recorded_and_baked_in(tmp_path, normalization):
+    member = export.Member(
+        name="one", architecture="tiny", weight=1.0, network=tiny_network(2, normalization=normalization)
+    )
+    export.write_bundle(
+        tmp_path / "bundle",
+        [member],
+        classes=CLASSES,
+        canaries=random_pixels(4, SIZE),
+        check=random_pixels(4, SIZE, 1),  # the gate compares the graph with the network
+        training={},
+    )
+    described = json.loads((tmp_path / "bundle" / "ensemble.json").read_text())["input"]["normalization"]
+    assert described == (
+        None if normalization == "none" else {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    )
 
 
 def test_an_existing_target_is_refused(tmp_path):
@@ -124,7 +138,9 @@ def test_only_a_bundle_is_overwritten(tmp_path):
 def quick_export(monkeypatch, bundle):
     """The module's graphs again, without exporting: for tests of everything around the export."""
     graphs = {name: (bundle / name).read_bytes() for name in ("one.onnx", "two.onnx")}
-    monkeypatch.setattr(export, "export_onnx", lambda model, file, size: file.write_bytes(graphs[file.name]))
+    monkeypatch.setattr(
+        export, "export_onnx", lambda network, file, size: file.write_bytes(graphs[file.name])
+    )
 
 
 def test_overwrite_replaces_a_bundle_whole(tmp_path, quick_export):
@@ -150,7 +166,7 @@ def test_a_failing_export_leaves_what_was_there(tmp_path, quick_export, monkeypa
 
 
 def test_a_graph_that_differs_is_refused(tmp_path, quick_export, monkeypatch):
-    monkeypatch.setattr(export, "infer", lambda model, pixels: heads.infer(tiny_model(9), pixels))
+    monkeypatch.setattr(export, "infer", lambda network, pixels: infer(tiny_network(2, 9), pixels))
     with pytest.raises(ParityError, match="one: the exported graph differs"):
         write(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []

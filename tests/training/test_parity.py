@@ -16,7 +16,7 @@ from torch import nn
 from engine.preprocess.stage import load_pixels
 from tests.conftest import Command, write_images
 from tests.tolerances import PARITY
-from training import export, heads, models
+from training import export, features, heads, models
 
 CLASSES = ("normal", "osteopenia", "osteoporosis")
 WEIGHTS = {"resnet50": 0.4, "inception_v3": 0.6}
@@ -30,13 +30,12 @@ def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = load_pixels(images).pixels
     members = []
     for seed, (name, weight) in enumerate(WEIGHTS.items()):
-        model = models.build(name, classes=len(CLASSES), weights="none", seed=seed)
-        base, head = models.split_head(model)
-        heads.calibrate_batch_norm(base, pixels)
-        features = heads.infer(base, pixels)
-        heads.fold(head, *heads.standardisation(features))
-        models.join_head(base, head)
-        members.append(export.Member(name=name, architecture=name, weight=weight, model=model))
+        network = models.build(name, classes=len(CLASSES), weights="none", seed=seed)
+        features.calibrate_batch_norm(network, pixels)
+        with torch.inference_mode():
+            found = network.features(torch.from_numpy(pixels))
+        heads.fold(network.head, *heads.standardisation(found))
+        members.append(export.Member(name=name, architecture=name, weight=weight, network=network))
     target = folder / "bundle"
     export.write_bundle(target, members, classes=CLASSES, canaries=pixels, check=pixels[:4], training={})
     return target
@@ -57,7 +56,10 @@ def plain_pytorch(bundle: Path, paths: list[Path]) -> np.ndarray:
         model.fc = nn.Sequential(
             nn.Linear(2048, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, len(CLASSES))
         )
-        model.load_state_dict(load_file(bundle / f"{name}.safetensors"))
+        states = load_file(bundle / f"{name}.safetensors")
+        model.load_state_dict(
+            {key.removeprefix("base.").replace("head.", "fc."): value for key, value in states.items()}
+        )
         model.eval()
         with torch.inference_mode():
             total += weight * torch.softmax(model(images), dim=1)

@@ -1,0 +1,196 @@
+"""What the members are worth, alone and together: weights on validation, figures on test, folds."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.ensemble import fuse, softmax
+from training import audit, ensemble, evaluate
+from training.data import Dataset
+from training.features import Floats
+from training.listing import Labels, counts
+from training.members import Trained, Trainer
+from training.settings import Options
+from training.split import Split
+
+TABLE_ROWS = 21  # of the weights search that are kept: all of them for two members
+PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy", "scikit-learn")
+FOLD_FIGURES = ("accuracy", "macro_f1", "auc", "balanced_accuracy")
+ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data once it is settled what is used, and for what."""
+
+    dataset: Dataset
+    families: audit.Families
+    parts: Split
+    folds: list[Split]
+    findings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the members' votes are weighed, chosen on the validation set."""
+
+    searched: list[ensemble.Candidate]  # best first
+    beside: list[ensemble.Candidate]
+    temperature: float  # applied
+    fitted: float | None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.searched[0].weights
+
+    def voters(self, trained: Sequence[Trained]) -> dict[str, Floats]:
+        """Probabilities [N, C] of each member and of the ensemble."""
+        logits = np.stack([member.logits for member in trained])
+        names = [member.plan.name for member in trained]
+        return dict(zip(names, softmax(logits), strict=True)) | {
+            ENSEMBLE: _fuse(logits, self.weights, self.temperature)
+        }
+
+
+def _fuse(logits: Floats, weights: Sequence[float], temperature: float) -> Floats:
+    """Logits [M, N, C] to the ensemble's probabilities [N, C]."""
+    return fuse(logits, weights=weights, temperatures=[1.0] * len(logits), temperature=temperature)[1]
+
+
+def weigh(trained: Sequence[Trained], labels: Labels, parts: Split, options: Options) -> Mix:
+    """Search the weights on the validation set, and fit a temperature if asked to."""
+    logits = np.stack([member.logits for member in trained])[:, parts.validation]
+    truth = labels[parts.validation]
+    searched = ensemble.search(logits, truth)
+    fitted = None
+    if options.temperature_scaling:
+        fitted = ensemble.fit_temperature(logits, truth, searched[0].weights)
+    return Mix(searched, ensemble.beside(logits, truth), fitted or 1.0, fitted)
+
+
+def assess(trained: Sequence[Trained], mix: Mix, prepared: Prepared, options: Options) -> dict[str, Any]:
+    """Everything the report says and evaluation.json holds, JSON-ready, with no file's name."""
+    dataset, parts = prepared.dataset, prepared.parts
+    voters = mix.voters(trained)
+    members = [name for name in voters if name != ENSEMBLE]
+    sets = {"validation": parts.validation, "test": parts.test}
+    figures = {
+        voter: {name: _figures(probabilities, prepared, chosen, options) for name, chosen in sets.items()}
+        for voter, probabilities in voters.items()
+    }
+    better = max(members, key=lambda name: figures[name]["validation"]["macro_f1"]["value"])
+    return {
+        "classes": list(dataset.classes),
+        "demo": options.freeze and "none" in options.weights,  # convolutions that nobody trained
+        "images": {name: counts(dataset.labels[chosen], dataset.classes) for name, chosen in parts.named()},
+        "voters": figures,
+        "difference": {
+            "from": better,
+            **{
+                name: evaluate.compare(
+                    voters[ENSEMBLE][chosen],
+                    voters[better][chosen],
+                    dataset.labels[chosen],
+                    groups=prepared.families.together[chosen],
+                    seed=options.seed,
+                )
+                for name, chosen in sets.items()
+            },
+        },
+        "paper": evaluate.PAPER,
+        "weights_search": {
+            "chosen": asdict(mix.searched[0]),
+            "beside": [asdict(candidate) for candidate in mix.beside],
+            "table": [asdict(candidate) for candidate in mix.searched[:TABLE_ROWS]],
+        },
+        "temperature": _temperature(mix, trained, prepared),
+        "data": prepared.findings,
+        "history": {
+            member.plan.name: [
+                {"phase": phase, **asdict(epoch)}
+                for phase, fit in member.phases.items()
+                for epoch in fit.history
+            ]
+            for member in trained
+        },
+        "best": {
+            member.plan.name: {"phase": phase, "epoch": fit.best.epoch}
+            for member in trained
+            for phase, fit in member.phases.items()
+        },
+        "recipe": _recipe(options),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def _figures(probabilities: Floats, prepared: Prepared, chosen: Labels, options: Options) -> dict[str, Any]:
+    return evaluate.evaluate(
+        probabilities[chosen],
+        prepared.dataset.labels[chosen],
+        classes=prepared.dataset.classes,
+        groups=prepared.families.together[chosen],
+        seed=options.seed,
+    )
+
+
+def _temperature(mix: Mix, trained: Sequence[Trained], prepared: Prepared) -> dict[str, Any]:
+    """What scaling does to the validation set."""
+    facts: dict[str, Any] = {"applied": mix.temperature, "fitted": mix.fitted}
+    if mix.fitted is None:
+        return facts | {"validation_nll": None, "validation_ece": None}
+    validation = prepared.parts.validation
+    logits = np.stack([member.logits[validation] for member in trained])
+    truth = prepared.dataset.labels[validation]
+    before, after = (
+        evaluate.calibration(_fuse(logits, mix.weights, temperature), truth)
+        for temperature in (1.0, mix.fitted)
+    )
+    return facts | {
+        f"validation_{name}": {"before": before[name], "after": after[name]} for name in ("nll", "ece")
+    }
+
+
+def _recipe(options: Options) -> dict[str, Any]:
+    """The options without the user's paths."""
+    facts = options.recorded()
+    for name in ("data", "root", "path_column", "label_column"):
+        del facts[name]
+    facts["weights"] = [Path(weights).name for weights in options.weights]
+    return facts
+
+
+def cross_validate(trainer: Trainer, folds: Sequence[Split]) -> dict[str, Any] | None:
+    """The whole recipe once per fold, weights search included: mean and deviation of each voter's figures."""
+    if not folds:
+        return None
+    dataset = trainer.dataset
+    values: dict[str, dict[str, list[float | None]]] = {}
+    for number, parts in enumerate(folds, start=1):
+        trained = trainer.fit(parts, fold=number)
+        mix = weigh(trained, dataset.labels, parts, trainer.options)
+        for voter, probabilities in mix.voters(trained).items():
+            found = evaluate.points(
+                probabilities[parts.test], dataset.labels[parts.test], classes=dataset.classes
+            )
+            for figure in FOLD_FIGURES:
+                values.setdefault(voter, {}).setdefault(figure, []).append(found[figure])
+    return {
+        "count": len(folds),
+        "voters": {
+            voter: {figure: _spread(each) for figure, each in figures.items()}
+            for voter, figures in values.items()
+        },
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    assert None not in values, "every class is in every fold"
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    return {"mean": mean, "deviation": deviation, "values": list(values)}

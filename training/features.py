@@ -1,0 +1,125 @@
+"""Inference of a whole set, and the features of a frozen base, kept on disk as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from training import augment
+from training.data import Pixels, Progress
+from training.listing import Labels
+from training.models import Network
+
+Floats = npt.NDArray[np.float32]
+FLUSH_EVERY = 64  # batches
+
+
+def silent(done: int) -> None:
+    """No progress wanted."""
+
+
+def batch_of(device: torch.device) -> int:
+    """Images at once; on a CPU more is not faster."""
+    return 16 if device.type == "cpu" else 128
+
+
+def infer(
+    module: nn.Module, inputs: Tensor, *, device: torch.device | None = None, progress: Progress = silent
+) -> Tensor:
+    """`module` in evaluation mode on `inputs` [N, ...] by batches: float32 [N, K] on the CPU."""
+    device = device or torch.device("cpu")
+    module.eval()
+    outputs = []
+    for batch in inputs.split(batch_of(device)):
+        with torch.inference_mode():
+            outputs.append(module(batch.to(device)).float().cpu())
+        progress(len(batch))
+    return torch.cat(outputs).clone()
+
+
+def calibrate_batch_norm(network: Network, pixels: Pixels, *, device: torch.device | None = None) -> None:
+    """Set every running mean and variance to those of `pixels`, seen as one batch.
+
+    A random base needs this: its statistics are otherwise 0 and 1, and its activations explode or vanish.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    usual = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average: the first batch replaces what was there
+    network.train()
+    with torch.inference_mode():
+        network.features(torch.from_numpy(pixels).to(device or "cpu"))
+    network.eval()
+    for norm, momentum in zip(norms, usual, strict=True):
+        norm.momentum = momentum
+
+
+def cached(
+    network: Network,
+    pixels: Pixels,
+    train: Labels,
+    *,
+    copies: int,
+    seed: int,
+    folder: Path,
+    device: torch.device,
+    progress: Progress = silent,
+) -> Floats:
+    """Features of all images and of `copies` augmented copies of the training images: [copies + 1, N, F].
+
+    They are kept in a file named by all that they depend on, so that an interrupted extraction goes on and a
+    fold that trains on the same base finds them. Copies of other images may be NaN. `progress` counts
+    images.
+    """
+    size = (pixels.shape[2], pixels.shape[3])
+    kept = _open(network, pixels, copies=copies, seed=seed, folder=folder)
+    for copy in range(copies + 1):
+        wanted = np.arange(len(pixels)) if copy == 0 else train
+        absent = wanted[np.isnan(kept[copy, wanted]).any(axis=1)]
+        progress(len(wanted) - len(absent))
+        changes = augment.draw(len(pixels), size=size, seed=(seed, copy))
+        for start in range(0, len(absent), batch_of(device)):
+            positions = absent[start : start + batch_of(device)]
+            batch = torch.from_numpy(pixels[positions]).to(device)
+            network.eval()
+            with torch.inference_mode():
+                given = batch if copy == 0 else augment.apply(batch, changes, positions)
+                kept[copy, positions] = network.features(given).float().cpu().numpy()
+            if start // batch_of(device) % FLUSH_EVERY == 0:
+                kept.flush()
+            progress(len(positions))
+        kept.flush()
+    return kept
+
+
+def _open(
+    network: Network, pixels: Pixels, *, copies: int, seed: int, folder: Path
+) -> npt.NDArray[np.float32]:
+    """The file as an array, NaN where nothing was computed yet; made anew if it is damaged."""
+    digest = hashlib.sha256(
+        repr((network.normalization, copies, seed, augment.Ranges(), pixels.shape)).encode()
+    )
+    for name, value in sorted(network.base.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(pixels.tobytes())
+    path = folder / f"features-{digest.hexdigest()[:16]}.f32"
+    first = network.head[0]
+    assert isinstance(first, nn.Linear)
+    shape = (copies + 1, len(pixels), first.in_features)
+    if path.exists() and path.stat().st_size == 4 * math.prod(shape):
+        return np.memmap(path, np.float32, "r+", shape=shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    fresh = np.memmap(temporary, np.float32, "w+", shape=shape)
+    fresh[:] = np.nan
+    fresh.flush()
+    temporary.rename(path)
+    return fresh

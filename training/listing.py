@@ -1,0 +1,289 @@
+"""Where labelled images are and what they show: class folders or a table, before anything is opened."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from engine.errors import UsageError
+from engine.manifest import Manifest, open_manifest
+
+Labels = npt.NDArray[np.int64]
+
+MIN_PER_CLASS = 3  # one image each for training, validation and test
+SETS = ("train", "validation", "test")
+_SET_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+    "testing": "test",
+}
+# What public sets call the classes of the method, in clinical order.
+_VOCABULARY = {
+    "normal": ("normal", "healthy", "0"),
+    "osteopenia": ("osteopenia", "op", "1"),
+    "osteoporosis": ("osteoporosis", "os", "2"),
+}
+_CANONICAL = {alias: name for name, aliases in _VOCABULARY.items() for alias in aliases}
+_DIGITS = {"0", "1", "2"}
+_LONGEST_NAME = 64  # of a class: what a bundle holds
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Image files and what they show, in sorted or table order."""
+
+    classes: tuple[str, ...]
+    paths: list[Path]
+    labels: Labels  # [N], positions in `classes`
+    patients: list[str | None] | None = None  # [N], None without such a column
+    given: list[str | None] | None = None  # [N], names of SETS; None without such folders or column
+    notes: list[str] = field(default_factory=list)  # what was passed over or read in a special way
+
+    def __post_init__(self) -> None:
+        assert len(self.paths) == len(self.labels)
+        _check_names(self.classes)
+        check_counts(self.labels, self.classes, "images")
+
+
+def list_images(
+    data: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    path_column: str | None = None,
+    label_column: str = "label",
+    root: Path | None = None,
+) -> Listing:
+    """List a folder of class folders, or a CSV or Parquet table with path and label. Raises UsageError."""
+    if classes is not None and len({_key(name) for name in classes}) < max(2, len(classes)):
+        raise UsageError(f"--classes {' '.join(classes)}: two or more distinct names")
+    if data.is_dir():
+        return _from_folder(data, classes)
+    if not data.exists():
+        raise UsageError(f"{data}: no such file or folder; give a folder of class folders, or a CSV")
+    return _from_table(open_manifest(data, path_column=path_column, root=root), classes, label_column)
+
+
+def counts(labels: Labels, classes: Sequence[str]) -> dict[str, int]:
+    """Images per class, in the order of `classes`."""
+    return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
+
+
+def check_counts(labels: Labels, classes: Sequence[str], what: str) -> None:
+    """Raise UsageError for a class with too few to split."""
+    for name, count in counts(labels, classes).items():
+        if count < MIN_PER_CLASS:
+            raise UsageError(f"class {name!r} has {count} {what}; at least {MIN_PER_CLASS} are needed")
+
+
+def _check_names(classes: Sequence[str]) -> None:
+    for name in classes:
+        if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()):
+            raise UsageError(f"class name {name[:80]!r}: 1 to {_LONGEST_NAME} printable characters")
+
+
+class _Names:
+    """Which class a name stands for: as spelled, in any case, or by the names that public sets use."""
+
+    def __init__(self, classes: Sequence[str], *, digits: bool) -> None:
+        self.classes = tuple(classes)
+        self._known = {_key(name): position for position, name in enumerate(self.classes)}
+        self.aliases: set[str] = set()  # names in use that are no class's own
+        for name, aliases in _VOCABULARY.items():
+            if name in self._known:
+                for alias in aliases:
+                    if digits or alias not in _DIGITS:
+                        self._known.setdefault(alias, self._known[name])
+
+    def find(self, name: str) -> int | None:
+        """The class's position, None for a name that stands for none."""
+        position = self._known.get(_key(name))
+        if position is not None and _key(name) != _key(self.classes[position]):
+            self.aliases.add(name)
+        return position
+
+    def notes(self) -> list[str]:
+        read = [f"{name} as {self.classes[self._known[_key(name)]]}" for name in sorted(self.aliases)]
+        return [f"read {', '.join(read)}; --classes keeps names as they are"] if read else []
+
+
+def _key(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _chosen(classes: Sequence[str]) -> _Names:
+    """The classes that the user named; numbers stand for the method's classes when those are all there."""
+    return _Names(classes, digits=set(_VOCABULARY) <= {_key(name) for name in classes})
+
+
+def _as_spelled(found: Iterable[str]) -> _Names:
+    """Names that mean nothing to us, sorted; those that differ in case only are one."""
+    folded = {_key(name): name.strip() for name in sorted(found, reverse=True)}
+    return _Names(sorted(folded.values()), digits=False)
+
+
+def _clinical(found: Iterable[str]) -> _Names | None:
+    """The method's classes among the names found, when there are two or more of them."""
+    keys = {_key(name) for name in found}
+    digits = {key for key in keys if key.isdigit()} == _DIGITS
+    present = {_CANONICAL[key] for key in keys if key in _CANONICAL and (digits or key not in _DIGITS)}
+    if len(present) < 2:
+        return None
+    return _Names([name for name in _VOCABULARY if name in present], digits=digits)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    folders: tuple[str, ...]  # below the root, without the folders of a split
+    given: str | None
+
+
+def _from_folder(root: Path, classes: Sequence[str] | None) -> Listing:
+    files = list(_walk(root))
+    every = {name for file in files for name in file.folders}
+    names = _chosen(classes) if classes else _clinical(every)
+    found = _by_name(files, names) if names else _by_place(files)
+    if names is None:
+        names = _as_spelled({file.folders[place] for file, place in found})
+    labels = [names.find(file.folders[place]) for file, place in found]
+    _check_found(root, names.classes, labels, every, asked=classes is not None)
+    notes = names.notes() + _outside(root, files, found, named=classes is not None)
+    given = [file.given for file, _ in found]
+    return Listing(
+        names.classes,
+        [file.path for file, _ in found],
+        np.array(labels, np.int64),
+        given=given if any(given) else None,
+        notes=notes,
+    )
+
+
+def _walk(root: Path) -> Iterator[_File]:
+    """All files below `root` in sorted order, hidden ones left out."""
+    for current, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        parts = Path(current).relative_to(root).parts
+        sets = [_SET_NAMES[name.casefold()] for name in parts if name.casefold() in _SET_NAMES]
+        rest = tuple(name for name in parts if name.casefold() not in _SET_NAMES)
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield _File(Path(current, name), rest, sets[-1] if sets else None)
+
+
+def _by_name(files: Sequence[_File], names: _Names) -> list[tuple[_File, int]]:
+    """The files below a folder with a class's name, and which of their folders that is: the deepest."""
+    found = []
+    for file in files:
+        places = [place for place, name in enumerate(file.folders) if names.find(name) is not None]
+        if places:
+            found.append((file, places[-1]))
+    return found
+
+
+def _by_place(files: Sequence[_File]) -> list[tuple[_File, int]]:
+    """Names that mean nothing to us: the classes are the first folders that are not alone on their level."""
+    inside = [file for file in files if file.folders]
+    place = 0
+    while inside and len({file.folders[: place + 1] for file in inside}) == 1:
+        if any(len(file.folders) <= place + 1 for file in inside):
+            break
+        place += 1
+    return [(file, place) for file in inside if len(file.folders) > place]
+
+
+def _check_found(
+    root: Path, classes: Sequence[str], labels: Sequence[int | None], every: set[str], *, asked: bool
+) -> None:
+    if asked:
+        for position, name in enumerate(classes):
+            if position not in labels:
+                folders = ", ".join(sorted(every)[:10]) or "none"
+                raise UsageError(f"{root}: no class folder {name!r}; folders there: {folders}")
+    if len(set(labels)) < 2:
+        listed = ", ".join(classes) or "none"
+        raise UsageError(f"{root}: two or more class folders with images are needed, found: {listed}")
+
+
+def _outside(
+    root: Path, files: Sequence[_File], found: Sequence[tuple[_File, int]], *, named: bool
+) -> list[str]:
+    """A note on the files that are in no class. Raises UsageError if their folder stands beside a class's."""
+    used = {file.path for file, _ in found}
+    rest = [file for file in files if file.path not in used]
+    if not rest:
+        return []
+    above = {file.folders[:place] for file, place in found}
+    beside = sorted(
+        folder for file in rest for depth, folder in enumerate(file.folders) if file.folders[:depth] in above
+    )
+    if beside and not named:
+        raise UsageError(
+            f"{root}: folder {beside[0]!r} stands beside class folders, but it is no class that I know; "
+            "name all classes with --classes"
+        )
+    folders = Counter("/".join(file.folders) or "." for file in rest)
+    shown = ", ".join(f"{name} ({count})" for name, count in sorted(folders.items())[:5])
+    return [f"passed over {len(rest)} files outside the class folders, in: {shown}"]
+
+
+def _from_table(manifest: Manifest, classes: Sequence[str] | None, label_column: str) -> Listing:
+    source = manifest.source
+    if label_column not in manifest.columns.names:
+        others = ", ".join(map(repr, manifest.columns.names[:10])) or "only paths"
+        raise UsageError(f"{source}: no column {label_column!r}; it has {others}; see --label-column")
+    paths: list[Path] = []
+    columns: dict[str, list[str]] = {label_column: [], "patient": [], "split": []}
+    for part in manifest.parts(65_536):
+        paths += [manifest.root / (path or "") for path in part.paths]
+        for name, cells in columns.items():
+            if name in part.columns.column_names:
+                cells += _texts(part.columns.column(name))
+    texts = columns[label_column]
+    names = (_chosen(classes) if classes else _clinical(texts)) or _as_spelled(set(texts) - {""})
+    labels = [_label(source, row, text, names) for row, text in enumerate(texts)]
+    if len(names.classes) < 2:
+        raise UsageError(f"{source}: two or more labels are needed, found: {', '.join(names.classes)}")
+    return Listing(
+        names.classes,
+        paths,
+        np.array(labels, np.int64),
+        patients=[text or None for text in columns["patient"]] or None,
+        given=[_given(source, row, text) for row, text in enumerate(columns["split"])] or None,
+        notes=names.notes(),
+    )
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+    return ["" if value is None else str(value).strip() for value in column.to_pylist()]
+
+
+def _label(source: Path, row: int, text: str, names: _Names) -> int:
+    position = names.find(text)
+    if position is None:
+        near = difflib.get_close_matches(text.casefold(), names.classes, 1)
+        hint = f"; {near[0]}?" if near else ""
+        raise UsageError(
+            f"{source}: row {row + 1}: label {text[:80]!r} is none of {', '.join(names.classes)}{hint}"
+        )
+    return position
+
+
+def _given(source: Path, row: int, text: str) -> str:
+    try:
+        return _SET_NAMES[text.casefold()]
+    except KeyError:
+        raise UsageError(
+            f"{source}: row {row + 1}: split {text[:80]!r}; allowed: {', '.join(SETS)}"
+        ) from None

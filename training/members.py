@@ -1,0 +1,183 @@
+"""One member after the other: built, its head fitted on the frozen base, then everything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.errors import UsageError
+from training import features, models
+from training.data import Dataset, Progress
+from training.features import Floats
+from training.fit import Epoch, Fit
+from training.heads import fit_head
+from training.settings import Options
+from training.split import Split
+from training.whole import fit_whole
+
+CALIBRATION_IMAGES = 64  # enough for the running statistics of a random base
+
+Note = Callable[[str], None]
+# `with step("features of resnet50", 450) as progress:` shows one; progress(16) tells that 16 more are done
+Step = Callable[[str, int], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One member before it is built."""
+
+    name: str
+    architecture: str
+    weights: str
+    seed: int
+
+    def build(self, options: Options, classes: int) -> models.Network:
+        return models.build(
+            self.architecture,
+            classes=classes,
+            weights=self.weights,
+            seed=self.seed,
+            size=options.size,
+            normalization=options.normalization,
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One member after its training."""
+
+    plan: Plan
+    network: models.Network  # on the CPU
+    phases: dict[str, Fit]  # "head", "whole", in their order
+    logits: Floats  # [N, C]
+
+
+def plan_members(options: Options) -> list[Plan]:
+    """Members of one architecture get numbered names, all of them seeds of their own."""
+    seen: Counter[str] = Counter()
+    plans = []
+    for index, architecture in enumerate(options.members):
+        seen[architecture] += 1
+        name = architecture if seen[architecture] == 1 else f"{architecture}_{seen[architecture]}"
+        plans.append(Plan(name, architecture, options.weights_of(index), options.seed + index))
+    return plans
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is the first GPU, or the CPU. Raises UsageError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UsageError(f"--device {name}: {reason}; allowed: auto, cpu, cuda, cuda:N") from None
+    return device
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Fits members on splits of one dataset; checkpoints and features go to `work`."""
+
+    options: Options
+    dataset: Dataset
+    device: torch.device
+    work: Path
+    step: Step
+    note: Note
+
+    def fit(self, parts: Split, *, fold: int | None = None) -> list[Trained]:
+        """All members on one split."""
+        return [_Member(self, plan, parts, fold).fit() for plan in plan_members(self.options)]
+
+
+class _Member:
+    def __init__(self, trainer: Trainer, plan: Plan, parts: Split, fold: int | None) -> None:
+        self.trainer, self.plan, self.parts = trainer, plan, parts
+        self.shown = plan.name if fold is None else f"fold {fold}: {plan.name}"
+        self.work = trainer.work / ("main" if fold is None else f"fold-{fold}")
+
+    def fit(self) -> Trained:
+        """The head on the frozen base first, then all of it at a lower rate.
+
+        A random base has nothing to keep, so it is trained at once unless --freeze asks for a demonstration.
+        """
+        options, dataset, device = self.trainer.options, self.trainer.dataset, self.trainer.device
+        network = self.plan.build(options, len(dataset.classes)).to(device)
+        if self.plan.weights == "none":
+            random = np.random.default_rng(self.plan.seed)
+            some = random.permutation(self.parts.train)[:CALIBRATION_IMAGES]
+            features.calibrate_batch_norm(network, dataset.pixels[some], device=device)
+        phases: dict[str, Fit] = {}
+        inputs = torch.from_numpy(dataset.pixels)
+        module: torch.nn.Module = network
+        if options.freeze or self.plan.weights != "none":
+            found = self._features(network)
+            phases["head"] = self._fit_head(network, found)
+            if options.freeze:
+                inputs, module = torch.from_numpy(found[0]), network.head
+        if not options.freeze:
+            phases["whole"] = self._fit_whole(network)
+        logits = features.infer(module, inputs, device=device).numpy()
+        return Trained(self.plan, network.cpu(), phases, logits)
+
+    def _features(self, network: models.Network) -> Floats:
+        trainer, copies = self.trainer, self.trainer.options.copies
+        total = len(trainer.dataset) + copies * len(self.parts.train)
+        with trainer.step(f"{self.shown}: features", total) as progress:
+            return features.cached(
+                network,
+                trainer.dataset.pixels,
+                self.parts.train,
+                copies=copies,
+                seed=self.plan.seed,
+                folder=trainer.work / "features",
+                device=trainer.device,
+                progress=progress,
+            )
+
+    def _fit_head(self, network: models.Network, found: Floats) -> Fit:
+        trainer = self.trainer
+        fitting = trainer.options.head(self.plan.seed)
+        with trainer.step(f"{self.shown}: head, epochs", fitting.epochs) as progress:
+            return fit_head(
+                network,
+                found,
+                trainer.dataset.labels,
+                self.parts,
+                fitting,
+                checkpoint=self.work / f"{self.plan.name}-head.pt",
+                device=trainer.device,
+                progress=progress,
+            )
+
+    def _fit_whole(self, network: models.Network) -> Fit:
+        trainer = self.trainer
+        fitting = trainer.options.whole(self.plan.weights, self.plan.seed)
+        with trainer.step(f"{self.shown}: whole network, epochs", fitting.epochs) as progress:
+
+            def tell(epoch: Epoch) -> None:
+                progress(1)
+                trainer.note(
+                    f"{self.shown}: epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, validation loss "
+                    f"{epoch.validation_loss:.3f}, macro-F1 {epoch.validation_macro_f1:.3f}"
+                )
+
+            return fit_whole(
+                network,
+                trainer.dataset.pixels,
+                trainer.dataset.labels,
+                self.parts,
+                fitting,
+                classes=len(trainer.dataset.classes),
+                checkpoint=self.work / f"{self.plan.name}-whole.pt",
+                device=trainer.device,
+                progress=tell,
+            )

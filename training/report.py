@@ -1,0 +1,478 @@
+"""One self-contained HTML page about a training, from what evaluation.json holds."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+from xml.etree import ElementTree
+
+import jinja2
+import matplotlib.style
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import binomtest
+
+TEMPLATE = "report.html.j2"
+DASH = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+PHASES = {"head": "head alone", "whole": "whole network"}
+FEW = 20  # test images of a class, below which the report says so
+ROWS = 10  # of the weights search that are shown
+SERIES = 8  # colours in the page's style; a ninth class has the first one's
+DASHES = ("none", "5 2", "1.5 1.5", "6 2 1.5 2")  # in line widths, as matplotlib and SVG count them
+CURVES = {"train_loss": (1, 1), "validation_loss": (0, 0), "validation_macro_f1": (2, 0)}  # colour, dash
+SEARCHED = {"macro_f1": 2, "nll": 0}  # colour
+
+# Stand-ins for what the page decides, by light or dark: matplotlib knows no CSS variables.
+_INK, _FAINT = "#000001", "#000002"
+_LINES = tuple(f"#0001{number:02x}" for number in range(SERIES))
+_COLOURS = {_INK: "currentColor", _FAINT: "var(--faint)"} | {
+    stand_in: f"var(--series-{number})" for number, stand_in in enumerate(_LINES)
+}
+_STYLE = {
+    "axes.edgecolor": _FAINT,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "font.size": 9,
+    "grid.alpha": 0.4,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    "text.parse_math": False,
+    "xtick.color": _FAINT,
+    "xtick.labelcolor": _INK,
+    "ytick.color": _FAINT,
+    "ytick.labelcolor": _INK,
+}
+
+
+def render(evaluation: dict[str, Any]) -> str:
+    """The page; the same input gives the same text. Names in it may hold anything."""
+    facts = _printable(evaluation)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "number": number,
+        "span": span,
+        "percent": percent,
+        "count": count,
+        "share": share,
+        "attribute": attribute,
+        "shown": shown,
+    }
+    template = environment.from_string(resources.files("training").joinpath(TEMPLATE).read_text("utf-8"))
+    return template.render(
+        **facts,
+        members=[name for name in facts["voters"] if name != "ensemble"],
+        verdict=verdict(facts),
+        findings=findings(facts["data"]),
+        temperature_text=temperature_text(facts["temperature"]),
+        plots=_plots(facts),
+        second_phase=any(len({row["phase"] for row in rows}) > 1 for rows in facts["history"].values()),
+        phases=PHASES,
+        rows=ROWS,
+        dashes=DASHES,
+        series=SERIES,
+    )
+
+
+def _printable(value: Any) -> Any:
+    """Control characters, lone surrogates and marks that turn the direction of text are replaced."""
+    if isinstance(value, str):
+        return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_printable(one) for one in value]
+    return value
+
+
+# What the page says in words
+
+
+def verdict(facts: dict[str, Any]) -> list[str]:
+    """Two or three sentences: how it fared, whether averaging helped, what spoils the figures."""
+    test = facts["voters"]["ensemble"]["test"]
+    accuracy, f1 = test["accuracy"], test["macro_f1"]
+    first = f"On {count(test['images'])} test images the ensemble is right for {percent(accuracy['value'])}"
+    if accuracy["low"] is not None:
+        first += f" (95 % interval {percent(accuracy['low'])} to {percent(accuracy['high'])})"
+    first += f"; its macro-F1 is {number(f1['value'])}{_bracketed(f1)}."
+    warnings = caveats(facts)
+    last = "The checks of the data found nothing that would flatter these figures."
+    if warnings:
+        last = f"To keep in mind: {'; '.join(warnings)}."
+    return [first, _against(facts["difference"]), last]
+
+
+def _against(difference: dict[str, Any]) -> str:
+    member, gain = difference["from"], difference["test"]["macro_f1"]
+    start = f"Against {member}, the better member on the validation set, the macro-F1 "
+    if gain["value"] == gain["low"] == gain["high"] == 0:
+        return f"{start}is the same."
+    start += f"differs by {number(gain['value'], signed=True)}"
+    if gain["low"] is None:
+        return f"{start}; there are too few images for an interval."
+    start += f" ({span(gain, signed=True)})"
+    if gain["low"] > 0:
+        return f"{start}: the interval excludes zero, averaging helped."
+    if gain["high"] < 0:
+        return f"{start}: the interval excludes zero, averaging did harm."
+    return f"{start}: the interval includes zero, so this test set does not show whether averaging helps."
+
+
+def caveats(facts: dict[str, Any]) -> list[str]:
+    """What would make a careful reader doubt the figures, the worst first."""
+    data, test = facts["data"], facts["images"]["test"]
+    found = []
+    if facts["demo"]:
+        found.append("the bases are random, so the figures say nothing about radiographs")
+    if data["across"]["groups"]:
+        found.append(
+            f"the split leaks ({count(data['across']['images'])} images have a copy, or the same patient, on "
+            "another side), so these figures are too good"
+        )
+    if data["shortcuts"]["suspicious"]:
+        found.append(
+            "the files give the class away without the picture, so the network may have learned that"
+        )
+    if data["conflicts"]["groups"]:
+        found.append(
+            f"{_counted(data['conflicts']['groups'], 'group')} of identical files with contradicting labels"
+        )
+    rare = min(test, key=lambda name: test[name])
+    if test[rare] < FEW:
+        found.append(f"the smallest class, {rare}, has only {_counted(test[rare], 'test image')}")
+    if data["patients"] is None:
+        found.append("the data name no patients, so images of one patient may be on several sides")
+    return found
+
+
+def findings(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """What was looked for in the data: a heading, a sentence, whether it is a warning."""
+    left_out, dropped = data["left_out"], data["dropped"]
+    unused = ", ".join(f"{count(number)} {status}" for status, number in left_out.items())
+    return [
+        (
+            "Files",
+            f"{count(data['images'])} images are used. "
+            + (f"Left out: {unused}." if left_out else "Every file could be read."),
+            bool(left_out),
+        ),
+        ("Copies", _copies(data) + (f" {count(dropped)} images were dropped." if dropped else ""), False),
+        ("Contradicting labels", _conflicts(data), bool(data["conflicts"]["groups"])),
+        ("Split", _split(data), bool(data["across"]["groups"])),
+        ("Shortcuts", _shortcut(data["shortcuts"]), bool(data["shortcuts"]["suspicious"])),
+    ]
+
+
+def _copies(data: dict[str, Any]) -> str:
+    exact, near = data["exact"], data["near"]
+    treatment = {
+        "group": "Copies of one image stay on one side of the split.",
+        "drop": "One image of each group of copies was kept, and none with contradicting labels.",
+        "ignore": "Copies were ignored when the split was made, as the paper does.",
+    }[data["duplicates"]]
+    if not near["groups"]:
+        return f"No image has a copy among the images used. {treatment}"
+    identical = "none of them are identical files"
+    if exact["groups"]:
+        identical = (
+            f"{count(exact['images'])} of them are identical files ({_counted(exact['groups'], 'group')})"
+        )
+    return (
+        f"{count(near['images'])} images are in {_counted(near['groups'], 'group')} of copies, identical or "
+        f"changed a little; {identical}. {treatment}"
+    )
+
+
+def _conflicts(data: dict[str, Any]) -> str:
+    exact, near = data["conflicts"], data.get("near_conflicts", data["conflicts"])
+    if not exact["groups"] and not near["groups"]:
+        return "No two copies of an image have different labels."
+    return (
+        f"{_counted(exact['groups'], 'group')} of identical files ({count(exact['images'])} images) with "
+        f"several labels; {count(near['groups'])} if near copies count. No voter can be right on all of them."
+    )
+
+
+def _split(data: dict[str, Any]) -> str:
+    origin = "The data came with a split." if data["given_split"] else "The split was drawn, class by class."
+    patients = (
+        "The data name no patients, so images of one patient may be on several sides."
+        if data["patients"] is None
+        else f"{count(data['patients'])} patients are named."
+    )
+    across = data["across"]
+    if not across["groups"]:
+        return f"{origin} No group of copies or images of one patient is on more than one side. {patients}"
+    return (
+        f"{origin} It leaks: copies, or images of one patient, are on more than one side "
+        f"({_counted(across['groups'], 'group')}, {count(across['images'])} images), so the figures are too "
+        f"good. {patients}"
+    )
+
+
+def _shortcut(shortcuts: dict[str, Any]) -> str:
+    score, chance = shortcuts["balanced_accuracy"], shortcuts["chance"]
+    if score is None:
+        return (
+            "There are too few images of a class to say whether size and format of the files tell the class."
+        )
+    measured = (
+        "From size and format of the files alone, without the picture, a small decision tree tells the class "
+        f"with a balanced accuracy of {number(score, 2)}; chance is {number(chance, 2)}"
+    )
+    if shortcuts.get("p_value") is not None:
+        measured += f" (p = {number(shortcuts['p_value'], 2)}, against shuffled labels)"
+    if shortcuts["suspicious"]:
+        return f"{measured}. A network can learn that instead of the bone, and then fails elsewhere."
+    return f"{measured}. That is not enough to call it a shortcut."
+
+
+def temperature_text(temperature: dict[str, Any]) -> str:
+    """What was done to the ensemble's probabilities after the vote."""
+    if temperature["fitted"] is None:
+        return (
+            "No temperature was fitted: the probabilities are the weighted average as it is (temperature "
+            f"{number(temperature['applied'], 2)})."
+        )
+    fitted = temperature["fitted"]
+    direction = "softer" if fitted > 1 else "sharper"
+    text = f"The temperature fitted on the validation set is {number(fitted, 2)}"
+    if temperature["applied"] == fitted:
+        return f"{text}: it makes the probabilities {direction} and changes no decision."
+    return f"{text}; the bundle applies {number(temperature['applied'], 2)}."
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+
+
+def _bracketed(found: dict[str, Any]) -> str:
+    return "" if found["low"] is None else f" ({number(found['low'])} to {number(found['high'])})"
+
+
+# Filters of the template
+
+
+def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+    """A number with a true minus; a dash for None."""
+    if value is None:
+        return DASH
+    return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}".replace("-", MINUS)
+
+
+def span(found: dict[str, Any], digits: int = 3, signed: bool = False) -> str:
+    """The interval of a figure; a dash if there is none."""
+    if found["low"] is None:
+        return DASH
+    low, high = number(found["low"], digits, signed), number(found["high"], digits, signed)
+    return f"{low} to {high}" if signed or low.startswith(MINUS) else f"{low}{DASH}{high}"
+
+
+def percent(value: float | None) -> str:
+    return DASH if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def count(value: int) -> str:
+    """Thousands are set apart by a narrow space."""
+    return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def share(row: Sequence[int], place: int) -> float:
+    """What part of a confusion matrix's row a cell is: 0 to 1."""
+    return round(row[place] / max(sum(row), 1), 3)
+
+
+def attribute(values: Sequence[float] | dict[str, int], name: str) -> str:
+    """Of the files of one class: the median and quartiles of numbers, or the counts of words."""
+    if isinstance(values, dict):
+        return ", ".join(f"{word} {count(number)}" for word, number in values.items()) or DASH
+    if not all(np.isfinite(values)):
+        return DASH
+    scale, unit = (1000, " kB") if name == "bytes" else (1, "")
+    low, middle, high = (count(round(value / scale)) for value in values)
+    return f"{middle}{unit} ({low}{DASH}{high})"
+
+
+def shown(value: Any) -> str:
+    """An option of the recipe."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# Plots. No name of a class or member is drawn: legends and captions are HTML
+
+
+def _plots(facts: dict[str, Any]) -> dict[str, Any]:
+    ensemble = facts["voters"]["ensemble"]["test"]
+    plots = {
+        "roc": _plot("roc", "ROC curves", lambda drawn: _draw_roc(drawn, ensemble["roc"])),
+        "reliability": _plot(
+            "reliability",
+            "Reliability diagram",
+            lambda drawn: _draw_reliability(drawn, ensemble["reliability"], len(facts["classes"])),
+        ),
+        "history": {
+            member: _history(f"history-{number}", rows, facts["best"][member])
+            for number, (member, rows) in enumerate(facts["history"].items())
+        },
+        "weights": None,
+    }
+    search = facts["weights_search"]
+    if len(search["chosen"]["weights"]) == 2:
+        plots["weights"] = _plot(
+            "weights", "Weights search", lambda drawn: _draw_weights(drawn, search), height=3.2
+        )
+    return plots
+
+
+def _history(name: str, rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> Markup:
+    return _plot(name, "Learning curves", lambda drawn: _draw_history(drawn, rows, best), height=3.6)
+
+
+def _plot(name: str, label: str, draw: Callable[[Figure], None], *, height: float = 3.0) -> Markup:
+    """What `draw` puts on a figure 3.4 inches wide, as SVG to stand inside a page."""
+    written = io.BytesIO()
+    with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]):
+        drawn = Figure(figsize=(3.4, height))
+        draw(drawn)
+        drawn.savefig(written, format="svg")
+    return _inline(written.getvalue(), name, label)
+
+
+def _inline(svg: bytes, name: str, label: str) -> Markup:
+    """No size, font, style sheet or namespace of its own, ids that no other plot has, the page's colours."""
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        attributes = {_local(key): value for key, value in element.attrib.items()}
+        if element.tag == "g":
+            attributes.pop("id", None)  # nothing refers to it
+        element.attrib.clear()
+        for key, value in attributes.items():
+            element.set(key, _adapted(key, value, name))
+    for key in ("width", "height", "version"):
+        del root.attrib[key]
+    root.attrib |= {"class": "plot", "role": "img", "aria-label": label}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))  # built here, from numbers
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _adapted(key: str, value: str, name: str) -> str:
+    if key == "id":
+        return f"{name}-{value}"
+    if key == "href":
+        return value.replace("#", f"#{name}-")
+    if key == "clip-path":
+        return value.replace("url(#", f"url(#{name}-")
+    if key == "style":
+        value = re.sub(r"font-family: [^;]*;? ?", "", value)
+        return re.sub("#[0-9a-f]{6}", lambda found: _COLOURS.get(found[0], found[0]), value)
+    return value
+
+
+def _draw_roc(drawn: Figure, curves: dict[str, dict[str, list[float]]]) -> None:
+    axes = drawn.subplots()
+    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1)
+    for number, curve in enumerate(curves.values()):
+        axes.plot(curve["fpr"], curve["tpr"], **_line(number))
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.set_aspect("equal")
+
+
+def _line(colour: int, dash: int | None = None) -> dict[str, Any]:
+    """Colour and dash of one line of several; the legend in the page uses the same."""
+    pattern = DASHES[(colour if dash is None else dash) % len(DASHES)]
+    style = "solid" if pattern == "none" else (0, tuple(map(float, pattern.split())))
+    return {"color": _LINES[colour % SERIES], "linestyle": style}
+
+
+def _draw_reliability(drawn: Figure, bins: Sequence[dict[str, Any]], classes: int) -> None:
+    """Accuracy by confidence with 95 % Wilson intervals, which show how little a small bin says."""
+    axes = drawn.subplots()
+    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1)
+    confidence = [one["confidence"] for one in bins]
+    for one in bins:
+        hits = round(one["accuracy"] * one["count"])
+        interval = binomtest(hits, one["count"]).proportion_ci(method="wilson")
+        axes.plot(
+            [one["confidence"]] * 2, [interval.low, interval.high], color=_LINES[0], alpha=0.45, linewidth=1.2
+        )
+    axes.plot(confidence, [one["accuracy"] for one in bins], "o", color=_LINES[0], markersize=4)
+    least = min([1 / classes, *confidence])
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(least - 0.03, 1.03), ylim=(-0.02, 1.02))
+
+
+def _draw_history(drawn: Figure, rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> None:
+    """Losses above, macro-F1 below, the second phase goes on where the first ended."""
+    above, below = drawn.subplots(2, sharex=True, height_ratios=(3, 2))
+    start = 0
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        part = [row for row in rows if row["phase"] == phase]
+        if start:
+            for axes in (above, below):
+                axes.axvline(start + 0.5, color=_FAINT, linewidth=1, linestyle=(0, (3, 2)))
+        for axes, series in (
+            (above, ("train_loss", "validation_loss")),
+            (below, ("validation_macro_f1",)),
+        ):
+            _draw_epochs(axes, start, part, series, best["epoch"] if phase == best["phase"] else None)
+        start += len(part)
+    above.set(ylabel="loss")
+    above.set_ylim(bottom=0)
+    below.set(xlabel="epoch", ylabel="macro-F1", ylim=(-0.02, 1.02))
+    below.set_xlim(left=0.5)
+    below.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_epochs(
+    axes: Axes, start: int, rows: Sequence[dict[str, Any]], series: Sequence[str], best: int | None
+) -> None:
+    epochs = [row["epoch"] for row in rows]
+    at = np.array(epochs) + start
+    for name in series:
+        values = np.array([row[name] for row in rows], float)
+        line = _line(*CURVES[name])
+        axes.plot(at, values, marker="." if len(rows) < 4 else "", **line)
+        if best is not None and name != "train_loss":
+            place = epochs.index(best)
+            axes.plot(at[place], values[place], "o", color=line["color"], markersize=5)
+
+
+def _draw_weights(drawn: Figure, search: dict[str, Any]) -> None:
+    """Both figures of the search over the first member's weight; a dot where the choice fell."""
+    table = sorted(search["table"], key=lambda row: row["weights"][0])
+    first = [row["weights"][0] for row in table]
+    for axes, (name, colour) in zip(drawn.subplots(2, sharex=True), SEARCHED.items(), strict=True):
+        axes.plot(first, [row[name] for row in table], ".-", color=_LINES[colour], markersize=3.5)
+        at = search["chosen"]["weights"][0]
+        axes.plot(at, search["chosen"][name], "o", color=_LINES[colour], markersize=6)
+        axes.set(ylabel=name.replace("macro_f1", "macro-F1"))
+    axes.set(xlabel="weight of the first member", xlim=(-0.03, 1.03))

@@ -1,0 +1,132 @@
+"""The folder beside a bundle that holds its training: lists for people, checkpoints to go on from."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from engine.errors import UsageError
+from training.settings import Options
+
+RUN, WORK, LOCK = "training.json", "work", ".lock"
+
+
+class State:
+    """`BUNDLE.training`, locked for this process while it is open.
+
+    Its tables name files, so they stay out of the bundle, which is passed on. `work/` goes when the bundle is
+    written.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.folder = options.output.absolute().with_name(options.output.absolute().name + ".training")
+        self._options = options
+
+    @property
+    def work(self) -> Path:
+        """Where checkpoints and features go."""
+        return self.folder / WORK
+
+    def __enter__(self) -> Self:
+        try:
+            self._refuse_foreign()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UsageError(f"{self.folder}: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            reason = (
+                "another training is under way there"
+                if isinstance(error, BlockingIOError)
+                else error.strerror
+            )
+            raise UsageError(f"{self.folder}: {reason}") from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if [entry.name for entry in self.folder.iterdir()] == [LOCK]:  # nothing was begun: leave no trace
+            (self.folder / LOCK).unlink()
+            self.folder.rmdir()
+        os.close(self._lock)
+
+    def _refuse_foreign(self) -> None:
+        if self.folder.is_dir():
+            names = {entry.name for entry in self.folder.iterdir()}
+            if names and LOCK not in names:
+                raise UsageError(f"{self.folder}: it is needed, but holds something that is no training's")
+        elif self.folder.exists():
+            raise UsageError(f"{self.folder}: it is needed, but is a file")
+
+    def check(self) -> None:
+        """Before the long part: raise UsageError if an earlier training was left unfinished here."""
+        recorded = self._recorded()
+        if recorded is None or recorded.get("finished") or self._options.resume or self._options.overwrite:
+            return
+        raise UsageError(
+            f"{self.folder} holds an unfinished training: go on with --resume, or start anew with --overwrite"
+        )
+
+    def begin(self, data_sha256: str) -> None:
+        """Record this training, or check that the one to resume has the same options and data."""
+        now = {"options": self._options.recorded(), "data_sha256": data_sha256}
+        recorded = self._recorded()
+        if self._options.resume and recorded is not None and not recorded.get("finished"):
+            old, new = recorded["options"], now["options"]
+            changed = [
+                f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+                for name in {**old, **new}
+                if old.get(name) != new.get(name)
+            ]
+            if recorded["data_sha256"] != data_sha256:
+                changed.append("images, labels or patients have changed")
+            if changed:
+                raise UsageError(
+                    f"{self.folder} holds another training: {'; '.join(changed)}; start anew with --overwrite"
+                )
+            return
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        self._write(RUN, json.dumps(now | {"finished": False}, indent=2) + "\n")
+
+    def finish(self) -> None:
+        """The bundle is in its place: what was needed to go on can go."""
+        recorded = self._recorded()
+        assert recorded is not None
+        self._write(RUN, json.dumps(recorded | {"finished": True}, indent=2) + "\n")
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def write_table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+        """A CSV for people, atomically. Bytes of names that are not UTF-8 come out escaped."""
+        text = io.StringIO(newline="")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(header)
+        table.writerows(rows)
+        return self._write(name, text.getvalue())
+
+    def _write(self, name: str, text: str) -> Path:
+        path = self.folder / name
+        temporary = path.with_name(f".{name}.tmp")
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        temporary.rename(path)
+        return path
+
+    def _recorded(self) -> dict[str, Any] | None:
+        try:
+            recorded = json.loads((self.folder / RUN).read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.folder}: {RUN} can't be read ({error}); delete the folder") from None
+        if not isinstance(recorded, dict) or not {"options", "data_sha256"} <= recorded.keys():
+            raise UsageError(f"{self.folder}: {RUN} makes no sense; delete the folder")
+        return recorded
