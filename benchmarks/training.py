@@ -1,4 +1,4 @@
-"""`python -m benchmarks training`: labelled images to a bundle, to `engine.run`, to figures on its test images.
+"""`python -m benchmarks training`: labelled images, bundle, `engine.run`, figures on the test images.
 
 Both commands run as a user runs them, in processes of their own. The figures that training reports for the
 test set are compared with those of the Parquet rows that the engine writes for the same images.

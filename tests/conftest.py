@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import training  # before torch: it sets how torch's threads wait
 from tests.bundles import write_bundle
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(training.__file__).parents[1]
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from rich.table import Table
 from engine.errors import EngineError, UsageError
 from training.settings import Balance, Duplicates, Normalization, Options, Schedule, choices
 
+LEAST_COLUMNS = 100  # of the table at the end
 STOPPED = 5  # exit status: the same command with --resume goes on
 _EPILOG = """\
 examples:
@@ -213,14 +215,13 @@ class _Steps:
 
 def _show(evaluation: dict[str, Any], options: Options) -> None:
     """The table and the next command, on stdout."""
-    console = Console(highlight=False, soft_wrap=True)
+    width = max(LEAST_COLUMNS, shutil.get_terminal_size().columns)
+    console = Console(highlight=False, soft_wrap=True, width=width)
     table = Table(box=None)
-    table.add_column(no_wrap=True)
-    table.add_column("weight")
-    for which in ("validation", "test"):
-        table.add_column(f"{which}\naccuracy", justify="right")
-        table.add_column("\nmacro-F1", justify="right")
-    table.add_column("\n95 %", justify="right")
+    for header in ("", "weight"):
+        table.add_column(header, no_wrap=True)
+    for header in ("validation\naccuracy", "\nmacro-F1", "test\naccuracy", "\nmacro-F1", "\n95 %"):
+        table.add_column(header, justify="right", no_wrap=True)
     weights = [f"{weight:.2f}" for weight in evaluation["weights_search"]["chosen"]["weights"]]
     for (name, scores), weight in zip(evaluation["voters"].items(), [*weights, ""], strict=True):
         figures = [

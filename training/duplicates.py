@@ -207,7 +207,7 @@ def _starts(moving: Tensor, fixed: Tensor) -> Tensor:
     Peaks of their correlation over all alignments, each refined by a parabola along either axis.
     """
     all_scores = [(_aligned(moving, *alignment) * fixed).sum(dim=(1, 2)) for alignment in ALIGNMENTS]
-    scores = torch.stack(all_scores, dim=1).view(len(moving), 2, -1, 5)  # [P, mirrored, turns, zooms]
+    scores = torch.stack(all_scores, dim=1).view(len(moving), 2, 21, -1)  # [P, mirrored, turns, zooms]
     around = functional.pad(scores, (1, 1, 1, 1), mode="reflect")
     turn = _vertex(around[:, :, :-2, 1:-1], scores, around[:, :, 2:, 1:-1])
     zoom = _vertex(around[:, :, 1:-1, :-2], scores, around[:, :, 1:-1, 2:])
@@ -258,5 +258,12 @@ def _correlation(moving: Tensor, fixed: Tensor) -> Tensor:
     common, energy, other = torch.fft.irfft2(moving * fixed[[0, 2, 1]].conj(), s=(room, room))
     least = TEXTURED * side**2
     score = common / (energy.clamp(min=least) * other.clamp(min=least)).sqrt()  # [P, F, F], shifts wrap round
-    shift = torch.arange(side - room, room - side + 1)
-    return score[:, shift][:, :, shift].amax(dim=(1, 2))
+    shift, pair = torch.arange(side - room, room - side + 1), torch.arange(len(score))
+    place = score[:, shift][:, :, shift].flatten(1).argmax(dim=1)
+    y, x = shift[place // len(shift)], shift[place % len(shift)]
+    peak = score[pair, y, x]
+    best = peak
+    for step in ((1, 0), (0, 1)):
+        before, after = score[pair, y - step[0], x - step[1]], score[pair, y + step[0], x + step[1]]
+        best = best + 0.25 * (after - before) * _vertex(before, peak, after)
+    return best

@@ -43,22 +43,29 @@ def infer(
     return torch.cat(outputs).clone()
 
 
-def calibrate_batch_norm(network: Network, pixels: Pixels, *, device: torch.device | None = None) -> None:
-    """Set every running mean and variance to those of `pixels`, seen as one batch.
+def calibrate_batch_norm(
+    network: Network, pixels: Pixels, *, batch_size: int = 64, device: torch.device | None = None
+) -> None:
+    """Set every running mean and variance to the average of those of batches of `pixels`.
 
-    A random base needs this: its statistics are otherwise 0 and 1, and its activations explode or vanish.
+    A random base needs this: its statistics are otherwise 0 and 1, and its activations explode or vanish. So
+    does a network in training: with few batches an epoch, running averages lag behind its weights ("precise
+    BN", Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm").
     """
+    network.eval()
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     usual = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average: the first batch replaces what was there
-    network.train()
-    with torch.inference_mode():
-        network.features(torch.from_numpy(pixels).to(device or "cpu"))
-    network.eval()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    images = torch.from_numpy(pixels)
+    with torch.no_grad():
+        for batch in images.tensor_split(-(-len(images) // batch_size)) if norms else ():
+            network.features(batch.to(device or "cpu"))
     for norm, momentum in zip(norms, usual, strict=True):
         norm.momentum = momentum
+        norm.eval()
 
 
 def cached(

@@ -82,6 +82,7 @@ def descend(
     checkpoint: Path,
     device: torch.device,
     progress: Callable[[Epoch], None],
+    before_validation: Callable[[], None] = lambda: None,
 ) -> Fit:
     """Train `module` in place on `batches(epoch)` with AdamW; the best epoch on `validation` stays.
 
@@ -99,6 +100,7 @@ def descend(
         number = len(result.history) + 1
         rate = state.optimizer.param_groups[0]["lr"]
         train_loss = state.epoch(batches(number), loss_of, number)
+        before_validation()
         score, loss = _validate(module, validation, class_weights, device)
         for name, value in (("training", train_loss), ("validation", loss)):
             if not math.isfinite(value):

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from training import augment
 from training.data import Pixels
+from training.features import calibrate_batch_norm
 from training.fit import Batch, Epoch, Fit, descend, epoch_batches
 from training.heads import balance
 from training.listing import Labels
 from training.models import Network
 from training.settings import Fitting
 from training.split import Split
+
+STATISTICS = 512  # training images that batch normalisation's statistics are taken from
 
 
 def fit_whole(
@@ -31,11 +35,15 @@ def fit_whole(
 ) -> Fit:
     """Train base and head in place on uint8 pixels [N, 1, H, W]; the best epoch's weights stay.
 
-    Every epoch changes the training images anew; validation images stay as they are. Raises EngineError when
-    the loss is not a number.
+    Every epoch changes the training images anew; validation images stay as they are. Batch normalisation gets
+    its statistics from unchanged training images after each epoch. Raises EngineError when the loss is not a
+    number.
     """
     images, targets = torch.from_numpy(pixels), torch.from_numpy(labels)
     size = (pixels.shape[2], pixels.shape[3])
+
+    some = np.random.default_rng(fitting.seed).permutation(split.train)[:STATISTICS]
+    seen = pixels[np.sort(some)]
 
     def batches(epoch: int) -> Iterator[Batch]:
         changes = augment.draw(len(split.train), size=size, seed=(fitting.seed, 2, epoch))
@@ -52,4 +60,5 @@ def fit_whole(
         checkpoint=checkpoint,
         device=device,
         progress=progress,
+        before_validation=lambda: calibrate_batch_norm(network, seen, device=device),
     )
