@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,25 +25,21 @@ from torch import Tensor
 from torch.nn import functional
 
 SIDE = 128  # pixels of the longer side when compared
-FINE, LOCAL = (
-    1.5,
-    3.0,
-)  # pixels, sigma: structure finer than the one, relative to its contrast within the other
+FINE = 1.5 / 128  # of the side, sigma: what is finer counts, relative to its own local contrast
 FAINT = 2.0  # gray levels; structure below this is noise of the encoding
 ANGLES, RADII = 60, 20  # of a descriptor
 RING = (0.125, 0.35)  # cycles per pixel, the radii's range
 ZOOM_STEP = math.log(RING[1] / RING[0]) / (RADII - 1)
-ALIGNMENTS = list(
-    product((0, 1), range(-10, 11), range(-2, 3))
-)  # mirrored, angles to 30 degrees, radii to 11 %
-STARTS = 2  # alignments of a pair that are tried
+TURNS, ZOOMS = range(-10, 11), range(-3, 4)  # steps of alignment either way: 30 degrees, a factor of 1.18
+ALIGNMENTS = list(product((0, 1), TURNS, ZOOMS))  # 1 is mirrored
 FINER = torch.tensor(
-    [(0, math.radians(turn), zoom) for turn, zoom in product((-0.95, 0, 0.95), (-0.015, 0, 0.015))]
+    [(0, math.radians(t), z) for t, z in product((-0.95, 0, 0.95), (-0.015, 0, 0.015)) if t or z]
 )
 REACH = 0.25  # of the side, how far a pair may be shifted
 TEXTURED = 0.02  # share of the area that must hold structure
 NEIGHBOURS = 5  # candidates of an image outside its own group
-PROMISING, SAME = 0.5, 0.75  # correlation from which a pair is registered finely, and from which it is one
+PROMISING, SAME = 0.5, 0.77  # correlation from which a pair is registered finely, and from which it is one
+DETAILED = 64  # pixels; images that are smaller have fewer details, and must agree better
 ROWS, BATCH = 256, 16  # images at once in the search, pairs in the comparison
 
 Positions = tuple[int, int]
@@ -72,10 +68,11 @@ def near_pairs(pixels: npt.NDArray[np.uint8], progress: Callable[[int], None] = 
     with _workers() as pool:
         images = _normalised(pixels, kept)
         descriptors = _describe(images)
-        for rows in torch.arange(len(kept)).split(ROWS):
+        for rows in _blocks(len(kept)):
             _link(rows, images, descriptors, scores, pool)
             progress(len(rows))
-    near = [Pair(int(kept[i]), int(kept[j]), score) for (i, j), score in scores.items() if score >= SAME]
+    linked = _linked(scores, images.shape[-1])
+    near = [Pair(int(kept[first]), int(kept[second]), scores[first, second]) for first, second in linked]
     return sorted(near + [Pair(int(source[copy]), int(copy), 1.0) for copy in copies])
 
 
@@ -90,7 +87,7 @@ def groups(count: int, pairs: Iterable[Positions]) -> npt.NDArray[np.int64]:
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """As many threads as torch has, and torch without: its thousands of small steps would wait for each other."""
+    """The threads that torch has, but torch without: thousands of small steps would wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -107,6 +104,11 @@ def _identical(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     return np.array([first.setdefault(key, position) for position, key in enumerate(keys)], np.int64)
 
 
+def _blocks(count: int) -> Sequence[Tensor]:
+    """Positions of `count` images, ROWS at a time."""
+    return torch.arange(count).split(ROWS) if count else ()  # torch.fft takes no empty batch
+
+
 def _normalised(pixels: npt.NDArray[np.uint8], kept: npt.NDArray[np.int64]) -> Tensor:
     """Fine structure at unit local contrast, 0 where there is none: float16 [K, S, S], padded to squares."""
     height, width = pixels.shape[2:]
@@ -114,11 +116,12 @@ def _normalised(pixels: npt.NDArray[np.uint8], kept: npt.NDArray[np.int64]) -> T
     size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
     top, left = (side - size[0]) // 2, (side - size[1]) // 2
     images = torch.zeros(len(kept), side, side, dtype=torch.float16)
-    for rows in torch.arange(len(kept)).split(ROWS):
-        gray = torch.from_numpy(pixels[kept[rows]]).float()
+    sigma = max(0.75, FINE * side)
+    for rows in _blocks(len(kept)):
+        gray = torch.from_numpy(pixels[kept[rows.numpy()]]).float()
         gray = functional.interpolate(gray, size=size, mode="bilinear", antialias=True)[:, 0].numpy()
-        fine = gray - ndimage.gaussian_filter(gray, (0, FINE, FINE))
-        fine /= np.sqrt(ndimage.gaussian_filter(fine**2, (0, LOCAL, LOCAL))) + FAINT
+        fine = gray - ndimage.gaussian_filter(gray, (0, sigma, sigma))
+        fine /= np.sqrt(ndimage.gaussian_filter(fine**2, (0, 2 * sigma, 2 * sigma))) + FAINT
         images[rows, top : top + size[0], left : left + size[1]] = torch.from_numpy(fine).half()
     return images
 
@@ -126,7 +129,7 @@ def _normalised(pixels: npt.NDArray[np.uint8], kept: npt.NDArray[np.int64]) -> T
 def _describe(images: Tensor) -> Tensor:
     """Log amplitude spectra in log-polar coordinates, each radius standardised: [K, A, R].
 
-    A shift of the image changes nothing, a turn shifts the angles, a zoom the radii; a mirror reverses angles.
+    A shift of the image changes nothing; a turn shifts angles, a zoom shifts radii, a mirror reverses angles.
     """
     side = images.shape[-1]
     window = torch.hann_window(side, periodic=False)
@@ -135,7 +138,7 @@ def _describe(images: Tensor) -> Tensor:
     x, y = radius * torch.cos(angle) / (side // 2), (radius * torch.sin(angle) + side // 2) / (side - 1)
     grid = torch.stack([x, y], dim=-1) * 2 - 1
     descriptors = torch.zeros(len(images), ANGLES, RADII)
-    for rows in torch.arange(len(images)).split(ROWS):
+    for rows in _blocks(len(images)):
         spectrum = torch.fft.rfft2(images[rows].float() * window * window[:, None]).abs().log1p()
         spectrum = torch.fft.fftshift(spectrum, dim=1)[:, None]
         polar = functional.grid_sample(spectrum, grid.expand(len(rows), -1, -1, -1), align_corners=True)[:, 0]
@@ -175,60 +178,57 @@ def _link(
     parts = pool.map(lambda part: _likeness(descriptors[part], descriptors), rows.split(ROWS // 4))
     likeness = torch.cat(list(parts))  # [M, K]
     while len(rows):
-        same = (pair for pair, score in scores.items() if score >= SAME)
-        group = torch.from_numpy(groups(len(images), same))
+        group = torch.from_numpy(groups(len(images), _linked(scores, images.shape[-1])))
         value, column = likeness.masked_fill(group[rows, None] == group, 0).topk(min(NEIGHBOURS, len(images)))
         pairs = torch.stack([rows[:, None].expand_as(column), column], dim=-1)[value > 0]  # [P, 2]
         fresh = sorted({(min(pair), max(pair)) for pair in pairs.tolist()} - scores.keys())
-        batches = torch.tensor(fresh, dtype=torch.int64).view(-1, 2).split(BATCH)
+        batches = [torch.tensor(fresh[start : start + BATCH]) for start in range(0, len(fresh), BATCH)]
         found = pool.map(lambda batch: _compare(batch, images, descriptors), batches)
         scores.update(zip(fresh, (score for part in found for score in part), strict=True))
-        grown = {position for pair in fresh if scores[pair] >= SAME for position in pair}
+        grown = {position for pair in _linked(scores, images.shape[-1]) & set(fresh) for position in pair}
         again = torch.tensor([row in grown for row in rows.tolist()])
         rows, likeness = rows[again], likeness[again]
 
 
+def _linked(scores: dict[Positions, float], side: int) -> set[Positions]:
+    """Pairs that are one image."""
+    least = SAME + (1 - SAME) * max(0.0, 1 - side / DETAILED)
+    return {pair for pair, score in scores.items() if score >= least}
+
+
 def _compare(pairs: Tensor, images: Tensor, descriptors: Tensor) -> list[float]:
-    """Normalised cross-correlation of pairs [P, 2], moved to where they match best; at most 1."""
+    """Normalised cross-correlation of pairs [P, 2] where they match best, at most 1."""
     first, second = pairs.T
     moving, fixed = images[first].float(), images[second].float()
-    target = _spectra(fixed, torch.ones_like(fixed))
-    score, best = _register(moving, target, _starts(descriptors[first], descriptors[second]))
-    promising = score >= PROMISING
-    if promising.any():
-        finer = best[promising, None] + FINER
-        score[promising], _ = _register(moving[promising], target[:, promising], finer)
+    target, warp = _spectra(fixed, torch.ones_like(fixed)), _warp(descriptors[first], descriptors[second])
+    score = _correlation(_spectra(*_warped(moving, warp)), target)
+    promising = (score >= PROMISING).nonzero()[:, 0]
+    for step in FINER if len(promising) else ():
+        finer = _spectra(*_warped(moving[promising], warp[promising] + step))
+        score[promising] = score[promising].maximum(_correlation(finer, target[:, promising]))
     return score.clamp(max=1.0).tolist()
 
 
-def _starts(moving: Tensor, fixed: Tensor) -> Tensor:
-    """Likely warps between descriptors [P, A, R], (mirrored, radians, log zoom) each: [P, STARTS, 3].
+def _warp(moving: Tensor, fixed: Tensor) -> Tensor:
+    """How to warp images with descriptors [P, A, R] onto others: (mirrored, radians, log zoom) [P, 3].
 
-    Peaks of their correlation over all alignments, each refined by a parabola along either axis.
+    The peak of their correlation over all alignments, refined by a parabola along either axis.
     """
-    all_scores = [(_aligned(moving, *alignment) * fixed).sum(dim=(1, 2)) for alignment in ALIGNMENTS]
-    scores = torch.stack(all_scores, dim=1).view(len(moving), 2, 21, -1)  # [P, mirrored, turns, zooms]
+    flat = torch.stack([(_aligned(moving, *one) * fixed).sum(dim=(1, 2)) for one in ALIGNMENTS], dim=1)
+    scores = flat.view(-1, 2, len(TURNS), len(ZOOMS))
     around = functional.pad(scores, (1, 1, 1, 1), mode="reflect")
-    turn = _vertex(around[:, :, :-2, 1:-1], scores, around[:, :, 2:, 1:-1])
-    zoom = _vertex(around[:, :, 1:-1, :-2], scores, around[:, :, 1:-1, 2:])
-    peaks = scores.masked_fill(scores < functional.max_pool2d(scores, 3, stride=1, padding=1), -1.0)
-    chosen = peaks.flatten(1).topk(STARTS).indices  # [P, STARTS]
-    mirrored, turns, zooms = torch.tensor(ALIGNMENTS)[chosen].unbind(-1)
-    turns, zooms = turns + turn.flatten(1).gather(1, chosen), zooms + zoom.flatten(1).gather(1, chosen)
-    return torch.stack([mirrored, -math.pi / ANGLES * turns, ZOOM_STEP * zooms], dim=-1)
+    more_turn = _vertex(around[:, :, :-2, 1:-1], scores, around[:, :, 2:, 1:-1]).flatten(1)
+    more_zoom = _vertex(around[:, :, 1:-1, :-2], scores, around[:, :, 1:-1, 2:]).flatten(1)
+    pair, best = torch.arange(len(flat)), flat.argmax(dim=1)
+    mirrored, turn, zoom = torch.tensor(ALIGNMENTS)[best].T
+    turn, zoom = turn + more_turn[pair, best], zoom + more_zoom[pair, best]
+    return torch.stack([mirrored, -math.pi / ANGLES * turn, ZOOM_STEP * zoom], dim=1)
 
 
 def _vertex(before: Tensor, middle: Tensor, after: Tensor) -> Tensor:
     """Where the parabola through values at -1, 0 and 1 peaks, if the middle one is the largest."""
     bend = (before - 2 * middle + after).clamp(max=-1e-6)
     return (0.5 * (before - after) / bend).clamp(-0.5, 0.5)
-
-
-def _register(moving: Tensor, target: Tensor, warps: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest correlation [P] of images [P, S, S] with spectra over `warps` [P, W, 3], and its warp [P, 3]."""
-    scores = [_correlation(_spectra(*_warped(moving, warp)), target) for warp in warps.unbind(1)]
-    score, index = torch.stack(scores, dim=1).max(dim=1)
-    return score, warps[torch.arange(len(warps)), index]
 
 
 def _warped(images: Tensor, warp: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,10 +251,10 @@ def _spectra(images: Tensor, cover: Tensor) -> Tensor:
 def _correlation(moving: Tensor, fixed: Tensor) -> Tensor:
     """Normalised cross-correlation over the overlap at the best shift, from `_spectra` of either side: [P].
 
-    The images have mean 0 wherever one looks, so no means are subtracted. Too little structure counts as none.
+    The images have mean 0 wherever one looks: no means are subtracted. Too little structure counts as none.
     """
     room = moving.shape[-2]
-    side = round(room / (1 + REACH))
+    side = math.ceil(room / (1 + REACH))
     common, energy, other = torch.fft.irfft2(moving * fixed[[0, 2, 1]].conj(), s=(room, room))
     least = TEXTURED * side**2
     score = common / (energy.clamp(min=least) * other.clamp(min=least)).sqrt()  # [P, F, F], shifts wrap round
