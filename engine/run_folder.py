@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import EngineError, UsageError
+from engine.lock import hold
 from engine.sink import Done, finished, part_name, write_json
 
 RUN, SUCCESS, LISTING, LOCK = "_run.json", "_SUCCESS", "_manifest.parquet", ".lock"
@@ -39,16 +39,12 @@ class RunFolder:
             self._refuse_foreign()
             self._created = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = hold(self.path / LOCK)
+        except BlockingIOError:
+            reason = "another process is writing there; wait for it"
+            raise UsageError(f"output {self.path}: {reason}") from None
         except OSError as error:
             raise UsageError(f"output {self.path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            busy = isinstance(error, BlockingIOError)
-            reason = "another process is writing there; wait for it" if busy else f"no lock: {error.strerror}"
-            raise UsageError(f"output {self.path}: {reason}") from None
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
         if self._overwrite:

@@ -81,8 +81,7 @@ def groups(count: int, pairs: Iterable[Positions]) -> npt.NDArray[np.int64]:
     edges = np.array(list(pairs), np.int64).reshape(-1, 2)
     graph = sparse.coo_array((np.ones(len(edges)), tuple(edges.T)), shape=(count, count))
     _, labels = sparse.csgraph.connected_components(graph, directed=False)
-    _, first, label = np.unique(labels, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[label]
+    return labels.astype(np.int64)
 
 
 @contextmanager
@@ -191,7 +190,7 @@ def _link(
 
 
 def _linked(scores: dict[Positions, float], side: int) -> set[Positions]:
-    """Pairs that are one image."""
+    """Pairs that are one image. At full size, different knees score up to 0.76, 99 % of their copies 0.84."""
     least = SAME + (1 - SAME) * max(0.0, 1 - side / DETAILED)
     return {pair for pair, score in scores.items() if score >= least}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import UsageError
+from engine.lock import hold
 from training.settings import Options
 
 RUN, WORK, LOCK = "training.json", "work", ".lock"
@@ -38,19 +38,11 @@ class State:
         try:
             self._refuse_foreign()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = hold(self.folder / LOCK)
+        except BlockingIOError:
+            raise UsageError(f"{self.folder}: another training is under way there") from None
         except OSError as error:
             raise UsageError(f"{self.folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            reason = (
-                "another training is under way there"
-                if isinstance(error, BlockingIOError)
-                else error.strerror
-            )
-            raise UsageError(f"{self.folder}: {reason}") from None
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -168,12 +168,12 @@ def test_blocks_and_threads_change_nothing(distinct, monkeypatch):
     rng = np.random.default_rng(1)
     pixels = np.stack([*distinct[:9], *(augmented(image, rng) for image in distinct[:4])])
     pixels.flags.writeable = False
-    threads = torch.get_num_threads()
     pairs = duplicates.near_pairs(pixels)
-    assert torch.get_num_threads() == threads
+    threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         assert duplicates.near_pairs(pixels) == pairs
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
     found = grouped(pixels)
