@@ -66,6 +66,9 @@ def _unexpected(error: Exception) -> str:
     text = " ".join(str(error).split())[:300]
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return f"out of memory: {text[:100]}; try a smaller --batch-size, then --resume"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; once that is mended, the same command with --resume goes on"
     return f"{type(error).__name__}: {text}; with ENGINE_DEBUG=1 it comes with its traceback"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,11 @@ def _open(
         return np.memmap(path, np.float32, "r+", shape=shape)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    fresh = np.memmap(temporary, np.float32, "w+", shape=shape)
+    with temporary.open("wb") as opened:
+        os.posix_fallocate(
+            opened.fileno(), 0, 4 * math.prod(shape)
+        )  # a full disk is an error now, no SIGBUS later
+    fresh = np.memmap(temporary, np.float32, "r+", shape=shape)
     fresh[:] = np.nan
     fresh.flush()
     temporary.rename(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import os
 import pickle
@@ -169,8 +170,10 @@ class _State:
         """Atomically: an interrupted save leaves the checkpoint of the epoch before."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
+        content = io.BytesIO()  # torch hides what goes wrong with a file
+        torch.save(self._parts() | {"history": [asdict(epoch) for epoch in result.history]}, content)
         with temporary.open("wb") as opened:
-            torch.save(self._parts() | {"history": [asdict(epoch) for epoch in result.history]}, opened)
+            opened.write(content.getbuffer())
             opened.flush()
             os.fsync(opened.fileno())
         temporary.rename(path)

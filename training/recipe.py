@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.errors import UsageError
 from training import audit, export, report, split
 from training.assess import Mix, Prepared, assess, cross_validate, weigh
 from training.data import Dataset, load
@@ -37,6 +38,10 @@ def train(options: Options, *, step: Step, note: Note) -> Result:
     when an exported graph differs.
     """
     device = choose_device(options.device)
+    if options.output.resolve().is_relative_to(options.data.resolve()):
+        raise UsageError(
+            f"-o {options.output} is inside DATA, and would be taken for images; choose another place"
+        )
     if not options.check_data:
         export.check_target(options.output, overwrite=options.overwrite)
     with State(options) as state:

@@ -117,6 +117,6 @@ def _check(
                 raise UsageError(f"the given {set_name} set has no image of class {name!r}")
             own = labels == label
             raise UsageError(
-                f"class {name!r} does not reach the {set_name} set: its {own.sum()} images form "
-                f"{len(np.unique(groups[own]))} groups that stay together (copies, patients); more are needed"
+                f"class {name!r} does not reach the {set_name} set: its {own.sum()} images count as "
+                f"{len(np.unique(groups[own]))}, since copies and images of a patient stay together"
             )

@@ -290,6 +290,7 @@ def test_shortcuts_are_said(tmp_path: Path, training: Command) -> None:
         (["data", "--device", "tpu"], "--device tpu"),
         (["data", "--classes", "normal", "osteopaenia"], "no class folder 'osteopaenia'"),
         (["data", "--optimizer", "sgd"], "unrecognized arguments"),
+        (["data", "-o", "data/bundle"], "inside DATA"),
         (["few"], "class 'osteopenia' has 2 images; at least 3"),
         (["broken"], "class 'normal' has 0 readable images"),
     ],
@@ -311,7 +312,8 @@ def test_bad_input_is_one_clear_line(
     for path in Path("broken", "normal").iterdir():
         path.write_bytes(b"x")
     defaults = [] if "--weights" in arguments or "--members" in arguments else ["--weights", "none"]
-    status = main([*arguments, "-o", "bundle", *defaults])
+    output = [] if "-o" in arguments else ["-o", "bundle"]
+    status = main([*arguments, *output, *defaults])
     run = subprocess.CompletedProcess([], status, *capsys.readouterr())
     assert message in one_line(run, 2)
     assert not Path("bundle").exists()
