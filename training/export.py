@@ -98,7 +98,8 @@ def write_bundle(
     """
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
+    unfinished = target.with_name(f".{target.name}.training-new")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a training that was killed
     unfinished.mkdir()
     try:
         for name, text in documents.items():
@@ -232,17 +233,17 @@ def _sync_one(path: Path) -> None:
 
 def _put(folder: Path, target: Path) -> None:
     """Rename `folder` to `target`; a bundle that is there goes once the new one is in its place."""
+    old = target.with_name(f".{target.name}.training-old")
     if target.exists():
-        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
-        try:
-            folder.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        shutil.rmtree(old)
-    else:
+    try:
         folder.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
     _sync_one(target.parent)
 
 

@@ -153,6 +153,18 @@ def test_overwrite_replaces_a_bundle_whole(tmp_path, quick_export):
 
 
 @pytest.mark.parametrize("there_before", [False, True])
+def test_what_a_killed_training_left_goes(tmp_path, quick_export, there_before):
+    if there_before:
+        write(tmp_path / "bundle")
+    for name in (".bundle.training-new", ".bundle.training-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.onnx").touch()
+    write(tmp_path / "bundle", overwrite=True)
+    assert bundles.load(tmp_path / "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("there_before", [False, True])
 def test_a_failing_export_leaves_what_was_there(tmp_path, quick_export, monkeypatch, there_before):
     if there_before:
         write(tmp_path / "bundle", training={"a": 1})
