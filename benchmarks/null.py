@@ -16,6 +16,7 @@ class NullPixels:
     """A preprocess that decodes nothing."""
 
     crashes = 0
+    on_gpu = None
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
         with meter.upstream(batches) as source:
@@ -37,6 +38,8 @@ class NullScores:
                 rows, value = len(batch.index), 1 / self._classes
                 batch.members = np.full((self._members, rows, self._classes), value, np.float32)
                 batch.probabilities = np.full((rows, self._classes), value, np.float32)
+                batch.prediction = np.zeros(rows, np.intp)
+                batch.confidence = np.full(rows, value, np.float32)
                 yield batch
 
     def close(self) -> None:
@@ -48,4 +51,5 @@ class NullStages(Stages):
 
     def open(self, stack: ExitStack) -> None:
         self.preprocess = NullPixels()
-        self.step = NullScores(len(self._models.members), len(self._models.classes))
+        models = self.opening.models
+        self.step = NullScores(len(models.members), len(models.classes))

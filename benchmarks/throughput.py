@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.null import NullPixels, NullScores
 from benchmarks.processes import core_seconds, peak_memory
-from engine import bundle, runners
+from engine import bundle
 from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter
 from engine.pipeline import READ_THREADS, flow, meters_for
@@ -37,6 +37,7 @@ from engine.preprocess.stage import Preprocess
 from engine.provenance import CPU_BATCH, CPU_PART_ROWS
 from engine.reader import Reader
 from engine.records import Batch, Part
+from engine.runners.onnx import OnnxRunner
 from engine.settings import Limits, available_cpus
 from engine.sink import Layout, Sink
 from engine.step import CpuStep
@@ -100,7 +101,7 @@ class Stages:
         self._paths = [path for part in manifest.parts(CPU_PART_ROWS) for path in part.paths]
         self._root = manifest.root
         self._layout = Layout.of(models, manifest, "")
-        opened = [runners.open_runner("onnx", models, member) for member in models.members]
+        opened = [OnnxRunner(member, models) for member in models.members]
         self._step = CpuStep(models, opened, lanes=workers)
         self._preprocess = Preprocess(
             size=models.size,

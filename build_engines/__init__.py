@@ -1,4 +1,1 @@
-"""Compiled plans for the members of a bundle.
-
-No target is built yet: on the CPU the members run from the bundle's own ONNX graphs, which need no compiling.
-"""
+"""Bundle to compiled plans: each with a passport, each through the parity gate."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.errors import UsageError
 
@@ -19,6 +19,7 @@ DESCRIPTION = "ensemble.json"
 _MEMBER_NAME = re.compile(r"[a-z0-9_]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SIDE = 8192
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Bundle:
     path: Path
     classes: tuple[str, ...]
     size: tuple[int, int]  # height, width of the pixels [N, 1, H, W]
+    normalization: Literal["none", "imagenet"]  # after the division by 255, inside the graphs
     decode: str
     temperature: float
     members: tuple[Member, ...]
@@ -99,6 +101,7 @@ def _parse(path: Path, data: dict[str, Any], sha256: str) -> Bundle:
         path,
         _classes(data["classes"]),
         (size[0], size[1]),
+        _normalization(shape.get("normalization")),
         data["decode"],
         _positive("temperature", data["temperature"]),
         members,
@@ -119,6 +122,13 @@ def _classes(values: Iterable[Any]) -> tuple[str, ...]:
         fine and len(set(classes)) == len(classes) >= 2, f"classes {classes!r}: two or more distinct names"
     )
     return classes
+
+
+def _normalization(value: Any) -> Literal["none", "imagenet"]:
+    if value is None:
+        return "none"
+    _expect(value == {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}, f"normalization {value!r}")
+    return "imagenet"
 
 
 def _positive(name: str, value: Any) -> float:

@@ -6,23 +6,24 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from engine import bundle, runners
+from engine import bundle
 from engine.bundle import Bundle
 from engine.errors import Stopped, UsageError
+from engine.header import Header
 from engine.ledger import Progress, Summary, summary_of
-from engine.manifest import open_manifest
+from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter, prefetch
 from engine.preprocess.stage import Preprocess
 from engine.provenance import describe
 from engine.reader import Reader
 from engine.records import Batch, Part
 from engine.run_folder import RUN, RunFolder, parts_of
-from engine.runners import Runner
+from engine.runners import Choice, Runner, choose, open_runner
 from engine.settings import Settings, available_cpus
 from engine.sink import Done, Layout, Sink, failed_rows
 from engine.step import CpuStep
@@ -32,12 +33,19 @@ GRACE_S = 5.0  # a part that ends within is finished before the run stops
 STAGES = ("read", "preprocess", "members", "write")
 
 Watch = Callable[[Progress], None]
+Say = Callable[[str], None]
+OnGpu = Callable[[bytes, Header], bool]
 
 
 class PixelStage(Protocol):
     @property
     def crashes(self) -> int:
         """How often a decoder had to be started anew."""
+        ...
+
+    @property
+    def on_gpu(self) -> OnGpu | None:
+        """Which images are decoded on the GPU; None where none is."""
         ...
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]: ...
@@ -53,17 +61,25 @@ def screen(
     settings: Settings,
     *,
     watch: Watch = lambda _: None,
+    say: Say = lambda _: None,
     stop: threading.Event | None = None,
     stages_of: type[Stages] | None = None,
 ) -> Summary:
     """Screen a manifest as `settings` say; the same settings go on where an earlier run stopped.
 
-    `watch` is called after each batch. Setting `stop` ends the run within seconds with `Stopped`.
+    `watch` is called after each batch, `say` with lines for people. Setting `stop` ends the run within
+    seconds with `Stopped`.
     `stages_of` replaces the stages, for benchmarks.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     models = bundle.load(settings.bundle)
-    runner, device = runners.choose(settings.runner, settings.device)
+    choice = choose(
+        settings.runner,
+        settings.device,
+        models,
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+    )
     _check_paths(settings)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
@@ -71,12 +87,15 @@ def screen(
             settings.manifest, path_column=settings.path_column, root=settings.root, listing=folder.listing
         )
         layout = Layout.of(models, manifest, settings.column_prefix)
-        run = describe(settings, folder.recorded(), manifest, models, runner, device)
-        stages = stack.enter_context((stages_of or Stages)(settings, models, run))
+        recorded = folder.recorded()
+        run = describe(settings, recorded, manifest, models, choice)
+        opening = Opening(settings, models, run, choice, say, resumed=recorded is not None, manifest=manifest)
+        stages = stack.enter_context((stages_of or Stages)(opening))
         run = folder.begin(run)
         done = folder.finished(run)
         if folder.succeeded() and len(done) == parts_of(run):
             return summary_of(folder.path, run, done.values(), Progress(manifest.rows), {}, 0)
+        say(choice.reason)
         folder.withdraw()
         progress = Progress(manifest.rows, finish_by=settings.finish_by)
         for part in done.values():
@@ -89,7 +108,11 @@ def screen(
 
 
 def retry(
-    settings: Settings, *, watch: Watch = lambda _: None, stop: threading.Event | None = None
+    settings: Settings,
+    *,
+    watch: Watch = lambda _: None,
+    say: Say = lambda _: None,
+    stop: threading.Event | None = None,
 ) -> Summary:
     """Try the failed rows of the finished run in the folder `settings.manifest` again, with its options.
 
@@ -104,6 +127,13 @@ def retry(
         models = bundle.load(settings.bundle)
         if models.sha256 != options["bundle_sha256"]:
             raise UsageError(f"bundle {settings.bundle}: it is not the one that {folder.path / RUN} names")
+        choice = choose(
+            options["runner"],
+            options["device"],
+            models,
+            precision=options["precision"],
+            batch_size=options["batch_size"],
+        )
         if len(folder.finished(run)) < parts_of(run):
             raise UsageError(f"results {folder.path}: the run is not finished; give its own command again")
         done = folder.complete(run)
@@ -114,7 +144,8 @@ def retry(
         limits = replace(
             settings.limits, max_pixels=options["max_pixels"], max_file_size=options["max_file_size"]
         )
-        stages = stack.enter_context(Stages(replace(settings, limits=limits), models, run))
+        opening = Opening(replace(settings, limits=limits), models, run, choice, say, resumed=True)
+        stages = stack.enter_context(Stages(opening))
         layout = Layout.of_part(models, folder.path, min(failed))
         folder.withdraw()
         parts = failed_rows(folder.path, sorted(failed), layout)
@@ -122,14 +153,42 @@ def retry(
         return _close_ledger(folder, run, progress, stages)
 
 
+@dataclass(frozen=True)
+class Opening:
+    """What stages are opened with."""
+
+    settings: Settings
+    models: Bundle
+    run: dict[str, Any]  # `_run.json` to be; takes in versions and what is tuned
+    choice: Choice
+    say: Say
+    _: KW_ONLY
+    resumed: bool
+    manifest: Manifest | None = None  # None for a retry, which has been tuned
+
+    @property
+    def workers(self) -> int:
+        return (self.settings.workers or available_cpus()) if self.settings.overlap else 1
+
+    def reader(self, on_gpu: OnGpu | None = None) -> Reader:
+        settings, options = self.settings, self.run["result_options"]
+        return Reader(
+            Path(options["root"]),
+            batch_size=options["batch_size"],
+            threads=READ_THREADS if settings.overlap else 1,
+            limits=settings.limits,
+            timeout_s=settings.read_timeout_s,
+            ahead=settings.overlap,
+            on_gpu=on_gpu,
+        )
+
+
 class Stages:
     """The stages of one run, opened: decoder process, members and lanes."""
 
-    def __init__(self, settings: Settings, models: Bundle, run: dict[str, Any]) -> None:
-        self._settings, self._models = settings, models
-        self._options, self._run = run["result_options"], run
-        self._workers = (settings.workers or available_cpus()) if settings.overlap else 1
-        self.meters: dict[str, Meter] = meters_for(self._workers)
+    def __init__(self, opening: Opening) -> None:
+        self.opening = opening
+        self.meters: dict[str, Meter] = meters_for(opening.workers, gpu=opening.choice.gpu is not None)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -137,23 +196,27 @@ class Stages:
             self._opened = stack.pop_all()
         return self
 
+    preprocess: PixelStage
+    step: ScoreStage
+
     def open(self, stack: ExitStack) -> None:
         """Set `preprocess` and `step`; what has to be closed goes to `stack`."""
-        models, options = self._models, self._options
+        if self.opening.choice.device != "cpu":
+            from engine.gpu.stages import open_gpu
+
+            self.preprocess, self.step = open_gpu(stack, self.opening)
+            return
+        settings, models, workers = self.opening.settings, self.opening.models, self.opening.workers
         # first, so that it starts while the members load
         preprocess = Preprocess(
             size=models.size,
-            batch_size=options["batch_size"],
-            threads=self._workers,
-            decoding_bytes=self._settings.limits.decoding_bytes,
+            batch_size=self.opening.run["result_options"]["batch_size"],
+            threads=workers,
+            decoding_bytes=settings.limits.decoding_bytes,
         )
-        self.preprocess: PixelStage = stack.enter_context(preprocess)
-        members = [
-            stack.enter_context(runners.open_runner(options["runner"], models, member))
-            for member in models.members
-        ]
-        self._run["versions"] |= _versions(members)
-        self.step: ScoreStage = CpuStep(models, members, lanes=self._workers if self._settings.overlap else 0)
+        self.preprocess = stack.enter_context(preprocess)
+        members = open_members(stack, self.opening)
+        self.step = CpuStep(models, members, lanes=workers if settings.overlap else 0)
         stack.callback(self.step.close)
         preprocess.decoder.await_start()
 
@@ -168,27 +231,27 @@ class Stages:
         watch: Watch,
         stop: threading.Event | None,
     ) -> None:
-        settings, options = self._settings, self._options
-        reader = Reader(
-            Path(options["root"]),
-            batch_size=options["batch_size"],
-            threads=READ_THREADS if settings.overlap else 1,
-            limits=settings.limits,
-            timeout_s=settings.read_timeout_s,
-            ahead=settings.overlap,
-        )
-        items = flow(parts, reader, self.preprocess, self.step, sink, self.meters, overlap=settings.overlap)
+        opening = self.opening
+        reader = opening.reader(self.preprocess.on_gpu)
+        overlap = opening.settings.overlap
+        items = flow(parts, reader, self.preprocess, self.step, sink, self.meters, overlap=overlap)
         progress.started = time.monotonic()
-        drain(items, progress, watch, stop, part_rows=options["part_rows"])
+        drain(items, progress, watch, stop, part_rows=opening.run["result_options"]["part_rows"])
 
 
-def _versions(members: Iterable[Runner]) -> dict[str, str]:
-    return {name: text for member in members for name, text in member.versions.items()}
+def open_members(stack: ExitStack, opening: Opening, *, compiled: bool = False) -> list[Runner]:
+    """A runner for each member; their versions go into the run."""
+    members = []
+    for member in opening.models.members:
+        runner = open_runner(opening.choice, opening.models, member, compiled=compiled)
+        members.append(stack.enter_context(runner))
+        opening.run["versions"] |= runner.versions
+    return members
 
 
-def meters_for(workers: int) -> dict[str, Meter]:
-    """One meter a stage, with as many lanes as the stage has threads."""
-    lanes = {"read": min(READ_THREADS, workers), "preprocess": 1, "members": workers}
+def meters_for(workers: int, *, gpu: bool = False) -> dict[str, Meter]:
+    """One meter a stage, with as many lanes as the stage has threads; a GPU counts as one."""
+    lanes = {"read": min(READ_THREADS, workers), "preprocess": 1, "members": 1 if gpu else workers}
     return {name: Meter(name, lanes.get(name, 1)) for name in STAGES}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import uuid
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 from engine import __version__
 from engine.bundle import Bundle
 from engine.manifest import Manifest
+from engine.runners import Choice
 from engine.settings import Settings
 
 CPU_BATCH = 8  # larger batches take more memory and are no faster
 CPU_PART_ROWS = 1024
+GPU_BATCH = 128  # or what the plans are made for
+GPU_PART_ROWS = 65_536
 
 
 def describe(
@@ -23,14 +27,18 @@ def describe(
     recorded: dict[str, Any] | None,
     manifest: Manifest,
     models: Bundle,
-    runner: str,
-    device: str,
+    choice: Choice,
 ) -> dict[str, Any]:
     """`_run.json`: result options, which may not change on resume, and facts.
 
     What `settings` leave open is as in `recorded`, the run that is resumed.
     """
     before = recorded["result_options"] if recorded else {}
+    tuning = dict(recorded.get("tuning", {})) if recorded else {}
+    batch_size = settings.batch_size
+    if batch_size is not None and batch_size == tuning.get("batch_size_asked"):
+        batch_size = None  # as it was halved for want of memory
+    default_batch, default_rows = defaults(choice)
     return {
         "format": 1,
         "run_id": uuid.uuid4().hex,
@@ -41,12 +49,12 @@ def describe(
             "path_column": manifest.path_column,
             "column_prefix": settings.column_prefix,
             "bundle_sha256": models.sha256,
-            "runner": runner,
-            "device": device,
-            "precision": "fp32",
+            "runner": choice.runner,
+            "device": choice.device,
+            "precision": choice.precision,
             "decode": models.decode,
-            "batch_size": settings.batch_size or before.get("batch_size") or CPU_BATCH,
-            "part_rows": settings.part_rows or before.get("part_rows") or CPU_PART_ROWS,
+            "batch_size": batch_size or before.get("batch_size") or default_batch,
+            "part_rows": settings.part_rows or before.get("part_rows") or default_rows,
             "max_pixels": settings.limits.max_pixels,
             "max_file_size": settings.limits.max_file_size,
         },
@@ -55,9 +63,23 @@ def describe(
         "bundle": str(models.path.absolute()),
         "classes": list(models.classes),
         "weights": {member.name: member.weight for member in models.members},
-        "machine": {"system": f"{platform.system()} {platform.release()}", "processor": processor_name()},
+        "machine": {
+            "system": f"{platform.system()} {platform.release()}",
+            "processor": processor_name(),
+            "gpu": asdict(choice.gpu) if choice.gpu else None,
+        },
+        "chosen": choice.reason,
+        "plans": {plan.passport.member: plan.passport.plan_sha256 for plan in choice.plans},
+        "tuning": tuning,
         "versions": versions(),
     }
+
+
+def defaults(choice: Choice) -> tuple[int, int]:
+    """Batch size and rows a part where the user names none."""
+    if choice.device == "cpu":
+        return CPU_BATCH, CPU_PART_ROWS
+    return min([GPU_BATCH, *(plan.passport.max_batch for plan in choice.plans)]), GPU_PART_ROWS
 
 
 def processor_name() -> str:

@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,6 +108,7 @@ class Reader:
     limits: Limits
     timeout_s: float = 60.0
     ahead: bool = True  # False: one batch after the other
+    on_gpu: Callable[[bytes, Header], bool] | None = None  # whether an image is decoded there
 
     def stage(self, parts: Iterable[Part], meter: Meter) -> Iterator[Batch]:
         """Batches in manifest order, but for those that a hanging read holds up; none crosses a part."""
@@ -156,6 +157,7 @@ class _Reading:
             height=np.zeros(rows, np.int32),
             encoded=[b""] * rows,
             headers=[None] * rows,
+            on_gpu=[False] * rows,
         )
         job = _Job(batch, paths)
         self._pending.append(job)
@@ -295,8 +297,9 @@ class _Reading:
         except Exception as error:  # no file may end the run, whatever its header makes of a parser
             return data, None, _ReadError(Status.CORRUPT, f"its header can't be read: {type(error).__name__}")
 
-    @staticmethod
-    def _keep(job: _Job, data: bytes, found: Header | None, error: _ReadError | HeaderError | None) -> None:
+    def _keep(
+        self, job: _Job, data: bytes, found: Header | None, error: _ReadError | HeaderError | None
+    ) -> None:
         batch, position = job.batch, job.position
         job.held += len(data)
         size = (found.width, found.height) if found else getattr(error, "size", None)
@@ -304,6 +307,8 @@ class _Reading:
             batch.width[position], batch.height[position] = size
         if found:
             batch.encoded[position], batch.headers[position] = data, found
+            if self._reader.on_gpu:
+                batch.on_gpu[position] = self._reader.on_gpu(data, found)
             if found.flags:
                 batch.flags[position] = list(found.flags)
         if error:

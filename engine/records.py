@@ -13,6 +13,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from engine.gpu.decode import DevicePixels
     from engine.header import Header
 
 
@@ -67,13 +68,17 @@ class Batch:
     flags: dict[int, list[str]] = field(default_factory=dict)
     encoded: list[bytes] = field(default_factory=list)  # [n], b"" where there is nothing to decode
     headers: list[Header | None] = field(default_factory=list)  # [n]
+    on_gpu: list[bool] = field(default_factory=list)  # [n], decoded there and not on the CPU
     release: Callable[[], None] = lambda: None  # gives the encoded bytes back to the reader's budget
     # preprocess
     index: npt.NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # [k], positions
     pixels: npt.NDArray[np.uint8] | None = None  # [k, 1, H, W], dropped by the members
+    device_pixels: DevicePixels | None = None  # the same on a GPU
     # members and ensemble
     members: npt.NDArray[np.float32] | None = None  # [M, k, C], probabilities of each member
     probabilities: npt.NDArray[np.float32] | None = None  # [k, C], probabilities of the ensemble
+    prediction: npt.NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # [k], class
+    confidence: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # [k]
 
     @property
     def rows(self) -> int:

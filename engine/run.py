@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TextIO, cast
@@ -22,9 +23,9 @@ from engine.errors import EngineError, Stopped, UsageError
 from engine.ledger import Summary
 from engine.pipeline import GRACE_S, retry, screen
 from engine.progress import Display, show_summary
-from engine.provenance import CPU_BATCH, CPU_PART_ROWS
+from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.run_folder import recorded_bundle
-from engine.runners import RUNNERS
+from engine.runners import PRECISIONS, RUNNERS
 from engine.settings import Limits, Settings, parse_bytes, parse_moment
 
 NOTICE = "Research use only; not a medical device. The output is a work list for people, not a diagnosis."
@@ -41,6 +42,9 @@ _OPERATING = frozenset(
         "finish_by",
         "max_error_rate",
         "serial",
+        "slots",
+        "streams",
+        "cuda_graph",
     )
 )
 MAX_BATCH, MAX_PART_ROWS, MAX_WORKERS = 4096, 1_000_000, 1024
@@ -63,14 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     add("manifest", type=Path, metavar="MANIFEST", help="CSV, Parquet, text list or folder of images")
     add("-o", "--output", type=Path, default=defaults.output, help="results folder (%(default)s)")
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
-    add("--device", default=defaults.device, help="auto or cpu (%(default)s)")
+    add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
-    add("--batch-size", type=_count(MAX_BATCH), metavar="N", help=f"images a batch ({CPU_BATCH} on a CPU)")
+    add("--precision", choices=PRECISIONS, help="of the members (fp16 on a GPU, fp32 on a CPU)")
+    add(
+        "--batch-size",
+        type=_count(MAX_BATCH),
+        metavar="N",
+        help=f"images a batch ({CPU_BATCH} on a CPU, {GPU_BATCH} or the plan's on a GPU)",
+    )
     add(
         "--part-rows",
         type=_count(MAX_PART_ROWS),
         metavar="N",
-        help=f"rows a part, the unit of resume ({CPU_PART_ROWS} on a CPU)",
+        help=f"rows a part, the unit of resume ({CPU_PART_ROWS} on a CPU, {GPU_PART_ROWS} on a GPU)",
     )
     add("--path-column", metavar="NAME", help="manifest column with the paths (path, else the first)")
     add("--column-prefix", default=defaults.column_prefix, metavar="TEXT", help="put before manifest columns")
@@ -106,6 +116,20 @@ def _parser() -> argparse.ArgumentParser:
         help="MANIFEST is a results folder: try its failed rows again, with the options of that run",
     )
     add("--overwrite", action="store_true", help="delete the run that OUTPUT holds and start again")
+    add(
+        "--slots",
+        type=_count(16),
+        default=defaults.slots,
+        metavar="N",
+        help="batches on the GPU (%(default)s)",
+    )
+    add("--streams", type=_count(2), metavar="N", help="1: members in turn, 2: at once (the faster)")
+    add(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.cuda_graph,
+        help="replay each batch's step as one graph",
+    )
     add(
         "--serial",
         action="store_true",
@@ -199,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
         stop = _stop_on_signal(console, settings.finish_by)
         with Display(console) as display:
             work = retry if settings.only_errors else screen
-            summary = work(settings, watch=display, stop=stop)
+            say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+            summary = work(settings, watch=display, say=say, stop=stop)
     except EngineError as error:
         return _failed(console, str(error), error.exit_status)
     except OSError as error:  # a full disk, a folder that went away

@@ -51,6 +51,7 @@ class Settings:
     bundle: Path = Path("bundle")
     device: str = "auto"
     runner: str = "auto"
+    precision: str | None = None
     batch_size: int | None = None
     part_rows: int | None = None
     path_column: str | None = None
@@ -64,6 +65,9 @@ class Settings:
     only_errors: bool = False  # `manifest` is the results folder whose failed rows are tried again
     overwrite: bool = False
     overlap: bool = True
+    slots: int = 3  # batches in flight on the GPU
+    streams: int | None = None  # 1: members one after the other, 2: at once; None: whatever is faster
+    cuda_graph: bool = True
 
 
 def available_cpus() -> int:

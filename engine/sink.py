@@ -100,6 +100,8 @@ class _OpenPart:
         self.filled = 0
         self.status = np.zeros(rows, np.uint8)
         self.width, self.height = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self.prediction = np.zeros(rows, np.intp)
+        self.confidence = np.zeros(rows, np.float32)
         self.scores = np.zeros((rows, classes), np.float32)
         self.members = np.zeros((members, rows, classes), np.float32)
         self.errors: dict[int, str] = {}
@@ -112,6 +114,7 @@ class _OpenPart:
         self.status[rows], self.width[rows], self.height[rows] = batch.status, batch.width, batch.height
         where = batch.start + batch.index
         self.scores[where], self.members[:, where] = batch.probabilities, batch.members
+        self.prediction[where], self.confidence[where] = batch.prediction, batch.confidence
         self.errors.update((batch.start + position, text) for position, text in batch.errors.items())
         self.flags.update((batch.start + position, names) for position, names in batch.flags.items())
         self.filled += batch.rows
@@ -119,7 +122,6 @@ class _OpenPart:
     def table(self, layout: Layout) -> pa.Table:
         part, rows = self.part, self.part.rows
         failed, sizeless = self.status != Status.OK, self.width == 0
-        best = self.scores.argmax(axis=1) if rows else np.zeros(0, np.intp)
         columns = [
             pa.array(part.row),
             pa.array(part.paths, pa.string()),
@@ -129,8 +131,8 @@ class _OpenPart:
             pa.array([self.flags.get(row, []) for row in range(rows)], pa.list_(pa.string())),
             pa.array(self.width, mask=sizeless),
             pa.array(self.height, mask=sizeless),
-            pa.array(np.array(layout.classes)[best], pa.string(), mask=failed),
-            pa.array(self.scores[np.arange(rows), best], mask=failed),
+            pa.array(np.array(layout.classes)[self.prediction], pa.string(), mask=failed),
+            pa.array(self.confidence, mask=failed),
             *(pa.array(column, mask=failed) for column in self.scores.T),
             *(pa.array(column, mask=failed) for member in self.members for column in member.T),
         ]

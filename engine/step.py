@@ -50,10 +50,11 @@ class CpuStep:
 
     def _score(self, batch: Batch) -> None:
         assert batch.pixels is not None
+        shape = (len(self._runners), len(batch.index), len(self._bundle.classes))
+        logits = np.empty(shape, np.float32)
         if len(batch.index):
-            logits = np.stack([runner.infer(batch.pixels) for runner in self._runners])  # [M, k, C]
-        else:
-            logits = np.empty((len(self._runners), 0, len(self._bundle.classes)), np.float32)
+            for runner, member in zip(self._runners, logits, strict=True):
+                runner.enqueue(batch.pixels, member, None)
         batch.pixels = None
         finite = np.isfinite(logits).all(axis=(0, 2))
         for position in batch.index[~finite]:
@@ -64,6 +65,10 @@ class CpuStep:
             weights=self._bundle.weights,
             temperatures=[member.temperature for member in self._bundle.members],
             temperature=self._bundle.temperature,
+        )
+        batch.prediction, batch.confidence = (
+            batch.probabilities.argmax(axis=1),
+            batch.probabilities.max(axis=1),
         )
 
     def close(self) -> None:

@@ -24,12 +24,13 @@ from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import save as tensors_to_bytes
 
 from engine import bundle as bundles
+from engine.bundle import IMAGENET_MEAN, IMAGENET_STD
 from engine.ensemble import fuse, softmax
 from engine.errors import ParityError, UsageError
-from engine.runners import open_runner
+from engine.network import Network, folded
+from engine.runners.onnx import OnnxRunner
 from training.data import Pixels
 from training.features import infer
-from training.models import IMAGENET_MEAN, IMAGENET_STD, Network, folded
 
 Floats = npt.NDArray[np.float32]
 
@@ -207,7 +208,7 @@ def _check_parity(
     pixels = np.concatenate([canaries, check])
     for member, entry, logits in zip(members, bundle.members, canary_logits, strict=True):
         expected = softmax(np.concatenate([logits, infer(member.network, torch.from_numpy(check)).numpy()]))
-        with open_runner("onnx", bundle, entry) as runner:
+        with OnnxRunner(entry, bundle) as runner:
             found = softmax(runner.infer(pixels))
         difference = float(np.abs(found - expected).max())
         if not difference <= PROBABILITY_LIMIT:  # also when it is not a number

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from engine.network import Network
 from training import augment
 from training.data import Pixels, Progress
 from training.listing import Labels
-from training.models import Network
 
 Floats = npt.NDArray[np.float32]
 FLUSH_EVERY = 64  # batches

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.network import Network
 from training.data import Progress
 from training.features import Floats, silent
 from training.fit import Batch, Fit, descend, epoch_batches
 from training.listing import Labels
-from training.models import Network
 from training.settings import Fitting
 from training.split import Split
 

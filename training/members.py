@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from engine.errors import UsageError
+from engine.network import Network
 from training import features, models
 from training.data import Dataset, Progress
 from training.features import Floats
@@ -37,7 +38,7 @@ class Plan:
     weights: str
     seed: int
 
-    def build(self, options: Options, classes: int) -> models.Network:
+    def build(self, options: Options, classes: int) -> Network:
         return models.build(
             self.architecture,
             classes=classes,
@@ -53,7 +54,7 @@ class Trained:
     """One member after its training."""
 
     plan: Plan
-    network: models.Network  # on the CPU
+    network: Network  # on the CPU
     phases: dict[str, Fit]  # "head", "whole", in their order
     logits: Floats  # [N, C]
 
@@ -128,7 +129,7 @@ class _Member:
         logits = features.infer(module, inputs, device=device).numpy()
         return Trained(self.plan, network.cpu(), phases, logits)
 
-    def _features(self, network: models.Network) -> Floats:
+    def _features(self, network: Network) -> Floats:
         trainer, copies = self.trainer, self.trainer.options.copies
         total = len(trainer.dataset) + copies * len(self.parts.train)
         with trainer.step(f"{self.shown}: features", total) as progress:
@@ -143,7 +144,7 @@ class _Member:
                 progress=progress,
             )
 
-    def _fit_head(self, network: models.Network, found: Floats) -> Fit:
+    def _fit_head(self, network: Network, found: Floats) -> Fit:
         trainer = self.trainer
         fitting = trainer.options.head(self.plan.seed)
         with trainer.step(f"{self.shown}: head, epochs", fitting.epochs) as progress:
@@ -158,7 +159,7 @@ class _Member:
                 progress=progress,
             )
 
-    def _fit_whole(self, network: models.Network) -> Fit:
+    def _fit_whole(self, network: Network) -> Fit:
         trainer = self.trainer
         fitting = trainer.options.whole(self.plan.weights, self.plan.seed)
         with trainer.step(f"{self.shown}: whole network, epochs", fitting.epochs) as progress:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.network import Network
 from training import augment
 from training.data import Pixels
 from training.features import calibrate_batch_norm
 from training.fit import Batch, Epoch, Fit, descend, epoch_batches
 from training.heads import balance
 from training.listing import Labels
-from training.models import Network
 from training.settings import Fitting
 from training.split import Split
 

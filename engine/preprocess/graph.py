@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,22 +11,38 @@ import numpy.typing as npt
 from engine.errors import UsageError
 
 
-def _build(batch_size: int, threads: int, height: int, width: int) -> Any:
+def imported() -> Any:
+    """DALI. Raises UsageError when it is missing."""
     try:
-        from nvidia.dali import fn, pipeline_def, types
+        import nvidia.dali
+        import nvidia.dali.fn
+        import nvidia.dali.math
     except ImportError as error:
         raise UsageError(
             f"DALI can't be imported ({error}); install it with: pip install nvidia-dali-cuda130"
         ) from None
+    return nvidia.dali
+
+
+def small_pixels(gray: Any, height: int, width: int, device: Literal["cpu", "gpu"]) -> Any:
+    """The resize every pixel goes through: nodes from gray uint8 [h, w, 1] to uint8 [1, H, W] on `device`."""
+    from nvidia.dali import fn, types
+
+    small = _resize(gray, height, width, types.UINT8)
+    for axis in (0, 1):
+        small = _renormalise(small, gray, axis, (height, width), device)
+    return fn.reshape(fn.cast(small, dtype=types.UINT8), shape=[1, height, width])
+
+
+def _build(batch_size: int, threads: int, height: int, width: int) -> Any:
+    dali = imported()
+    fn, types = dali.fn, dali.types
 
     def pixels() -> Any:
         gray = fn.external_source(name="gray", dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True)
-        small = _resize(gray, height, width, types.UINT8)
-        for axis in (0, 1):
-            small = _renormalise(small, gray, axis, (height, width))
-        return fn.reshape(fn.cast(small, dtype=types.UINT8), shape=[1, height, width])
+        return small_pixels(gray, height, width, "cpu")
 
-    pipeline = pipeline_def(pixels)(
+    pipeline = dali.pipeline_def(pixels)(
         batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True
     )
     pipeline.build()
@@ -41,7 +57,7 @@ def _resize(image: Any, height: int, width: int, dtype: Any) -> Any:
     )
 
 
-def _renormalise(small: Any, gray: Any, axis: int, size: tuple[int, int]) -> Any:
+def _renormalise(small: Any, gray: Any, axis: int, size: tuple[int, int], device: str) -> Any:
     """Take the repeated border out of the first and last line of `small` along `axis`, as Pillow does.
 
     Where the triangle filter reaches over the edge, DALI repeats the image's outermost line, so that a frame
@@ -61,7 +77,7 @@ def _renormalise(small: Any, gray: Any, axis: int, size: tuple[int, int]) -> Any
         height, width = (1, size[1]) if axis == 0 else (size[0], 1)
         mask = np.zeros((size[0], 1, 1) if axis == 0 else (1, size[1], 1), np.float32)
         mask.flat[position] = 1
-        end = types.Constant(mask, device="cpu")
+        end = types.Constant(mask, device=device)
         repeated = repeated + end * _resize(line, height, width, types.FLOAT)
         ends = ends + end
     return (small - w * repeated) * (1 + w / (1 - w) * ends)

@@ -23,6 +23,8 @@ from engine.settings import Limits, available_cpus
 class Preprocess:
     """Fills in pixels through a decoder process, which it owns; use from one thread at a time."""
 
+    on_gpu = None
+
     def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int, decoding_bytes: int) -> None:
         self.decoder = Decoder(size=size, batch_size=batch_size, threads=threads)
         self._decoding_bytes = decoding_bytes
@@ -44,17 +46,25 @@ class Preprocess:
     def fill(self, batch: Batch) -> None:
         pixels = np.empty((batch.rows, 1, *self.decoder.size), np.uint8)
         decoded = np.zeros(batch.rows, bool)
-        for positions in self._chunks(batch):
-            decoded[self._decode(batch, positions, pixels)] = True
+        decoded[self.decode(batch, range(batch.rows), pixels)] = True
         batch.drop_encoded()
         batch.index = np.flatnonzero(decoded)
         batch.pixels = pixels if decoded.all() else pixels[decoded]
 
-    def _chunks(self, batch: Batch) -> Iterator[list[int]]:
-        """Runs of positions that can be decoded together within the memory allowed."""
+    def decode(self, batch: Batch, positions: Iterable[int], pixels: npt.NDArray[np.uint8]) -> list[int]:
+        """Decode `positions` of a batch into `pixels`, [n, 1, H, W]; the others get their status.
+
+        Returns the positions that decoded.
+        """
+        chunks = self._chunks(batch, positions)
+        return [position for chunk in chunks for position in self._decode(batch, chunk, pixels)]
+
+    def _chunks(self, batch: Batch, positions: Iterable[int]) -> Iterator[list[int]]:
+        """Runs of `positions` that can be decoded together within the memory allowed."""
         chunk: list[int] = []
         held = 0
-        for position, header in enumerate(batch.headers):
+        for position in positions:
+            header = batch.headers[position]
             if header is None:
                 continue
             size = header.decoding_bytes

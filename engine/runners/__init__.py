@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
-
-import numpy as np
-import numpy.typing as npt
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from engine.bundle import Bundle, Member
 from engine.errors import UsageError
 
-RUNNERS = ("onnx",)
+if TYPE_CHECKING:
+    from engine.plans import Gpu, Plan
+
+RUNNERS = ("tensorrt", "torch", "onnx")
+PRECISIONS = ("fp32", "fp16")
 
 
 class Runner(Protocol):
-    """One member, ready to run. `infer` may be called from several threads at once."""
+    """One member, ready to run."""
 
     name: str
     versions: dict[str, str]
@@ -24,8 +26,12 @@ class Runner(Protocol):
         """Height and width of the pixels."""
         ...
 
-    def infer(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """uint8 [N, 1, H, W] to float32 logits [N, C]."""
+    def enqueue(self, pixels: Any, logits: Any, stream: Any) -> None:
+        """uint8 [N, 1, H, W] to float32 [N, C], into the buffer given.
+
+        On a GPU both are tensors there, and the work is done in the order of the CUDA stream. On the CPU both
+        are NumPy arrays, `stream` is None, the work is done on return, and any thread may call.
+        """
         ...
 
     def close(self) -> None: ...
@@ -35,18 +41,84 @@ class Runner(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
-def choose(runner: str, device: str) -> tuple[str, str]:
-    """Names of the runner and the device for what the user asked; "auto" means the best that is here."""
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"--device {device}: this version screens on the CPU; allowed: auto, cpu")
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What runs the members, and why."""
+
+    runner: str
+    device: str  # "cpu" or "cuda:0"
+    precision: str
+    reason: str  # one line, for the log
+    gpu: Gpu | None = None
+    plans: tuple[Plan, ...] = ()  # one a member, for the runner "tensorrt"
+
+    @property
+    def index(self) -> int:
+        """The number of the GPU."""
+        return int(self.device.split(":")[1])
+
+
+def choose(
+    runner: str, device: str, bundle: Bundle, *, precision: str | None, batch_size: int | None
+) -> Choice:
+    """Settle what the user left open ("auto", None). Raises UsageError for what can't be had here.
+
+    A GPU that is there but can't be used is no reason to fail with "auto"; the reason is in the choice.
+    """
     if runner not in ("auto", *RUNNERS):
         raise UsageError(f"--runner {runner}: allowed: {', '.join(('auto', *RUNNERS))}")
-    return ("onnx" if runner == "auto" else runner), "cpu"
+    if device == "cpu":
+        return _on_cpu(runner, precision, "asked for")
+    if device == "auto":
+        return _wherever(runner, bundle, precision, batch_size)
+    prefix, _, number = device.partition(":")
+    if prefix != "cuda" or not (number or "0").isdecimal():
+        raise UsageError(f"--device {device}: allowed: auto, cpu, cuda:N")
+    from engine.gpu import choice
+
+    return choice.on_gpu(runner, int(number or 0), bundle, precision, batch_size)
 
 
-def open_runner(kind: str, bundle: Bundle, member: Member) -> Runner:
-    """Load a member for the runner `kind`. Raises UsageError when it can't be loaded."""
-    assert kind == "onnx", kind
+def _wherever(runner: str, bundle: Bundle, precision: str | None, batch_size: int | None) -> Choice:
+    from engine.gpu import choice, machine
+
+    if not machine.present():
+        return _on_cpu(runner, precision, "there is no GPU")
+    try:
+        machine.gpu()
+    except UsageError as error:
+        return _on_cpu(runner, precision, f"the GPU can't be used: {error}")
+    return choice.on_gpu(runner, 0, bundle, precision, batch_size)
+
+
+def _on_cpu(runner: str, precision: str | None, reason: str) -> Choice:
+    if runner not in ("auto", "onnx"):
+        raise UsageError(f"--runner {runner} needs a GPU ({reason}); on the CPU: --runner onnx")
+    if precision not in (None, "fp32"):
+        raise UsageError(f"--precision {precision} needs a GPU ({reason}); on the CPU: fp32")
+    return Choice(runner="onnx", device="cpu", precision="fp32", reason=f"ONNX Runtime on the CPU: {reason}")
+
+
+def open_runner(choice: Choice, bundle: Bundle, member: Member, *, compiled: bool = False) -> Runner:
+    """Load a member as chosen. Raises UsageError when it can't be loaded.
+
+    `compiled` is for the runner "torch": compile the module for its batch size.
+    """
+    if choice.runner == "tensorrt":
+        from engine.runners.tensorrt import TensorRTRunner
+
+        (plan,) = (plan for plan in choice.plans if plan.passport.member == member.name)
+        return TensorRTRunner(member, bundle, plan)
+    if choice.runner == "torch":
+        from engine.runners.torch import TorchRunner
+
+        return TorchRunner(
+            member, bundle, device=choice.device, half=choice.precision == "fp16", compiled=compiled
+        )
+    if choice.device != "cpu":
+        from engine.runners.onnx import CudaOnnxRunner
+
+        return CudaOnnxRunner(member, bundle, device=choice.device, half=choice.precision == "fp16")
     from engine.runners.onnx import OnnxRunner
 
     return OnnxRunner(member, bundle)

@@ -1,14 +1,17 @@
-"""The ONNX Runtime back end: float32 on the CPU."""
+"""The ONNX Runtime back end: float32 on the CPU; on a GPU where its CUDA build is installed."""
 
 from __future__ import annotations
 
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.bundle import Bundle, Member
 from engine.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import onnxruntime
@@ -18,14 +21,10 @@ except ImportError as error:
     ) from None
 
 
-class OnnxRunner:
-    """One session with one thread; callers run it from as many threads as there are cores.
+class _Session:
+    """An ONNX Runtime session of one member whose graph has the types and shapes it should."""
 
-    One thread per batch needs no barrier between a layer's threads, is faster than several threads on one
-    batch, and gives scores that don't depend on how many cores there are.
-    """
-
-    def __init__(self, member: Member, bundle: Bundle) -> None:
+    def __init__(self, member: Member, bundle: Bundle, graph: bytes, providers: list[Any]) -> None:
         self.name = member.name
         self.versions = {"onnxruntime": onnxruntime.__version__}
         options = onnxruntime.SessionOptions()
@@ -34,9 +33,7 @@ class OnnxRunner:
         options.log_severity_level = 3
         try:
             # from bytes: what was hashed is what runs, and no external data file can be pulled in
-            self._session = onnxruntime.InferenceSession(
-                member.files["onnx"].path.read_bytes(), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime raises many types for a bad graph
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
@@ -55,15 +52,11 @@ class OnnxRunner:
                 f"bundle {bundle.path}: {self.name}: the graph has {found}; "
                 f"expected uint8 [N, 1, {height}, {width}] to float32 [N, {len(bundle.classes)}]"
             )
-        self._input = inputs[0].name
+        self._input, self._output = inputs[0].name, outputs[0].name
 
     @property
     def input_shape(self) -> tuple[int, int]:
         return self._shape
-
-    def infer(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        (logits,) = self._session.run(None, {self._input: pixels})
-        return np.asarray(logits, np.float32)
 
     def close(self) -> None:
         del self._session
@@ -73,3 +66,70 @@ class OnnxRunner:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class OnnxRunner(_Session):
+    """One session with one thread; callers run it from as many threads as there are cores.
+
+    One thread per batch needs no barrier between a layer's threads, is faster than several threads on one
+    batch, and gives scores that don't depend on how many cores there are.
+    """
+
+    def __init__(self, member: Member, bundle: Bundle, *, graph: bytes | None = None) -> None:
+        """`graph` replaces the member's own."""
+        graph = member.files["onnx"].path.read_bytes() if graph is None else graph
+        super().__init__(member, bundle, graph, ["CPUExecutionProvider"])
+
+    def infer(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """uint8 [N, 1, H, W] to float32 logits [N, C]."""
+        (logits,) = self._session.run(None, {self._input: pixels})
+        return np.asarray(logits, np.float32)
+
+    def enqueue(
+        self, pixels: npt.NDArray[np.uint8], logits: npt.NDArray[np.float32], stream: None = None
+    ) -> None:
+        logits[:] = self.infer(pixels)
+
+
+class CudaOnnxRunner(_Session):
+    """A session on a GPU. Its kernels run on a stream that ONNX Runtime fixes when the session is made."""
+
+    def __init__(self, member: Member, bundle: Bundle, *, device: str, half: bool) -> None:
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise UsageError(
+                "--runner onnx on a GPU needs ONNX Runtime's CUDA build; install it with: "
+                "pip uninstall onnxruntime; pip install onnxruntime-gpu"
+            )
+        import torch
+
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        options = {
+            "device_id": int(device.split(":")[1]),
+            "user_compute_stream": str(self._stream.cuda_stream),
+        }
+        super().__init__(
+            member, bundle, _graph(member, bundle, half=half), [("CUDAExecutionProvider", options)]
+        )
+
+    def enqueue(self, pixels: torch.Tensor, logits: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        self._stream.wait_stream(stream)
+        binding = self._session.io_binding()
+        device = pixels.device.index
+        binding.bind_input(self._input, "cuda", device, np.uint8, tuple(pixels.shape), pixels.data_ptr())
+        binding.bind_output(self._output, "cuda", device, np.float32, tuple(logits.shape), logits.data_ptr())
+        run = onnxruntime.RunOptions()
+        run.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._session.run_with_iobinding(binding, run)
+        stream.wait_stream(self._stream)
+
+
+def _graph(member: Member, bundle: Bundle, *, half: bool) -> bytes:
+    if not half:
+        return member.files["onnx"].path.read_bytes()
+    try:
+        return (bundle.path / f"{member.name}.fp16.onnx").read_bytes()
+    except OSError:
+        raise UsageError(
+            f"bundle {bundle.path}: {member.name} has no FP16 graph; make it with: "
+            f"python -m build_engines {bundle.path} --target onnx, or give --precision fp32"
+        ) from None

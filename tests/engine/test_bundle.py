@@ -7,7 +7,7 @@ import pytest
 
 from engine.bundle import load
 from engine.errors import UsageError
-from engine.runners import open_runner
+from engine.runners.onnx import OnnxRunner
 from tests.bundles import CLASSES, write_bundle
 
 
@@ -23,7 +23,7 @@ def test_any_number_of_members_classes_and_any_size(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "b", classes=("a", "b"), size=(48, 96), weights=(0.2, 0.3, 0.5))
     loaded = load(path)
     for member in loaded.members:
-        with open_runner("onnx", loaded, member) as runner:
+        with OnnxRunner(member, loaded) as runner:
             assert runner.input_shape == (48, 96)
 
 
@@ -106,4 +106,4 @@ def test_a_graph_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     (path / "ensemble.json").write_text(json.dumps(data))
     loaded = load(path)
     with pytest.raises(UsageError, match=r"expected uint8 \[N, 1, 64, 64\] to float32 \[N, 4\]"):
-        open_runner("onnx", loaded, loaded.members[0])
+        OnnxRunner(loaded.members[0], loaded)

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine.network import Network
 from training import models, split
 
 
-def tiny_network(
-    classes: int = 3, seed: int = 0, *, padding: int = 1, normalization="none"
-) -> models.Network:
+def tiny_network(classes: int = 3, seed: int = 0, *, padding: int = 1, normalization="none") -> Network:
     torch.manual_seed(seed)
     base = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=padding, bias=False),
@@ -23,7 +22,7 @@ def tiny_network(
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    return models.Network(base, models.head(16, classes), normalization).eval()
+    return Network(base, models.head(16, classes), normalization).eval()
 
 
 def random_pixels(count: int, size: tuple[int, int] = (16, 12), seed: int = 0) -> np.ndarray:

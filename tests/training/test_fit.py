@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from engine.errors import EngineError
+from engine.network import Network
 from tests.training.networks import random_pixels, stripes, tiny_network
 from training import features, fit, heads, models, split, whole
 from training.settings import Fitting
@@ -94,7 +95,7 @@ def blobs(count: int = 120, copies: int = 1) -> tuple[np.ndarray, np.ndarray, sp
     return found.astype(np.float32), labels, parts
 
 
-def fit_blobs(folder, given=None, **changes) -> tuple[fit.Fit, models.Network]:
+def fit_blobs(folder, given=None, **changes) -> tuple[fit.Fit, Network]:
     found, labels, parts = given or blobs()
     network = tiny_network()
     fitting = Fitting(**{"epochs": 60, "patience": 60, "learning_rate": 3e-3, **changes})
@@ -102,7 +103,7 @@ def fit_blobs(folder, given=None, **changes) -> tuple[fit.Fit, models.Network]:
     return result, network
 
 
-def logits_of(network: models.Network, found: np.ndarray) -> np.ndarray:
+def logits_of(network: Network, found: np.ndarray) -> np.ndarray:
     return features.infer(network.head, torch.from_numpy(found[0])).numpy()
 
 
@@ -171,7 +172,7 @@ def test_a_loss_that_is_not_a_number_is_one_line(tmp_path):
         fit_blobs(tmp_path, (found, labels, parts), epochs=3)
 
 
-def fit_stripes(folder, progress=lambda epoch: None, **changes) -> tuple[fit.Fit, models.Network]:
+def fit_stripes(folder, progress=lambda epoch: None, **changes) -> tuple[fit.Fit, Network]:
     pixels, labels, parts = stripes(90)
     network = tiny_network()
     fitting = Fitting(**{"epochs": 4, "patience": 40, "learning_rate": 1e-2, "batch_size": 16, **changes})

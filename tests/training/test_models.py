@@ -7,13 +7,14 @@ import torchvision
 from safetensors.torch import save_file
 
 from engine.errors import UsageError
+from engine.network import Network, OneChannel, _on_one_channel, folded
 from tests.training.networks import random_pixels, tiny_network
 from training import models
 
 SMALL = "shufflenet_v2_x0_5"  # quick to build and run
 
 
-def build(architecture: str, **changes) -> models.Network:
+def build(architecture: str, **changes) -> Network:
     given = {"classes": 3, "weights": "none", "seed": 0, "size": (64, 64)} | changes
     return models.build(architecture, **given)
 
@@ -128,13 +129,13 @@ def test_what_can_not_be_a_member_is_one_line(architecture, size, message):
 )
 def test_the_channel_fold_is_exact_where_it_is_made(normalization, padding, folds):
     network = tiny_network(padding=padding, normalization=normalization)
-    folded = models.folded(network)
-    assert isinstance(folded, models.OneChannel) == folds
+    one = folded(network)
+    assert isinstance(one, OneChannel) == folds
     if folds:
-        assert folded.base[0].in_channels == 1
-        assert (folded.base[0].bias is not None) == (normalization == "imagenet")
+        assert one.base[0].in_channels == 1
+        assert (one.base[0].bias is not None) == (normalization == "imagenet")
     pixels = random_pixels(5, (20, 28))
-    assert torch.allclose(run(folded, pixels), run(network, pixels), atol=1e-6)
+    assert torch.allclose(run(one, pixels), run(network, pixels), atol=1e-6)
     assert network.base[0].in_channels == 3, "the network itself stays as it is"
 
 
@@ -142,8 +143,8 @@ def test_a_shift_can_not_be_folded_under_zero_padding():
     """Why the case above is left alone: the border would differ."""
     network = tiny_network(padding=1, normalization="imagenet")
     stem = network.base[0]
-    wrong = models.OneChannel(network.base, network.head)
-    wrong.base[0] = models._on_one_channel(stem, network.mean, network.std)
+    wrong = OneChannel(network.base, network.head)
+    wrong.base[0] = _on_one_channel(stem, network.mean, network.std)
     pixels = random_pixels(5, (20, 28))
     found = run(wrong, pixels)
     network.base[0] = stem

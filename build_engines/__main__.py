@@ -1,0 +1,139 @@
+"""Command line: `python -m build_engines BUNDLE`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+
+from build_engines.options import FRONTENDS, PRECISIONS, TARGETS, Options, parse_capabilities
+from engine.errors import EngineError, UsageError
+from engine.settings import parse_bytes
+
+_EPILOG = """\
+examples:
+  python -m build_engines bundle                                            FP16 plans for the GPU here
+  python -m build_engines bundle --target tensorrt_rtx --compute-capability sm86,sm89
+                                                                            ahead of time, without a GPU
+  python -m build_engines bundle --calibration images/                      compare on your own images
+
+A plan that differs from the float32 reference by more than --limit is not installed: exit status 4."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see python -m build_engines --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = Options(bundle=Path())
+    parser = _Parser(
+        prog="python -m build_engines",
+        description="Compile the members of a bundle into TensorRT plans, each compared with its reference.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="model folder; the plans go into BUNDLE/plans")
+    add("--target", choices=TARGETS, default=defaults.target, help="(%(default)s)")
+    add("--frontend", choices=FRONTENDS, default=defaults.frontend, help="(%(default)s)")
+    add("--precision", choices=PRECISIONS, default=defaults.precision, help="(%(default)s)")
+    add("--batch-size", type=_whole(1, 4096), default=defaults.batch_size, metavar="N", help="(%(default)s)")
+    add(
+        "--compute-capability",
+        dest="compute_capabilities",
+        type=parse_capabilities,
+        default=(),
+        metavar="SM",
+        help="tensorrt_rtx: GPUs to build for, such as sm86,sm89 (the GPU here)",
+    )
+    add("--hardware-compatible", action="store_true", help="tensorrt: one plan for Ampere and newer")
+    add("--version-compatible", action="store_true", help="runs under later minor versions too")
+    add("--timing-cache", type=Path, metavar="FILE", help="tensorrt: kept timings make rebuilds faster")
+    add("--workspace", type=parse_bytes, metavar="SIZE", help="most scratch memory, such as 2GiB")
+    add("--optimization-level", type=_whole(0, 5), metavar="0..5", help="the builder's effort")
+    add("--max-aux-streams", type=_whole(0, 16), metavar="N", help="streams inside one member")
+    add("--calibration", type=Path, metavar="DIR", help="images to compare on (synthetic ones)")
+    add(
+        "--calibration-images",
+        type=_whole(1, 100_000),
+        default=defaults.calibration_images,
+        metavar="N",
+        help="(%(default)s)",
+    )
+    add("--limit", type=_share, default=defaults.limit, metavar="P", help="in probability (%(default)g)")
+    add("--agreement", type=_share, default=defaults.agreement, metavar="F", help="(%(default)g)")
+    return parser
+
+
+def _whole(low: int, high: int):
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build and report. Returns the exit status."""
+    console = Console(stderr=True)
+    try:
+        options = Options(**vars(_parser().parse_args(arguments)))
+        from build_engines.build import build  # seconds of imports: after --help and wrong arguments
+        from build_engines.progress import shown
+
+        with shown(console) as phases:
+            folder, built = build(options, phases, lambda line: console.print(line, markup=False))
+    except EngineError as error:
+        return _failed(console, str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _failed(console, "stopped; nothing was installed", 130)
+    except OSError as error:  # a full disk, a bundle that can't be written to
+        return _failed(console, f"{error.filename or ''}: {error.strerror or error}", EngineError.exit_status)
+    except Exception as error:
+        if os.environ.get("ENGINE_DEBUG"):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return _failed(console, f"internal: {text} (ENGINE_DEBUG=1 shows where)", EngineError.exit_status)
+    table = Table("member", "built in", "size", "largest difference", "same class", "compared")
+    for one in built:
+        compared = "on the GPU" if one.parity.executed else "its graph, on ONNX Runtime"
+        table.add_row(
+            one.member,
+            f"{one.build_s:.1f} s",
+            f"{one.size / 1e6:.1f} MB",
+            f"{one.parity.max:.2g}",
+            f"{one.parity.agreement:.2%} of {one.parity.counted}",
+            compared,
+        )
+    console.print(table)
+    if not all(one.parity.executed for one in built) and options.target != "onnx":
+        console.print("the plans were not executed here; the engine compares them at their first load")
+    print(folder)
+    return 0
+
+
+def _failed(console: Console, reason: str, status: int) -> int:
+    console.print(f"error: {reason}", markup=False, highlight=False, soft_wrap=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

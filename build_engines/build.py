@@ -1,0 +1,264 @@
+"""From a bundle to installed plans: compile, gate, inspect, write the passports, rename into place."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from build_engines import parity
+from build_engines.compiler import Compiled, compile_graph, inspect
+from build_engines.half import half_graph
+from build_engines.options import Options
+from build_engines.progress import Phases
+from engine import bundle as bundles
+from engine import plans
+from engine.bundle import Bundle, Member
+from engine.ensemble import softmax
+from engine.errors import UsageError
+from engine.gpu import machine
+from engine.lock import hold
+from engine.plans import Gpu, Parity, Passport, Plan, Profile
+from engine.runners.onnx import OnnxRunner
+from engine.runners.tensorrt import Backend, TensorRTRunner
+from engine.sink import atomic
+
+Floats = npt.NDArray[np.float32]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Built:
+    """One member, built and accepted."""
+
+    member: str
+    file: Path
+    size: int  # bytes
+    build_s: float
+    parity: Parity
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What the builds of all members share."""
+
+    bundle: Bundle
+    options: Options
+    say: Say
+    phases: Phases
+    pixels: npt.NDArray[np.uint8]  # [N, 1, H, W], to compare on
+    calibration: str  # where they are from
+
+
+def build(options: Options, phases: Phases, say: Say = lambda _: None) -> tuple[Path, list[Built]]:
+    """Build all members for the target; returns the folder of the results and what was built.
+
+    Raises UsageError, EngineError (a build failed) or ParityError; then nothing is replaced.
+    """
+    bundle = bundles.load(options.bundle)
+    backend = None if options.target == "onnx" else Backend(options.target)
+    gpu = _gpu_for(options) if backend else None
+    folder = bundle.path / plans.PLANS
+    folder.mkdir(exist_ok=True)
+    try:
+        lock = hold(folder / ".lock")
+    except BlockingIOError:
+        raise UsageError(f"{folder}: another process builds there; wait for it") from None
+    try:
+        session = _Session(bundle, options, say, phases, *parity.calibration_pixels(bundle, options))
+        if backend is None:
+            return bundle.path, [_build_graph(session, member) for member in bundle.members]
+        return _build_plans(session, backend, gpu)
+    finally:
+        os.close(lock)
+
+
+def _gpu_for(options: Options) -> Gpu | None:
+    """The GPU here. There may be none where TensorRT for RTX builds ahead of time for others."""
+    try:
+        return machine.gpu()
+    except UsageError:
+        if options.compute_capabilities:
+            return None
+        raise
+
+
+def _build_graph(session: _Session, member: Member) -> Built:
+    graph = _graph(session, member)
+    found = _gate_graph(session, member, graph)
+    return Built(member.name, _install_graph(session, member, graph), len(graph), 0.0, found)
+
+
+def _graph(session: _Session, member: Member) -> bytes:
+    """What is compiled: the float32 graph, or its FP16 form."""
+    reference = member.files["onnx"].path.read_bytes()
+    if session.options.precision == "fp32":
+        return reference
+    session.say(f"{member.name}: converting to FP16")
+    return half_graph(reference)
+
+
+def _install_graph(session: _Session, member: Member, graph: bytes) -> Path:
+    if session.options.precision == "fp32":
+        return member.files["onnx"].path
+    file = session.bundle.path / f"{member.name}.fp16.onnx"
+    with atomic(file) as temporary:
+        temporary.write_bytes(graph)
+    return file
+
+
+def _build_plans(session: _Session, backend: Backend, gpu: Gpu | None) -> tuple[Path, list[Built]]:
+    target = _target_name(session.options, backend, gpu)
+    folder = session.bundle.path / plans.PLANS / target
+    unfinished = folder.with_name(f".{target}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        built = [
+            _build_plan(session, member, backend, gpu, unfinished, target)
+            for member in session.bundle.members
+        ]
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder, built
+
+
+def _target_name(options: Options, backend: Backend, gpu: Gpu | None) -> str:
+    """Such as tensorrt-sm90-11.1 or tensorrt_rtx-sm86-sm89-1.7-fp32."""
+    version = ".".join(backend.version.split(".")[:2])
+    names = [f"sm{capability.replace('.', '')}" for capability in _capabilities(options, gpu)]
+    kind = [] if options.precision == "fp16" else [options.precision]
+    return "-".join([backend.name, *names, version, *kind])
+
+
+def _capabilities(options: Options, gpu: Gpu | None) -> tuple[str, ...]:
+    return options.compute_capabilities or ((gpu.capability,) if gpu else ())
+
+
+def _build_plan(
+    session: _Session, member: Member, backend: Backend, gpu: Gpu | None, folder: Path, target: str
+) -> Built:
+    """Compile a member into `folder` and hold it against the reference: executed where the GPU here can."""
+    options = session.options
+    graph = _graph(session, member)
+    runs_here = gpu is not None and gpu.capability in _capabilities(options, gpu)
+    found = None if runs_here else _gate_graph(session, member, graph)
+    session.say(f"{member.name}: building the plan for {target}")
+    compiled = _compiled(session, member, backend, graph)
+    passport = _passport(session, member, backend, gpu, target, graph, compiled, found)
+    plan = Plan(folder / passport.plan, passport)
+    plan.path.write_bytes(compiled.plan)
+    if runs_here:
+        plan = _executed(session, member, backend, plan)
+    plans.write(folder, plan.passport)
+    _install_graph(session, member, graph)
+    return Built(member.name, plan.path, len(compiled.plan), compiled.build_s, plan.passport.parity)
+
+
+def _compiled(session: _Session, member: Member, backend: Backend, graph: bytes) -> Compiled:
+    if session.options.frontend == "torch-tensorrt":
+        from build_engines.torch_tensorrt import compile_module
+
+        return compile_module(session.bundle, member, session.options)
+    return compile_graph(backend, graph, session.options, session.bundle.size, session.phases)
+
+
+def _gate_graph(session: _Session, member: Member, graph: bytes) -> Parity:
+    """Compare the graph on ONNX Runtime; an unconverted one is the reference itself."""
+    options = session.options
+    if options.precision == "fp16":
+        session.say(f"{member.name}: comparing the FP16 graph with float32, on ONNX Runtime")
+        with OnnxRunner(member, session.bundle, graph=graph) as runner:
+            found = parity.in_batches(runner.infer, session.pixels)
+    else:
+        found = _reference(session, member)
+    return _compared(session, member, found, "its FP16 graph", executed=False)
+
+
+def _executed(session: _Session, member: Member, backend: Backend, plan: Plan) -> Plan:
+    """Run the plan on the GPU here: its passport says how it agrees, and what the inspector sees."""
+    session.say(f"{member.name}: comparing the plan with float32, on the GPU")
+    with TensorRTRunner(member, session.bundle, plan) as runner:
+        found = parity.on_gpu(runner, session.pixels, plan.passport.max_batch, len(session.bundle.classes))
+    agreement = _compared(session, member, found, "its plan", executed=True)
+    layers = inspect(backend, plan.read(), session.options.precision)
+    return plan.with_facts(parity=agreement, layers=layers, layers_from="engine inspector")
+
+
+def _reference(session: _Session, member: Member) -> Floats:
+    with OnnxRunner(member, session.bundle) as runner:
+        return parity.in_batches(runner.infer, session.pixels)
+
+
+def _compared(session: _Session, member: Member, logits: Floats, what: str, *, executed: bool) -> Parity:
+    temperature = np.float32(member.temperature)
+    found = parity.compare(
+        softmax(_reference(session, member) / temperature),
+        softmax(logits / temperature),
+        executed=executed,
+        calibration=session.calibration,
+        options=session.options,
+    )
+    parity.require(found, member.name, what)
+    return found
+
+
+def _passport(
+    session: _Session,
+    member: Member,
+    backend: Backend,
+    gpu: Gpu | None,
+    target: str,
+    graph: bytes,
+    compiled: Compiled,
+    found: Parity | None,
+) -> Passport:
+    options = session.options
+    onnx = options.frontend == "onnx"
+    file = member.files["onnx" if onnx else "safetensors"]
+    converted = onnx and options.precision == "fp16"
+    return Passport(
+        format=plans.FORMAT,
+        member=member.name,
+        target=target,
+        backend=backend.name,
+        frontend=options.frontend,
+        precision=options.precision,
+        reference_sha256=member.files["onnx"].sha256,
+        source=f"{member.name}.fp16.onnx" if converted else file.path.name,
+        source_sha256=hashlib.sha256(graph).hexdigest() if converted else file.sha256,
+        plan=f"{member.name}.plan",
+        plan_sha256=hashlib.sha256(compiled.plan).hexdigest(),
+        plan_bytes=len(compiled.plan),
+        version=backend.version,
+        cuda=machine.cuda_version(),
+        gpu=gpu,
+        compute_capabilities=_capabilities(options, gpu),
+        hardware_compatible=options.hardware_compatible,
+        version_compatible=options.version_compatible,
+        profiles=tuple(Profile(min=1, opt=batch, max=batch) for batch in options.batches),
+        options=_builder_options(options),
+        layers=compiled.layers,
+        layers_from=compiled.layers_from,
+        build_s=round(compiled.build_s, 3),
+        built=datetime.now(UTC).isoformat(timespec="seconds"),
+        parity=found or Parity.pending(options.limit, options.agreement),
+    )
+
+
+def _builder_options(options: Options) -> dict[str, Any]:
+    return {
+        "workspace": options.workspace,
+        "optimization_level": options.optimization_level,
+        "max_aux_streams": options.max_aux_streams,
+    }

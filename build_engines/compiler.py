@@ -1,0 +1,179 @@
+"""ONNX graph to serialized plan, by TensorRT 10, 11 or TensorRT for RTX."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from build_engines.options import Options
+from build_engines.progress import Phases, monitor_for
+from engine.errors import EngineError
+from engine.runners.tensorrt import Backend, deserialize
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan in memory, and what is known of its layers."""
+
+    plan: bytes
+    layers: list[dict[str, Any]]
+    layers_from: str  # "network" or "engine inspector"
+    build_s: float
+
+
+def compile_graph(
+    backend: Backend, graph: bytes, options: Options, size: tuple[int, int], phases: Phases
+) -> Compiled:
+    """Build a plan for `options`; reports the builder's phases to `phases`.
+
+    TensorRT 11 knows only strongly typed networks: the graph's own types decide. Raises EngineError with
+    TensorRT's words, also when a convolution or matrix product of an FP16 plan is not FP16.
+    """
+    checked, api = backend.checked, backend.trt
+    builder = checked(api.Builder(backend.logger), "starting the builder")
+    flags = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = checked(builder.create_network(flags), "creating the network")
+    parser = api.OnnxParser(network, backend.logger)
+    if not parser.parse(graph):
+        problems = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise EngineError(f"{backend.name} {backend.version} can't parse the graph: {problems[:1]}")
+    config = _configured(backend, builder, network, options, size)
+    config.progress_monitor = monitor_for(backend, phases)
+    start = time.perf_counter()
+    plan = bytes(checked(builder.build_serialized_network(network, config), "building the plan"))
+    build_s = time.perf_counter() - start
+    _keep_timing_cache(config, options)
+    layers = list(_network_layers(backend, network))
+    if options.precision == "fp16":
+        _refuse_wide(layers, api.DataType.HALF.name)
+    return Compiled(plan, layers, "network", build_s)
+
+
+def _configured(
+    backend: Backend,
+    builder: trt.Builder,
+    network: trt.INetworkDefinition,
+    options: Options,
+    size: tuple[int, int],
+) -> trt.IBuilderConfig:
+    checked, api = backend.checked, backend.trt
+    config = checked(builder.create_builder_config(), "creating the configuration")
+    config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+    if options.workspace is not None:
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.max_aux_streams is not None:
+        config.max_aux_streams = options.max_aux_streams
+    if options.version_compatible:
+        config.set_flag(api.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatible:
+        config.hardware_compatibility_level = api.HardwareCompatibilityLevel.AMPERE_PLUS
+    if backend.name == "tensorrt_rtx":
+        _set_capabilities(backend, config, options)
+    if options.timing_cache:
+        _load_timing_cache(backend, config, options)
+    pixels = checked(network.get_input(0), "reading the graph's input")
+    for batch in options.batches:
+        profile = checked(builder.create_optimization_profile(), "creating a profile")
+        largest = (batch, 1, *size)
+        profile.set_shape(pixels.name, (1, 1, *size), largest, largest)
+        checked(config.add_optimization_profile(profile), f"the profile of {batch} images")
+    return config
+
+
+def _set_capabilities(backend: Backend, config: Any, options: Options) -> None:
+    """Only TensorRT for RTX has this: the GPUs to build for. It needs none of them."""
+    capability = backend.trt.ComputeCapability  # type: ignore[attr-defined,unused-ignore]
+    names = ["SM" + text.replace(".", "") for text in options.compute_capabilities] or ["CURRENT"]
+    config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        backend.checked(config.set_compute_capability(getattr(capability, name), index), f"target {name}")
+
+
+def _load_timing_cache(backend: Backend, config: trt.IBuilderConfig, options: Options) -> None:
+    assert options.timing_cache
+    data = b""
+    with suppress(FileNotFoundError):
+        data = options.timing_cache.read_bytes()
+    cache = backend.checked(config.create_timing_cache(data), f"reading {options.timing_cache}")
+    backend.checked(config.set_timing_cache(cache, ignore_mismatch=False), "using the timing cache")
+
+
+def _keep_timing_cache(config: trt.IBuilderConfig, options: Options) -> None:
+    if options.timing_cache and (cache := config.get_timing_cache()):
+        options.timing_cache.write_bytes(bytes(cache.serialize()))
+
+
+def _network_layers(backend: Backend, network: trt.INetworkDefinition) -> Iterator[dict[str, Any]]:
+    """Of a strongly typed network, whose types the builder has to keep."""
+    for index in range(network.num_layers):
+        layer = backend.checked(network.get_layer(index), "reading a layer")
+        tensor = layer.get_input(0) or layer.get_output(0)
+        output = layer.get_output(0)
+        assert tensor is not None
+        yield {
+            "name": layer.name,
+            "type": layer.type.name,
+            "input": tensor.dtype.name,
+            "output": output.dtype.name if output is not None else None,
+        }
+
+
+def _refuse_wide(layers: list[dict[str, Any]], half: str) -> None:
+    weighted = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")
+    wide = [layer["name"] for layer in layers if layer["type"] in weighted and layer["input"] != half]
+    if wide:
+        raise EngineError(f"FP16 was asked for, but {', '.join(wide[:5])} would run in another precision")
+
+
+def inspect(backend: Backend, plan: bytes, precision: str) -> list[dict[str, Any]]:
+    """The layers of a plan as the engine inspector sees them on this GPU.
+
+    Raises EngineError when it can't be loaded, or when FP16 was asked for and a convolution or matrix product
+    does not read FP16.
+    """
+    api = backend.trt
+    engine = deserialize(backend, plan)
+    inspector = backend.checked(engine.create_engine_inspector(), "starting the engine inspector")
+    text = inspector.get_engine_information(api.LayerInformationFormat.JSON)
+    layers = []
+    for layer in json.loads(text)["Layers"]:
+        if isinstance(layer, str):  # without detail: the name alone
+            layers.append({"name": layer})
+            continue
+        tensors = {
+            side: [tensor.get("Format/Datatype", tensor.get("Format", "")) for tensor in layer.get(side, [])]
+            for side in ("Inputs", "Outputs")
+        }
+        layers.append(
+            {
+                "name": layer.get("Name"),
+                "type": layer.get("LayerType"),
+                "input": ", ".join(map(str, tensors["Inputs"])),
+                "output": ", ".join(map(str, tensors["Outputs"])),
+            }
+        )
+    if precision == "fp16":
+        _refuse_wide_engine(layers)
+    return layers
+
+
+def _refuse_wide_engine(layers: list[dict[str, Any]]) -> None:
+    """The inspector names the kind of kernel and, of each tensor, a format: "Row major linear FP16"."""
+    kinds = ("conv", "gemm", "matrix_multiply", "matmul")
+    wide = [
+        layer["name"]
+        for layer in layers
+        if any(kind in str(layer.get("type")).lower() for kind in kinds)
+        and not any(half in layer["input"].lower() for half in ("fp16", "half"))
+    ]
+    if wide:
+        raise EngineError(f"FP16 was asked for, but the plan runs {', '.join(wide[:5])} in another precision")

@@ -1,0 +1,84 @@
+"""What to build, and for which target each option is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import UsageError
+
+TARGETS = ("tensorrt", "tensorrt_rtx", "onnx")
+FRONTENDS = ("onnx", "torch-tensorrt")
+PRECISIONS = ("fp16", "fp32")
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+SMALL_BATCH = 8  # largest batch of the second profile
+LIMIT, AGREEMENT = 5e-3, 0.999
+
+# options that only some targets know, with those targets
+_ONLY_FOR = {
+    "compute_capabilities": ("tensorrt_rtx",),
+    "hardware_compatible": ("tensorrt",),
+    "timing_cache": ("tensorrt",),
+    "version_compatible": ("tensorrt", "tensorrt_rtx"),
+    "workspace": ("tensorrt", "tensorrt_rtx"),
+    "optimization_level": ("tensorrt", "tensorrt_rtx"),
+    "max_aux_streams": ("tensorrt", "tensorrt_rtx"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Raises UsageError where options don't go together."""
+
+    bundle: Path
+    target: str = "tensorrt"
+    frontend: str = "onnx"
+    precision: str = "fp16"
+    batch_size: int = 128
+    compute_capabilities: tuple[str, ...] = ()  # "8.6"; none: that of the GPU here
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    timing_cache: Path | None = None
+    workspace: int | None = None  # bytes
+    optimization_level: int | None = None
+    max_aux_streams: int | None = None
+    calibration: Path | None = None
+    calibration_images: int = 256
+    limit: float = LIMIT
+    agreement: float = AGREEMENT
+
+    def __post_init__(self) -> None:
+        for name, targets in _ONLY_FOR.items():
+            if getattr(self, name) not in (None, False, ()) and self.target not in targets:
+                option = "--" + name.replace("ies", "y").replace("_", "-")
+                raise UsageError(f"{option} is for --target {' or '.join(targets)}, not {self.target}")
+        if self.frontend == "torch-tensorrt" and self.target != "tensorrt":
+            raise UsageError(f"--frontend torch-tensorrt is for --target tensorrt, not {self.target}")
+        if self.frontend == "torch-tensorrt" and self.timing_cache:
+            raise UsageError("--timing-cache is for --frontend onnx; Torch-TensorRT keeps its own")
+        if self.target == "onnx" and self.precision == "fp32":
+            raise UsageError("--target onnx --precision fp32 is the bundle's own graph: nothing to build")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The largest batch of each profile."""
+        if self.frontend == "torch-tensorrt" or self.batch_size <= SMALL_BATCH:
+            return (self.batch_size,)
+        return (self.batch_size, SMALL_BATCH)
+
+
+def parse_capabilities(text: str) -> tuple[str, ...]:
+    """'sm86,sm89' or '8.6' as ("8.6", ...). Raises UsageError."""
+    found = []
+    for item in text.split(","):
+        digits = re.fullmatch(r"\s*(?:sm_?)?(\d+)\.?(\d)\s*", item.lower())
+        capability = f"{digits[1]}.{digits[2]}" if digits else None
+        if capability not in RTX_CAPABILITIES:
+            allowed = ", ".join("sm" + capability.replace(".", "") for capability in RTX_CAPABILITIES)
+            raise UsageError(
+                f"--compute-capability {item.strip()!r}: TensorRT for RTX builds for {allowed}"
+                " (other GPUs: --target tensorrt, on that GPU)"
+            )
+        found.append(capability)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,92 @@
+"""The builder's phases on a terminal, from TensorRT's progress monitor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+    from engine.runners.tensorrt import Backend
+
+
+class Phases(Protocol):
+    """What the builder tells of itself; phases nest."""
+
+    def start(self, name: str, steps: int) -> None: ...
+
+    def step(self, name: str, done: int) -> None: ...
+
+    def finish(self, name: str) -> None: ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def start(self, name: str, steps: int) -> None:
+        pass
+
+    def step(self, name: str, done: int) -> None:
+        pass
+
+    def finish(self, name: str) -> None:
+        pass
+
+
+class Bars:
+    """One bar for each open phase; on a terminal only."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._open: dict[str, TaskID] = {}
+
+    def start(self, name: str, steps: int) -> None:
+        self._open[name] = self._progress.add_task(name, total=max(steps, 1))
+
+    def step(self, name: str, done: int) -> None:
+        if name in self._open:
+            self._progress.update(self._open[name], completed=done + 1)
+
+    def finish(self, name: str) -> None:
+        if task := self._open.pop(name, None):
+            self._progress.remove_task(task)
+
+
+@contextmanager
+def shown(console: Console) -> Iterator[Phases]:
+    """Bars while the builder works; nothing where there is no terminal."""
+    if not console.is_terminal:
+        yield Silent()
+        return
+    columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield Bars(progress)
+
+
+def monitor_for(backend: Backend, phases: Phases) -> trt.IProgressMonitor:
+    """A TensorRT progress monitor that tells `phases`; its class exists only once TensorRT is imported."""
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = backend.trt
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            phases.start(phase_name, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            phases.step(phase_name, step)
+            return True  # go on
+
+        def phase_finish(self, phase_name: str) -> None:
+            phases.finish(phase_name)
+
+    return Monitor()

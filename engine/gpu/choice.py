@@ -1,0 +1,75 @@
+"""Which runner a GPU gets: plans when they fit, else PyTorch."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from engine import plans
+from engine.bundle import Bundle
+from engine.errors import UsageError
+from engine.gpu import machine
+from engine.plans import Gpu, Plan
+from engine.runners import Choice
+
+_DISTRIBUTIONS = {
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings"),
+}
+
+
+def on_gpu(runner: str, index: int, bundle: Bundle, precision: str | None, batch_size: int | None) -> Choice:
+    """The choice for GPU number `index`. Raises UsageError when what was asked for can't be had there."""
+    gpu = machine.gpu(index)
+    precision = precision or "fp16"
+    device = f"cuda:{index}"
+    found, reason = fitting_plans(bundle, gpu, precision, batch_size)
+    if runner == "tensorrt" and not found:
+        raise UsageError(f"--runner tensorrt: {reason}")
+    if found and runner in ("auto", "tensorrt"):
+        text = f"TensorRT on {gpu.name}: plans/{found[0].passport.target} fits"
+        return Choice(
+            runner="tensorrt", device=device, precision=precision, reason=text, gpu=gpu, plans=found
+        )
+    if runner == "onnx":
+        text = f"ONNX Runtime on {gpu.name}: asked for"
+    else:
+        runner, text = "torch", f"PyTorch on {gpu.name}: {'asked for' if runner == 'torch' else reason}"
+    return Choice(runner=runner, device=device, precision=precision, reason=text, gpu=gpu)
+
+
+def fitting_plans(
+    bundle: Bundle, gpu: Gpu, precision: str, batch_size: int | None
+) -> tuple[tuple[Plan, ...], str]:
+    """The newest target whose plans all fit, or none and one line that says why."""
+    reason = f"the bundle has no plans; build them with: python -m build_engines {bundle.path}"
+    for target, paths in plans.passports(bundle):
+        found = [plans.load(path) for path in paths]
+        problem = _problem(bundle, found, gpu, precision, batch_size)
+        if problem is None:
+            return tuple(found), ""
+        reason = f"plans/{target}: {problem}; {found[0].passport.rebuild(bundle.path)}"
+    return (), reason
+
+
+def _problem(
+    bundle: Bundle, found: list[Plan], gpu: Gpu, precision: str, batch_size: int | None
+) -> str | None:
+    for member, plan in zip(bundle.members, found, strict=True):
+        passport = plan.passport
+        if passport.precision != precision:
+            return f"it is {passport.precision}, not {precision}"
+        if problem := passport.problem(member, gpu, installed_version(passport.backend)):
+            return problem
+        if batch_size and batch_size > passport.max_batch:
+            return f"it takes at most {passport.max_batch} images a batch, not {batch_size}"
+    return None
+
+
+def installed_version(backend: str) -> str | None:
+    """Of TensorRT or TensorRT for RTX, without importing it."""
+    for name in _DISTRIBUTIONS[backend]:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None

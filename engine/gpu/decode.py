@@ -1,0 +1,272 @@
+"""Encoded bytes to pixels on the GPU: JPEG by DALI there, all else by the decoder process on the CPU.
+
+Which of the two an image gets depends on its own bytes and on what the run has recorded, never on load or
+time. nvJPEG gives no warnings: damage that it can decode through is scored. So each JPEG's structure is
+scanned, and one that is in doubt gets libjpeg-turbo's strict look instead, as does one that DALI refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.header import Header
+from engine.header.jpeg import in_doubt
+from engine.overlap import Meter
+from engine.preprocess import graph
+from engine.preprocess.stage import Preprocess
+from engine.records import Batch
+
+if TYPE_CHECKING:
+    from engine.gpu.slots import Slot
+
+LANES = 2  # pipelines that take turns: one decodes while the other is fed, and an error stays in its own
+SHARES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """What `engine.gpu.tuning` settles at the start of a run; recorded, and kept on resume."""
+
+    hw_decoder_load: float = 0.65
+    hybrid_huffman_threshold: int = 1_000_000  # pixels
+    width_hint: int = 0
+    height_hint: int = 0
+    cpu_share: float = 0.0  # of the JPEGs, by the length of the file
+
+    def on_gpu(self, data: bytes, header: Header) -> bool:
+        """Whether DALI decodes the image: a function of its bytes alone."""
+        if header.format != "jpeg" or header.layout.channels == 4:
+            return False
+        if (len(data) * 40_503) % SHARES < self.cpu_share * SHARES:  # Knuth's multiplicative hash
+            return False
+        return not in_doubt(data)
+
+
+class RefusedError(Exception):
+    """DALI could not decode a batch; it does not say which image."""
+
+
+class EncodedGraph:
+    """DALI from encoded JPEGs to uint8 [N, 1, H, W] on a GPU; `device_id` None is the CPU, for tests."""
+
+    def __init__(
+        self,
+        *,
+        size: tuple[int, int],
+        batch_size: int,
+        threads: int,
+        device_id: int | None,
+        decoding: Decoding,
+    ) -> None:
+        self._fed: list[npt.NDArray[np.uint8]] = []
+        os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "0")  # its words about single files
+        dali = graph.imported()
+        fn, types = dali.fn, dali.types
+        mixed = {
+            "device": "mixed",
+            "hw_decoder_load": decoding.hw_decoder_load,
+            "hybrid_huffman_threshold": decoding.hybrid_huffman_threshold,
+            "preallocate_width_hint": decoding.width_hint,
+            "preallocate_height_hint": decoding.height_hint,
+        }
+
+        def pixels() -> Any:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+            options = {"device": "cpu"} if device_id is None else mixed
+            gray = fn.decoders.image(encoded, output_type=types.GRAY, **options)
+            return graph.small_pixels(gray, *size, "cpu" if device_id is None else "gpu")
+
+        self._pipeline = dali.pipeline_def(pixels)(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device_id,
+            prefetch_queue_depth=1,
+            exec_dynamic=True,
+        )
+        self._pipeline.build()
+
+    def begin(self, images: Sequence[bytes]) -> None:
+        """Start on 1 to `batch_size` images; returns at once."""
+        self._fed = [np.frombuffer(image, np.uint8) for image in images]
+        self._pipeline.feed_input("encoded", self._fed)
+        self._pipeline.schedule_run()
+
+    def end(self) -> Any:
+        """DALI's output for what was begun; it stays valid while it is held. Raises RefusedError."""
+        try:
+            (output,) = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            raise RefusedError(" ".join(str(error).split())[-200:]) from None
+        finally:
+            self._pipeline.release_outputs()
+            self._fed = []
+        return output.as_tensor()
+
+
+@dataclass
+class DevicePixels:
+    """The pixels of k images on their way to a slot: those DALI decoded, then those of the CPU."""
+
+    decoded: list[Any]  # DALI tensors, uint8 [g, 1, H, W] each
+    host: npt.NDArray[np.uint8]  # [c, 1, H, W]
+
+    def copy_to(self, slot: Slot, stream: Any, cuda: Any) -> None:
+        """Into the first k places of `slot.pixels`, in the order of `stream`; must outlive that."""
+        import torch
+        from nvidia.dali.plugin.pytorch import feed_ndarray
+
+        start = 0
+        for tensor in self.decoded:
+            end = start + tensor.shape()[0]
+            feed_ndarray(tensor, slot.pixels[start:end], cuda_stream=stream)
+            start = end
+        count = len(self.host)
+        if count:
+            slot.staging[:count] = torch.from_numpy(self.host)
+            with cuda.stream(stream):
+                slot.pixels[start : start + count].copy_(slot.staging[:count], non_blocking=True)
+
+
+@dataclass
+class _Begun:
+    """A batch being decoded on both sides."""
+
+    batch: Batch
+    lane: EncodedGraph
+    on_gpu: list[int]  # positions
+    on_cpu: Future[npt.NDArray[np.uint8]]  # pixels of the positions that `batch.index` then names
+    index: npt.NDArray[np.intp]
+
+
+class GpuPreprocess:
+    """Fills in pixels on the GPU; its stage is for one thread. Owns the pipelines; `cpu` is the caller's."""
+
+    def __init__(
+        self,
+        cpu: Preprocess,
+        *,
+        size: tuple[int, int],
+        batch_size: int,
+        threads: int,
+        device_id: int | None,
+        decoding: Decoding,
+    ) -> None:
+        self._cpu, self._size = cpu, size
+        self.on_gpu = decoding.on_gpu
+        self._lanes = deque(
+            EncodedGraph(
+                size=size,
+                batch_size=batch_size,
+                threads=max(1, threads // LANES),
+                device_id=device_id,
+                decoding=decoding,
+            )
+            for _ in range(LANES)
+        )
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="cpu-decode")
+
+    @property
+    def crashes(self) -> int:
+        """How often the decoder process had to be started anew."""
+        return self._cpu.crashes
+
+    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
+        """Fill `device_pixels` and `index`; what can't be decoded gets its status."""
+        begun: deque[_Begun] = deque()
+        with meter.upstream(batches) as source:
+            for batch in source:
+                start = time.perf_counter()
+                begun.append(self._begin(batch))
+                meter.add(time.perf_counter() - start)
+                if len(begun) == LANES:
+                    yield self._end(begun.popleft(), meter)
+            while begun:
+                yield self._end(begun.popleft(), meter)
+
+    def _begin(self, batch: Batch) -> _Begun:
+        """Start both sides on their share of a batch."""
+        on_gpu = [position for position, there in enumerate(batch.on_gpu) if there]
+        on_cpu = [
+            position for position, header in enumerate(batch.headers) if header and not batch.on_gpu[position]
+        ]
+        lane = self._lanes[0]
+        self._lanes.rotate(-1)
+        if on_gpu:
+            lane.begin([batch.encoded[position] for position in on_gpu])
+        index = np.zeros(batch.rows, bool)
+        return _Begun(batch, lane, on_gpu, self._worker.submit(self._strict, batch, on_cpu, index), index)
+
+    def _strict(
+        self, batch: Batch, positions: list[int], decoded: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.uint8]:
+        """Decode `positions` strictly on the CPU; marks those that decoded, returns their pixels."""
+        pixels = np.empty((batch.rows, 1, *self._size), np.uint8)
+        decoded[self._cpu.decode(batch, positions, pixels)] = True
+        return pixels[decoded]
+
+    def _end(self, begun: _Begun, meter: Meter) -> Batch:
+        start = time.perf_counter()
+        batch = begun.batch
+        host, cpu_index = begun.on_cpu.result(), np.flatnonzero(begun.index)
+        tensors: list[Any] = []
+        gpu_index: list[int] = []
+        if begun.on_gpu:
+            try:
+                tensors, gpu_index = [begun.lane.end()], begun.on_gpu
+            except RefusedError:
+                refused: list[int] = []
+                self._apart(batch, begun.lane, begun.on_gpu, tensors, gpu_index, refused)
+                looked = np.zeros(batch.rows, bool)
+                host = np.concatenate(
+                    [host, self._worker.submit(self._strict, batch, refused, looked).result()]
+                )
+                cpu_index = np.concatenate([cpu_index, np.flatnonzero(looked)])
+        batch.index = np.concatenate([np.array(gpu_index, np.intp), cpu_index])
+        batch.device_pixels = DevicePixels(tensors, host)
+        batch.drop_encoded()
+        meter.add(time.perf_counter() - start)
+        return batch
+
+    def _apart(
+        self,
+        batch: Batch,
+        lane: EncodedGraph,
+        positions: list[int],
+        tensors: list[Any],
+        decoded: list[int],
+        refused: list[int],
+    ) -> None:
+        """Decode `positions`, which failed together, in halves, down to the images that DALI refuses alone.
+
+        Short of memory on the GPU, halves are what helps too.
+        """
+        if len(positions) == 1:
+            refused += positions
+            return
+        middle = len(positions) // 2
+        for half in (positions[:middle], positions[middle:]):
+            lane.begin([batch.encoded[position] for position in half])
+            try:
+                tensors.append(lane.end())
+                decoded += half
+            except RefusedError:
+                self._apart(batch, lane, half, tensors, decoded, refused)
+
+    def close(self) -> None:
+        self._worker.shutdown(cancel_futures=True)
+        self._lanes.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,75 @@
+"""The GPU that this process would use, or one line that says why there is none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import UsageError
+from engine.plans import Gpu
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_INSTALL = "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https://pypi.nvidia.com"
+_CPU = "or screen on the CPU with --device cpu"
+
+
+def gpu(index: int = 0) -> Gpu:
+    """GPU number `index`. Raises UsageError without PyTorch, CUDA, a driver new enough, or the GPU."""
+    cuda = _torch().cuda
+    try:
+        cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no driver, one that is too old, no device
+        reason = " ".join(str(error).split(". ")[0].split())[:200]
+        raise UsageError(f"no GPU: {reason} (driver: {driver() or 'none'}); install one, {_CPU}") from None
+    count = cuda.device_count()
+    if index >= count:
+        allowed = ", ".join(f"cuda:{number}" for number in range(count)) or "none is visible"
+        raise UsageError(f"--device cuda:{index}: there is no such GPU; allowed: {allowed}")
+    found = cuda.get_device_properties(index)
+    return Gpu(
+        name=found.name,
+        uuid=f"GPU-{found.uuid}",
+        capability=f"{found.major}.{found.minor}",
+        driver=driver() or "unknown",
+    )
+
+
+def present() -> bool:
+    """Whether there is a GPU at all: cheap, without importing anything."""
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
+def cuda_version() -> str | None:
+    """The CUDA release that PyTorch here is built for, None without PyTorch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.version.cuda
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's kernel driver, None without it."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
+    return found[1] if found else None
+
+
+def _torch() -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise UsageError(
+            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: {_INSTALL}, {_CPU}"
+        ) from None
+    if torch.version.cuda is None:
+        raise UsageError(
+            f"this PyTorch ({torch.__version__}) is built without CUDA; install it with: {_INSTALL}, {_CPU}"
+        )
+    return torch

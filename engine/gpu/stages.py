@@ -1,0 +1,194 @@
+"""The stages of a run on a GPU, opened: decoding, members, slots; tuned, checked on the bundle's canaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from engine.bundle import Bundle
+from engine.errors import EngineError, ParityError, UsageError
+from engine.gpu import tuning
+from engine.gpu.decode import Decoding, DevicePixels, GpuPreprocess
+from engine.gpu.step import GpuStep
+from engine.overlap import Meter
+from engine.preprocess.stage import Preprocess
+from engine.records import Batch, Part
+from engine.runners import Choice
+
+if TYPE_CHECKING:
+    from engine.pipeline import Opening
+
+CANARY_LIMIT = 5e-3  # largest difference in probability from the float32 reference
+
+
+def open_gpu(stack: ExitStack, opening: Opening) -> tuple[GpuPreprocess, GpuStep]:
+    """Open, tune and check the stages; what a resumed run has recorded is kept, the rest goes into `tuning`.
+
+    Graphs are captured before DALI starts. Out of memory halves the batch once, unless the run is resumed.
+    Raises ParityError when the canaries differ from their reference.
+    """
+    torch.cuda.set_device(opening.choice.index)
+    options, tuned = opening.run["result_options"], opening.run["tuning"]
+    asked = options["batch_size"]
+    try:
+        step = _open_step(stack, opening)
+    except torch.OutOfMemoryError:
+        if opening.resumed or asked == 1:
+            raise _no_memory(opening.choice, asked) from None
+        torch.cuda.empty_cache()
+        options["batch_size"], tuned["batch_size_asked"] = asked // 2, asked
+        opening.say(f"out of GPU memory with batches of {asked}: going on with {asked // 2}")
+        try:
+            step = _open_step(stack, opening)
+        except torch.OutOfMemoryError:
+            raise _no_memory(opening.choice, asked // 2) from None
+    tuned.setdefault("canaries", check_canaries(opening.models, step))
+    return _open_preprocess(stack, opening), step
+
+
+def _no_memory(choice: Choice, batch_size: int) -> EngineError:
+    name = choice.gpu.name if choice.gpu else choice.device
+    return EngineError(
+        f"{name} is out of memory with batches of {batch_size}; free some, or give a smaller --batch-size"
+    )
+
+
+def _open_step(stack: ExitStack, opening: Opening) -> GpuStep:
+    """Members and slots: as recorded, else compiled or not, at once or in turn, whatever is faster."""
+    tuned = opening.run["tuning"]
+    compile_too = (
+        opening.choice.runner == "torch"
+        and "compiled" not in tuned
+        and opening.run["rows"] >= tuning.TUNE_ROWS
+    )
+    if compile_too:
+        seconds = {}
+        for compiled in (False, True):
+            with ExitStack() as trial:
+                seconds[compiled] = _step(trial, opening, compiled=compiled).seconds_a_batch()
+        tuned["compiled"] = seconds[True] < seconds[False]
+        tuned["eager_ms"], tuned["compiled_ms"] = (round(1000 * seconds[name], 4) for name in (False, True))
+    tuned.setdefault("compiled", False)
+    with ExitStack() as opened:
+        step = _step(opened, opening, compiled=tuned["compiled"])
+        if "streams" not in tuned and opening.settings.streams is None and len(opening.models.members) > 1:
+            tuned["streams"] = step.choose_streams()
+        stack.push(opened.pop_all())
+    return step
+
+
+def _step(stack: ExitStack, opening: Opening, *, compiled: bool) -> GpuStep:
+    from engine.pipeline import open_members
+
+    settings, choice = opening.settings, opening.choice
+    recorded = opening.run["tuning"].get("streams", {}).get("concurrent", True)
+    step = GpuStep(
+        opening.models,
+        open_members(stack, opening, compiled=compiled),
+        batch_size=opening.run["result_options"]["batch_size"],
+        device=choice.device,
+        slots=settings.slots if settings.overlap else 1,
+        concurrent=recorded if settings.streams is None else settings.streams > 1,
+        graphs=settings.cuda_graph and choice.runner != "onnx",  # ONNX Runtime has a stream of its own
+    )
+    stack.callback(step.close)
+    return step
+
+
+def check_canaries(models: Bundle, step: GpuStep) -> float:
+    """Score the bundle's canaries and return the largest difference in probability from their reference.
+
+    Raises ParityError when it is over the limit: a plan that was never executed, or another precision.
+    """
+    try:
+        arrays = load_file(models.canaries.path)
+        pixels, expected = arrays["pixels"], arrays["probabilities"]
+    except (SafetensorError, KeyError, OSError) as error:
+        raise UsageError(
+            f"bundle {models.path}: its canaries can't be read ({error}); train it again"
+        ) from None
+    worst = 0.0
+    for batch in _canary_batches(pixels, step.batch_size):
+        for scored in step.stage(iter([batch]), Meter("canaries")):
+            assert scored.probabilities is not None
+            if scored.errors:
+                raise ParityError("a canary of the bundle has no score: a member gave what is not a number")
+            rows = expected[scored.start : scored.start + scored.rows]
+            worst = max(worst, float(np.abs(scored.probabilities - rows).max()))
+    if not worst <= CANARY_LIMIT:
+        raise ParityError(
+            f"the bundle's canaries differ from their float32 reference by {worst:.2g} in probability "
+            f"(allowed: {CANARY_LIMIT:g}): nothing was scored; --precision fp32 keeps full precision"
+        )
+    return worst
+
+
+def _canary_batches(pixels: Any, size: int) -> Iterator[Batch]:
+    part = Part(0, np.arange(len(pixels)), [None] * len(pixels), pa.table({}))
+    for start in range(0, len(pixels), size):
+        rows = pixels[start : start + size]
+        yield Batch(
+            part,
+            start,
+            np.zeros(len(rows), np.uint8),
+            np.zeros(len(rows), np.int32),
+            np.zeros(len(rows), np.int32),
+            index=np.arange(len(rows)),
+            device_pixels=DevicePixels([], np.ascontiguousarray(rows)),
+        )
+
+
+def _open_preprocess(stack: ExitStack, opening: Opening) -> GpuPreprocess:
+    """Decoding on both sides: as recorded, else tuned when the run is long enough."""
+    models, tuned, threads = opening.models, opening.run["tuning"], opening.workers
+    batch_size = opening.run["result_options"]["batch_size"]
+    cpu = stack.enter_context(
+        Preprocess(
+            size=models.size,
+            batch_size=min(batch_size, 4 * threads),
+            threads=threads,
+            decoding_bytes=opening.settings.limits.decoding_bytes,
+        )
+    )
+
+    def opened(decoding: Decoding) -> GpuPreprocess:
+        return GpuPreprocess(
+            cpu,
+            size=models.size,
+            batch_size=batch_size,
+            threads=threads,
+            device_id=opening.choice.index,
+            decoding=decoding,
+        )
+
+    def rate(decoding: Decoding) -> float:
+        with opened(decoding) as preprocess:
+            return tuning.rate_of(preprocess.stage, sample, decoding.on_gpu)
+
+    cpu.decoder.await_start()
+    if "decoding" not in tuned:
+        decoding = Decoding()
+        if opening.manifest is not None and opening.run["rows"] >= tuning.TUNE_ROWS:
+            opening.say("tuning the decoding on the first images")
+            sample = _first_batches(opening)
+            decoding, tuned["decoding_tried"] = tuning.tune(sample, rate)
+        tuned["decoding"] = asdict(decoding)
+    return stack.enter_context(opened(Decoding(**tuned["decoding"])))
+
+
+def _first_batches(opening: Opening) -> list[Batch]:
+    assert opening.manifest is not None
+    rows = tuning.SAMPLE_BATCHES * opening.run["result_options"]["batch_size"]
+    parts = opening.manifest.parts(rows, {0})
+    batches = list(opening.reader().stage(parts, Meter("tuning")))
+    for batch in batches:
+        batch.release()
+    return batches

@@ -1,0 +1,220 @@
+"""Compiled plans and their passports: what a plan was made from, for which machine, how well it agrees."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from engine.bundle import Bundle, Member
+from engine.errors import UsageError
+from engine.sink import write_json
+
+FORMAT = 1
+PLANS = "plans"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """What decides whether a plan fits: NVIDIA's names."""
+
+    name: str
+    uuid: str
+    capability: str  # "9.0"
+    driver: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """An optimization profile: batch sizes."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How a plan, or the graph it was made from, compares with the float32 reference on `images` images."""
+
+    executed: bool  # the plan itself; False: its FP16 graph, on ONNX Runtime
+    images: int
+    calibration: str  # where the images are from
+    max: float  # largest difference of a probability
+    mean: float
+    agreement: float  # of the arg max, among the `counted` images that are not close calls
+    counted: int
+    limit: float
+    agreement_limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.max <= self.limit and self.agreement >= self.agreement_limit  # False for NaN
+
+    @classmethod
+    def pending(cls, limit: float, agreement_limit: float) -> Parity:
+        """Of a plan that has not been compared yet: never passed."""
+        return cls(
+            executed=False,
+            images=0,
+            calibration="",
+            max=math.inf,
+            mean=math.inf,
+            agreement=0.0,
+            counted=0,
+            limit=limit,
+            agreement_limit=agreement_limit,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passport:
+    """`plans/<target>/<member>.json`."""
+
+    format: int
+    member: str
+    target: str  # name of the folder
+    backend: str  # "tensorrt" or "tensorrt_rtx"
+    frontend: str  # "onnx" or "torch-tensorrt"
+    precision: str  # "fp16" or "fp32"
+    reference_sha256: str  # of the member's float32 graph, as ensemble.json has it
+    source: str  # the file that was compiled, in the bundle
+    source_sha256: str
+    plan: str
+    plan_sha256: str
+    plan_bytes: int
+    version: str  # of `backend`
+    cuda: str | None
+    gpu: Gpu | None  # where it was built, None without one
+    compute_capabilities: tuple[str, ...]  # that it was built for
+    hardware_compatible: bool
+    version_compatible: bool
+    profiles: tuple[Profile, ...]
+    options: dict[str, Any]
+    layers: list[dict[str, Any]]  # name, type and precision of each
+    layers_from: str  # "network" or "engine inspector"
+    build_s: float
+    built: str  # ISO 8601, UTC
+    parity: Parity
+
+    @property
+    def max_batch(self) -> int:
+        return max(profile.max for profile in self.profiles)
+
+    def rebuild(self, bundle: Path) -> str:
+        """What to do about a plan that does not fit."""
+        precision = "" if self.precision == "fp16" else f" --precision {self.precision}"
+        return f"build it again with: python -m build_engines {bundle} --target {self.backend}{precision}"
+
+    def problem(self, member: Member, gpu: Gpu, version: str | None) -> str | None:
+        """Why the plan can't run `member` on `gpu` under `version` of its backend; None when it can."""
+        if self.reference_sha256 != member.files["onnx"].sha256:
+            return "it was made from another model"
+        if version is None:
+            return f"{self.backend} is not installed"
+        same = version == self.version
+        if not same and not (self.version_compatible and _major(version) == _major(self.version)):
+            return f"it was built by {self.backend} {self.version}, here is {version}"
+        if gpu.capability in self.compute_capabilities:
+            return None
+        if self.hardware_compatible and _ampere_or_newer(gpu.capability, *self.compute_capabilities):
+            return None
+        capabilities = ", ".join(self.compute_capabilities)
+        return f"it was built for compute capability {capabilities}, this GPU has {gpu.capability}"
+
+
+def _major(version: str) -> str:
+    return version.split(".")[0]
+
+
+def _ampere_or_newer(*capabilities: str) -> bool:
+    return all(float(capability) >= 8 for capability in capabilities)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan on disk."""
+
+    path: Path
+    passport: Passport
+
+    def with_facts(self, **changed: Any) -> Plan:
+        """The same plan; `changed` fields of its passport."""
+        return replace(self, passport=replace(self.passport, **changed))
+
+    def read(self) -> bytes:
+        """The plan, if its bytes are those the passport names. Raises UsageError."""
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise UsageError(f"plan {self.path}: {error.strerror}") from None
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != self.passport.plan_sha256:
+            raise UsageError(
+                f"plan {self.path}: altered: sha256 is {digest[:12]}, its passport says "
+                f"{self.passport.plan_sha256[:12]}"
+            )
+        return data
+
+
+def write(folder: Path, passport: Passport) -> None:
+    write_json(folder / f"{passport.member}.json", asdict(passport))
+
+
+def load(path: Path) -> Plan:
+    """A passport and where its plan is. Raises UsageError, one line, for one that makes no sense."""
+    try:
+        data = json.loads(path.read_bytes())
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"not a passport of format {FORMAT}")
+        passport = _parse(data)
+    except OSError as error:
+        raise UsageError(f"plan {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"plan {path}: {' '.join(str(error).split())[:200]}") from None
+    return Plan(path.parent / passport.plan, passport)
+
+
+def _parse(data: dict[str, Any]) -> Passport:
+    known = {field.name for field in fields(Passport)}
+    if set(data) != known:
+        raise ValueError(f"fields {', '.join(sorted(set(data) ^ known))} are missing or unknown")
+    passport = Passport(
+        **data
+        | {
+            "gpu": Gpu(**data["gpu"]) if data["gpu"] else None,
+            "profiles": tuple(Profile(**profile) for profile in data["profiles"]),
+            "compute_capabilities": tuple(data["compute_capabilities"]),
+            "parity": Parity(**data["parity"]),
+        }
+    )
+    if Path(passport.plan).name != passport.plan:
+        raise ValueError(f"plan {passport.plan!r} is not the name of a file beside the passport")
+    if passport.backend not in ("tensorrt", "tensorrt_rtx") or not passport.profiles:
+        raise ValueError(f"backend {passport.backend!r}, profiles {passport.profiles!r}")
+    for number in (passport.max_batch, passport.parity.limit, passport.parity.max, passport.parity.agreement):
+        if type(number) not in (int, float):
+            raise ValueError(f"{number!r} is not a number")
+    if not all(isinstance(text, str) and text.count(".") == 1 for text in passport.compute_capabilities):
+        raise ValueError(f"compute capabilities {passport.compute_capabilities!r}")
+    return passport
+
+
+def passports(bundle: Bundle) -> Iterator[tuple[str, list[Path]]]:
+    """The targets of a bundle that have a passport for every member, newest first."""
+    folder = bundle.path / PLANS
+    if not folder.is_dir():
+        return
+    targets = sorted((path for path in folder.iterdir() if path.is_dir()), key=_age, reverse=True)
+    for target in targets:
+        paths = [target / f"{member.name}.json" for member in bundle.members]
+        if all(path.is_file() for path in paths):
+            yield target.name, paths
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime

@@ -1,0 +1,180 @@
+"""The TensorRT back end: a member from its plan. TensorRT and TensorRT for RTX share one Python API."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from engine.bundle import Bundle, Member
+from engine.errors import EngineError, UsageError
+from engine.plans import Plan
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+    import torch
+
+T = TypeVar("T")
+
+# TensorRT for RTX has a metapackage on top of its bindings, which can do without it
+_MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+_INSTALL = {
+    "tensorrt": "pip install '.[gpu]' --extra-index-url https://pypi.nvidia.com",
+    "tensorrt_rtx": "pip install '.[build]'",
+}
+
+
+class Backend:
+    """One of the two TensorRT packages, imported, with a logger that keeps what it was told.
+
+    Raises UsageError when the package is missing or broken.
+    """
+
+    if TYPE_CHECKING:
+        import tensorrt as trt
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.trt = _imported(name)  # type: ignore[assignment,misc,unused-ignore]
+        self.logger = _logger(self.trt)
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    def checked(self, result: T | None, what: str) -> T:
+        """`result`, unless it is None, False or a negative index: TensorRT's ways to say that `what` failed.
+
+        Raises EngineError with TensorRT's own last words.
+        """
+        if result is None or result is False or (isinstance(result, int) and result < 0):
+            said = self.logger.errors[-1:] or ["no reason given"]
+            raise EngineError(f"{self.name} {self.version}: {what} failed: {said[0]}")
+        return result
+
+
+def _imported(name: str) -> Any:
+    reason = ""
+    for module in _MODULES[name]:
+        try:
+            found = importlib.import_module(module)
+        except Exception as error:  # its loader raises many types: missing libraries, another CUDA, no driver
+            reason = reason or " ".join(f"{error}".split())[:160]
+        else:
+            return found
+    raise UsageError(f"{name} can't be imported ({reason}); install it with: {_INSTALL[name]}") from None
+
+
+def _logger(module: Any) -> Any:
+    """TensorRT wants a subclass of its own class, which exists only once it is imported."""
+
+    class Logger(module.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            with contextlib.suppress(Exception):  # called from C++, where nothing may be raised
+                text = " ".join(message.split())[:300]
+                if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
+                    self.errors.append(text)
+                elif severity == module.ILogger.WARNING:
+                    self.warnings.append(text)
+
+    return Logger()
+
+
+def deserialize(backend: Backend, plan: bytes) -> trt.ICudaEngine:
+    """The engine of a serialized plan on the current GPU. Raises EngineError."""
+    runtime = backend.checked(backend.trt.Runtime(backend.logger), "starting the runtime")
+    return backend.checked(runtime.deserialize_cuda_engine(plan), "loading the plan")
+
+
+def io_names(backend: Backend, engine: trt.ICudaEngine) -> tuple[str, str]:
+    """The names of the one input and the one output, which are whatever the graph's author chose."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    mode = backend.trt.TensorIOMode
+    inputs = [name for name in names if engine.get_tensor_mode(name) == mode.INPUT]
+    outputs = [name for name in names if engine.get_tensor_mode(name) == mode.OUTPUT]
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise EngineError(f"the plan has inputs {inputs} and outputs {outputs}; expected one of each")
+    return inputs[0], outputs[0]
+
+
+class TensorRTRunner:
+    """One engine, and an execution context for each pair of buffers it is given: they can't share one."""
+
+    def __init__(self, member: Member, bundle: Bundle, plan: Plan) -> None:
+        self.name = member.name
+        self._shape, self._classes = bundle.size, len(bundle.classes)
+        self._backend = Backend(plan.passport.backend)
+        self.versions = {self._backend.name: self._backend.version}
+        try:
+            self._engine = deserialize(self._backend, plan.read())
+            self._input, self._output = io_names(self._backend, self._engine)
+            self._check_types()
+        except EngineError as error:
+            raise UsageError(f"plan {plan.path}: {error}; {plan.passport.rebuild(bundle.path)}") from None
+        self._contexts: dict[tuple[int, int], trt.IExecutionContext] = {}
+
+    def _check_types(self) -> None:
+        height, width = self._shape
+        trt = self._backend.trt
+        found = {
+            name: (self._engine.get_tensor_dtype(name), tuple(self._engine.get_tensor_shape(name))[1:])
+            for name in (self._input, self._output)
+        }
+        wanted = {
+            self._input: (trt.DataType.UINT8, (1, height, width)),
+            self._output: (trt.DataType.FLOAT, (self._classes,)),
+        }
+        if found != wanted:
+            raise EngineError(f"its tensors are {found}, not {wanted}")
+
+    @property
+    def input_shape(self) -> tuple[int, int]:
+        return self._shape
+
+    def enqueue(self, pixels: torch.Tensor, logits: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """uint8 [B, 1, H, W] to float32 [B, C], both on the device, in the order of `stream`."""
+        key = (pixels.data_ptr(), logits.data_ptr())
+        context = self._contexts.get(key) or self._contexts.setdefault(
+            key, self._context(pixels, logits, stream)
+        )
+        self._backend.checked(context.execute_async_v3(stream.cuda_stream), f"running {self.name}")
+
+    def _context(
+        self, pixels: torch.Tensor, logits: torch.Tensor, stream: torch.cuda.Stream
+    ) -> trt.IExecutionContext:
+        checked = self._backend.checked
+        context = checked(self._engine.create_execution_context(), "making an execution context")
+        profile = self._profile(len(pixels))
+        checked(context.set_optimization_profile_async(profile, stream.cuda_stream), "choosing the profile")
+        checked(context.set_input_shape(self._input, tuple(pixels.shape)), f"the shape {tuple(pixels.shape)}")
+        checked(context.set_tensor_address(self._input, pixels.data_ptr()), "binding the pixels")
+        checked(context.set_tensor_address(self._output, logits.data_ptr()), "binding the logits")
+        if missing := context.infer_shapes():
+            raise EngineError(f"{self.name}: the shapes of {', '.join(missing)} are not known")
+        return context
+
+    def _profile(self, batch_size: int) -> int:
+        """The profile with the smallest largest batch that takes `batch_size`."""
+        limits = [
+            (int(self._engine.get_tensor_profile_shape(self._input, index)[2][0]), index)
+            for index in range(self._engine.num_optimization_profiles)
+        ]
+        fits = [index for largest, index in sorted(limits) if largest >= batch_size]
+        if not fits:
+            raise UsageError(f"{self.name}: its plan takes at most {max(limits)[0]} images, not {batch_size}")
+        return fits[0]
+
+    def close(self) -> None:
+        self._contexts.clear()
+        del self._engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
