@@ -39,8 +39,9 @@ def _fuse_row(  # type: ignore[no-untyped-def]
     odd = tl.zeros([block], tl.int32)  # logits that are no numbers
     for member in tl.static_range(members):
         raw = tl.load(logits + (member * rows + row) * classes + column, mask=real, other=float("-inf"))
-        odd += (real & ((raw != raw) | (tl.abs(raw) == float("inf")))).to(tl.int32)
-        scaled = raw / tl.load(temperatures + member)
+        wrong = real & ((raw != raw) | (tl.abs(raw) == float("inf")))
+        odd += wrong.to(tl.int32)
+        scaled = tl.where(wrong, 0.0, raw) / tl.load(temperatures + member)
         grown = tl.exp(scaled - tl.max(scaled, 0))
         share = grown / tl.sum(grown, 0)
         tl.store(out + member * classes + column, share, mask=real)

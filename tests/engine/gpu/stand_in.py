@@ -1,0 +1,208 @@
+"""A stand-in for `torch.cuda` on the CPU that checks the order of accesses.
+
+Work on a stream does not run when it is launched, but when the host waits for an event that needs it, in an
+order drawn at random among those that streams and events allow. So what is read too early is stale. And two
+accesses to one buffer, one of them a write, that nothing orders raise OrderError when the second is launched.
+
+Knows what the GPU step uses: streams, events, graphs and `Tensor.copy_` under a stream; kernels are launched
+through `launch`, which is told what they read and write.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Self
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Span = tuple[int, int]  # addresses of a tensor's bytes
+
+
+class OrderError(AssertionError):
+    """Two accesses to one buffer that nothing orders, or a capture that is not joined."""
+
+
+class Work:
+    """One piece of work, and all that has to be over before it starts."""
+
+    def __init__(
+        self, run: Callable[[], None], before: Iterable[Work], reads: set[Span], writes: set[Span]
+    ) -> None:
+        self.run, self.reads, self.writes = run, reads, writes
+        self.before = set(before)
+        self.ancestors = self.before.union(*(work.ancestors for work in self.before))
+        self.ran = self.seen_by_host = False
+
+
+class Stream:
+    def __init__(self, cuda: StandIn) -> None:
+        self._cuda = cuda
+        self.last: set[Work] = set()  # what the next work on this stream comes after
+        self.cuda_stream = id(self)
+
+    def wait_event(self, event: Event) -> None:
+        self._cuda.waits += 1
+        if self._cuda.waits != self._cuda.drop_wait:
+            self.last = self.last | event.after
+
+    def wait_stream(self, stream: Stream) -> None:
+        self.last = self.last | stream.last
+
+
+class Event:
+    def __init__(self, cuda: StandIn) -> None:
+        self._cuda = cuda
+        self.after: set[Work] = set()
+
+    def record(self, stream: Stream) -> None:
+        self.after = set(stream.last)
+
+    def synchronize(self) -> None:
+        self._cuda.syncs += 1
+        if self._cuda.syncs != self._cuda.drop_sync:
+            self._cuda.run_until(self.after)
+
+
+class Graph:
+    """Work captured on some streams; each replay is the same work again, after what the stream holds then."""
+
+    def __init__(self, cuda: StandIn) -> None:
+        self._cuda = cuda
+        self.captured: list[Work] = []
+
+    def replay(self) -> None:
+        stream = self._cuda.current
+        again: dict[Work, Work] = {}
+        for work in self.captured:  # in the order of capture, which is one of those allowed
+            inside = {again[before] for before in work.before if before in again}
+            again[work] = self._cuda.add(work.run, inside or stream.last, work.reads, work.writes)
+        ends = set(again.values()) - {before for work in again.values() for before in work.before}
+        stream.last = ends or stream.last
+
+
+class StandIn(TorchDispatchMode):
+    """Use as `with StandIn(seed) as cuda: GpuStep(..., cuda=cuda)`.
+
+    `drop_wait` and `drop_sync` leave out the n-th wait of a stream, or of the host: for tests of this file.
+    """
+
+    nvtx = type("nvtx", (), {"range": staticmethod(lambda *_: nullcontext())})
+
+    def __init__(self, seed: int, *, drop_wait: int = 0, drop_sync: int = 0) -> None:
+        super().__init__()
+        self._random = random.Random(seed)
+        self._pending: list[Work] = []
+        self._launched: list[Work] = []  # and not known to the host to be over
+        self._capturing: Graph | None = None
+        self.drop_wait, self.drop_sync = drop_wait, drop_sync
+        self.waits = self.syncs = 0
+        self._streams: list[Stream] = []
+        self.default = self.Stream()
+        self.current = self.default
+
+    def Stream(self, device: object = None) -> Stream:  # noqa: N802 - torch.cuda's name
+        self._streams.append(Stream(self))
+        return self._streams[-1]
+
+    def Event(self, *, blocking: bool = False, enable_timing: bool = False) -> Event:  # noqa: N802
+        return Event(self)
+
+    def CUDAGraph(self) -> Graph:  # noqa: N802
+        return Graph(self)
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: Graph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        self._capturing = graph
+        before = {one: one.last for one in self._streams}
+        graph.captured = [Work(lambda: None, (), set(), set())]
+        stream.last = set(graph.captured)
+        with self.stream(stream):
+            yield
+        self._capturing = None
+        ends = set(graph.captured) - {before for work in graph.captured for before in work.before}
+        if not ends <= stream.last:
+            raise OrderError("a captured stream was not joined")
+        for one, last in before.items():  # a capture runs nothing
+            one.last = last
+
+    def synchronize(self) -> None:
+        self.run_until(set(self._pending))
+
+    def launch(
+        self, run: Callable[[], None], *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
+    ) -> None:
+        """A kernel on the current stream."""
+        stream = self.current
+        work = self.add(run, stream.last, {_span(x) for x in reads}, {_span(x) for x in writes})
+        stream.last = {work}
+
+    def add(
+        self, run: Callable[[], None], before: Iterable[Work], reads: set[Span], writes: set[Span]
+    ) -> Work:
+        work = Work(run, before, reads, writes)
+        if self._capturing:
+            if self._capturing.captured[0] not in work.ancestors:
+                raise OrderError("a stream that is not part of the capture")
+            self._capturing.captured.append(work)
+            return work
+        self._launched = [other for other in self._launched if not other.seen_by_host]
+        for other in self._launched:
+            if other not in work.ancestors and _conflict(work, other):
+                raise OrderError("two accesses to one buffer are not ordered")
+        self._launched.append(work)
+        self._pending.append(work)
+        return work
+
+    def run_until(self, wanted: set[Work]) -> None:
+        """Run all of `wanted` and what comes before; now and then, as a GPU would, something else too."""
+        needed = wanted.union(*(work.ancestors for work in wanted))
+        while any(not work.ran for work in needed):
+            ready = [work for work in self._pending if all(before.ran for before in work.before)]
+            assert any(work in needed for work in ready), "it waits for what was never launched"
+            work = self._random.choice(ready)
+            if work in needed or self._random.random() < 0.3:
+                with self.stream(self.default):
+                    work.run()
+                work.ran = True
+                self._pending.remove(work)
+        for work in needed:
+            work.seen_by_host = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and self.current is not self.default:
+            target, source = args[:2]
+
+            def copy() -> None:
+                func(target, source)
+
+            self.launch(copy, reads=[source], writes=[target])
+            return target
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
+
+def _span(tensor: torch.Tensor) -> Span:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+
+def _conflict(one: Work, other: Work) -> bool:
+    """Whether they touch the same bytes and one of them writes."""
+    pairs = [(a, b) for a in one.writes for b in other.writes | other.reads]
+    pairs += [(a, b) for a in one.reads for b in other.writes]
+    return any(a[0] < b[1] and b[0] < a[1] for a, b in pairs)
