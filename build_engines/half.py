@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
 from engine.errors import EngineError, UsageError
@@ -25,15 +26,22 @@ def half_graph(data: bytes) -> bytes:
         raise UsageError(
             f"onnxconverter-common can't be imported ({error}); install it with: pip install '.[build]'"
         ) from None
-    model = onnx.load_model_from_string(data)
     try:
+        model = onnx.load_model_from_string(data)
+        for number, node in enumerate(model.graph.node):
+            node.name = node.name or f"node_{number}"  # the converter tells nodes apart by their names
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of each weight that FP16 can't hold: parity is measured
             half = float16.convert_float_to_float16(
                 model, keep_io_types=True, max_finite_val=_LARGEST, node_block_list=_before_weights(model)
             )
         onnx.checker.check_model(half, full_check=True)
-    except (ValueError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (
+        ValueError,
+        DecodeError,
+        onnx.checker.ValidationError,
+        onnx.shape_inference.InferenceError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise EngineError(f"the graph can't be converted to FP16: {reason}") from None
     if wide := _wide(half):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +35,12 @@ def calibration_pixels(bundle: Bundle, options: Options) -> tuple[Pixels, str]:
     if options.calibration is None:
         canaries = load_file(bundle.canaries.path)["pixels"]
         return np.concatenate([canaries, canaries[..., ::-1], canaries[:, :, ::-1]]), "synthetic canaries"
-    manifest = open_manifest(options.calibration)
-    every = max(1, manifest.rows // options.calibration_images)
-    paths = [path for part in manifest.parts(1024) for path in part.paths if path]
+    if not options.calibration.exists():
+        raise UsageError(f"--calibration {options.calibration}: no such file or folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        manifest = open_manifest(options.calibration, listing=Path(scratch) / "listing.parquet")
+        paths = [path for part in manifest.parts(1024) for path in part.paths if path]
+    every = max(1, len(paths) // options.calibration_images)
     chosen = [manifest.root / path for path in paths[::every][: options.calibration_images]]
     loaded = load_pixels(chosen, size=bundle.size)
     if not len(loaded.pixels):
@@ -43,7 +48,7 @@ def calibration_pixels(bundle: Bundle, options: Options) -> tuple[Pixels, str]:
         raise UsageError(
             f"--calibration {options.calibration}: no image can be read; the first is {status}: {error}"
         )
-    return loaded.pixels, str(options.calibration.name)
+    return loaded.pixels, "images given"  # a folder's name may be a patient's
 
 
 def in_batches(infer: Callable[[Pixels], Floats], pixels: Pixels) -> Floats:

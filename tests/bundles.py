@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
+from engine.ensemble import fuse
+
 CLASSES = ("normal", "osteopenia", "osteoporosis")
+REAL_WEIGHTS = {"resnet50": 0.4, "inception_v3": 0.6}
 
 
 def write_member(path: Path, *, size: tuple[int, int], classes: int, seed: int) -> None:
@@ -62,7 +68,7 @@ def write_bundle(
                 "files": {"onnx": _file(folder, f"{name}.onnx")},
             }
         )
-    save_file({"pixels": np.zeros((1, 1, *size), np.uint8)}, folder / "canaries" / "canaries.safetensors")
+    _write_canaries(folder, size, weights, temperature)
     description = {
         "format": 1,
         "classes": list(classes),
@@ -75,6 +81,41 @@ def write_bundle(
     }
     (folder / "ensemble.json").write_text(json.dumps(description))
     return folder
+
+
+def write_real_bundle(target: Path, images: Sequence[Path]) -> Path:
+    """ResNet50 and InceptionV3, seeded, with statistics of real pixels and heads that react to them."""
+    from engine.preprocess.stage import load_pixels
+    from training import export, features, heads, models
+
+    pixels = load_pixels(images).pixels
+    members = []
+    for seed, (name, weight) in enumerate(REAL_WEIGHTS.items()):
+        network = models.build(name, classes=len(CLASSES), weights="none", seed=seed)
+        features.calibrate_batch_norm(network, pixels)
+        with torch.inference_mode():
+            found = network.features(torch.from_numpy(pixels))
+        heads.fold(network.head, *heads.standardisation(found))
+        members.append(export.Member(name=name, architecture=name, weight=weight, network=network))
+    export.write_bundle(target, members, classes=CLASSES, canaries=pixels, check=pixels[:4], training={})
+    return target
+
+
+def _write_canaries(
+    folder: Path, size: tuple[int, int], weights: tuple[float, ...], temperature: float
+) -> None:
+    """As training does it: what the members say of 12 images, here of noise."""
+    pixels = np.random.default_rng(12).integers(0, 256, (12, 1, *size), np.uint8)
+    sessions = [
+        onnxruntime.InferenceSession(folder / f"member{index}.onnx", providers=["CPUExecutionProvider"])
+        for index in range(len(weights))
+    ]
+    logits = np.stack([session.run(None, {"pixels": pixels})[0] for session in sessions])
+    _, probabilities = fuse(
+        logits, weights=weights, temperatures=[1.0] * len(weights), temperature=temperature
+    )
+    arrays = {"pixels": pixels, "logits": logits, "probabilities": probabilities}
+    save_file(arrays, folder / "canaries" / "canaries.safetensors")
 
 
 def _file(folder: Path, name: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
 
 import training  # before torch: it sets how torch's threads wait
-from tests.bundles import write_bundle
+from tests.bundles import write_bundle, write_real_bundle
 
 ROOT = Path(training.__file__).parents[1]
 
@@ -25,6 +25,14 @@ ROOT = Path(training.__file__).parents[1]
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-member bundle of 64 x 64 pixels; read-only for tests."""
     return write_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both real networks at 224 x 224; read-only for tests."""
+    folder = tmp_path_factory.mktemp("real")
+    images = sorted(write_images(folder / "images", 24).iterdir())
+    return write_real_bundle(folder / "bundle", images)
 
 
 @pytest.fixture

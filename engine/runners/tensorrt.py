@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from engine.bundle import Bundle, Member
@@ -41,6 +42,11 @@ class Backend:
     @property
     def version(self) -> str:
         return str(self.trt.__version__)
+
+    @cached_property
+    def runtime(self) -> trt.Runtime:
+        """One for all engines, which it has to outlive."""
+        return self.checked(self.trt.Runtime(self.logger), "starting the runtime")
 
     def checked(self, result: T | None, what: str) -> T:
         """`result`, unless it is None, False or a negative index: TensorRT's ways to say that `what` failed.
@@ -87,8 +93,7 @@ def _logger(module: Any) -> Any:
 
 def deserialize(backend: Backend, plan: bytes) -> trt.ICudaEngine:
     """The engine of a serialized plan on the current GPU. Raises EngineError."""
-    runtime = backend.checked(backend.trt.Runtime(backend.logger), "starting the runtime")
-    return backend.checked(runtime.deserialize_cuda_engine(plan), "loading the plan")
+    return backend.checked(backend.runtime.deserialize_cuda_engine(plan), "loading the plan")
 
 
 def io_names(backend: Backend, engine: trt.ICudaEngine) -> tuple[str, str]:

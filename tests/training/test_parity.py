@@ -7,38 +7,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-import pytest
 import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
 from engine.preprocess.stage import load_pixels
-from tests.conftest import Command, write_images
+from tests.bundles import CLASSES, REAL_WEIGHTS
+from tests.conftest import Command
 from tests.tolerances import PARITY
-from training import export, features, heads, models
-
-CLASSES = ("normal", "osteopenia", "osteoporosis")
-WEIGHTS = {"resnet50": 0.4, "inception_v3": 0.6}
-
-
-@pytest.fixture(scope="module")
-def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both networks, seeded, with statistics of real pixels and heads that react to them."""
-    folder = tmp_path_factory.mktemp("real")
-    images = sorted(write_images(folder / "images", 24).iterdir())
-    pixels = load_pixels(images).pixels
-    members = []
-    for seed, (name, weight) in enumerate(WEIGHTS.items()):
-        network = models.build(name, classes=len(CLASSES), weights="none", seed=seed)
-        features.calibrate_batch_norm(network, pixels)
-        with torch.inference_mode():
-            found = network.features(torch.from_numpy(pixels))
-        heads.fold(network.head, *heads.standardisation(found))
-        members.append(export.Member(name=name, architecture=name, weight=weight, network=network))
-    target = folder / "bundle"
-    export.write_bundle(target, members, classes=CLASSES, canaries=pixels, check=pixels[:4], training={})
-    return target
 
 
 def plain_pytorch(bundle: Path, paths: list[Path]) -> np.ndarray:
@@ -46,7 +23,7 @@ def plain_pytorch(bundle: Path, paths: list[Path]) -> np.ndarray:
     pixels = torch.from_numpy(load_pixels(paths).pixels)
     images = (pixels.float() / 255).repeat(1, 3, 1, 1)
     total = torch.zeros(len(paths), len(CLASSES))
-    for name, weight in WEIGHTS.items():
+    for name, weight in REAL_WEIGHTS.items():
         if name == "resnet50":
             model = torchvision.models.resnet50()
         else:

@@ -20,6 +20,8 @@ from engine.records import Batch, Part, Status
 from engine.runners.onnx import OnnxRunner
 from tests.engine.gpu.stand_in import OrderError, StandIn
 
+pytestmark = pytest.mark.usefixtures("launched_fusion")
+
 BATCH, ROWS = 4, 19
 
 
@@ -79,21 +81,6 @@ def scores(models: Bundle, pixels: np.ndarray, cuda: StandIn, make=GpuStep, **op
         assert seen == sorted(seen)
         step.close()
     return found
-
-
-@pytest.fixture(autouse=True)
-def launched_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real kernel, in Triton's interpreter, launched on the stand-in's stream."""
-    from engine.gpu import step
-
-    class Launched(step.Fusion):
-        def enqueue(self, logits: torch.Tensor, packed: torch.Tensor) -> None:
-            run = super().enqueue
-            cuda = torch.utils._python_dispatch._get_current_dispatch_mode()
-            assert isinstance(cuda, StandIn)
-            cuda.launch(lambda: run(logits, packed), reads=[logits], writes=[packed])
-
-    monkeypatch.setattr(step, "Fusion", Launched)
 
 
 def is_noticed(run: Callable[[], np.ndarray], expected: np.ndarray) -> bool:

@@ -1,0 +1,91 @@
+"""The whole GPU path through the pipeline, on the stand-in for CUDA and with DALI's CPU decoders."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from engine import bundle as bundles
+from engine.errors import ParityError
+from engine.gpu.decode import Decoding, GpuPreprocess
+from engine.gpu.stages import CANARY_LIMIT, check_canaries
+from engine.gpu.step import GpuStep
+from engine.pipeline import Stages, screen
+from engine.preprocess.stage import Preprocess
+from engine.runners.onnx import OnnxRunner
+from engine.settings import Settings
+from tests.conftest import write_images
+from tests.engine.gpu.stand_in import StandIn
+from tests.engine.gpu.test_step import Member
+
+pytestmark = pytest.mark.usefixtures("launched_fusion")
+
+
+def stages_on(cuda: StandIn) -> type[Stages]:
+    class StandInStages(Stages):
+        def open(self, stack: ExitStack) -> None:
+            opening = self.opening
+            batch_size = opening.run["result_options"]["batch_size"]
+            models = opening.models
+            members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
+            self.step = GpuStep(models, members, batch_size=batch_size, device="cpu", cuda=cuda)
+            check_canaries(models, self.step)
+            cpu = Preprocess(size=models.size, batch_size=8, threads=2, decoding_bytes=1 << 28)
+            stack.enter_context(cpu)
+            self.preprocess = stack.enter_context(
+                GpuPreprocess(
+                    cpu,
+                    size=models.size,
+                    batch_size=batch_size,
+                    threads=2,
+                    device_id=None,
+                    decoding=Decoding(cpu_share=0.3),
+                )
+            )
+
+    return StandInStages
+
+
+def rows_of(output: Path) -> pd.DataFrame:
+    return pd.concat(pd.read_parquet(path) for path in sorted(output.glob("part-*.parquet")))
+
+
+def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
+    archive = write_images(tmp_path / "archive", 45)
+    (archive / "image-07-cut.jpg").write_bytes((archive / "image-07.jpg").read_bytes()[:400])
+    (archive / "image-09-text.png").write_text("no image")
+    settings = {"manifest": archive, "bundle": bundle, "batch_size": 8, "part_rows": 16}
+    screen(Settings(output=tmp_path / "cpu", **settings))
+    with StandIn(5) as cuda:
+        summary = screen(Settings(output=tmp_path / "gpu", **settings), stages_of=stages_on(cuda))
+    assert (summary.rows, summary.errors) == (47, 2)
+    expected, found = rows_of(tmp_path / "cpu"), rows_of(tmp_path / "gpu")
+    exact = ["row", "path", "status", "error", "width", "height", "prediction"]
+    pd.testing.assert_frame_equal(found[exact], expected[exact])
+    scores = [name for name in expected if "p_" in name] + ["confidence"]
+    png = expected.path.str.endswith(".png")
+    assert np.allclose(found[png][scores], expected[png][scores], atol=1e-6, equal_nan=True)
+    assert np.allclose(found[scores], expected[scores], atol=0.02, equal_nan=True)  # two JPEG decoders
+
+
+def test_canaries_that_differ_stop_the_run_before_anything_is_scored(tmp_path, bundle):
+    class Shifted(Member):
+        def enqueue(self, pixels, logits, stream):
+            super().enqueue(pixels, logits, stream)
+            with self._cuda.stream(stream):
+                self._cuda.launch(lambda: logits[:, 0].add_(0.1), reads=[], writes=[logits])
+
+    models = bundles.load(bundle)
+    with StandIn(1) as cuda:
+        for kind, passes in ((Member, True), (Shifted, False)):
+            members = [kind(OnnxRunner(member, models), cuda) for member in models.members]
+            step = GpuStep(models, members, batch_size=8, device="cpu", cuda=cuda)
+            if passes:
+                assert check_canaries(models, step) < 1e-6
+                continue
+            with pytest.raises(ParityError, match=f"allowed: {CANARY_LIMIT}"):
+                check_canaries(models, step)
