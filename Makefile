@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test lint benchmarks fuzz clean
+# on a GPU machine: any Python that has what the extra gpu lists
+GPU_PYTHON ?= python3
+
+.PHONY: run test lint benchmarks gpu-proof fuzz clean
 
 run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
 	$(BIN)/python -m engine.run demo/archive/manifest.csv -b demo/bundle -o demo/results
@@ -24,6 +27,12 @@ benchmarks: .venv/training.stamp demo/bundle/ensemble.json
 	$(BIN)/python -m benchmarks throughput -b demo/bundle --null
 	$(BIN)/python -m benchmarks memory -b demo/bundle
 	$(BIN)/python -m benchmarks damage -b demo/bundle
+
+# no test may skip for want of a GPU; the JSON goes to benchmarks/results
+gpu-proof:
+	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/engine/gpu
+	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest -m gpu --ignore tests/engine/gpu
+	$(GPU_PYTHON) -m benchmarks gpu
 
 fuzz: .venv/dev.stamp
 	$(BIN)/python -m tests.fuzz --count 20000

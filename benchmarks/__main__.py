@@ -14,6 +14,7 @@ from benchmarks import damage, memory, throughput, training
 from benchmarks.record import ROOT
 from engine.errors import EngineError
 
+SECTIONS = ("members", "decode", "end to end", "peers", "tensorrt")
 Names = Any  # what argparse's add_subparsers gives
 
 
@@ -52,6 +53,27 @@ def training_of(names: Names) -> None:
     _output(one, training.main)
 
 
+def gpu_of(names: Names) -> None:
+    one = names.add_parser("gpu", help="the GPU proof kit: members, decoding, end to end, peers, TensorRT")
+    one.add_argument("--device", default="cuda:0", help="(%(default)s); cpu runs what can run there")
+    one.add_argument("--rows", type=int, default=100_000, help="of the archive (%(default)s)")
+    one.add_argument("--peer-rows", type=int, default=20_000, help="(%(default)s)")
+    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add_argument("--batch-size", type=int, default=128, help="end to end (%(default)s)")
+    one.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512, 1024])
+    one.add_argument("--compiled-batches", type=int, nargs="*", default=[128, 512])
+    one.add_argument("--timed", type=float, default=1.0, help="seconds a decoding figure (%(default)s)")
+    one.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
+    one.add_argument("--work", type=Path, help="folder for images and results (a temporary one)")
+    _output(one, _gpu)
+
+
+def _gpu(console: Console, options: argparse.Namespace) -> None:
+    from benchmarks.gpu import proof  # torch: only here
+
+    proof.main(console, options)
+
+
 def _common(one: argparse.ArgumentParser, run: Callable[[Console, Any], None]) -> None:
     one.add_argument("-b", "--bundle", type=Path, default=Path("demo/bundle"), help="(%(default)s)")
     _output(one, run)
@@ -74,6 +96,7 @@ def main() -> int:
     damage_of(names)
     memory_of(names)
     training_of(names)
+    gpu_of(names)
     options = parser.parse_args()
     try:
         options.run(Console(), options)

@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{one.build_s:.1f} s",
             f"{one.size / 1e6:.1f} MB",
             f"{one.parity.max:.2g}",
-            f"{one.parity.agreement:.2%} of {one.parity.counted}",
+            f"{one.parity.agreement:.2%} of {one.parity.counted}" if one.parity.counted else "no clear call",
             compared,
         )
     console.print(table)

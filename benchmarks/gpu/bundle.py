@@ -1,0 +1,32 @@
+"""The proof bundle: ResNet50 and InceptionV3 with seeded random weights and untrained heads.
+
+It shows speed and agreement, not accuracy. The heads stay small, so that FP16 agrees with float32 although
+random networks amplify rounding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine import bundle as bundles
+from training import export, features, models
+
+CLASSES = ("normal", "osteopenia", "osteoporosis")
+WEIGHTS = {"resnet50": 0.4, "inception_v3": 0.6}
+HEAD_SCALE = 0.5
+
+
+def proof_bundle(folder: Path) -> Path:
+    """The bundle in `folder`, written there when it is not there yet."""
+    if (folder / bundles.DESCRIPTION).exists():
+        return folder
+    pixels = export.canary_pixels(size=(224, 224))
+    members = []
+    for seed, (name, weight) in enumerate(WEIGHTS.items()):
+        network = models.build(name, classes=len(CLASSES), weights="none", seed=seed)
+        features.calibrate_batch_norm(network, pixels)
+        network.head[3].weight.data *= HEAD_SCALE
+        members.append(export.Member(name=name, architecture=name, weight=weight, network=network))
+    facts = {"random": "seeded weights, nothing trained: for measuring speed and agreement only"}
+    export.write_bundle(folder, members, classes=CLASSES, canaries=pixels, check=pixels[:4], training=facts)
+    return folder

@@ -1,0 +1,76 @@
+"""Decoding alone: DALI's knobs x threads, and the CPU's decoder process, on the archive's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from engine.gpu import tuning
+from engine.gpu.decode import Decoding, GpuPreprocess
+from engine.overlap import Meter
+from engine.preprocess.stage import Preprocess
+from engine.reader import Reader
+from engine.records import Batch, Part
+from engine.settings import Limits
+
+HW_LOADS = (0.0, 0.1, 0.2, 0.4, 0.65, 0.9, 1.0)
+HUFFMAN = (0, 250_000, 1_000_000)
+SIZE = (224, 224)
+
+
+def batches(images: list[Path], count: int, batch: int) -> list[Batch]:
+    """`count` batches of encoded images, going round the files."""
+    paths = [str(images[row % len(images)]) for row in range(count * batch)]
+    part = Part(0, np.arange(len(paths)), paths, pa.table({}))
+    limits = Limits(memory=8 << 30)
+    found = list(Reader(Path(), batch, 8, limits=limits).stage([part], Meter("read")))
+    for one in found:
+        one.release()
+    return found
+
+
+def rate(
+    sample: list[Batch], decoding: Decoding, *, batch: int, threads: int, device: int | None, timed_s: float
+) -> float:
+    """Images/s of the GPU stage; `device` None is DALI on the CPU."""
+    limits = Limits(memory=2 << 30)
+    with (
+        Preprocess(
+            size=SIZE, batch_size=min(batch, 32), threads=threads, decoding_bytes=limits.decoding_bytes
+        ) as cpu,
+        GpuPreprocess(
+            cpu, size=SIZE, batch_size=batch, threads=threads, device_id=device, decoding=decoding
+        ) as stage,
+    ):
+        cpu.decoder.await_start()
+        return tuning.rate_of(stage.stage, sample, decoding.on_gpu, timed_s)
+
+
+def grid(
+    images: list[Path], *, batch: int, cores: int, device: int | None, timed_s: float = 1.0
+) -> list[dict[str, Any]]:
+    """All knobs at all cores, the best of them with fewer, the CPU alone, and shares for the CPU."""
+    sample = batches(images, 4, batch)
+    rows: list[dict[str, Any]] = []
+
+    def measure(threads: int, **knobs: Any) -> float:
+        found = rate(sample, Decoding(**knobs), batch=batch, threads=threads, device=device, timed_s=timed_s)
+        rows.append({"threads": threads, **knobs, "images_per_s": round(found, 1)})
+        return found
+
+    loads, thresholds = (HW_LOADS, HUFFMAN) if device is not None else (HW_LOADS[:1], HUFFMAN[:1])
+    tried = {
+        (load, threshold): measure(cores, hw_decoder_load=load, hybrid_huffman_threshold=threshold)
+        for load in loads
+        for threshold in thresholds
+    }
+    load, threshold = max(tried, key=lambda knobs: tried[knobs])
+    best = {"hw_decoder_load": load, "hybrid_huffman_threshold": threshold}
+    for threads in sorted({max(1, cores // 4), max(1, cores // 2)} - {cores}):
+        measure(threads, **best)
+    for share in (0.1, 0.2, 0.3, 0.5, 1.0) if device is not None else (1.0,):
+        measure(cores, **best, cpu_share=share)
+    return rows

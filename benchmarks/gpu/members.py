@@ -1,0 +1,117 @@
+"""Members and fusion alone, no decoding: batch x form x streams, and how far the members' kernels overlap."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import bundle as bundles
+from engine.gpu.stages import check_canaries
+from engine.gpu.step import GpuStep
+from engine.runners import Choice, Runner, open_runner
+
+
+def rates(
+    bundle: Path, choice: Choice, batches: Sequence[int], compiled_batches: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Images/s of both members and the fusion: batch x (eager | graph) x (one stream | two).
+
+    And compiled, for the runner "torch" and fewer batches: each costs a minute.
+    """
+    rows = []
+    for compiled in (False, True) if choice.runner == "torch" else (False,):
+        with ExitStack() as stack:
+            members = _open_members(stack, bundle, choice, compiled=compiled)
+            for batch in compiled_batches if compiled else batches:
+                for graphs in (False, True):
+                    form = " ".join(["compiled"] * compiled + ["graph"] * graphs) or "eager"
+                    found = _measured(bundle, choice, members, batch, graphs=graphs)
+                    rows += [{"batch": batch, "form": form, **row} for row in found]
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _open_members(stack: ExitStack, bundle: Path, choice: Choice, *, compiled: bool) -> list[Runner]:
+    models = bundles.load(bundle)
+    return [
+        stack.enter_context(open_runner(choice, models, member, compiled=compiled))
+        for member in models.members
+    ]
+
+
+def _measured(
+    bundle: Path, choice: Choice, members: list[Runner], batch: int, *, graphs: bool
+) -> list[dict[str, Any]]:
+    """A row for one stream and one for two: the median of three rounds."""
+    models, rows = bundles.load(bundle), []
+    try:
+        step = GpuStep(
+            models, members, batch_size=batch, device=choice.device, slots=2, concurrent=False, graphs=graphs
+        )
+        worst = check_canaries(models, step)
+        for concurrent in (False, True):
+            step.prepare(concurrent=concurrent)
+            rounds = [round(batch / step.seconds_a_batch(), 1) for _ in range(3)]
+            rows.append(
+                {
+                    "streams": 1 + concurrent,
+                    "images_per_s": statistics.median(rounds),
+                    "rounds": rounds,
+                    "canaries": worst,
+                }
+            )
+        step.close()
+    except torch.OutOfMemoryError:
+        rows.append({"images_per_s": None, "problem": "out of memory"})
+    return rows
+
+
+def overlap(bundle: Path, choice: Choice, batch: int) -> dict[str, Any]:
+    """From a profiler's trace of ten steps: how much of the time kernels of two streams run at once."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with ExitStack() as stack:
+        members = _open_members(stack, bundle, choice, compiled=False)
+        step = GpuStep(
+            bundles.load(bundle),
+            members,
+            batch_size=batch,
+            device=choice.device,
+            slots=1,
+            graphs=False,
+        )
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            step.seconds_a_batch(at_least_s=0.05)
+            torch.cuda.synchronize()
+    events = profiler.profiler.kineto_results.events()
+    kernels = [
+        (event.start_ns(), event.start_ns() + event.duration_ns(), event.device_resource_id())
+        for event in events
+        if event.device_type() == torch.autograd.DeviceType.CUDA and event.duration_ns() > 0
+    ]
+    return {"batch": batch, "kernels": len(kernels), **shares(kernels)}
+
+
+def shares(kernels: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """Of (start, end, stream): busy time, and the share of it in which two or more streams are busy."""
+    starts = [(start, 1, stream) for start, _, stream in kernels]
+    edges = sorted(starts + [(end, -1, stream) for _, end, stream in kernels])
+    running: dict[int, int] = {}
+    busy = both = 0
+    last = edges[0][0] if edges else 0
+    for moment, change, stream in edges:
+        active = sum(count > 0 for count in running.values())
+        busy += (moment - last) * (active > 0)
+        both += (moment - last) * (active > 1)
+        last = moment
+        running[stream] = running.get(stream, 0) + change
+    return {
+        "streams": len(running),
+        "busy_ms": round(busy / 1e6, 3),
+        "overlapping_share": round(both / busy, 4) if busy else 0.0,
+    }

@@ -1,0 +1,201 @@
+"""The proof: members, decoding, end to end beside its ceilings, peers, and TensorRT where it is installed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks import record
+from benchmarks.gpu import decode, members, peers
+from benchmarks.gpu.bundle import proof_bundle
+from benchmarks.throughput import make_archive
+from engine import bundle as bundles
+from engine.errors import EngineError
+from engine.gpu import machine
+from engine.runners import Choice, choose
+from engine.settings import available_cpus
+
+ABLATIONS = {
+    "one stream": ["--streams", "1"],
+    "two streams": ["--streams", "2"],
+    "no graph": ["--no-cuda-graph"],
+    "one slot": ["--slots", "1"],
+    "four slots": ["--slots", "4"],
+}
+
+
+def main(console: Console, options: argparse.Namespace) -> None:
+    """Run the sections asked for, each into the same JSON as soon as it is done."""
+    before = record.machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        proof = Proof(console, options, options.work or Path(scratch))
+        for section in options.sections:
+            start = time.perf_counter()
+            console.print(f"{section} ...", highlight=False)
+            proof.run(section)
+            proof.figures.setdefault("seconds", {})[section] = round(time.perf_counter() - start, 1)
+            record.write(options.output / proof.name, "gpu", proof.figures, before=before)
+    console.print(f"written: {options.output / proof.name}")
+
+
+class Proof:
+    """What the sections share; `figures` is the JSON."""
+
+    def __init__(self, console: Console, options: argparse.Namespace, work: Path) -> None:
+        self._console, self._options, self._work = console, options, work
+        self._bundle = proof_bundle(work / "bundle")
+        self._manifest = make_archive(work, options.rows, options.side)
+        self._images = sorted((work / f"images-{options.side}").glob("*.jpg"))
+        self.on_gpu = options.device != "cpu"
+        self.figures: dict[str, Any] = {"images": {"side": options.side, "rows": options.rows}}
+        kind = "cpu"
+        if self.on_gpu:
+            found = machine.gpu()
+            self.figures["gpu"] = asdict(found) | {"cuda": machine.cuda_version()}
+            kind = found.name.lower().replace(" ", "-")
+        self.name = f"gpu-proof-{kind}.json"
+
+    def run(self, section: str) -> None:
+        sections: dict[str, Callable[[], Any]] = {
+            "members": self.members,
+            "decode": self.decode,
+            "end to end": self.end_to_end,
+            "peers": self.peers,
+            "tensorrt": self.tensorrt,
+        }
+        try:
+            self.figures[section] = sections[section]()
+        except Exception as error:  # the other sections' figures are worth having
+            self._console.print(f"{section}: {type(error).__name__}: {error}", markup=False)
+            self.figures[section] = {"problem": traceback.format_exc().splitlines()[-6:]}
+
+    def _choice(self, runner: str = "torch") -> Choice:
+        return choose(
+            runner, self._options.device, bundles.load(self._bundle), precision=None, batch_size=None
+        )
+
+    def members(self) -> Any:
+        if not self.on_gpu:
+            return "needs a GPU"
+        batch = self._options.batch_size
+        options = self._options
+        return {
+            "rates": members.rates(self._bundle, self._choice(), options.batches, options.compiled_batches),
+            "overlap": members.overlap(self._bundle, self._choice(), batch),
+        }
+
+    def decode(self) -> Any:
+        return decode.grid(
+            self._images,
+            batch=self._options.batch_size,
+            cores=available_cpus(),
+            device=0 if self.on_gpu else None,
+            timed_s=self._options.timed,
+        )
+
+    def end_to_end(self) -> Any:
+        """The engine as it comes, its variants, and the ceilings of its stages from this invocation."""
+        runs = {"as it comes": self._engine([])}
+        if self.on_gpu:
+            runs |= {name: self._engine(extra) for name, extra in ABLATIONS.items()}
+        ceilings = self._ceilings()
+        best = min((rate for rate in ceilings.values() if rate), default=None)
+        rate = runs["as it comes"].get("images_per_s")
+        return {
+            "runs": runs,
+            "ceilings": ceilings,
+            "efficiency": round(rate / best, 4) if rate and best else None,
+        }
+
+    def _ceilings(self) -> dict[str, float | None]:
+        """The best rate of each stage alone, as the sections before have measured it."""
+
+        def best(rows: Any) -> float | None:
+            return max((row["images_per_s"] for row in rows if row["images_per_s"]), default=None)
+
+        found = {}
+        if isinstance(self.figures.get("members"), dict):
+            batch = self._options.batch_size
+            rows = [row for row in self.figures["members"]["rates"] if row["batch"] == batch]
+            found["members"] = best(rows)
+        if "decode" in self.figures:
+            found["decode"] = best(self.figures["decode"])
+        return found
+
+    def _engine(self, extra: list[str], runner: str = "torch") -> dict[str, Any]:
+        output = self._work / "results"
+        shutil.rmtree(output, ignore_errors=True)
+        device = ["--device", self._options.device]
+        device += ["--runner", runner, "--batch-size", str(self._options.batch_size)] if self.on_gpu else []
+        command = [sys.executable, "-m", "engine.run", self._manifest, "-b", self._bundle, "-o", output]
+        done = subprocess.run(
+            [*map(str, command), *device, *extra], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            return {"images_per_s": None, "problem": done.stderr.strip().splitlines()[-1:]}
+        success = json.loads((output / "_SUCCESS").read_text())
+        last = success["last_start"]
+        tuning = json.loads((output / "_run.json").read_text())["tuning"]
+        tuning.pop("decoding_tried", None)
+        return {
+            "images_per_s": round(last["rows"] / last["elapsed_s"], 1),
+            "errors": success["errors"],
+            "stages": last["stages"],
+            "limited_by": last["limited_by"],
+            "tuning": tuning,
+        }
+
+    def peers(self) -> Any:
+        """Each peer, and how much faster the engine was in this invocation."""
+        rows = peers.rates(
+            self._bundle,
+            self._images,
+            rows=self._options.peer_rows,
+            batch=self._options.batch_size,
+            workers=available_cpus(),
+            device=self._options.device,
+        )
+        ours = self.figures.get("end to end", {}).get("runs", {}).get("as it comes", {}).get("images_per_s")
+        for row in rows:
+            rate = row["images_per_s"]
+            row["engine_is_faster_by"] = round(ours / rate, 3) if ours and rate else None
+        return rows
+
+    def tensorrt(self) -> Any:
+        """Build both plans, gate them, run them, compare with the torch runner; where TensorRT imports."""
+        try:
+            import tensorrt
+        except Exception as error:
+            return f"not installed: {type(error).__name__}: {error}"[:200]
+        batch = str(self._options.batch_size)
+        command = [sys.executable, "-m", "build_engines", str(self._bundle), "--batch-size", batch]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return {"version": tensorrt.__version__, "build": done.stderr.strip().splitlines()[-1:]}
+        folder = Path(done.stdout.strip().splitlines()[-1])
+        passports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        for passport in passports:
+            del passport["layers"]
+        try:
+            rates = members.rates(self._bundle, self._choice("tensorrt"), [self._options.batch_size], [])
+        except EngineError as error:
+            rates = [{"problem": str(error)}]
+        return {
+            "version": tensorrt.__version__,
+            "passports": passports,
+            "members": rates,
+            "engine": self._engine([], "tensorrt"),
+            "engine with torch": self._engine([], "torch"),
+        }
