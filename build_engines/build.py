@@ -161,7 +161,8 @@ def _build_plan(
     if runs_here:
         plan = _executed(session, member, backend, plan)
     plans.write(folder, plan.passport)
-    _install_graph(session, member, graph)
+    if options.frontend == "onnx":
+        _install_graph(session, member, graph)
     return Built(member.name, plan.path, len(compiled.plan), compiled.build_s, plan.passport.parity)
 
 

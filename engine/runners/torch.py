@@ -5,26 +5,9 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-from torch import nn
 
-from engine import network
 from engine.bundle import Bundle, Member
-
-
-class _Precision(nn.Module):
-    """Float32 up to the first convolution, where gray levels over 255 are exact; then half precision."""
-
-    def __init__(self, module: network.OneChannel | network.Network, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module = module
-        module.base.to(dtype)
-        module.head.to(dtype)
-        self._dtype = dtype
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        unit = self.module.planes(pixels).to(self._dtype, memory_format=torch.channels_last)
-        logits: torch.Tensor = self.module.head(self.module.base(unit)).float()
-        return logits
+from engine.network import in_precision
 
 
 class TorchRunner:
@@ -34,9 +17,7 @@ class TorchRunner:
         self.name = member.name
         self.versions = {"torch": str(torch.__version__)}
         self._shape = bundle.size
-        fused = network.with_fused_norms(network.folded(network.load(member, bundle)))
-        module = _Precision(fused, torch.float16 if half else torch.float32).eval().to(device)
-        module.to(memory_format=torch.channels_last)
+        module = in_precision(member, bundle, torch.float16 if half else torch.float32).to(device)
         self._module = torch.compile(module, dynamic=False) if compiled else module
 
     @property

@@ -72,9 +72,8 @@ def test_a_whole_run_gives_the_rows_of_the_cpu(engine_run, archive, proof):
 
 def test_graphs_streams_and_slots_change_no_score(engine_run, archive, proof):
     fixed = ("--device", "cuda:0", "--batch-size", 16)
-    plain = screened(
-        engine_run, archive, proof, "plain", *fixed, "--no-cuda-graph", "--streams", 1, "--slots", 1
-    )
+    bare = ("--no-cuda-graph", "--streams", 1, "--slots", 1)
+    plain = screened(engine_run, archive, proof, "plain", *fixed, *bare)
     for name, options in {
         "graph": ["--streams", 1],
         "two": ["--streams", 2],
@@ -136,20 +135,8 @@ def test_the_canaries_pass_in_fp16_and_members_overlap(proof, graphs):
 
 def test_one_line_for_more_than_the_memory_holds(engine_run, archive, proof):
     """4,096 images of a batch fit an 80 GB card; what does not is halved once, then said."""
-    run = engine_run(
-        archive,
-        "-b",
-        proof,
-        "-o",
-        "out",
-        "--device",
-        "cuda:0",
-        "--batch-size",
-        4096,
-        "--slots",
-        16,
-        timeout_s=300,
-    )
+    large = ("--device", "cuda:0", "--batch-size", "4096", "--slots", "16")
+    run = engine_run(archive, "-b", proof, "-o", "out", *large, timeout_s=300)
     assert run.returncode in (0, 1)
     if run.returncode:
         assert "is out of memory with batches of 2048" in run.stderr
