@@ -87,7 +87,7 @@ def screen(
             settings.manifest, path_column=settings.path_column, root=settings.root, listing=folder.listing
         )
         layout = Layout.of(models, manifest, settings.column_prefix)
-        recorded = folder.recorded()
+        recorded = None if settings.overwrite else folder.recorded()
         run = describe(settings, recorded, manifest, models, choice)
         opening = Opening(settings, models, run, choice, say, resumed=recorded is not None, manifest=manifest)
         stages = stack.enter_context((stages_of or Stages)(opening))

@@ -52,6 +52,7 @@ def describe(
             "runner": choice.runner,
             "device": choice.device,
             "precision": choice.precision,
+            "plans": {plan.passport.member: plan.passport.plan_sha256 for plan in choice.plans} or None,
             "decode": models.decode,
             "batch_size": batch_size or before.get("batch_size") or default_batch,
             "part_rows": settings.part_rows or before.get("part_rows") or default_rows,
@@ -69,7 +70,6 @@ def describe(
             "gpu": asdict(choice.gpu) if choice.gpu else None,
         },
         "chosen": choice.reason,
-        "plans": {plan.passport.member: plan.passport.plan_sha256 for plan in choice.plans},
         "tuning": tuning,
         "versions": versions(),
     }

@@ -43,7 +43,11 @@ def fitting_plans(
     """The newest target whose plans all fit, or none and one line that says why."""
     reason = f"the bundle has no plans; build them with: python -m build_engines {bundle.path}"
     for target, paths in plans.passports(bundle):
-        found = [plans.load(path) for path in paths]
+        try:
+            found = [plans.load(path) for path in paths]
+        except UsageError as error:
+            reason = str(error)
+            continue
         problem = _problem(bundle, found, gpu, precision, batch_size)
         if problem is None:
             return tuple(found), ""

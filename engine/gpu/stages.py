@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -21,7 +23,6 @@ from engine.gpu.step import GpuStep
 from engine.overlap import Meter
 from engine.preprocess.stage import Preprocess
 from engine.records import Batch, Part
-from engine.runners import Choice
 
 if TYPE_CHECKING:
     from engine.pipeline import Opening
@@ -38,27 +39,31 @@ def open_gpu(stack: ExitStack, opening: Opening) -> tuple[GpuPreprocess, GpuStep
     torch.cuda.set_device(opening.choice.index)
     options, tuned = opening.run["result_options"], opening.run["tuning"]
     asked = options["batch_size"]
-    try:
-        step = _open_step(stack, opening)
-    except torch.OutOfMemoryError:
-        if opening.resumed or asked == 1:
-            raise _no_memory(opening.choice, asked) from None
-        torch.cuda.empty_cache()
+    step = _step_in_memory(stack, opening)
+    if step is None and asked > 1 and not opening.resumed:
         options["batch_size"], tuned["batch_size_asked"] = asked // 2, asked
         opening.say(f"out of GPU memory with batches of {asked}: going on with {asked // 2}")
-        try:
-            step = _open_step(stack, opening)
-        except torch.OutOfMemoryError:
-            raise _no_memory(opening.choice, asked // 2) from None
+        step = _step_in_memory(stack, opening)
+    if step is None:
+        name = opening.choice.gpu.name if opening.choice.gpu else opening.choice.device
+        raise EngineError(
+            f"{name} is out of memory with batches of {options['batch_size']}; free some, or give a smaller "
+            "--batch-size"
+        )
     tuned.setdefault("canaries", check_canaries(opening.models, step))
     return _open_preprocess(stack, opening), step
 
 
-def _no_memory(choice: Choice, batch_size: int) -> EngineError:
-    name = choice.gpu.name if choice.gpu else choice.device
-    return EngineError(
-        f"{name} is out of memory with batches of {batch_size}; free some, or give a smaller --batch-size"
-    )
+def _step_in_memory(stack: ExitStack, opening: Opening) -> GpuStep | None:
+    """The step, or None when PyTorch or, in its own words, TensorRT is short of memory."""
+    try:
+        return _open_step(stack, opening)
+    except (torch.OutOfMemoryError, EngineError) as error:
+        if isinstance(error, EngineError) and not re.search("out ?of ?memory", str(error), re.IGNORECASE):
+            raise
+    gc.collect()  # what the failed step held
+    torch.cuda.empty_cache()
+    return None
 
 
 def _open_step(stack: ExitStack, opening: Opening) -> GpuStep:

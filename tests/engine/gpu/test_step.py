@@ -118,6 +118,18 @@ def test_every_wait_of_a_stream_is_needed(models, pixels, expected, graphs, monk
         assert is_noticed(lambda cuda=cuda: scores(models, pixels, cuda, graphs=graphs), expected), wait
 
 
+def test_a_batch_without_any_pixels_goes_through(models, pixels):
+    cuda = StandIn(0)
+    with cuda:
+        members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
+        step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
+        (batch,) = list(batches(pixels))[:1]
+        batch.index, batch.device_pixels = np.empty(0, np.intp), DevicePixels([], pixels[:0])
+        (done,) = step.stage(iter([batch]), Meter("members"))
+        assert (done.members.shape, done.probabilities.shape) == ((2, 0, 3), (0, 3))
+        step.close()
+
+
 def test_every_wait_of_the_host_is_needed(models, pixels, expected):
     counter = StandIn(0)
     scores(models, pixels, counter)
