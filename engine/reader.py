@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import nvtx
 
 from engine import header
 from engine.errors import EngineError
@@ -262,6 +263,7 @@ class _Reading:
             with self._changed:
                 self._changed.notify_all()
 
+    @nvtx.annotate("read")  # type: ignore[untyped-decorator,unused-ignore]
     def _read_batch(self, job: _Job) -> bool:
         """Read what is left of a batch. False when another thread has taken this one's place meanwhile."""
         began = time.perf_counter()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import nvtx
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -184,6 +185,7 @@ class Sink:
                 if done:
                     yield done
 
+    @nvtx.annotate("write")  # type: ignore[untyped-decorator,unused-ignore]
     def _write(self, part: _OpenPart) -> Done:
         """The one place that commits a part."""
         index = part.part.index

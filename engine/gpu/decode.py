@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import nvtx
 
 from engine.header import Header
 from engine.header.jpeg import in_doubt
@@ -192,6 +193,7 @@ class GpuPreprocess:
             while begun:
                 yield self._end(begun.popleft(), meter)
 
+    @nvtx.annotate("begin decoding")  # type: ignore[untyped-decorator,unused-ignore]
     def _begin(self, batch: Batch) -> _Begun:
         """Start both sides on their share of a batch."""
         on_gpu = [position for position, there in enumerate(batch.on_gpu) if there]
@@ -213,6 +215,7 @@ class GpuPreprocess:
         decoded[self._cpu.decode(batch, positions, pixels)] = True
         return pixels[decoded]
 
+    @nvtx.annotate("end decoding")  # type: ignore[untyped-decorator,unused-ignore]
     def _end(self, begun: _Begun, meter: Meter) -> Batch:
         start = time.perf_counter()
         batch = begun.batch

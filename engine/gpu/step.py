@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import nvtx
 import torch
 
 from engine.bundle import Bundle
@@ -132,11 +133,11 @@ class GpuStep:
         """Copy the pixels into a free slot and start its step; returns before either is done."""
         slot = self._ring.take()
         assert batch.device_pixels is not None
-        with self._cuda.nvtx.range("pixels to slot"):
+        with nvtx.annotate("pixels to slot"):
             batch.device_pixels.copy_to(slot, self._copies, self._cuda)
         slot.copied.record(self._copies)
         self._main.wait_event(slot.copied)
-        with self._cuda.nvtx.range("members"), self._cuda.stream(self._main):
+        with nvtx.annotate("members"), self._cuda.stream(self._main):
             if slot.graph is None:
                 self._enqueue_step(slot)
             else:
@@ -150,7 +151,7 @@ class GpuStep:
         """Wait for a batch, read its scores and free its slot. Padding stays behind."""
         start = time.perf_counter()
         batch, slot = work.batch, work.slot
-        with self._cuda.nvtx.range("wait for results"):
+        with nvtx.annotate("wait for results"):
             slot.done.synchronize()
         scores = self.fusion.unpack(slot.result[: len(batch.index)].numpy().copy())
         self._ring.give_back(slot)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -88,8 +88,6 @@ class StandIn(TorchDispatchMode):
 
     `drop_wait` and `drop_sync` leave out the n-th wait of a stream, or of the host: for tests of this file.
     """
-
-    nvtx = type("nvtx", (), {"range": staticmethod(lambda *_: nullcontext())})
 
     def __init__(self, seed: int, *, drop_wait: int = 0, drop_sync: int = 0) -> None:
         super().__init__()
