@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _fuse_row(  # type: ignore[no-untyped-def]
-    logits,  # float32 [M, N, C]
+    logits,  # float32 [M, R, C]
     weights,  # float32 [M]
     temperatures,  # float32 [M]
     packed,  # float32 [N, (M + 1) * C + 2]
@@ -70,19 +70,18 @@ class Fusion:
         self._temperatures = torch.tensor(temperatures, dtype=torch.float32, device=device)
 
     def enqueue(self, logits: torch.Tensor, packed: torch.Tensor) -> None:
-        """float32 [M, N, C] to float32 [N, (M + 1) * C + 2], on the current stream.
+        """float32 [M, R, C], R at least N, to float32 [N, (M + 1) * C + 2], on the current stream.
 
         A row is the members' probabilities, the ensemble's, the class (-1 where a logit is not finite), and
         the probability of the class.
         """
-        rows = logits.shape[1]
-        _fuse_row[(rows,)](
+        _fuse_row[(len(packed),)](
             logits,
             self._weights,
             self._temperatures,
             packed,
             self._temperature,
-            rows,
+            logits.shape[1],
             members=self.members,
             classes=self.classes,
             block=triton.next_power_of_2(self.classes),

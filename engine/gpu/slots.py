@@ -18,7 +18,7 @@ class Slot:
 
     pixels: torch.Tensor  # uint8 [B, 1, H, W], on the device
     staging: torch.Tensor  # uint8 [B, 1, H, W], pinned: pixels that were decoded on the CPU
-    logits: torch.Tensor  # float32 [M, B, C], on the device
+    logits: torch.Tensor  # float32 [M, R, C], on the device; R is B rounded up, for alignment
     packed: torch.Tensor  # float32 [B, K], on the device
     result: torch.Tensor  # float32 [B, K], pinned
     copied: Any  # event: the pixels are in the slot

@@ -25,6 +25,7 @@ from engine.overlap import Meter
 from engine.records import Batch, Status
 from engine.runners import Runner
 
+ALIGNED_ROWS = 64  # of float32: TensorRT wants the address of each tensor to be a multiple of 256
 WARM_UPS = 3  # runs before a capture: contexts, workspaces and kernels are made then
 TIMED_S = 0.5  # for each of concurrent and sequential
 WORTH = 1.02  # sequential has to be this much faster to be chosen
@@ -70,11 +71,12 @@ class GpuStep:
         pixels = (batch, 1, *bundle.size)
         pinned = self._device != "cpu"
         packed = (batch, self.fusion.width)
+        rows = -(-batch // ALIGNED_ROWS) * ALIGNED_ROWS
         return Slot(
             # zeros: the padding of a first, short batch is an image like any other
             torch.zeros(pixels, dtype=torch.uint8, device=self._device),
             torch.zeros(pixels, dtype=torch.uint8, pin_memory=pinned),
-            torch.zeros((members, batch, classes), dtype=torch.float32, device=self._device),
+            torch.zeros((members, rows, classes), dtype=torch.float32, device=self._device),
             torch.zeros(packed, dtype=torch.float32, device=self._device),
             torch.zeros(packed, dtype=torch.float32, pin_memory=pinned),
             self._cuda.Event(),
@@ -108,7 +110,7 @@ class GpuStep:
         for place, (runner, stream) in enumerate(zip(self._runners, [main, *sides], strict=True)):
             if stream is not main:
                 stream.wait_event(fork)
-            runner.enqueue(slot.pixels, slot.logits[place], stream)
+            runner.enqueue(slot.pixels, slot.logits[place, : self.batch_size], stream)
         for stream in sides:
             if stream is not main:
                 join = self._cuda.Event()

@@ -38,7 +38,8 @@ def test_it_gives_what_numpy_gives(tmp_path, members, classes, temperature):
     logits[:, 4] *= 1e4  # would overflow without the shift by the maximum
     logits[0, 5, 0], logits[0, 6, 1], logits[-1, 7, 0] = np.nan, np.inf, -np.inf
     packed = torch.full((9, fusion.width), -7.0, device=DEVICE)
-    fusion.enqueue(torch.from_numpy(logits).to(DEVICE), packed)
+    padded = np.concatenate([logits, np.full((members, 4, classes), np.nan, np.float32)], axis=1)
+    fusion.enqueue(torch.from_numpy(padded).to(DEVICE), packed)
     found = fusion.unpack(packed.cpu().numpy())
     assert (found.prediction[5:8] == -1).all()
     fine = np.isfinite(logits).all(axis=(0, 2))

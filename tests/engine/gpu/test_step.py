@@ -33,6 +33,7 @@ class Member:
         self._runner, self._cuda = runner, cuda
 
     def enqueue(self, pixels: torch.Tensor, logits: torch.Tensor, stream: object) -> None:
+        assert logits.storage_offset() * logits.itemsize % 256 == 0, "TensorRT would refuse the address"
         with self._cuda.stream(stream):
             self._cuda.launch(
                 lambda: self._runner.enqueue(pixels.numpy(), logits.numpy()), reads=[pixels], writes=[logits]
