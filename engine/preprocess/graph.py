@@ -71,6 +71,8 @@ def _renormalise(small: Any, gray: Any, axis: int, size: tuple[int, int], device
     s = length / size[axis]
     n = math.floor(s / 2 + 0.5)
     w = n * (s - n) / (2 * s * s) * fn.cast(s > 1.0, dtype=types.FLOAT)
+    if device == "gpu":
+        w = w.gpu()
     repeated, ends = 0.0, 0.0
     for start, position in ((0, 0), (fn.cast(length - 1, dtype=types.INT32), size[axis] - 1)):
         line = fn.slice(gray, start=start, shape=[1], axes=[axis])
