@@ -183,7 +183,7 @@ def _gate_graph(session: _Session, member: Member, graph: bytes) -> Parity:
             found = parity.in_batches(runner.infer, session.pixels)
     else:
         found = _reference(session, member)
-    return _compared(session, member, found, "its FP16 graph", executed=False)
+    return _compared(session, member, found, "its graph", executed=False)
 
 
 def _executed(session: _Session, member: Member, backend: Backend, plan: Plan) -> Plan:
@@ -210,7 +210,7 @@ def _compared(session: _Session, member: Member, logits: Floats, what: str, *, e
         calibration=session.calibration,
         options=session.options,
     )
-    parity.require(found, member.name, what)
+    parity.require(found, f"{member.name}: {what} in {session.options.precision}")
     return found
 
 

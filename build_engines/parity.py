@@ -97,12 +97,12 @@ def compare(
     )
 
 
-def require(parity: Parity, member: str, what: str) -> None:
+def require(parity: Parity, what: str) -> None:
     """Raise ParityError unless it passed."""
     if not parity.passed:
         raise ParityError(
-            f"{member}: {what} differs from float32 by up to {parity.max:.2g} in probability (allowed: "
+            f"{what} differs from float32 by up to {parity.max:.2g} in probability (allowed: "
             f"{parity.limit:g}), same class in {parity.agreement:.2%} of {parity.counted} clear calls "
-            f"(allowed: {parity.agreement_limit:.2%}) on {parity.images} images; it is not installed. "
-            "--precision fp32 keeps full precision"
+            f"(allowed: {parity.agreement_limit:.2%}) on {parity.images} images; it is not installed "
+            "(--precision fp32 rounds nothing)"
         )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _INSTALL = "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https://pypi.nvidia.com"
-_CPU = "or screen on the CPU with --device cpu"
+_CPU = "the CPU does it too: --device cpu"
 
 
 def gpu(index: int = 0) -> Gpu:
@@ -23,7 +23,9 @@ def gpu(index: int = 0) -> Gpu:
         cuda.init()
     except (RuntimeError, AssertionError) as error:  # no driver, one that is too old, no device
         reason = " ".join(str(error).split(". ")[0].split())[:200]
-        raise UsageError(f"no GPU: {reason} (driver: {driver() or 'none'}); install one, {_CPU}") from None
+        raise UsageError(
+            f"no GPU: {reason} (driver: {driver() or 'none'}, needed: r580 or newer); {_CPU}"
+        ) from None
     count = cuda.device_count()
     if index >= count:
         allowed = ", ".join(f"cuda:{number}" for number in range(count)) or "none is visible"
@@ -66,10 +68,10 @@ def _torch() -> ModuleType:
         import torch
     except ImportError as error:
         raise UsageError(
-            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: {_INSTALL}, {_CPU}"
+            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: {_INSTALL}; {_CPU}"
         ) from None
     if torch.version.cuda is None:
         raise UsageError(
-            f"this PyTorch ({torch.__version__}) is built without CUDA; install it with: {_INSTALL}, {_CPU}"
+            f"this PyTorch ({torch.__version__}) is built without CUDA; install it with: {_INSTALL}; {_CPU}"
         )
     return torch

@@ -101,7 +101,7 @@ def test_a_plan_over_the_limit_is_not_installed_and_the_old_ones_stay(built):
     run = build(bundle, "--target", "tensorrt_rtx", "--compute-capability", "sm86,sm89")
     assert run.returncode == 4
     last = run.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: inception_v3: its FP16 graph differs from float32 by up to 0.")
+    assert last.startswith("error: inception_v3: its graph in fp16 differs from float32 by up to 0.")
     assert {path: path.stat().st_mtime_ns for path in (bundle / "plans" / TARGET).iterdir()} == before
     assert [path.name for path in (bundle / "plans").iterdir() if path.name != ".lock"] == [TARGET]
 
@@ -214,7 +214,7 @@ def test_the_gate_counts_clear_calls_only_and_refuses_what_is_no_number():
     for bad in (wrong, compare(np.full_like(reference, np.nan))):
         assert not bad.passed
         with pytest.raises(ParityError, match="not installed"):
-            parity.require(bad, "one", "its plan")
+            parity.require(bad, "its plan")
 
 
 def test_a_convolution_in_another_precision_is_refused():
