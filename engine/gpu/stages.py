@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,7 +193,7 @@ def _open_preprocess(stack: ExitStack, opening: Opening) -> GpuPreprocess:
 def _first_batches(opening: Opening) -> list[Batch]:
     assert opening.manifest is not None
     rows = tuning.SAMPLE_BATCHES * opening.run["result_options"]["batch_size"]
-    parts = opening.manifest.parts(rows, {0})
+    parts = islice(opening.manifest.parts(rows), 1)
     batches = list(opening.reader().stage(parts, Meter("tuning")))
     for batch in batches:
         batch.release()
