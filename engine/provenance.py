@@ -54,6 +54,7 @@ def describe(
             "precision": choice.precision,
             "plans": {plan.passport.member: plan.passport.plan_sha256 for plan in choice.plans} or None,
             "decode": models.decode,
+            "decoder": settings.decoder if choice.gpu else None,  # on the CPU there is but one
             "batch_size": batch_size or before.get("batch_size") or default_batch,
             "part_rows": settings.part_rows or before.get("part_rows") or default_rows,
             "max_pixels": settings.limits.max_pixels,

@@ -117,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="delete the run that OUTPUT holds and start again")
     add(
+        "--decoder",
+        choices=("auto", "cpu"),
+        default=defaults.decoder,
+        help="cpu: each image decoded strictly there, for a GPU too (%(default)s)",
+    )
+    add(
         "--slots",
         type=_count(16),
         default=defaults.slots,

@@ -181,8 +181,9 @@ def _open_preprocess(stack: ExitStack, opening: Opening) -> GpuPreprocess:
 
     cpu.decoder.await_start()
     if "decoding" not in tuned:
-        decoding = Decoding()
-        if opening.manifest is not None and opening.run["rows"] >= tuning.TUNE_ROWS:
+        strict = opening.run["result_options"]["decoder"] == "cpu"
+        decoding = Decoding(cpu_share=1.0 if strict else 0.0)
+        if not strict and opening.manifest and opening.run["rows"] >= tuning.TUNE_ROWS:
             opening.say("tuning the decoding on the first images")
             sample = _first_batches(opening)
             decoding, tuned["decoding_tried"] = tuning.tune(sample, rate)
