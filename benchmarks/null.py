@@ -15,7 +15,7 @@ from engine.records import Batch, Status
 class NullPixels:
     """A preprocess that decodes nothing."""
 
-    crashes = 0
+    crashes = refusals = 0
     on_gpu = None
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:

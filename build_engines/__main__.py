@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         help="tensorrt_rtx: GPUs to build for, such as sm86,sm89 (the GPU here)",
     )
     add("--hardware-compatible", action="store_true", help="tensorrt: one plan for Ampere and newer")
-    add("--version-compatible", action="store_true", help="runs under later minor versions too")
+    add("--version-compatible", action="store_true", help="tensorrt: runs under later minor versions too")
     add("--timing-cache", type=Path, metavar="FILE", help="tensorrt: kept timings make rebuilds faster")
     add("--workspace", type=parse_bytes, metavar="SIZE", help="most scratch memory, such as 2GiB")
     add("--optimization-level", type=_whole(0, 5), metavar="0..5", help="the builder's effort")

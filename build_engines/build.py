@@ -192,7 +192,7 @@ def _executed(session: _Session, member: Member, backend: Backend, plan: Plan) -
     with TensorRTRunner(member, session.bundle, plan) as runner:
         found = parity.on_gpu(runner, session.pixels, plan.passport.max_batch, len(session.bundle.classes))
     agreement = _compared(session, member, found, "its plan", executed=True)
-    layers = inspect(backend, plan.read(), session.options.precision)
+    layers = inspect(backend, plan.read(), session.options)
     return plan.with_facts(parity=agreement, layers=layers, layers_from="engine inspector")
 
 

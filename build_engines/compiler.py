@@ -66,6 +66,8 @@ def _configured(
     checked, api = backend.checked, backend.trt
     config = checked(builder.create_builder_config(), "creating the configuration")
     config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+    if options.precision == "fp32":
+        config.clear_flag(api.BuilderFlag.TF32)
     if options.workspace is not None:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace)
     if options.optimization_level is not None:
@@ -77,7 +79,7 @@ def _configured(
     if options.hardware_compatible:
         config.hardware_compatibility_level = api.HardwareCompatibilityLevel.AMPERE_PLUS
     if backend.name == "tensorrt_rtx":
-        _set_capabilities(backend, config, options)
+        _set_up_for_rtx(backend, config, options)
     if options.timing_cache:
         _load_timing_cache(backend, config, options)
     pixels = checked(network.get_input(0), "reading the graph's input")
@@ -89,11 +91,15 @@ def _configured(
     return config
 
 
-def _set_capabilities(backend: Backend, config: Any, options: Options) -> None:
-    """Only TensorRT for RTX has this: the GPUs to build for. It needs none of them."""
+def _set_up_for_rtx(backend: Backend, config: Any, options: Options) -> None:
+    """What only TensorRT for RTX has: the GPUs to build for, none of which it needs; and plans that a CUDA
+    graph can capture.
+    """
     capability = backend.trt.ComputeCapability  # type: ignore[attr-defined,unused-ignore]
     names = ["SM" + text.replace(".", "") for text in options.compute_capabilities] or ["CURRENT"]
     config.num_compute_capabilities = len(names)
+    flags = backend.trt.BuilderFlag
+    config.set_flag(flags.REQUIRE_USER_ALLOCATION)  # type: ignore[attr-defined,unused-ignore]
     for index, name in enumerate(names):
         backend.checked(config.set_compute_capability(getattr(capability, name), index), f"target {name}")
 
@@ -134,14 +140,14 @@ def _refuse_wide(layers: list[dict[str, Any]], half: str) -> None:
         raise EngineError(f"FP16 was asked for, but {', '.join(wide[:5])} would run in another precision")
 
 
-def inspect(backend: Backend, plan: bytes, precision: str) -> list[dict[str, Any]]:
+def inspect(backend: Backend, plan: bytes, options: Options) -> list[dict[str, Any]]:
     """The layers of a plan as the engine inspector sees them on this GPU.
 
     Raises EngineError when it can't be loaded, or when FP16 was asked for and a convolution or matrix product
     does not read FP16.
     """
     api = backend.trt
-    engine = deserialize(backend, plan)
+    engine = deserialize(backend, plan, version_compatible=options.version_compatible)
     inspector = backend.checked(engine.create_engine_inspector(), "starting the engine inspector")
     text = inspector.get_engine_information(api.LayerInformationFormat.JSON)
     layers = []
@@ -161,7 +167,7 @@ def inspect(backend: Backend, plan: bytes, precision: str) -> list[dict[str, Any
                 "output": ", ".join(map(str, tensors["Outputs"])),
             }
         )
-    if precision == "fp16":
+    if options.precision == "fp16":
         _refuse_wide_engine(layers)
     return layers
 

@@ -20,7 +20,7 @@ _ONLY_FOR = {
     "compute_capabilities": ("tensorrt_rtx",),
     "hardware_compatible": ("tensorrt",),
     "timing_cache": ("tensorrt",),
-    "version_compatible": ("tensorrt", "tensorrt_rtx"),
+    "version_compatible": ("tensorrt",),
     "workspace": ("tensorrt", "tensorrt_rtx"),
     "optimization_level": ("tensorrt", "tensorrt_rtx"),
     "max_aux_streams": ("tensorrt", "tensorrt_rtx"),

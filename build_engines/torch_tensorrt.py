@@ -45,6 +45,7 @@ def compile_module(bundle: Bundle, member: Member, options: Options) -> Compiled
                     dtype=torch.uint8,
                 )
             ],
+            disable_tf32=True,
             hardware_compatible=options.hardware_compatible,
             version_compatible=options.version_compatible,
             workspace_size=options.workspace or 0,

@@ -75,6 +75,7 @@ class Summary:
     stages: dict[str, dict[str, float]]  # seconds busy, starved and blocked, and occupancy, of this start
     limited_by: str | None
     decoder_restarts: int
+    decoder_refusals: int  # images that the GPU's decoder refused
 
     @property
     def errors(self) -> int:
@@ -96,6 +97,7 @@ class Summary:
                 "stages": self.stages,
                 "limited_by": self.limited_by,
                 "decoder_restarts": self.decoder_restarts,
+                "decoder_refusals": self.decoder_refusals,
             },
         }
 
@@ -106,7 +108,8 @@ def summary_of(
     parts: Iterable[Done],
     progress: Progress,
     meters: dict[str, Meter],
-    decoder_restarts: int,
+    decoder_restarts: int = 0,
+    decoder_refusals: int = 0,
 ) -> Summary:
     """Add up the parts of a complete run."""
     by_status, by_class = Counter[str](), Counter[str]()
@@ -134,4 +137,5 @@ def summary_of(
         stages,
         max(meters, key=lambda name: meters[name].occupancy(elapsed)) if meters else None,
         decoder_restarts,
+        decoder_refusals,
     )

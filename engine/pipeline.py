@@ -44,6 +44,11 @@ class PixelStage(Protocol):
         ...
 
     @property
+    def refusals(self) -> int:
+        """How many images the GPU's decoder refused, so that the CPU had to look."""
+        ...
+
+    @property
     def on_gpu(self) -> OnGpu | None:
         """Which images are decoded on the GPU; None where none is."""
         ...
@@ -134,6 +139,10 @@ def retry(
             precision=options["precision"],
             batch_size=options["batch_size"],
         )
+        if choice.plan_hashes != options.get("plans"):
+            raise UsageError(
+                f"bundle {settings.bundle}: its plans were built anew since that run; run it again"
+            )
         if len(folder.finished(run)) < parts_of(run):
             raise UsageError(f"results {folder.path}: the run is not finished; give its own command again")
         done = folder.complete(run)
@@ -327,6 +336,9 @@ def _check_paths(settings: Settings) -> None:
 def _close_ledger(folder: RunFolder, run: dict[str, Any], progress: Progress, stages: Stages) -> Summary:
     """Re-read the footers of all parts; only when they add up to the manifest does the run succeed."""
     parts = folder.complete(run)
-    summary = summary_of(folder.path, run, parts.values(), progress, stages.meters, stages.preprocess.crashes)
+    pixels = stages.preprocess
+    summary = summary_of(
+        folder.path, run, parts.values(), progress, stages.meters, pixels.crashes, pixels.refusals
+    )
     folder.succeed(summary.as_json())
     return summary

@@ -116,8 +116,7 @@ class Passport:
             return "it was made from another model"
         if version is None:
             return f"{self.backend} is not installed"
-        same = version == self.version
-        if not same and not (self.version_compatible and _major(version) == _major(self.version)):
+        if version != self.version and not (self.version_compatible and _runs_under(self.version, version)):
             return f"it was built by {self.backend} {self.version}, here is {version}"
         if gpu.capability in self.compute_capabilities:
             return None
@@ -127,8 +126,10 @@ class Passport:
         return f"it was built for compute capability {capabilities}, this GPU has {gpu.capability}"
 
 
-def _major(version: str) -> str:
-    return version.split(".")[0]
+def _runs_under(built: str, here: str) -> bool:
+    """Whether a version-compatible plan that `built` made runs under `here`: the same or a later minor."""
+    old, new = ([int(part) for part in version.split(".")[:2]] for version in (built, here))
+    return old[0] == new[0] and old[1] <= new[1]
 
 
 def _ampere_or_newer(*capabilities: str) -> bool:

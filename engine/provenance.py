@@ -52,7 +52,7 @@ def describe(
             "runner": choice.runner,
             "device": choice.device,
             "precision": choice.precision,
-            "plans": {plan.passport.member: plan.passport.plan_sha256 for plan in choice.plans} or None,
+            "plans": choice.plan_hashes,
             "decode": models.decode,
             "decoder": settings.decoder if choice.gpu else None,  # on the CPU there is but one
             "batch_size": batch_size or before.get("batch_size") or default_batch,

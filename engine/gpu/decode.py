@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 import nvtx
+import simplejpeg
 
+from engine.errors import EngineError
 from engine.header import Header
 from engine.header.jpeg import in_doubt
 from engine.overlap import Meter
@@ -105,7 +107,7 @@ class EncodedGraph:
         """DALI's output for what was begun; it stays valid while it is held. Raises RefusedError."""
         try:
             (output,) = self._pipeline.share_outputs()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # as DALI maps its own
             raise RefusedError(" ".join(str(error).split())[-200:]) from None
         finally:
             self._pipeline.release_outputs()
@@ -162,6 +164,7 @@ class GpuPreprocess:
         decoding: Decoding,
     ) -> None:
         self._cpu, self._size = cpu, size
+        self.refusals = 0  # images that DALI refused and the CPU had to look at
         self.on_gpu = decoding.on_gpu
         self._lanes = deque(
             EncodedGraph(
@@ -174,6 +177,17 @@ class GpuPreprocess:
             for _ in range(LANES)
         )
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="cpu-decode")
+
+    def check(self) -> None:
+        """Decode a sound image on each pipeline: raises EngineError where DALI can't decode at all."""
+        picture = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64, 1)
+        image = simplejpeg.encode_jpeg(picture, colorspace="GRAY", colorsubsampling="Gray")
+        for lane in self._lanes:
+            lane.begin([image])
+            try:
+                lane.end()
+            except RefusedError as error:
+                raise EngineError(f"DALI can't decode a sound JPEG here: {error}") from None
 
     @property
     def crashes(self) -> int:
@@ -228,6 +242,7 @@ class GpuPreprocess:
             except RefusedError:
                 refused: list[int] = []
                 self._apart(batch, begun.lane, begun.on_gpu, tensors, gpu_index, refused)
+                self.refusals += len(refused)
                 looked = np.zeros(batch.rows, bool)
                 host = np.concatenate(
                     [host, self._worker.submit(self._strict, batch, refused, looked).result()]

@@ -28,6 +28,8 @@ from engine.records import Batch, Part
 if TYPE_CHECKING:
     from engine.pipeline import Opening
 
+# how PyTorch, Triton, cuBLAS, cuDNN and TensorRT say it, beside torch.OutOfMemoryError
+_SHORTAGE = re.compile(r"out ?of ?memory|alloc_failed|unable to find an engine", re.IGNORECASE)
 CANARY_LIMIT = 5e-3  # largest difference in probability from the float32 reference
 
 
@@ -38,6 +40,7 @@ def open_gpu(stack: ExitStack, opening: Opening) -> tuple[GpuPreprocess, GpuStep
     Raises ParityError when the canaries differ from their reference.
     """
     torch.cuda.set_device(opening.choice.index)
+    _check_triton()
     options, tuned = opening.run["result_options"], opening.run["tuning"]
     asked = options["batch_size"]
     step = _step_in_memory(stack, opening)
@@ -59,12 +62,30 @@ def _step_in_memory(stack: ExitStack, opening: Opening) -> GpuStep | None:
     """The step, or None when PyTorch or, in its own words, TensorRT is short of memory."""
     try:
         return _open_step(stack, opening)
-    except (torch.OutOfMemoryError, EngineError) as error:
-        if isinstance(error, EngineError) and not re.search("out ?of ?memory", str(error), re.IGNORECASE):
+    except (RuntimeError, EngineError) as error:
+        if not _is_shortage(error):
             raise
     gc.collect()  # what the failed step held
     torch.cuda.empty_cache()
     return None
+
+
+def _is_shortage(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or bool(_SHORTAGE.search(str(error)))
+
+
+def _check_triton() -> None:
+    """Triton compiles its launcher when it first runs. Raises UsageError where it can't."""
+    import triton
+
+    try:
+        assert triton.runtime.driver.active.utils
+    except Exception as error:
+        reason = " ".join(f"{error}".split())[:160]
+        raise UsageError(
+            f"Triton can't start ({reason}); it needs a C compiler and Python's headers: "
+            "apt install gcc python3-dev"
+        ) from None
 
 
 def _open_step(stack: ExitStack, opening: Opening) -> GpuStep:
@@ -76,12 +97,16 @@ def _open_step(stack: ExitStack, opening: Opening) -> GpuStep:
         and opening.run["rows"] >= tuning.TUNE_ROWS
     )
     if compile_too:
-        seconds = {}
-        for compiled in (False, True):
-            with ExitStack() as trial:
-                seconds[compiled] = _step(trial, opening, compiled=compiled).seconds_a_batch()
-        tuned["compiled"] = seconds[True] < seconds[False]
-        tuned["eager_ms"], tuned["compiled_ms"] = (round(1000 * seconds[name], 4) for name in (False, True))
+        tuned["eager_ms"], tuned["compiled_ms"] = _trial(opening, compiled=False), None
+        try:
+            tuned["compiled_ms"] = _trial(opening, compiled=True)
+        except Exception as error:  # whatever the compiler raises: eager works
+            if _is_shortage(error):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            opening.say(f"the members can't be compiled, going on without ({reason})")
+        compiled_ms = tuned["compiled_ms"]
+        tuned["compiled"] = compiled_ms is not None and compiled_ms < tuned["eager_ms"]
     tuned.setdefault("compiled", False)
     with ExitStack() as opened:
         step = _step(opened, opening, compiled=tuned["compiled"])
@@ -89,6 +114,12 @@ def _open_step(stack: ExitStack, opening: Opening) -> GpuStep:
             tuned["streams"] = step.choose_streams()
         stack.push(opened.pop_all())
     return step
+
+
+def _trial(opening: Opening, *, compiled: bool) -> float:
+    """Milliseconds of a batch."""
+    with ExitStack() as trial:
+        return round(1000 * _step(trial, opening, compiled=compiled).seconds_a_batch(), 4)
 
 
 def _step(stack: ExitStack, opening: Opening, *, compiled: bool) -> GpuStep:
@@ -188,7 +219,9 @@ def _open_preprocess(stack: ExitStack, opening: Opening) -> GpuPreprocess:
             sample = _first_batches(opening)
             decoding, tuned["decoding_tried"] = tuning.tune(sample, rate)
         tuned["decoding"] = asdict(decoding)
-    return stack.enter_context(opened(Decoding(**tuned["decoding"])))
+    preprocess = stack.enter_context(opened(Decoding(**tuned["decoding"])))
+    preprocess.check()
+    return preprocess
 
 
 def _first_batches(opening: Opening) -> list[Batch]:

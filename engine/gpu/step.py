@@ -87,19 +87,32 @@ class GpuStep:
         """Warm up each slot and capture its graph; before decoding starts: a capture forbids allocations."""
         self.concurrent = concurrent
         self._cuda.synchronize()
+        pool = self._cuda.graph_pool_handle()  # for all: they replay one after the other, on one stream
         for slot in self._ring.slots:
             slot.graph = None
             for _ in range(WARM_UPS):
                 self._enqueue_step(slot)
             self._cuda.synchronize()
             if self._graphs:
-                slot.graph = self._captured(slot)
+                slot.graph = self._captured(slot, pool)
         self._cuda.synchronize()
 
-    def _captured(self, slot: Slot) -> Any:
-        graph = self._cuda.CUDAGraph()
-        with self._cuda.graph(graph, stream=self._main, capture_error_mode="thread_local"):
-            self._enqueue_step(slot)
+    def _captured(self, slot: Slot, pool: Any) -> Any:
+        graph, cause = self._cuda.CUDAGraph(), None
+        try:
+            with (
+                self._cuda.stream(self._main),  # ends what a failing capture leaves open
+                self._cuda.graph(graph, pool=pool, stream=self._main, capture_error_mode="thread_local"),
+            ):
+                try:
+                    self._enqueue_step(slot)
+                except Exception as error:
+                    cause = error
+                    raise
+        except Exception:
+            if cause:  # not what ending a broken capture says
+                raise cause from None
+            raise
         return graph
 
     def _enqueue_step(self, slot: Slot) -> None:

@@ -23,7 +23,7 @@ from engine.settings import Limits, available_cpus
 class Preprocess:
     """Fills in pixels through a decoder process, which it owns; use from one thread at a time."""
 
-    on_gpu = None
+    on_gpu, refusals = None, 0  # there is no GPU
 
     def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int, decoding_bytes: int) -> None:
         self.decoder = Decoder(size=size, batch_size=batch_size, threads=threads)

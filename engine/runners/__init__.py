@@ -53,6 +53,11 @@ class Choice:
     plans: tuple[Plan, ...] = ()  # one a member, for the runner "tensorrt"
 
     @property
+    def plan_hashes(self) -> dict[str, str] | None:
+        """sha256 of each member's plan, None where there are no plans."""
+        return {plan.passport.member: plan.passport.plan_sha256 for plan in self.plans} or None
+
+    @property
     def index(self) -> int:
         """The number of the GPU."""
         return int(self.device.split(":")[1])

@@ -106,10 +106,14 @@ class CudaOnnxRunner(_Session):
         options = {
             "device_id": int(device.split(":")[1]),
             "user_compute_stream": str(self._stream.cuda_stream),
+            "use_tf32": "0",
         }
         super().__init__(
             member, bundle, _graph(member, bundle, half=half), [("CUDAExecutionProvider", options)]
         )
+        if self._session.get_providers()[0] != "CUDAExecutionProvider":
+            raise UsageError("--runner onnx: ONNX Runtime's CUDA libraries don't load on this machine")
+        self._session.disable_fallback()
 
     def enqueue(self, pixels: torch.Tensor, logits: torch.Tensor, stream: torch.cuda.Stream) -> None:
         self._stream.wait_stream(stream)

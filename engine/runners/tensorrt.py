@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from engine.bundle import Bundle, Member
@@ -53,9 +53,10 @@ class Backend:
 
         Raises EngineError with TensorRT's own last words.
         """
+        said = "; ".join(self.logger.errors[-3:]) or "no reason given"
+        self.logger.errors.clear()
         if result is None or result is False or (isinstance(result, int) and result < 0):
-            said = self.logger.errors[-1:] or ["no reason given"]
-            raise EngineError(f"{self.name} {self.version}: {what} failed: {said[0]}")
+            raise EngineError(f"{self.name} {self.version}: {what} failed: {said}")
         return result
 
 
@@ -71,8 +72,9 @@ def _imported(name: str) -> Any:
     raise UsageError(f"{name} can't be imported ({reason}); install it with: {_INSTALL[name]}") from None
 
 
+@cache
 def _logger(module: Any) -> Any:
-    """TensorRT wants a subclass of its own class, which exists only once it is imported."""
+    """The one logger of the process: a subclass of TensorRT's own class, which exists once it is imported."""
 
     class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -91,8 +93,12 @@ def _logger(module: Any) -> Any:
     return Logger()
 
 
-def deserialize(backend: Backend, plan: bytes) -> trt.ICudaEngine:
-    """The engine of a serialized plan on the current GPU. Raises EngineError."""
+def deserialize(backend: Backend, plan: bytes, *, version_compatible: bool) -> trt.ICudaEngine:
+    """The engine of a serialized plan on the current GPU. Raises EngineError.
+
+    A version-compatible plan brings a small runtime of its own, code for the host, which has to be allowed.
+    """
+    backend.runtime.engine_host_code_allowed = version_compatible
     return backend.checked(backend.runtime.deserialize_cuda_engine(plan), "loading the plan")
 
 
@@ -116,7 +122,9 @@ class TensorRTRunner:
         self._backend = Backend(plan.passport.backend)
         self.versions = {self._backend.name: self._backend.version}
         try:
-            self._engine = deserialize(self._backend, plan.read())
+            self._engine = deserialize(
+                self._backend, plan.read(), version_compatible=plan.passport.version_compatible
+            )
             self._input, self._output = io_names(self._backend, self._engine)
             self._check_types()
         except EngineError as error:
@@ -153,15 +161,29 @@ class TensorRTRunner:
         self, pixels: torch.Tensor, logits: torch.Tensor, stream: torch.cuda.Stream
     ) -> trt.IExecutionContext:
         checked = self._backend.checked
-        context = checked(self._engine.create_execution_context(), "making an execution context")
+        context = checked(self._new_context(), "making an execution context")
         profile = self._profile(len(pixels))
         checked(context.set_optimization_profile_async(profile, stream.cuda_stream), "choosing the profile")
         checked(context.set_input_shape(self._input, tuple(pixels.shape)), f"the shape {tuple(pixels.shape)}")
         checked(context.set_tensor_address(self._input, pixels.data_ptr()), "binding the pixels")
         checked(context.set_tensor_address(self._output, logits.data_ptr()), "binding the logits")
-        if missing := context.infer_shapes():
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:
+            raise EngineError(f"{self.name}: its shapes can't be inferred: {error}") from None
+        if missing:
             raise EngineError(f"{self.name}: the shapes of {', '.join(missing)} are not known")
         return context
+
+    def _new_context(self) -> trt.IExecutionContext:
+        if self._backend.name != "tensorrt_rtx":
+            return self._engine.create_execution_context()
+        # it compiles kernels for a shape while slower ones run; a graph would keep those
+        api: Any = self._backend.trt
+        config: Any = self._engine.create_runtime_config()
+        strategies = api.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return self._engine.create_execution_context(config)
 
     def _profile(self, batch_size: int) -> int:
         """The profile with the smallest largest batch that takes `batch_size`."""

@@ -17,7 +17,10 @@ class TorchRunner:
         self.name = member.name
         self.versions = {"torch": str(torch.__version__)}
         self._shape = bundle.size
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means it
         module = in_precision(member, bundle, torch.float16 if half else torch.float32).to(device)
+        if compiled:
+            torch._dynamo.config.recompile_limit = 64  # members share one cache
         self._module = torch.compile(module, dynamic=False) if compiled else module
 
     @property

@@ -120,7 +120,7 @@ class StandIn(TorchDispatchMode):
             self.current = before
 
     @contextmanager
-    def graph(self, graph: Graph, *, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+    def graph(self, graph: Graph, *, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
         self._capturing = graph
         before = {one: one.last for one in self._streams}
@@ -134,6 +134,9 @@ class StandIn(TorchDispatchMode):
             raise OrderError("a captured stream was not joined")
         for one, last in before.items():  # a capture runs nothing
             one.last = last
+
+    def graph_pool_handle(self) -> object:
+        return object()
 
     def synchronize(self) -> None:
         self.run_until(set(self._pending))
