@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,28 @@ def test_other_weights_make_a_plan_stale(built):
     assert plan.passport.problem(other, ADA, rtx.__version__) == "it was made from another model"
 
 
+def test_a_version_compatible_plan_runs_under_the_same_and_later_minors(built):
+    bundle = bundles.load(built[0])
+    member = next(member for member in bundle.members if member.name == "resnet50")
+    passport = plans.load(built[0] / "plans" / TARGET / "resnet50.json").passport
+    made = replace(passport, backend="tensorrt", version="11.1.0.106", version_compatible=True)
+    for version, fits in [
+        ("11.1.0.106", True),
+        ("11.4.0.99", True),
+        ("11.0.2.1", False),
+        ("12.1.0.1", False),
+    ]:
+        assert (made.problem(member, ADA, version) is None) == fits, version
+    strict = replace(made, version_compatible=False)
+    assert (
+        strict.problem(member, ADA, "11.1.0.107") == "it was built by tensorrt 11.1.0.106, here is 11.1.0.107"
+    )
+    wide = replace(strict, hardware_compatible=True)
+    assert wide.problem(member, HOPPER, "11.1.0.106") is None
+    turing = replace(ADA, capability="7.5")
+    assert "this GPU has 7.5" in wide.problem(member, turing, "11.1.0.106")
+
+
 def test_small_bundles_build_in_both_precisions(tmp_path):
     bundle = write_bundle(tmp_path / "bundle", weights=(0.5, 0.3, 0.2))
     for precision in ("fp16", "fp32"):
@@ -153,6 +176,7 @@ def test_small_bundles_build_in_both_precisions(tmp_path):
         (["--target", "tensorrt_rtx", "--hardware-compatible"], "is for --target tensorrt, not"),
         (["--target", "tensorrt_rtx", "--timing-cache", "x"], "is for --target tensorrt, not"),
         (["--target", "tensorrt_rtx", "--compute-capability", "sm90"], "builds for sm75, sm80, sm86"),
+        (["--target", "tensorrt_rtx", "--version-compatible"], "is for --target tensorrt, not"),
         (["--target", "tensorrt_rtx", "--frontend", "torch-tensorrt"], "is for --target tensorrt"),
         (["--target", "tensorrt_rtx"], "no GPU"),
         (["--target", "onnx", "--precision", "fp32"], "nothing to build"),

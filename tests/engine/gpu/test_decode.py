@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.errors import EngineError
 from engine.gpu.decode import Decoding, DevicePixels, EncodedGraph, GpuPreprocess, RefusedError
 from engine.header import parse
 from engine.overlap import Meter
@@ -150,6 +151,23 @@ def test_what_dali_alone_refuses_is_decoded_on_the_cpu(tmp_path, monkeypatch):
     found = decoded(folder)
     assert np.array_equal(found["image-03.jpg"], expected["image-03.jpg"])
     assert not [name for name, value in found.items() if isinstance(value, tuple)]
+
+
+def test_a_dali_that_can_not_decode_at_all_is_said_when_it_is_opened(monkeypatch):
+    with (
+        Preprocess(size=SIZE, batch_size=4, threads=1, decoding_bytes=1 << 28) as cpu,
+        GpuPreprocess(
+            cpu, size=SIZE, batch_size=4, threads=1, device_id=None, decoding=Decoding()
+        ) as preprocess,
+    ):
+        preprocess.check()
+
+        def broken(self):
+            raise RefusedError("nvJPEG is missing")
+
+        monkeypatch.setattr(EncodedGraph, "end", broken)
+        with pytest.raises(EngineError, match="can't decode a sound JPEG here: nvJPEG is missing"):
+            preprocess.check()
 
 
 def test_the_route_depends_on_the_bytes_alone(radiograph):

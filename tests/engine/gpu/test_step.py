@@ -119,6 +119,24 @@ def test_every_wait_of_a_stream_is_needed(models, pixels, expected, graphs, monk
         assert is_noticed(lambda cuda=cuda: scores(models, pixels, cuda, graphs=graphs), expected), wait
 
 
+def test_an_error_inside_a_capture_is_raised_as_it_is(models, monkeypatch):
+    """And not as what ending the broken capture says of itself."""
+
+    class Failing(Member):
+        def enqueue(self, pixels, logits, stream):
+            if self._cuda._capturing:
+                raise torch.OutOfMemoryError("no room")
+            super().enqueue(pixels, logits, stream)
+
+    cuda = StandIn(0)
+    with cuda:
+        opened = [OnnxRunner(member, models) for member in models.members]
+        members = [Member(opened[0], cuda), Failing(opened[1], cuda)]
+        with pytest.raises(torch.OutOfMemoryError, match="no room"):
+            GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
+        assert cuda.current is cuda.default
+
+
 def test_a_batch_without_any_pixels_goes_through(models, pixels):
     cuda = StandIn(0)
     with cuda:
