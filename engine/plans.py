@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from engine.sink import write_json
 
 FORMAT = 1
 PLANS = "plans"
+_TEXTS = (
+    *("member", "target", "backend", "frontend", "precision", "reference_sha256"),
+    *("source", "source_sha256", "plan", "plan_sha256", "version"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,16 +198,29 @@ def _parse(data: dict[str, Any]) -> Passport:
             "parity": Parity(**data["parity"]),
         }
     )
+    _check(passport)
+    return passport
+
+
+def _check(passport: Passport) -> None:
+    """Raise ValueError for a value that can't be."""
+    for name in _TEXTS:
+        text = getattr(passport, name)
+        if not (isinstance(text, str) and 0 < len(text) <= 128 and text.isprintable()):
+            raise ValueError(f"{name} {text!r}"[:120])
+    if not re.fullmatch(r"\d+(\.\d+){2,3}", passport.version):
+        raise ValueError(f"version {passport.version!r}")
     if Path(passport.plan).name != passport.plan:
         raise ValueError(f"plan {passport.plan!r} is not the name of a file beside the passport")
     if passport.backend not in ("tensorrt", "tensorrt_rtx") or not passport.profiles:
         raise ValueError(f"backend {passport.backend!r}, profiles {passport.profiles!r}")
-    for number in (passport.max_batch, passport.parity.limit, passport.parity.max, passport.parity.agreement):
+    if not all(type(size) is int for profile in passport.profiles for size in astuple(profile)):
+        raise ValueError(f"profiles {passport.profiles!r}"[:120])
+    for number in (passport.parity.limit, passport.parity.max, passport.parity.agreement):
         if type(number) not in (int, float):
             raise ValueError(f"{number!r} is not a number")
     if not all(isinstance(text, str) and text.count(".") == 1 for text in passport.compute_capabilities):
         raise ValueError(f"compute capabilities {passport.compute_capabilities!r}")
-    return passport
 
 
 def passports(bundle: Bundle) -> Iterator[tuple[str, list[Path]]]:
