@@ -285,7 +285,9 @@ def _stop_on_signal(console: Console, finish_by: datetime | None) -> threading.E
         if stop.is_set():
             console.show_cursor(True)
             os._exit(130)
-        console.print("stopping; once more to stop at once")
+        # not console.print: the signal may have come in the middle of one, or of what it imports
+        console.file.write("stopping; once more to stop at once\n")
+        console.file.flush()
         ask()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -41,12 +41,13 @@ def copied(real_bundle, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(copied) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def built(copied, real_bundle) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Random InceptionV3 is chaotic: FP16 moves its probabilities by some percent, so the limit is wide."""
     run = build(
         copied,
         *("--target", "tensorrt_rtx", "--compute-capability", "sm86,8.9", "--batch-size", 32),
         *("--limit", 0.2, "--optimization-level", 2, "--workspace", "1GiB"),
+        *("--calibration", real_bundle.parent / "images", "--calibration-images", 8),
     )
     assert run.returncode == 0, run.stderr
     return copied, run
@@ -96,10 +97,11 @@ def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
     assert "not installed" in choice.fitting_plans(bundle, ADA, "fp16", None)[1]
 
 
-def test_a_plan_over_the_limit_is_not_installed_and_the_old_ones_stay(built):
+def test_a_plan_over_the_limit_is_not_installed_and_the_old_ones_stay(built, real_bundle):
     bundle = built[0]
     before = {path: path.stat().st_mtime_ns for path in (bundle / "plans" / TARGET).iterdir()}
-    run = build(bundle, "--target", "tensorrt_rtx", "--compute-capability", "sm86,sm89")
+    images = ("--calibration", real_bundle.parent / "images", "--calibration-images", 8)
+    run = build(bundle, "--target", "tensorrt_rtx", "--compute-capability", "sm86,sm89", *images)
     assert run.returncode == 4
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("error: inception_v3: its graph in fp16 differs from float32 by up to 0.")

@@ -29,8 +29,8 @@ def fusion_of(folder: Path, members: int, classes: int, temperature: float) -> t
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-@pytest.mark.parametrize("classes", [2, 3, 5, 17])
-@pytest.mark.parametrize("members", [1, 2, 3])
+@pytest.mark.parametrize("classes", [2, 3, 17])
+@pytest.mark.parametrize("members", [1, 3])
 def test_it_gives_what_numpy_gives(tmp_path, members, classes, temperature):
     fusion, bundle = fusion_of(tmp_path / "b", members, classes, temperature)
     logits = np.random.default_rng(1).normal(0, 6, (members, 9, classes)).astype(np.float32)
@@ -55,7 +55,7 @@ def test_it_gives_what_numpy_gives(tmp_path, members, classes, temperature):
     assert (packed.cpu().numpy()[fine] != -7).all(), "every place is written"
 
 
-@pytest.mark.parametrize("capability", [75, 80, 90, 120])
+@pytest.mark.parametrize("capability", [75, 90, 120])
 def test_it_compiles_for_gpus_that_are_not_here(tmp_path, capability):
     """In a process of its own: where the interpreter is on, there is no compiler."""
     import subprocess

@@ -97,11 +97,11 @@ def missing() -> np.ndarray:
     return np.arange(ROWS) % BATCH == 2
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("concurrent", [False, True])
 def test_scores_are_those_of_the_cpu_in_every_schedule(models, pixels, expected, slots, graphs, concurrent):
-    for seed in range(3):
+    for seed in range(2):
         found = scores(models, pixels, StandIn(seed), slots=slots, graphs=graphs, concurrent=concurrent)
         assert np.isnan(found[missing()]).all()
         assert np.abs(found[~missing()] - expected[~missing()]).max() < 1e-6
