@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
+WAKE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -81,7 +82,9 @@ class _Channel:
 
     def get(self) -> object:
         with self._changed:
-            self._changed.wait_for(lambda: len(self._items) > 0)
+            # awake now and then: a signal that comes just before the wait is only looked at after it
+            while not self._changed.wait_for(lambda: len(self._items) > 0, timeout=WAKE_S):
+                pass
             item = self._items.popleft()
             self._changed.notify_all()
             return item
