@@ -6,10 +6,7 @@ is given up, and the rest of its batch is read by another thread.
 
 from __future__ import annotations
 
-import errno
-import os
 import queue
-import stat
 import threading
 import time
 from collections import deque
@@ -27,6 +24,7 @@ from engine.header import Header, HeaderError
 from engine.overlap import Meter
 from engine.records import Batch, Part, Status
 from engine.settings import Limits
+from engine.storage import ReadError, Storage
 
 # One more batch is read ahead for each of these that reading a batch takes on average: files in the page
 # cache need one thread, and more would only fight for the interpreter lock; slow storage gets all of them.
@@ -34,12 +32,6 @@ AHEAD_EVERY_S = 0.001
 PATIENCE_S = 1.0  # a batch whose file takes longer is set aside
 MAX_HUNG = 64  # reads given up on that have not come back; more, and the storage is down
 WITNESSES = 8  # files that were read last: are all of them gone, so is the storage
-
-
-class _ReadError(Exception):
-    def __init__(self, status: Status, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class _Budget:
@@ -127,7 +119,7 @@ class _Reading:
 
     def __init__(self, reader: Reader, meter: Meter) -> None:
         self._reader, self._meter = reader, meter
-        self._root = str(reader.root)
+        self._storage = Storage(reader.root)
         self._budget = _Budget(reader.limits.encoded_bytes)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: deque[_Job] = deque()  # in manifest order
@@ -287,20 +279,20 @@ class _Reading:
 
     def _read_checked(
         self, job: _Job, attempt: _Attempt
-    ) -> tuple[bytes, Header | None, _ReadError | HeaderError | None]:
+    ) -> tuple[bytes, Header | None, ReadError | HeaderError | None]:
         data = b""
         try:
             data = self._read(job, attempt)
             return data, header.parse(data, self._reader.limits.max_pixels), None
-        except (_ReadError, HeaderError) as error:
+        except (ReadError, HeaderError) as error:
             return data, None, error
         except (EngineError, MemoryError):
             raise
         except Exception as error:  # no file may end the run, whatever its header makes of a parser
-            return data, None, _ReadError(Status.CORRUPT, f"its header can't be read: {type(error).__name__}")
+            return data, None, ReadError(Status.CORRUPT, f"its header can't be read: {type(error).__name__}")
 
     def _keep(
-        self, job: _Job, data: bytes, found: Header | None, error: _ReadError | HeaderError | None
+        self, job: _Job, data: bytes, found: Header | None, error: ReadError | HeaderError | None
     ) -> None:
         batch, position = job.batch, job.position
         job.held += len(data)
@@ -318,59 +310,44 @@ class _Reading:
         job.position += 1
 
     def _read(self, job: _Job, attempt: _Attempt) -> bytes:
-        path = job.paths[job.position]
-        if not path:
-            raise _ReadError(Status.MISSING, "the row has no path")
-        full = os.path.join(self._root, path)
+        path, admitted = job.paths[job.position], 0
+
+        def admit(size: int) -> None:
+            nonlocal admitted
+            most = self._reader.limits.max_file_size
+            if size == 0:
+                raise ReadError(Status.EMPTY, "the file has 0 bytes")
+            if size > most:
+                raise ReadError(Status.TOO_LARGE, f"{size} bytes; --max-file-size allows {most}")
+            attempt.since = None  # waiting for room is not the storage's fault
+            self._budget.acquire(size, job)
+            admitted = size
+            attempt.since = time.monotonic()
+
+        data = b""
         try:
-            # O_NONBLOCK: opening a FIFO that nobody writes to must not hang
-            descriptor = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise self._os_error(error) from None
-        except ValueError:
-            raise _ReadError(Status.UNREADABLE, "the path holds a NUL character") from None
-        try:
-            data = self._read_opened(job, attempt, descriptor)
+            data = self._storage.read(path, admit)
+        except ReadError as error:
+            if error.status in (Status.MISSING, Status.UNREADABLE):
+                self._check_storage()
+            raise
         finally:
-            os.close(descriptor)
-        self._witnesses.append(full)
+            if len(data) < admitted:  # it failed, or the file shrank meanwhile
+                self._budget.release(admitted - len(data))
+        if path:
+            self._witnesses.append(path)
         return data
 
-    def _read_opened(self, job: _Job, attempt: _Attempt, descriptor: int) -> bytes:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise _ReadError(Status.UNREADABLE, f"a {_kind(info.st_mode)}, not a file")
-        size, most = info.st_size, self._reader.limits.max_file_size
-        if size == 0:
-            raise _ReadError(Status.EMPTY, "the file has 0 bytes")
-        if size > most:
-            raise _ReadError(Status.TOO_LARGE, f"{size} bytes; --max-file-size allows {most}")
-        attempt.since = None  # waiting for room is not the storage's fault
-        self._budget.acquire(size, job)
-        attempt.since = time.monotonic()
-        try:
-            data = _read_all(descriptor, size)
-        except OSError as error:
-            self._budget.release(size)
-            raise self._os_error(error) from None
-        if len(data) < size:  # it shrank meanwhile
-            self._budget.release(size - len(data))
-        return data
+    def _check_storage(self) -> None:
+        """Raises EngineError when none of the files that were read last is there any more.
 
-    def _os_error(self, error: OSError) -> _ReadError:
-        """The row's status, unless all storage has gone: then no row may be called missing."""
-        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        if self._storage_gone():
+        Then all storage has gone, and no row may be called missing.
+        """
+        if not any(self._storage.exists(path) for path in list(self._witnesses) or [""]):
             raise EngineError(
                 f"the images have disappeared: {self._reader.root} or a folder below it went away during the "
                 "run; the same command goes on when it is back"
-            ) from None
-        status = Status.MISSING if missing else Status.UNREADABLE
-        return _ReadError(status, error.strerror or "read error")
-
-    def _storage_gone(self) -> bool:
-        """None of the files that were read last is there any more."""
-        return not any(os.path.exists(path) for path in list(self._witnesses) or [self._root])
+            )
 
     def close(self) -> None:
         self._closed = True
@@ -380,21 +357,3 @@ class _Reading:
         deadline = time.monotonic() + 2 * PATIENCE_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-
-
-def _read_all(descriptor: int, size: int) -> bytes:
-    data = os.read(descriptor, size)
-    if len(data) == size:
-        return data
-    pieces = [data]
-    size -= len(data)
-    while size > 0 and data:
-        data = os.read(descriptor, size)
-        pieces.append(data)
-        size -= len(data)
-    return b"".join(pieces)
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")

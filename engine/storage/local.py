@@ -1,0 +1,59 @@
+"""Files of this machine and of what is mounted on it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+
+from engine.records import Status
+from engine.storage.common import ReadError
+
+
+def read(path: str, admit: Callable[[int], None]) -> bytes:
+    try:
+        # O_NONBLOCK: opening a FIFO that nobody writes to must not hang
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise _named(error) from None
+    except ValueError:
+        raise ReadError(Status.UNREADABLE, "the path holds a NUL character") from None
+    try:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise ReadError(Status.UNREADABLE, f"a {_kind(info.st_mode)}, not a file")
+        admit(info.st_size)
+        return _read_all(descriptor, info.st_size)
+    except OSError as error:
+        raise _named(error) from None
+    finally:
+        os.close(descriptor)
+
+
+def exists(path: str) -> bool:
+    return os.path.exists(path)
+
+
+def _named(error: OSError) -> ReadError:
+    missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+    return ReadError(Status.MISSING if missing else Status.UNREADABLE, error.strerror or "read error")
+
+
+def _read_all(descriptor: int, size: int) -> bytes:
+    """Fewer bytes than `size` where the file has shrunk meanwhile."""
+    data = os.read(descriptor, size)
+    if len(data) == size:
+        return data
+    pieces = [data]
+    size -= len(data)
+    while size > 0 and data:
+        data = os.read(descriptor, size)
+        pieces.append(data)
+        size -= len(data)
+    return b"".join(pieces)
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+    return kinds.get(stat.S_IFMT(mode), "device")
