@@ -100,7 +100,7 @@ class Stages:
         self._models, self._workers = models, workers
         self._paths = [path for part in manifest.parts(CPU_PART_ROWS) for path in part.paths]
         self._root = manifest.root
-        self._layout = Layout.of(models, manifest, "")
+        self._layout = Layout.of(models, manifest, "", uids=False)
         opened = [OnnxRunner(member, models) for member in models.members]
         self._step = CpuStep(models, opened, lanes=workers)
         self._preprocess = Preprocess(

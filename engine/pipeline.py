@@ -91,7 +91,7 @@ def screen(
         manifest = open_manifest(
             settings.manifest, path_column=settings.path_column, root=settings.root, listing=folder.listing
         )
-        layout = Layout.of(models, manifest, settings.column_prefix)
+        layout = Layout.of(models, manifest, settings.column_prefix, uids=settings.include_uids)
         recorded = None if settings.overwrite else folder.recorded()
         run = describe(settings, recorded, manifest, models, choice)
         opening = Opening(settings, models, run, choice, say, resumed=recorded is not None, manifest=manifest)
@@ -155,7 +155,7 @@ def retry(
         )
         opening = Opening(replace(settings, limits=limits), models, run, choice, say, resumed=True)
         stages = stack.enter_context(Stages(opening))
-        layout = Layout.of_part(models, folder.path, min(failed))
+        layout = Layout.of_part(models, folder.path, min(failed), uids=options["include_uids"])
         folder.withdraw()
         parts = failed_rows(folder.path, sorted(failed), layout)
         stages.run(parts, Sink(folder.path, layout, run, fold=True), progress, watch, stop)

@@ -59,6 +59,7 @@ def describe(
             "part_rows": settings.part_rows or before.get("part_rows") or default_rows,
             "max_pixels": settings.limits.max_pixels,
             "max_file_size": settings.limits.max_file_size,
+            "include_uids": settings.include_uids,
         },
         "manifest": str(manifest.source.absolute()),
         "rows": manifest.rows,
@@ -97,7 +98,7 @@ def processor_name() -> str:
 def versions() -> dict[str, str]:
     """Of the engine and of what decides the pixels and the files."""
     found = {"engine": __version__, "python": platform.python_version()}
-    for package in ("nvidia-dali-cuda130", "imagecodecs", "numpy", "pyarrow"):
+    for package in ("nvidia-dali-cuda130", "imagecodecs", "numpy", "pyarrow", "pydicom"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="MANIFEST is a results folder: try its failed rows again, with the options of that run",
     )
+    add("--include-uids", action="store_true", help="DICOM's study, series and SOP UIDs as columns")
     add("--overwrite", action="store_true", help="delete the run that OUTPUT holds and start again")
     add(
         "--decoder",

@@ -65,6 +65,7 @@ class Settings:
     only_errors: bool = False  # `manifest` is the results folder whose failed rows are tried again
     overwrite: bool = False
     overlap: bool = True
+    include_uids: bool = False  # DICOM's, in the results
     decoder: str = "auto"  # "cpu": every image gets libjpeg's strict look, also where there is a GPU
     slots: int = 3  # batches in flight on the GPU
     streams: int | None = None  # 1: members one after the other, 2: at once; None: whatever is faster

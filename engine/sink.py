@@ -28,6 +28,7 @@ ROW_GROUP = 65_536
 _LABELS = np.array([status.label for status in Status])
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 _METADATA = b"engine"
+UIDS = ("study_uid", "series_uid", "sop_uid")
 
 
 def part_name(index: int) -> str:
@@ -42,12 +43,13 @@ class Layout:
     members: tuple[str, ...]
     passthrough: pa.Schema  # as in the manifest
     column_prefix: str
+    uids: bool  # whether DICOM's UIDs are among them
 
     @classmethod
-    def of(cls, bundle: Bundle, manifest: Manifest, column_prefix: str) -> Layout:
+    def of(cls, bundle: Bundle, manifest: Manifest, column_prefix: str, *, uids: bool) -> Layout:
         """Raises UsageError when a manifest column has the name of a results column."""
         names = tuple(member.name for member in bundle.members)
-        layout = cls(bundle.classes, names, manifest.columns, column_prefix)
+        layout = cls(bundle.classes, names, manifest.columns, column_prefix, uids)
         own = [field.name for field in layout._head() + layout._tail()]
         if len(set(own)) < len(own):
             raise UsageError(f"bundle {bundle.path}: members and classes give two columns the same name")
@@ -60,10 +62,10 @@ class Layout:
         return layout
 
     @classmethod
-    def of_part(cls, bundle: Bundle, folder: Path, index: int) -> Layout:
+    def of_part(cls, bundle: Bundle, folder: Path, index: int, *, uids: bool) -> Layout:
         """As a part on disk has it; its manifest columns have their prefix already."""
         names = tuple(member.name for member in bundle.members)
-        bare = cls(bundle.classes, names, pa.schema([]), "")
+        bare = cls(bundle.classes, names, pa.schema([]), "", uids)
         own = set(bare.schema.names)
         stored = pq.read_schema(folder / part_name(index))
         return replace(bare, passthrough=pa.schema([field for field in stored if field.name not in own]))
@@ -86,6 +88,9 @@ class Layout:
             pa.field("flags", pa.list_(pa.string())),
             pa.field("width", pa.int32()),
             pa.field("height", pa.int32()),
+            pa.field("bits", pa.int32()),
+            pa.field("photometric", pa.string()),
+            *(pa.field(name, pa.string()) for name in UIDS if self.uids),
             pa.field("prediction", pa.string()),
             pa.field("confidence", pa.float32()),
             *(pa.field(name, pa.float32()) for name in scores),
@@ -101,6 +106,8 @@ class _OpenPart:
         self.filled = 0
         self.status = np.zeros(rows, np.uint8)
         self.width, self.height = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self.bits = np.zeros(rows, np.int32)
+        self.dicom: dict[int, tuple[str, ...]] = {}  # position -> photometric interpretation, UIDs
         self.prediction = np.zeros(rows, np.intp)
         self.confidence = np.zeros(rows, np.float32)
         self.scores = np.zeros((rows, classes), np.float32)
@@ -113,6 +120,11 @@ class _OpenPart:
         assert batch.members is not None
         rows = slice(batch.start, batch.start + batch.rows)
         self.status[rows], self.width[rows], self.height[rows] = batch.status, batch.width, batch.height
+        for position, header in enumerate(batch.headers, batch.start):
+            if header:
+                self.bits[position] = header.bits
+                if header.photometric:
+                    self.dicom[position] = (header.photometric, *header.uids)
         where = batch.start + batch.index
         self.scores[where], self.members[:, where] = batch.probabilities, batch.members
         self.prediction[where], self.confidence[where] = batch.prediction, batch.confidence
@@ -132,12 +144,19 @@ class _OpenPart:
             pa.array([self.flags.get(row, []) for row in range(rows)], pa.list_(pa.string())),
             pa.array(self.width, mask=sizeless),
             pa.array(self.height, mask=sizeless),
+            pa.array(self.bits, mask=self.bits == 0),
+            *(self._words(place) for place in range(1 + len(UIDS) * layout.uids)),
             pa.array(np.array(layout.classes)[self.prediction], pa.string(), mask=failed),
             pa.array(self.confidence, mask=failed),
             *(pa.array(column, mask=failed) for column in self.scores.T),
             *(pa.array(column, mask=failed) for member in self.members for column in member.T),
         ]
         return pa.table(columns, schema=layout.schema)
+
+    def _words(self, place: int) -> pa.Array[Any]:
+        """One of the words that DICOM files have, null where there is none."""
+        words = [self.dicom.get(row, ("",) * (1 + len(UIDS)))[place] or None for row in range(self.part.rows)]
+        return pa.array(words, pa.string())
 
 
 @dataclass(frozen=True)

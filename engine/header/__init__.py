@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from typing import Protocol
 
-from engine.header import bmp, gif, jpeg, jpeg2000, png, pnm, tiff, webp
+from engine.header import bmp, dicom, gif, jpeg, jpeg2000, png, pnm, tiff, webp
 from engine.header.common import Header, HeaderError, Limit, truncated, unsupported
 
 __all__ = ["Header", "HeaderError", "parse"]
@@ -23,6 +23,7 @@ class _Format(Protocol):
 
 
 _FORMATS: dict[str, _Format] = {
+    "DICOM": dicom,  # first: its preamble may be that of a TIFF
     "JPEG": jpeg,
     "PNG": png,
     "TIFF": tiff,
@@ -39,11 +40,11 @@ def parse(data: bytes, max_pixels: int) -> Header:
     """The header of an encoded image, its format decided by content.
 
     Raises HeaderError: TOO_LARGE (before any other verdict on an image whose size is known), UNSUPPORTED,
-    TRUNCATED (the end is missing) or CORRUPT.
+    TRUNCATED (the end is missing), CORRUPT or, for a DICOM file that is no radiograph, SKIPPED.
     """
-    if data[128:132] == b"DICM":
-        raise unsupported(f"a DICOM file; supported: {', '.join(_FORMATS)}")
     name = next((name for name, module in _FORMATS.items() if module.matches(data)), None)
+    if name is None and dicom.lacks_preamble(data):
+        name = "DICOM"
     if name is None:
         raise unsupported(f"{_name(data)}; supported: {', '.join(_FORMATS)}")
     limit = Limit(max_pixels)
@@ -61,4 +62,4 @@ def _name(data: bytes) -> str:
     for magic, name in _OTHERS:
         if data.startswith(magic):
             return name
-    return f"not an image (starts with {data[:8].hex()})"
+    return "not an image"

@@ -12,6 +12,7 @@ INT32_MAX = (1 << 31) - 1
 
 _PEAK_BYTES_PER_PIXEL = {
     "bmp": 6,
+    "dicom": 30,
     "gif": 4,
     "jpeg": 4,
     "jpeg2000": 27,
@@ -29,6 +30,9 @@ class Header(NamedTuple):
     flags: tuple[str, ...] = ()
     orientation: int = 1  # EXIF 1 to 8
     layout: Any = None  # what else the format's own decoder has to know
+    bits: int = 8  # of a stored sample
+    photometric: str = ""  # DICOM's PhotometricInterpretation
+    uids: tuple[str, str, str] = ("", "", "")  # DICOM's study, series and SOP instance
 
     @property
     def decoding_bytes(self) -> int:

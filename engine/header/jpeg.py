@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from engine.header import exif
-from engine.header.common import Header, Limit, corrupt, truncated, unsupported
+from engine.header.common import Header, HeaderError, Limit, corrupt, truncated, unsupported
 
 MAX_SEGMENTS = 10_000
 MAX_SCANS = 100  # each scan costs a pass over the whole image
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
+_JPEG_LS = 0xF7
 _DECODABLE_FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; all Huffman-coded
 _BETWEEN_SCANS = frozenset((0xC4, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE))
 _RUN = bytes(48)  # longer than entropy coding makes of flat areas, mostly
@@ -30,15 +32,9 @@ def matches(data: bytes) -> bool:
 
 
 def parse(data: bytes, limit: Limit) -> Header:
-    position, orientation, adobe = 2, 1, False
+    orientation, adobe = 1, False
     frame: tuple[int, int] | None = None
-    for _ in range(MAX_SEGMENTS):
-        fill = _FILL.match(data, position)
-        if fill is None and position < len(data):
-            raise corrupt(f"JPEG marker expected at byte {position}")
-        position = fill.end() if fill else position
-        marker, length = struct.unpack_from(">BH", data, position)
-        body = position + 3
+    for marker, start, body, length in _segments(data):
         if marker in _FRAMES and frame is None:
             frame = marker, _channels(data, marker, body, limit)
         if marker == 0xE1 and data.startswith(b"Exif\0\0", body) and orientation == 1:
@@ -46,13 +42,38 @@ def parse(data: bytes, limit: Limit) -> Header:
         if marker == 0xEE and data.startswith(b"Adobe", body):
             adobe = True
         if marker == 0xDA and frame:
-            _check_scans(data, *frame, position)
+            _check_scans(data, *frame, start)
             assert limit.size is not None
             return Header("jpeg", *limit.size, orientation=orientation, layout=Layout(frame[1], adobe))
         if marker in (0xD9, 0xDA) or length < 2:
             raise corrupt("JPEG without a frame header")
-        position += 1 + length
     raise corrupt(f"JPEG of more than {MAX_SEGMENTS} segments before its first scan")
+
+
+def frame_of(data: bytes) -> tuple[int, int, int, int, int]:
+    """Marker, bits, height, width and components of the frame header, of JPEG-LS too. Raises ValueError."""
+    try:
+        for marker, _, body, length in _segments(data):
+            if marker in _FRAMES or marker == _JPEG_LS:
+                return (marker, *struct.unpack_from(">BHHB", data, body))
+            if marker in (0xD9, 0xDA) or length < 2:
+                break
+    except (struct.error, HeaderError):
+        pass
+    raise ValueError("JPEG without a frame header")
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Marker, first byte, first byte of the body and length of each segment, the scans' not left out."""
+    position = 2
+    for _ in range(MAX_SEGMENTS):
+        fill = _FILL.match(data, position)
+        if fill is None and position < len(data):
+            raise corrupt(f"JPEG marker expected at byte {position}")
+        position = fill.end() if fill else position
+        marker, length = struct.unpack_from(">BH", data, position)
+        yield marker, position, position + 3, length
+        position += 1 + length
 
 
 def _channels(data: bytes, marker: int, body: int, limit: Limit) -> int:

@@ -25,9 +25,10 @@ _PIXELS_PER_TILE, _PIXELS_PER_PRECINCT, _FREE = 4096, 256, 1024
 
 class Layout(NamedTuple):
     codestream: tuple[int, int]  # first byte and end
-    bits: int  # of a sample, unsigned
+    bits: int  # of a sample
     channels: int  # 1 to 4: gray or colour, the 2nd or 4th is transparency
     luma_first: bool  # the first channel is luma: YCC
+    signed: bool
 
 
 class _Size(NamedTuple):
@@ -42,16 +43,19 @@ def matches(data: bytes) -> bool:
     return data.startswith((_SIGNATURE, _START))
 
 
-def parse(data: bytes, limit: Limit) -> Header:
+def parse(data: bytes, limit: Limit, *, frame: bool = False) -> Header:
+    """`frame`: of a DICOM file, where samples may be signed."""
     if data.startswith(_START):
         start, end, colour = 0, len(data), 0
     else:
         start, end, colour = _boxes(data, limit)
     size, layout = _siz(data, start, end, colour, limit)
+    if layout.signed and not frame:
+        raise unsupported("JPEG 2000 of signed samples")
     if end > len(data):
         raise truncated(f"JPEG 2000 ends at byte {len(data)} of {end}")
     _walk(data, start, end, size)
-    return Header("jpeg2000", size.width, size.height, (), 1, layout)
+    return Header("jpeg2000", size.width, size.height, (), 1, layout, layout.bits)
 
 
 def _boxes(data: bytes, limit: Limit) -> tuple[int, int, int]:
@@ -127,10 +131,12 @@ def _siz(data: bytes, start: int, end: int, colour: int, limit: Limit) -> tuple[
         raise unsupported(f"JPEG 2000 of {channels} channels; supported: 1 to 4")
     components = struct.unpack_from(f">{3 * channels}B", data, start + 42)
     depth = components[0]
-    if depth > 15 or components != (depth, 1, 1) * channels:
-        raise unsupported("JPEG 2000 of signed, subsampled, mixed or more than 16-bit samples")
+    if depth & 0x7F > 15 or components != (depth, 1, 1) * channels:
+        raise unsupported("JPEG 2000 of subsampled, mixed or more than 16-bit samples")
     size = _Size(width, height, (min(tile_width, width), min(tile_height, height)), tiles, channels)
-    return size, Layout((start, end), depth + 1, channels, colour == _YCC and channels >= 3)
+    return size, Layout(
+        (start, end), (depth & 0x7F) + 1, channels, colour == _YCC and channels >= 3, depth > 0x7F
+    )
 
 
 def _walk(data: bytes, start: int, end: int, size: _Size) -> None:
@@ -181,9 +187,7 @@ def _segments(data: bytes, position: int, end: int, last: int, size: _Size, laye
 
 def _check_style(style: bytes, own_precincts: bool, size: _Size, layers: int) -> None:
     """Bound what one tile takes: T.800 tables A.15 and A.20."""
-    levels, block_width, block_height, flags, _ = struct.unpack_from(">5B", style)
-    if flags & 0x40:
-        raise unsupported("JPEG 2000 with high-throughput coding")
+    levels, block_width, block_height, _, _ = struct.unpack_from(">5B", style)
     exponents = style[5 : 6 + levels] if own_precincts else b"\xff" * (levels + 1)
     if levels > 32 or len(exponents) != levels + 1 or layers == 0:
         raise corrupt(f"JPEG 2000 of {levels} levels, {layers} layers")

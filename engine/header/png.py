@@ -31,7 +31,7 @@ def parse(data: bytes, limit: Limit) -> Header:
             orientation = exif.orientation(data[start:end])
         kinds.add(kind)
     flags = ("first_frame",) if b"acTL" in kinds else ()
-    return Header("png", width, height, flags, orientation)
+    return Header("png", width, height, flags, orientation, bits=depth)
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

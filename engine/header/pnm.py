@@ -47,7 +47,8 @@ def parse(data: bytes, limit: Limit) -> Header:
         end = position + 1 + row * height
     if end > len(data):
         raise truncated(f"PNM ends at byte {len(data)} of {end}{' or more' if plain else ''}")
-    return Header("pnm", width, height, (), 1, Layout(plain, channels, white, position + 1))
+    layout = Layout(plain, channels, white, position + 1)
+    return Header("pnm", width, height, (), 1, layout, max(1, white.bit_length()))
 
 
 def _incomplete(data: bytes) -> Exception:

@@ -96,7 +96,7 @@ def parse(data: bytes, limit: Limit) -> Header:
     layout = layout._replace(spans=_spans(tags, layout, len(data)))
     orientation = _one(tags, _ORIENTATION, 1)
     flags = ("first_frame",) if more else ()
-    return Header("tiff", width, height, flags, orientation if 1 <= orientation <= 8 else 1, layout)
+    return Header("tiff", width, height, flags, orientation if 1 <= orientation <= 8 else 1, layout, bits)
 
 
 def _directory(data: bytes, order: str, *, big: bool) -> tuple[Tags, bool]:

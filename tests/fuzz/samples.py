@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from tests.dicom import dicom
 from tests.images import encode, png, smooth
 
 _ORIENTATION = 0x0112
@@ -98,24 +99,13 @@ def _tiled_tiff(colour: Gray) -> bytes:
     )
 
 
-def _dicom(colour: Gray) -> bytes:
-    """Explicit little-endian, 12 of 16 bits, MONOCHROME2; no more elements than a reader needs."""
+def _dicom(syntax: str, **attributes: object):
+    """A maker of 12 of 16 bits."""
 
-    def element(group: int, number: int, kind: bytes, value: bytes) -> bytes:
-        long = kind in (b"OW", b"OB")
-        head = struct.pack("<HH2s", group, number, kind)
-        return head + (struct.pack("<HI" if long else "<H", *([0] * long), len(value))) + value
+    def make(colour: Gray) -> bytes:
+        return dicom(_twelve_bits(colour), syntax, bits=12, **attributes)
 
-    def short(number: int, value: int) -> bytes:
-        return element(0x28, number, b"US", struct.pack("<H", value))
-
-    syntax = element(2, 0x10, b"UI", b"1.2.840.10008.1.2.1\0")
-    meta = element(2, 0, b"UL", struct.pack("<I", len(syntax))) + syntax
-    height, width = colour.shape[:2]
-    image = short(2, 1) + element(0x28, 4, b"CS", b"MONOCHROME2 ") + short(0x10, height) + short(0x11, width)
-    image += short(0x100, 16) + short(0x101, 12) + short(0x102, 11) + short(0x103, 0)
-    pixels = element(0x7FE0, 0x10, b"OW", _twelve_bits(colour).astype("<u2").tobytes())
-    return bytes(128) + b"DICM" + meta + image + pixels
+    return make
 
 
 def _transparent_palette_png(colour: Gray) -> bytes:
@@ -162,5 +152,11 @@ _MAKERS = {
     "jpeg2000-rawlossy": _pillow("L", "JPEG2000", no_jp2=True, irreversible=True, quality_layers=[20]),
     "gif-palette": _pillow("P", "GIF"),
     "gif-animated": _pillow("P", "GIF", pages=3),
-    "dicom-gray": _dicom,
+    "dicom-explicit": _dicom("explicit"),
+    "dicom-implicit": _dicom("implicit", WindowCenter=2000, WindowWidth=3000),
+    "dicom-deflated": _dicom("deflated", PhotometricInterpretation="MONOCHROME1"),
+    "dicom-rle": _dicom("rle"),
+    "dicom-sv1": _dicom("jpeg-sv1", WindowCenter=2000, WindowWidth=3000, VOILUTFunction="SIGMOID"),
+    "dicom-ls": _dicom("jpeg-ls"),
+    "dicom-jpeg2000": _dicom("jpeg2000"),
 }

@@ -40,6 +40,10 @@ def decode(data: bytes, header: Header) -> Decoded:
     """
     if header.format == "jpeg":
         gray, flags = jpeg.decode(data, header)
+    elif header.format == "dicom":
+        from engine.preprocess.codecs import dicom  # here, since pydicom is an extra
+
+        gray, flags = dicom.decode(data, header)
     else:
         gray, flags = _DECODERS[header.format](data, header), []
     if gray.shape != (header.height, header.width):

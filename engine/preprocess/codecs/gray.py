@@ -7,10 +7,8 @@ bits decide:
 - otherwise the smallest of 8, 10, 12, 14, 16 bits that holds the largest sample is the depth, and the
   samples are scaled by 255 / (2^depth - 1), rounded.
 
-PNG's sBIT is not needed: a writer that follows the PNG recommendation stretches its samples to the full
-16 bits, one that does not leaves them in the low bits, and the rule above reads both right. A file that
-declares fewer than 16 bits, or another white, is believed. Colour becomes ITU-R BT.601 luma; what is
-transparent is laid over black.
+A file that declares fewer than 16 bits, another white, or PNG's sBIT is believed. Colour becomes ITU-R BT.601
+luma; what is transparent is laid over black.
 """
 
 from __future__ import annotations

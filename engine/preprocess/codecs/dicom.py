@@ -1,0 +1,68 @@
+"""DICOM: the first frame, as it would be exported for display. pydicom takes it out of the file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.processing import apply_color_lut
+
+from engine.header import Header
+from engine.header.dicom import Layout, inflated
+from engine.preprocess.codecs import frames
+from engine.preprocess.codecs.gray import Gray, Samples, to_gray
+from engine.preprocess.codecs.presentation import presented
+
+
+def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:
+    """Gray uint8 [H, W], and flags: "window_fallback" where the file has no window that shows anything."""
+    layout: Layout = header.layout
+    try:
+        samples, photometric = _stored(data, header, layout)
+        if photometric in ("MONOCHROME1", "MONOCHROME2"):
+            return presented(samples, layout, inverted=photometric == "MONOCHROME1")
+        return _luma(samples, photometric, header, layout), []
+    except MemoryError:
+        raise
+    except Exception:  # pydicom raises what comes, with header values in it
+        raise ValueError("the image is damaged") from None
+
+
+def _stored(data: bytes, header: Header, layout: Layout) -> tuple[Samples, str]:
+    """The first frame as it is stored, [H, W] or [H, W, 3], unsigned, and its photometric interpretation."""
+    start, end = layout.span
+    if layout.deflated:
+        data, _ = inflated(data, layout.deflated, end)
+    encapsulated = layout.compression != "uncompressed"
+    options: dict[str, Any] = {
+        "rows": header.height,
+        "columns": header.width,
+        "samples_per_pixel": layout.channels,
+        "photometric_interpretation": header.photometric,
+        "pixel_representation": 0,
+        "bits_allocated": layout.allocated,
+        "bits_stored": header.bits,
+        "number_of_frames": layout.frames if encapsulated else 1,
+        "planar_configuration": int(layout.dataset.get("PlanarConfiguration") or 0),
+        "pixel_keyword": "PixelData",
+    }
+    if encapsulated:
+        options["decoding_plugin"] = frames.PLUGIN
+        offsets = layout.dataset.get("ExtendedOffsetTable"), layout.dataset.get("ExtendedOffsetTableLengths")
+        if all(offsets):
+            options["extended_offsets"] = offsets
+    else:
+        options |= {"pixel_vr": "OW" if layout.words else "OB", "correct_unused_bits": False}
+    decoder = get_decoder(layout.syntax)
+    samples, properties = decoder.as_array(data[start:end], index=0, raw=True, **options)
+    return samples, str(properties["photometric_interpretation"])
+
+
+def _luma(samples: Samples, photometric: str, header: Header, layout: Layout) -> Gray:
+    """Colour to gray by its luma, which YBR stores first."""
+    white = (1 << header.bits) - 1
+    if photometric == "PALETTE COLOR":
+        colours = apply_color_lut(samples, layout.dataset)
+        return to_gray(colours, white=int(np.iinfo(colours.dtype).max))
+    return to_gray(samples[:, :, :1] if photometric.startswith("YBR") else samples, white=white)

@@ -1,0 +1,96 @@
+"""Frames of DICOM files by imagecodecs, as a plugin of pydicom.
+
+RLE, JPEG (8 to 16 bits, lossless too) by libjpeg-turbo, JPEG-LS by CharLS, JPEG 2000 by OpenJPEG. A frame
+whose size is not the data set's is refused before its decoder allocates anything.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import simplejpeg
+from pydicom.pixels.decoders.base import get_decoder
+
+from engine.header import jpeg, jpeg2000
+from engine.header.common import Limit
+from engine.header.dicom import SYNTAXES
+from engine.preprocess.codecs import codec
+from engine.preprocess.codecs.gray import Samples
+
+PLUGIN = "imagecodecs"
+Shape = tuple[int, int, int]  # height, width, samples a pixel
+
+
+def is_available(syntax: str) -> bool:
+    """pydicom's plugin protocol: whether frames of this transfer syntax are decoded here."""
+    return syntax in _DECODERS
+
+
+def decode_frame(frame: bytes, runner: Any) -> bytes:
+    """pydicom's plugin protocol: an encoded frame to samples in rows, their colours together.
+
+    Raises ValueError when it is damaged or not what the data set announces.
+    """
+    shape = (runner.rows, runner.columns, runner.samples_per_pixel)
+    samples = _DECODERS[runner.transfer_syntax](frame, runner, shape)
+    if samples.shape not in (shape, shape[:2] if shape[2] == 1 else shape) or samples.dtype.itemsize > 2:
+        raise ValueError("the image is damaged")
+    runner.set_option("bits_allocated", 8 * samples.dtype.itemsize)
+    if shape[2] == 3:
+        runner.set_option("planar_configuration", 0)
+    return samples.tobytes()
+
+
+def _jpeg(frame: bytes, runner: Any, shape: Shape) -> Samples:
+    """All JPEG processes; what 8-bit ones decode only with a warning is damaged."""
+    marker, precision, *size = jpeg.frame_of(frame)
+    if tuple(size) != shape:
+        raise ValueError("the frame's size is not the header's")
+    if shape[2] == 1:
+        if precision == 8 and marker != 0xC3:
+            return np.asarray(simplejpeg.decode_jpeg(frame, "GRAY", strict=True))
+        return np.asarray(codec.run(imagecodecs.jpeg8_decode, frame))
+    if marker == 0xC3 or runner.photometric_interpretation == "RGB":
+        return np.asarray(codec.run(imagecodecs.jpeg8_decode, frame, colorspace="RGB", outcolorspace="RGB"))
+    runner.set_option("photometric_interpretation", "RGB")
+    return np.asarray(simplejpeg.decode_jpeg(frame, "RGB", strict=True))
+
+
+def _jpeg_ls(frame: bytes, runner: Any, shape: Shape) -> Samples:
+    _, _, *size = jpeg.frame_of(frame)
+    if tuple(size) != shape:
+        raise ValueError("the frame's size is not the header's")
+    return np.asarray(codec.run(imagecodecs.jpegls_decode, frame))
+
+
+def _jpeg2000(frame: bytes, runner: Any, shape: Shape) -> Samples:
+    layout = jpeg2000.parse(frame, limit := Limit(sys.maxsize), frame=True).layout
+    if (limit.size, layout.channels) != ((shape[1], shape[0]), shape[2]):
+        raise ValueError("the frame's size is not the header's")
+    if runner.photometric_interpretation in ("YBR_ICT", "YBR_RCT"):
+        runner.set_option("photometric_interpretation", "RGB")
+    return np.asarray(codec.run(imagecodecs.jpeg2k_decode, frame[slice(*layout.codestream)], numthreads=1))
+
+
+def _rle(frame: bytes, runner: Any, shape: Shape) -> Samples:
+    height, width, channels = shape
+    out = np.empty((channels, height, width), f"<u{runner.bits_allocated // 8}")
+    codec.run(imagecodecs.dicomrle_decode, frame, out.dtype, out=out.reshape(-1).view(np.uint8))
+    return out.transpose(1, 2, 0)
+
+
+_BY_NAME: dict[str, Callable[[bytes, Any, Shape], Samples]] = {
+    "RLE": _rle,
+    "JPEG": _jpeg,
+    "JPEG-LS": _jpeg_ls,
+    "JPEG 2000": _jpeg2000,
+}
+_DECODERS = {syntax: _BY_NAME[name] for syntax, name in SYNTAXES.items() if name in _BY_NAME}
+DECODER_DEPENDENCIES = dict.fromkeys(_DECODERS, ("imagecodecs",))
+
+for _syntax in _DECODERS:
+    get_decoder(_syntax).add_plugin(PLUGIN, (__name__, "decode_frame"))

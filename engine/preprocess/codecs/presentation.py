@@ -1,0 +1,140 @@
+"""Stored values to what is seen: PS3.3 C.7.6.3.1.2, C.11.1, C.11.2; PS3.4 N.2.
+
+Modality LUT or rescale, VOI LUT or window, scaled by its own range, inversion of MONOCHROME1, in this order.
+All of it depends on the stored value alone, so it is computed once for each value there can be, not for each
+pixel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.header.dicom import Layout
+from engine.preprocess.codecs.gray import DEPTHS, Gray, Samples
+
+RAIL = 0.98  # a window that leaves more of the pixels than that black, or white, is none
+PERCENTILES = (0.5, 99.5)
+_BLOCK_ROWS = 32  # looked up together, so that they stay in the cache
+
+Values = npt.NDArray[np.float64]  # one for each content that a sample's cell can have
+
+
+def presented(samples: Samples, layout: Layout, *, inverted: bool) -> tuple[Gray, list[str]]:
+    """Samples [H, W] as stored, of unsigned type, to gray; `inverted` for MONOCHROME1.
+
+    Flags: "window_fallback" where the file has no window, or one that shows nothing.
+    """
+    dataset, flags = layout.dataset, []
+    values = _modality(_numbers(samples.dtype, layout), dataset)
+    shown = _voi(values, dataset)
+    gray = None if shown is None else _looked_up(samples, _levels(shown, inverted=inverted))
+    if gray is None or max(np.count_nonzero(gray == rail) for rail in (0, 255)) > RAIL * gray.size:
+        flags = ["window_fallback"]
+        gray = _looked_up(samples, _levels(_percentiles(samples, values, layout), inverted=inverted))
+    return gray, flags
+
+
+def _numbers(dtype: npt.DTypeLike, layout: Layout) -> Values:
+    """What each content of a sample's cell stands for, by BitsStored, HighBit and PixelRepresentation."""
+    bits = int(layout.dataset.BitsStored)
+    cells = np.arange(1 << 8 * np.dtype(dtype).itemsize)
+    numbers = cells >> layout.shift & (1 << bits) - 1
+    if layout.signed:
+        numbers -= (numbers >> bits - 1) << bits
+    return numbers.astype(np.float64)
+
+
+def _modality(numbers: Values, dataset: Any) -> Values:
+    """PS3.3 C.11.1."""
+    if dataset.get("ModalityLUTSequence"):
+        return _table(numbers, dataset.ModalityLUTSequence[0], dataset)
+    slope, intercept = _first(dataset, "RescaleSlope"), _first(dataset, "RescaleIntercept")
+    if slope is None or intercept is None or slope == 0:
+        return numbers
+    return numbers * slope + intercept
+
+
+def _voi(values: Values, dataset: Any) -> Values | None:
+    """Black as 0, white as 1: PS3.3 C.11.2. None where the file has no proper VOI LUT or window."""
+    if dataset.get("VOILUTSequence"):
+        found = _table(values, dataset.VOILUTSequence[0], dataset)
+        depth = next((bits for bits in DEPTHS if found.max() < 1 << bits), DEPTHS[-1])
+        return found / ((1 << depth) - 1)
+    centre, width = _first(dataset, "WindowCenter"), _first(dataset, "WindowWidth")
+    if centre is None or width is None or width < 1:
+        return None
+    function = str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper()
+    if function == "SIGMOID":
+        return np.asarray(1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700))))
+    if function == "LINEAR_EXACT":
+        return (values - centre) / width + 0.5
+    return (values - (centre - 0.5)) / max(width - 1, 1e-9) + 0.5
+
+
+def _percentiles(samples: Samples, values: Values, layout: Layout) -> Values:
+    """The window that the pixels themselves suggest; padding is left out, unless there is nothing else."""
+    counts = np.bincount(samples.reshape(-1), minlength=len(values))
+    wanted = counts * ~_padding(samples.dtype, layout)
+    counts = wanted if wanted.any() else counts
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(counts[order])
+    low, high = (values[order[np.searchsorted(below, below[-1] * p / 100)]] for p in PERCENTILES)
+    return np.asarray((values - low) / max(high - low, 1e-9))
+
+
+def _padding(dtype: npt.DTypeLike, layout: Layout) -> npt.NDArray[np.bool_]:
+    """Which contents of a cell are padding: PS3.3 C.7.5.1.1.2."""
+    numbers, bits = _numbers(dtype, layout), int(layout.dataset.BitsStored)
+    ends = [_first(layout.dataset, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if ends[0] is None:
+        return np.zeros(len(numbers), bool)
+    # readers disagree on the sign of what may be of either
+    first, last = ((end if end is not None else ends[0]) % (1 << bits) for end in ends)
+    place = numbers % (1 << bits)
+    return (place >= min(first, last)) & (place <= max(first, last))
+
+
+def _table(values: Values, item: Any, dataset: Any) -> Values:
+    """`values` through a modality or VOI LUT: PS3.3 C.11.1.1, C.11.2.1.1."""
+    entries, first, _ = (int(number) for number in item.LUTDescriptor)
+    entries, stored = entries & 0xFFFF or 1 << 16, item.LUTData
+    if first > 0x7FFF and values.min() < 0:  # signed, and read as if it weren't
+        first -= 1 << 16
+    if isinstance(stored, bytes):
+        order = "<" if dataset.original_encoding[1] is not False else ">"
+        table = np.frombuffer(stored, np.uint8 if len(stored) < 2 * entries else f"{order}u2")
+    else:
+        table = np.asarray(stored, np.int64).reshape(-1)
+    entries = min(entries, len(table))
+    if not entries:
+        raise ValueError("a LUT without entries")
+    place = np.clip(np.floor(values) - first, 0, entries - 1).astype(np.intp)
+    return np.asarray(table[place], np.float64)
+
+
+def _first(dataset: Any, keyword: str) -> float | None:
+    """The first value of a number, None where there is no finite one."""
+    value = dataset.get(keyword)
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue":
+        value = value[0] if len(value) else None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if np.isfinite(number) else None
+
+
+def _levels(shown: Values, *, inverted: bool) -> Gray:
+    levels = np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
+    return 255 - levels if inverted else levels
+
+
+def _looked_up(samples: Samples, levels: Gray) -> Gray:
+    gray = np.empty(samples.shape, np.uint8)
+    for start in range(0, len(samples), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        np.take(levels, samples[rows], out=gray[rows], mode="clip")
+    return gray
