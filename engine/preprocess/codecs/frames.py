@@ -6,6 +6,7 @@ whose size is not the data set's is refused before its decoder allocates anythin
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -77,10 +78,27 @@ def _jpeg2000(frame: bytes, runner: Any, shape: Shape) -> Samples:
 
 
 def _rle(frame: bytes, runner: Any, shape: Shape) -> Samples:
+    """PS3.5 annex G: a PackBits segment for each byte of a sample, the highest first.
+
+    Not by imagecodecs' own decoder of it, which leaves what a damaged segment lacks as it was in memory.
+    """
     height, width, channels = shape
-    out = np.empty((channels, height, width), f"<u{runner.bits_allocated // 8}")
-    codec.run(imagecodecs.dicomrle_decode, frame, out.dtype, out=out.reshape(-1).view(np.uint8))
-    return out.transpose(1, 2, 0)
+    depth = runner.bits_allocated // 8
+    count, *starts = struct.unpack_from("<16I", frame)
+    if count != channels * depth:
+        raise ValueError(f"{count} segments")
+    ends = [*starts[1:count], len(frame)]
+    planes = [_unpacked(frame[start:end], height * width) for start, end in zip(starts, ends, strict=False)]
+    whole = np.stack(planes).reshape(channels, depth, height, width)
+    samples = np.ascontiguousarray(whole.transpose(2, 3, 0, 1)).view(">u2" if depth == 2 else np.uint8)
+    return samples[..., 0].astype(f"=u{depth}")
+
+
+def _unpacked(segment: bytes, size: int) -> Samples:
+    plane = np.frombuffer(codec.run(imagecodecs.packbits_decode, segment, out=size), np.uint8)
+    if len(plane) < size:
+        raise ValueError("a segment that runs short")
+    return plane[:size]
 
 
 _BY_NAME: dict[str, Callable[[bytes, Any, Shape], Samples]] = {
