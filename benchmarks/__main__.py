@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import damage, memory, throughput, training
+from benchmarks import damage, decode, memory, throughput, training
 from benchmarks.record import ROOT
 from engine.errors import EngineError
 
@@ -35,6 +35,14 @@ def damage_of(names: Names) -> None:
     one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
     one.add_argument("--radiographs", type=Path, metavar="DIR", help="JPEGs to damage (synthetic ones)")
+
+
+def decode_of(names: Names) -> None:
+    one = names.add_parser("decode", help="every format and DICOM syntax, beside Pillow, OpenCV and pydicom")
+    one.add_argument("--width", type=int, default=2140, help="pixels (%(default)s)")
+    one.add_argument("--height", type=int, default=1760, help="pixels (%(default)s)")
+    one.add_argument("--seconds", type=float, default=1.0, help="a figure (%(default)s)")
+    _output(one, decode.main)
 
 
 def memory_of(names: Names) -> None:
@@ -94,6 +102,7 @@ def main() -> int:
     names = parser.add_subparsers(metavar="NAME", required=True)
     throughput_of(names)
     damage_of(names)
+    decode_of(names)
     memory_of(names)
     training_of(names)
     gpu_of(names)

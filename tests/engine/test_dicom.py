@@ -17,13 +17,13 @@ import pytest
 from pydicom import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
+from benchmarks.dicom_files import LOSSLESS, LOSSY, dicom
 from engine import header
 from engine.header import Header, HeaderError
 from engine.header import dicom as dicom_header
 from engine.preprocess.codecs import decode
 from engine.preprocess.codecs import dicom as codec
 from tests.conftest import Command, run_module
-from tests.dicom import LOSSLESS, LOSSY, dicom
 from tests.images import png, smooth
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from tests.dicom import dicom
+from benchmarks.dicom_files import dicom
 from tests.images import encode, png, smooth
 
 _ORIENTATION = 0x0112

@@ -19,6 +19,7 @@ import numpy.typing as npt
 DEPTHS = (8, 10, 12, 14, 16)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BLOCK = 1 << 20  # pixels
+_CACHED = 1 << 16  # pixels that are looked up together, so that they stay in the cache
 
 Gray = npt.NDArray[np.uint8]
 Samples = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -41,12 +42,15 @@ def to_gray(samples: Samples, *, white: int | None = None) -> Gray:
         solid = white
     if channels == 1 and samples.dtype == np.uint8 and white == 255:
         return np.ascontiguousarray(samples[:, :, 0], np.uint8)
+    if channels == 1:
+        levels = np.arange(1 + int(np.iinfo(samples.dtype).max), dtype=np.float32) * np.float32(255.0 / white)
+        return looked_up(samples[:, :, 0], np.clip(np.rint(levels), 0, 255).astype(np.uint8))
     gray = np.empty((height, width), np.uint8)
     rows = max(1, _BLOCK // width)  # block by block, so that floats never cost more than the samples
     for start in range(0, height, rows):
         block = samples[start : start + rows]
         colour = block if opaque else block[:, :, :-1]
-        level = colour @ _LUMA if colour.shape[2] == 3 else colour[:, :, 0]
+        level = colour @ _LUMA if colour.shape[2] == 3 else colour[:, :, 0].astype(np.float32)
         level = level * np.float32(255.0 / white)
         if not opaque:
             level *= block[:, :, -1] / np.float32(solid)
@@ -75,7 +79,17 @@ def palette_gray(indexes: npt.NDArray[np.uint8], colours: Samples, *, transparen
     table[: len(colours)] = to_gray(colours[None], white=255)[0]
     if transparent >= 0:
         table[transparent] = 0
-    return table[indexes]
+    return looked_up(indexes, table)
+
+
+def looked_up(samples: Samples, levels: Gray) -> Gray:
+    """`levels`, one for each value of the samples' type, in place of samples [H, W]."""
+    gray = np.empty(samples.shape, np.uint8)
+    rows = max(1, _CACHED // samples.shape[1])
+    for start in range(0, len(samples), rows):
+        block = slice(start, start + rows)
+        np.take(levels, samples[block], out=gray[block], mode="clip")
+    return gray
 
 
 def unpacked(rows: Gray, bits: int) -> Gray:

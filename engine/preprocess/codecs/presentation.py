@@ -13,11 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.header.dicom import Layout
-from engine.preprocess.codecs.gray import DEPTHS, Gray, Samples
+from engine.preprocess.codecs.gray import DEPTHS, Gray, Samples, looked_up
 
 RAIL = 0.98  # a window that leaves more of the pixels than that black, or white, is none
 PERCENTILES = (0.5, 99.5)
-_BLOCK_ROWS = 32  # looked up together, so that they stay in the cache
 
 Values = npt.NDArray[np.float64]  # one for each content that a sample's cell can have
 
@@ -30,10 +29,10 @@ def presented(samples: Samples, layout: Layout, *, inverted: bool) -> tuple[Gray
     dataset, flags = layout.dataset, []
     values = _modality(_numbers(samples.dtype, layout), dataset)
     shown = _voi(values, dataset)
-    gray = None if shown is None else _looked_up(samples, _levels(shown, inverted=inverted))
+    gray = None if shown is None else looked_up(samples, _levels(shown, inverted=inverted))
     if gray is None or max(np.count_nonzero(gray == rail) for rail in (0, 255)) > RAIL * gray.size:
         flags = ["window_fallback"]
-        gray = _looked_up(samples, _levels(_percentiles(samples, values, layout), inverted=inverted))
+        gray = looked_up(samples, _levels(_percentiles(samples, values, layout), inverted=inverted))
     return gray, flags
 
 
@@ -130,11 +129,3 @@ def _first(dataset: Any, keyword: str) -> float | None:
 def _levels(shown: Values, *, inverted: bool) -> Gray:
     levels = np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
     return 255 - levels if inverted else levels
-
-
-def _looked_up(samples: Samples, levels: Gray) -> Gray:
-    gray = np.empty(samples.shape, np.uint8)
-    for start in range(0, len(samples), _BLOCK_ROWS):
-        rows = slice(start, start + _BLOCK_ROWS)
-        np.take(levels, samples[rows], out=gray[rows], mode="clip")
-    return gray

@@ -1,0 +1,181 @@
+"""`python -m benchmarks decode`: bytes to 224 x 224 gray on one core, every format and transfer syntax.
+
+Beside the engine: Pillow, OpenCV and plain pydicom (with Pillow), each as its documentation suggests, where it
+opens the file at all. The image is one synthetic 12-bit radiograph-like field, or its upper 8 bits.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from benchmarks.dicom_files import LOSSLESS, LOSSY, dicom
+from engine import header
+from engine.preprocess.codecs import decode
+from engine.preprocess.graph import Graph
+
+SIZE = (224, 224)
+LIMIT = 25.0  # images/s and core, of uncompressed and SV1 DICOM
+LIMITED = ("DICOM explicit", "DICOM jpeg-sv1")
+WINDOW = {"WindowCenter": 2000, "WindowWidth": 3600}
+
+Way = Callable[[bytes], object]
+
+
+def picture(height: int, width: int) -> npt.NDArray[np.uint16]:
+    """12 bits, [H, W]: large shapes, trabecula-like texture, detector noise."""
+    rng = np.random.default_rng(0)
+    total = np.zeros((height, width), np.float32)
+    for cells, weight in ((4, 1.0), (16, 0.5), (96, 0.15)):
+        coarse = Image.fromarray(rng.normal(0, weight, (cells, cells)).astype(np.float32))
+        total += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    total = (total - total.min()) / np.ptp(total) * 3500 + 200
+    return np.clip(total + rng.normal(0, 12, total.shape), 0, 4095).astype(np.uint16)
+
+
+def files(height: int, width: int) -> dict[str, bytes]:
+    """Name to bytes."""
+    wide = picture(height, width)
+    narrow = (wide >> 4).astype(np.uint8)
+    gray = Image.fromarray(narrow)
+    colour = Image.merge("RGB", (gray, gray.transpose(Image.Transpose.FLIP_TOP_BOTTOM), gray))
+    deep = Image.fromarray(wide << np.uint16(4))
+    made = {
+        "JPEG gray": _saved(gray, "JPEG", quality=90),
+        "JPEG colour": _saved(colour, "JPEG", quality=90),
+        "JPEG progressive": _saved(gray, "JPEG", quality=90, progressive=True),
+        "JPEG CMYK": _saved(colour.convert("CMYK"), "JPEG", quality=90),
+        "PNG 8 bits": _saved(gray, "PNG", compress_level=6),
+        "PNG 16 bits": _saved(deep, "PNG", compress_level=6),
+        "TIFF uncompressed, 16 bits": _saved(deep, "TIFF"),
+        "TIFF LZW": _saved(gray, "TIFF", compression="tiff_lzw"),
+        "TIFF deflate": _saved(gray, "TIFF", compression="tiff_adobe_deflate"),
+        "BMP": _saved(gray, "BMP"),
+        "PGM": _saved(gray, "PPM"),
+        "WebP": _saved(gray, "WEBP", quality=90),
+        "WebP lossless": _saved(gray, "WEBP", lossless=True, method=0),
+        "JPEG 2000": _saved(gray, "JPEG2000"),
+        "GIF": _saved(gray, "GIF"),
+    }
+    for syntax in (*LOSSLESS, *LOSSY):
+        samples, bits = (narrow, 8) if syntax == "jpeg" else (wide, 12)
+        window = {name: value >> 4 if bits == 8 else value for name, value in WINDOW.items()}
+        made[f"DICOM {syntax}"] = dicom(samples, syntax, bits=bits, **window)
+    return made
+
+
+def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def engine_way() -> Way:
+    graph = Graph(size=SIZE, batch_size=1, threads=1)
+    return lambda data: graph.run([decode(data, header.parse(data, 1 << 30)).gray])
+
+
+def pillow_way() -> Way:
+    return lambda data: np.asarray(
+        Image.open(io.BytesIO(data)).convert("L").resize(SIZE, Image.Resampling.BILINEAR)
+    )
+
+
+def opencv_way() -> Way | None:
+    try:
+        import cv2
+    except ImportError:
+        return None
+    cv2.setNumThreads(1)
+
+    def way(data: bytes) -> object:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+        return cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA)
+
+    return way
+
+
+def pydicom_way() -> Way:
+    import pydicom
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    def way(data: bytes) -> object:
+        dataset = pydicom.dcmread(io.BytesIO(data))
+        shown = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
+        shown = (shown / shown.max() * 255).astype(np.uint8)
+        return np.asarray(Image.fromarray(shown).resize(SIZE, Image.Resampling.BILINEAR))
+
+    return way
+
+
+def pydicom_rates(made: dict[str, bytes], seconds: float) -> dict[str, float | None]:
+    return {name: rate(pydicom_way(), data, seconds) for name, data in made.items()}
+
+
+def rate(way: Way | None, data: bytes, seconds: float) -> float | None:
+    """Images per second of one core: by processor time, all threads counted. None where it can't."""
+    if way is None:
+        return None
+    try:
+        way(data)
+    except Exception:  # a peer that doesn't know the format
+        return None
+    start, count = time.process_time(), 0
+    while time.process_time() - start < seconds:
+        way(data)
+        count += 1
+    return count / (time.process_time() - start)
+
+
+def main(console: Console, options: Any) -> None:
+    before = record.machine()
+    height, width = options.height, options.width
+    ways = {
+        "engine": engine_way(),
+        "pillow": pillow_way(),
+        "opencv": opencv_way(),
+    }
+    table = Table("images/s and core", "MB", "MP/s", *ways, "pydicom", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    found = {}
+    made = files(height, width)
+    with ProcessPoolExecutor(
+        1, mp_context=get_context("spawn")
+    ) as fresh:  # the engine adds decoders to pydicom
+        plain = fresh.submit(pydicom_rates, made, options.seconds).result()
+    for name, data in made.items():
+        rates = {way: rate(call, data, options.seconds) for way, call in ways.items()} | {
+            "pydicom": plain[name]
+        }
+        megapixels = (rates["engine"] or 0) * height * width / 1e6
+        found[name] = {
+            "bytes": len(data),
+            "images_per_s_and_core": rates,
+            "megapixels_per_s_and_core": megapixels,
+        }
+        cells = ["-" if value is None else f"{value:.1f}" for value in rates.values()]
+        table.add_row(name, f"{len(data) / 1e6:.1f}", f"{megapixels:.0f}", *cells)
+    console.print(table)
+    limited = {name: found[name]["images_per_s_and_core"]["engine"] for name in LIMITED}
+    console.print(f"aim: {LIMIT:g} images/s and core of {', '.join(LIMITED)}", highlight=False)
+    figures = {
+        "work": {"image": f"{width} x {height}, 12 bits or their upper 8, to {SIZE[0]} x {SIZE[1]} gray"},
+        "formats": found,
+        "aim": {"images_per_s_and_core": LIMIT, "of": limited},
+    }
+    target = options.output / "decode-cpu.json"
+    command = f"decode --width {width} --height {height} --seconds {options.seconds:g}"
+    record.write(target, command, figures, before=before)
+    console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
