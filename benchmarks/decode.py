@@ -1,7 +1,7 @@
 """`python -m benchmarks decode`: bytes to 224 x 224 gray on one core, every format and transfer syntax.
 
-Beside the engine: Pillow, OpenCV and plain pydicom (with Pillow), each as its documentation suggests, where it
-opens the file at all. The image is one synthetic 12-bit radiograph-like field, or its upper 8 bits.
+Beside the engine: Pillow, OpenCV and plain pydicom (with Pillow), each as its documentation suggests, where
+it opens the file at all. The image is one synthetic 12-bit radiograph-like field, or its upper 8 bits.
 """
 
 from __future__ import annotations
@@ -151,9 +151,8 @@ def main(console: Console, options: Any) -> None:
         column.justify = "right"
     found = {}
     made = files(height, width)
-    with ProcessPoolExecutor(
-        1, mp_context=get_context("spawn")
-    ) as fresh:  # the engine adds decoders to pydicom
+    # apart, since the engine adds decoders to pydicom
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         plain = fresh.submit(pydicom_rates, made, options.seconds).result()
     for name, data in made.items():
         rates = {way: rate(call, data, options.seconds) for way, call in ways.items()} | {
