@@ -38,7 +38,7 @@ from engine.provenance import CPU_BATCH, CPU_PART_ROWS
 from engine.reader import Reader
 from engine.records import Batch, Part
 from engine.runners.onnx import OnnxRunner
-from engine.settings import Limits, available_cpus
+from engine.settings import Limits, Settings, available_cpus
 from engine.sink import Layout, Sink
 from engine.step import CpuStep
 
@@ -100,7 +100,7 @@ class Stages:
         self._models, self._workers = models, workers
         self._paths = [path for part in manifest.parts(CPU_PART_ROWS) for path in part.paths]
         self._root = manifest.root
-        self._layout = Layout.of(models, manifest, "", uids=False)
+        self._layout = Layout.of(models, manifest, Settings(manifest=manifest.source))
         opened = [OnnxRunner(member, models) for member in models.members]
         self._step = CpuStep(models, opened, lanes=workers)
         self._preprocess = Preprocess(

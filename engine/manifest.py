@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,14 @@ class Manifest:
     columns: pa.Schema
     _rows: _Source
 
+    def only(self, columns: Iterable[str]) -> Manifest:
+        """Without the columns that are not named. Raises UsageError for a name that is none."""
+        wanted = set(columns)
+        if unknown := sorted(wanted - set(self.columns.names)):
+            shown = ", ".join(map(repr, self.columns.names[:10])) or "no other columns"
+            raise UsageError(f"--keep {unknown[0]}: the manifest has no such column; it has {shown}")
+        return replace(self, columns=pa.schema([field for field in self.columns if field.name in wanted]))
+
     def parts(self, part_rows: int, wanted: Iterable[int] | None = None) -> Iterator[Part]:
         """Parts of `part_rows` rows in order, the last one shorter; only those in `wanted` when given."""
         keep = None if wanted is None else set(wanted)
@@ -70,7 +78,7 @@ class Manifest:
             paths = table.column(self.path_column).cast(pa.string()).to_pylist()
             first = index * part_rows
             row = np.arange(first, first + len(paths))
-            yield Part(index, row, paths, table.drop_columns([self.path_column]))
+            yield Part(index, row, paths, table.select(self.columns.names))
 
 
 class _Held:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -22,10 +22,10 @@ from engine.preprocess.stage import Preprocess
 from engine.provenance import describe
 from engine.reader import Reader
 from engine.records import Batch, Part
-from engine.run_folder import RUN, RunFolder, parts_of
+from engine.run_folder import RunFolder, parts_of
 from engine.runners import Choice, Runner, choose, open_runner
 from engine.settings import Settings, available_cpus
-from engine.sink import Done, Layout, Sink, failed_rows
+from engine.sink import Done, Layout, Sink
 from engine.step import CpuStep
 
 READ_THREADS = 16
@@ -91,10 +91,14 @@ def screen(
         manifest = open_manifest(
             settings.manifest, path_column=settings.path_column, root=settings.root, listing=folder.listing
         )
-        layout = Layout.of(models, manifest, settings.column_prefix, uids=settings.include_uids)
+        if settings.redaction:
+            manifest = manifest.only(settings.redaction.keep)
+        layout = Layout.of(models, manifest, settings)
         recorded = None if settings.overwrite else folder.recorded()
         run = describe(settings, recorded, manifest, models, choice)
-        opening = Opening(settings, models, run, choice, say, resumed=recorded is not None, manifest=manifest)
+        opening = Opening(
+            settings, models, run, choice, say, manifest.root, resumed=recorded is not None, manifest=manifest
+        )
         stages = stack.enter_context((stages_of or Stages)(opening))
         run = folder.begin(run)
         done = folder.finished(run)
@@ -109,57 +113,7 @@ def screen(
         wanted = set(range(parts_of(run))) - set(done)
         parts = manifest.parts(run["result_options"]["part_rows"], wanted)
         stages.run(parts, Sink(folder.path, layout, run), progress, watch, stop)
-        return _close_ledger(folder, run, progress, stages)
-
-
-def retry(
-    settings: Settings,
-    *,
-    watch: Watch = lambda _: None,
-    say: Say = lambda _: None,
-    stop: threading.Event | None = None,
-) -> Summary:
-    """Try the failed rows of the finished run in the folder `settings.manifest` again, with its options.
-
-    Each part takes in its new rows at once, so a stop loses nothing. `settings.bundle` says where the run's
-    bundle is now. Raises UsageError when the folder holds no finished run or the bundle is another.
-    """
-    with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder.existing(settings.manifest))
-        run = folder.recorded()
-        assert run is not None
-        options = run["result_options"]
-        models = bundle.load(settings.bundle)
-        if models.sha256 != options["bundle_sha256"]:
-            raise UsageError(f"bundle {settings.bundle}: it is not the one that {folder.path / RUN} names")
-        choice = choose(
-            options["runner"],
-            options["device"],
-            models,
-            precision=options["precision"],
-            batch_size=options["batch_size"],
-        )
-        if choice.plan_hashes != options.get("plans"):
-            raise UsageError(
-                f"bundle {settings.bundle}: its plans were built anew since that run; run it again"
-            )
-        if len(folder.finished(run)) < parts_of(run):
-            raise UsageError(f"results {folder.path}: the run is not finished; give its own command again")
-        done = folder.complete(run)
-        failed = {index: part.errors for index, part in done.items() if part.errors}
-        progress = Progress(sum(failed.values()), finish_by=settings.finish_by)
-        if not failed:
-            return summary_of(folder.path, run, done.values(), progress, {}, 0)
-        limits = replace(
-            settings.limits, max_pixels=options["max_pixels"], max_file_size=options["max_file_size"]
-        )
-        opening = Opening(replace(settings, limits=limits), models, run, choice, say, resumed=True)
-        stages = stack.enter_context(Stages(opening))
-        layout = Layout.of_part(models, folder.path, min(failed), uids=options["include_uids"])
-        folder.withdraw()
-        parts = failed_rows(folder.path, sorted(failed), layout)
-        stages.run(parts, Sink(folder.path, layout, run, fold=True), progress, watch, stop)
-        return _close_ledger(folder, run, progress, stages)
+        return close_ledger(folder, run, progress, stages)
 
 
 @dataclass(frozen=True)
@@ -171,6 +125,7 @@ class Opening:
     run: dict[str, Any]  # `_run.json` to be; takes in versions and what is tuned
     choice: Choice
     say: Say
+    root: Path  # of relative paths
     _: KW_ONLY
     resumed: bool
     manifest: Manifest | None = None  # None for a retry, which has been tuned
@@ -182,7 +137,7 @@ class Opening:
     def reader(self, on_gpu: OnGpu | None = None) -> Reader:
         settings, options = self.settings, self.run["result_options"]
         return Reader(
-            Path(options["root"]),
+            self.root,
             batch_size=options["batch_size"],
             threads=READ_THREADS if settings.overlap else 1,
             limits=settings.limits,
@@ -329,11 +284,16 @@ def _check_paths(settings: Settings) -> None:
         raise UsageError(f"manifest {manifest}: no such file or folder")
     if not (manifest.is_file() or manifest.is_dir()):
         raise UsageError(f"manifest {manifest}: neither a file nor a folder")
+    if settings.redaction and not manifest.is_file():
+        raise UsageError(
+            f"manifest {manifest}: with --redact, a folder's listing would put its paths into the results; "
+            f"write it elsewhere first: python -m engine.manifest {manifest} -o list.parquet"
+        )
     if root and not root.is_dir():
         raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")
 
 
-def _close_ledger(folder: RunFolder, run: dict[str, Any], progress: Progress, stages: Stages) -> Summary:
+def close_ledger(folder: RunFolder, run: dict[str, Any], progress: Progress, stages: Stages) -> Summary:
     """Re-read the footers of all parts; only when they add up to the manifest does the run succeed."""
     parts = folder.complete(run)
     pixels = stages.preprocess

@@ -39,13 +39,14 @@ def describe(
     if batch_size is not None and batch_size == tuning.get("batch_size_asked"):
         batch_size = None  # as it was halved for want of memory
     default_batch, default_rows = defaults(choice)
+    hidden = settings.redaction
     return {
         "format": 1,
         "run_id": uuid.uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "result_options": {
             "manifest_sha256": manifest.sha256,
-            "root": str(manifest.root),
+            "root": hidden.name(str(manifest.root)) if hidden else str(manifest.root),
             "path_column": manifest.path_column,
             "column_prefix": settings.column_prefix,
             "bundle_sha256": models.sha256,
@@ -60,10 +61,12 @@ def describe(
             "max_pixels": settings.limits.max_pixels,
             "max_file_size": settings.limits.max_file_size,
             "include_uids": settings.include_uids,
+            "redacted_by": hidden.key if hidden else None,
+            "kept_columns": list(hidden.keep) if hidden else None,
         },
-        "manifest": str(manifest.source.absolute()),
+        "manifest": None if hidden else str(manifest.source.absolute()),
         "rows": manifest.rows,
-        "bundle": str(models.path.absolute()),
+        "bundle": None if hidden else str(models.path.absolute()),
         "classes": list(models.classes),
         "weights": {member.name: member.weight for member in models.members},
         "machine": {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -21,9 +23,11 @@ from rich.console import Console
 
 from engine.errors import EngineError, Stopped, UsageError
 from engine.ledger import Summary
-from engine.pipeline import GRACE_S, retry, screen
+from engine.pipeline import GRACE_S, screen
+from engine.privacy import Redaction, read_salt, scrubbed
 from engine.progress import Display, show_summary
 from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
+from engine.retry import retry
 from engine.run_folder import recorded_bundle
 from engine.runners import PRECISIONS, RUNNERS
 from engine.settings import Limits, Settings, parse_bytes, parse_moment
@@ -35,6 +39,9 @@ _OPERATING = frozenset(
     (
         "manifest",
         "only_errors",
+        "paths_from",
+        "redact",
+        "salt_file",
         "bundle",
         "workers",
         "memory",
@@ -116,6 +123,15 @@ def _parser() -> argparse.ArgumentParser:
         help="MANIFEST is a results folder: try its failed rows again, with the options of that run",
     )
     add("--include-uids", action="store_true", help="DICOM's study, series and SOP UIDs as columns")
+    add("--redact", action="store_true", help="a keyed hash in place of each path, no other manifest columns")
+    add("--keep", action="append", default=[], metavar="COLUMN", help="with --redact: not this one")
+    add("--salt-file", type=Path, metavar="FILE", help="key of --redact's hashes (ENGINE_SALT)")
+    add(
+        "--paths-from",
+        type=Path,
+        metavar="MANIFEST",
+        help="with --only-errors: the manifest of a run with --redact, whose results name no path",
+    )
     add("--overwrite", action="store_true", help="delete the run that OUTPUT holds and start again")
     add(
         "--decoder",
@@ -187,12 +203,21 @@ def settings_from(arguments: list[str]) -> Settings:
     )
     if given["finish_by"]:
         given["finish_by"] = parse_moment(given["finish_by"], datetime.now(UTC))
-    return Settings(limits=limits, overlap=not given.pop("serial"), **given)
+    return Settings(limits=limits, overlap=not given.pop("serial"), redaction=_redaction(given), **given)
+
+
+def _redaction(given: dict[str, Any]) -> Redaction | None:
+    redact, keep, salt_file = given.pop("redact"), given.pop("keep"), given.pop("salt_file")
+    if not redact and (keep or salt_file):
+        raise UsageError(f"{'--keep' if keep else '--salt-file'} is of use with --redact only")
+    if given["paths_from"] and not (redact and given["only_errors"]):
+        raise UsageError("--paths-from is for --only-errors of a run with --redact; give all three")
+    return Redaction(read_salt(salt_file), tuple(sorted(set(keep)))) if redact else None
 
 
 def _take_from_run(given: dict[str, Any], changed: set[str]) -> None:
     """--only-errors: the options are those of the run, but for how it is operated."""
-    wrong = changed - _OPERATING
+    wrong = changed - _OPERATING - ({"root"} if given["paths_from"] else set())
     if wrong:
         option = "--" + min(wrong).replace("_", "-")
         raise UsageError(f"{option} can't be given with --only-errors, which takes it from the run")
@@ -207,12 +232,14 @@ def _nowhere() -> TextIO:
 class _Log:
     """Standard error, but a full disk or a closed pipe behind it does not end the run."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, redact: bool) -> None:
         self._stream: TextIO = sys.stderr or _nowhere()  # None where it was closed
+        self._redact = redact
+        self.known: list[tuple[str, str]] = []  # paths, and what stands for them
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            return self._stream.write(text)
+            self._stream.write(scrubbed(text, self.known) if self._redact else text)
         return len(text)
 
     def flush(self) -> None:
@@ -224,9 +251,13 @@ class _Log:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    console = Console(file=cast(TextIO, _Log()))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _hush_libraries()
+    log = _Log(redact="--redact" in arguments)
+    console = Console(file=cast(TextIO, log))
     try:
-        settings = settings_from(sys.argv[1:] if arguments is None else arguments)
+        settings = settings_from(arguments)
+        log.known = _places(settings)
         stop = _stop_on_signal(console, settings.finish_by)
         with Display(console) as display:
             work = retry if settings.only_errors else screen
@@ -243,6 +274,25 @@ def main(arguments: list[str] | None = None) -> int:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _failed(console, f"internal: {text} (ENGINE_DEBUG=1 shows where)", 1)
     return _report(console, summary, settings)
+
+
+def _hush_libraries() -> None:
+    """What libraries say of single files may hold paths and header values."""
+    warnings.simplefilter("ignore")
+    logging.lastResort = None
+
+
+def _places(settings: Settings) -> list[tuple[str, str]]:
+    """What the user named, as it may turn up on the log."""
+    named = {
+        "MANIFEST": settings.manifest,
+        "ROOT": settings.root or settings.manifest.parent,
+        "OUTPUT": settings.output,
+        "BUNDLE": settings.bundle,
+        "PATHS_FROM": settings.paths_from,
+    }
+    places = [(path, word) for word, path in named.items() if path and path.name]
+    return [(str(form), word) for path, word in places for form in (path, path.absolute(), path.resolve())]
 
 
 def _failed(console: Console, reason: str, exit_status: int) -> int:

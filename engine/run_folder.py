@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from engine.errors import EngineError, UsageError
 from engine.lock import hold
+from engine.settings import Settings
 from engine.sink import Done, finished, part_name, write_json
 
 RUN, SUCCESS, LISTING, LOCK = "_run.json", "_SUCCESS", "_manifest.parquet", ".lock"
@@ -38,7 +39,8 @@ class RunFolder:
         try:
             self._refuse_foreign()
             self._created = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)  # rows name people
             self._lock = hold(self.path / LOCK)
         except BlockingIOError:
             reason = "another process is writing there; wait for it"
@@ -162,4 +164,4 @@ def recorded_bundle(results: Path) -> Path:
     """Where the bundle of the run in `results` was. Raises UsageError when there is no run."""
     recorded = RunFolder.existing(results).recorded()
     assert recorded is not None
-    return Path(recorded["bundle"])
+    return Path(recorded["bundle"] or Settings.bundle)

@@ -9,6 +9,7 @@ from datetime import datetime, time, timedelta
 from pathlib import Path
 
 from engine.errors import UsageError
+from engine.privacy import Redaction
 
 _UNITS = {
     "": 1,
@@ -66,6 +67,8 @@ class Settings:
     overwrite: bool = False
     overlap: bool = True
     include_uids: bool = False  # DICOM's, in the results
+    redaction: Redaction | None = None
+    paths_from: Path | None = None  # the manifest of a redacted run whose failed rows are tried again
     decoder: str = "auto"  # "cpu": every image gets libjpeg's strict look, also where there is a GPU
     slots: int = 3  # batches in flight on the GPU
     streams: int | None = None  # 1: members one after the other, 2: at once; None: whatever is faster

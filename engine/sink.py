@@ -22,7 +22,9 @@ from engine.bundle import Bundle
 from engine.errors import EngineError, UsageError
 from engine.manifest import PATH, Manifest
 from engine.overlap import Meter
+from engine.privacy import Redaction
 from engine.records import Batch, Part, Status
+from engine.settings import Settings
 
 ROW_GROUP = 65_536
 _LABELS = np.array([status.label for status in Status])
@@ -44,12 +46,15 @@ class Layout:
     passthrough: pa.Schema  # as in the manifest
     column_prefix: str
     uids: bool  # whether DICOM's UIDs are among them
+    redaction: Redaction | None = None  # what stands for paths
 
     @classmethod
-    def of(cls, bundle: Bundle, manifest: Manifest, column_prefix: str, *, uids: bool) -> Layout:
+    def of(cls, bundle: Bundle, manifest: Manifest, settings: Settings) -> Layout:
         """Raises UsageError when a manifest column has the name of a results column."""
         names = tuple(member.name for member in bundle.members)
-        layout = cls(bundle.classes, names, manifest.columns, column_prefix, uids)
+        column_prefix = settings.column_prefix
+        uids, redaction = settings.include_uids, settings.redaction
+        layout = cls(bundle.classes, names, manifest.columns, column_prefix, uids, redaction)
         own = [field.name for field in layout._head() + layout._tail()]
         if len(set(own)) < len(own):
             raise UsageError(f"bundle {bundle.path}: members and classes give two columns the same name")
@@ -62,10 +67,12 @@ class Layout:
         return layout
 
     @classmethod
-    def of_part(cls, bundle: Bundle, folder: Path, index: int, *, uids: bool) -> Layout:
+    def of_part(
+        cls, bundle: Bundle, folder: Path, index: int, *, uids: bool, redaction: Redaction | None
+    ) -> Layout:
         """As a part on disk has it; its manifest columns have their prefix already."""
         names = tuple(member.name for member in bundle.members)
-        bare = cls(bundle.classes, names, pa.schema([]), "", uids)
+        bare = cls(bundle.classes, names, pa.schema([]), "", uids, redaction)
         own = set(bare.schema.names)
         stored = pq.read_schema(folder / part_name(index))
         return replace(bare, passthrough=pa.schema([field for field in stored if field.name not in own]))
@@ -74,6 +81,11 @@ class Layout:
     def schema(self) -> pa.Schema:
         kept = [field.with_name(self.column_prefix + field.name) for field in self.passthrough]
         return pa.schema([*self._head(), *kept, *self._tail()])
+
+    def paths(self, paths: list[str | None]) -> list[str | None]:
+        """As the results name them."""
+        name = self.redaction.name if self.redaction else None
+        return [path and name(path) for path in paths] if name else paths
 
     @staticmethod
     def _head() -> list[pa.Field[Any]]:
@@ -137,7 +149,7 @@ class _OpenPart:
         failed, sizeless = self.status != Status.OK, self.width == 0
         columns = [
             pa.array(part.row),
-            pa.array(part.paths, pa.string()),
+            pa.array(layout.paths(part.paths), pa.string()),
             *part.columns.columns,
             pa.array(_LABELS[self.status]),
             pa.array([self.errors.get(row) for row in range(rows)], pa.string()),

@@ -1,0 +1,67 @@
+"""Paths name people. With --redact a keyed hash stands for each, in results and on the log."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.errors import UsageError
+
+MIN_SALT = 16  # bytes
+_VARIABLE = "ENGINE_SALT"
+_QUOTED = re.compile(r"'[^'\n]*'")
+_LIKE_PATHS = re.compile(
+    r"'[^'\n]*[/.][^'\n]*'|(?<![\w.])(?:\w+:/)?/[^\s'\",;]*[^\s'\",;:.]|\S+\.(?:jpe?g|png|dcm|dicom|tiff?|bmp|webp|jp2)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Redaction:
+    """What stands for paths, and which other manifest columns are kept."""
+
+    salt: bytes = field(repr=False)
+    keep: tuple[str, ...] = ()
+
+    def name(self, path: str) -> str:
+        """HMAC-SHA256 of the path as the manifest has it, its first 128 bits in hexadecimal."""
+        return hmac.new(self.salt, path.encode("utf-8", "surrogatepass"), "sha256").hexdigest()[:32]
+
+    @property
+    def key(self) -> str:
+        """Tells one salt from another, and not what it is."""
+        return self.name("\0key")
+
+
+def read_salt(file: Path | None) -> bytes:
+    """The salt from `file`, else from ENGINE_SALT, without white space around it. Raises UsageError."""
+    if file is None:
+        salt, source = os.environ.get(_VARIABLE, "").strip().encode(), _VARIABLE
+        if not salt:
+            raise UsageError(
+                f"--redact needs a salt: --salt-file FILE, or {_VARIABLE} in the environment; keep it, since "
+                "only with it are two runs' names the same"
+            )
+    else:
+        source = f"--salt-file {file}"
+        try:
+            with file.open("rb") as opened:
+                salt = opened.read(1 << 16).strip()
+        except OSError as error:
+            raise UsageError(f"{source}: {error.strerror}") from None
+    if len(salt) < MIN_SALT:
+        raise UsageError(f"{source}: a salt of {len(salt)} bytes can be guessed; give at least {MIN_SALT}")
+    return salt
+
+
+def scrubbed(text: str, known: Iterable[tuple[str, str]] = ()) -> str:
+    """A line of the log without paths: `known` ones by what stands for them, others as [path]."""
+    for path, word in sorted(known, key=lambda pair: -len(pair[0])):
+        text = text.replace(path, word)
+    if "manifest " in text:  # an error that shows cells or columns
+        text = _QUOTED.sub("[value]", text)
+    return _LIKE_PATHS.sub("[path]", text)

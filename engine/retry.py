@@ -1,0 +1,116 @@
+"""The failed rows of a finished run once more; each part takes in its new rows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from engine import bundle
+from engine.errors import UsageError
+from engine.ledger import Progress, Summary, summary_of
+from engine.manifest import Manifest, open_manifest
+from engine.pipeline import Opening, Say, Stages, Watch, close_ledger
+from engine.privacy import Redaction
+from engine.records import Part
+from engine.run_folder import RUN, RunFolder, parts_of
+from engine.runners import choose
+from engine.settings import Settings
+from engine.sink import Layout, Sink, failed_rows
+
+
+def retry(
+    settings: Settings,
+    *,
+    watch: Watch = lambda _: None,
+    say: Say = lambda _: None,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """Try the failed rows of the finished run in the folder `settings.manifest` again, with its options.
+
+    Each part takes in its new rows at once, so a stop loses nothing. `settings.bundle` says where the run's
+    bundle is now. Raises UsageError when the folder holds no finished run or the bundle is another.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(RunFolder.existing(settings.manifest))
+        run = folder.recorded()
+        assert run is not None
+        options = run["result_options"]
+        models = bundle.load(settings.bundle)
+        if models.sha256 != options["bundle_sha256"]:
+            raise UsageError(f"bundle {settings.bundle}: it is not the one that {folder.path / RUN} names")
+        choice = choose(
+            options["runner"],
+            options["device"],
+            models,
+            precision=options["precision"],
+            batch_size=options["batch_size"],
+        )
+        if choice.plan_hashes != options.get("plans"):
+            raise UsageError(
+                f"bundle {settings.bundle}: its plans were built anew since that run; run it again"
+            )
+        if len(folder.finished(run)) < parts_of(run):
+            raise UsageError(f"results {folder.path}: the run is not finished; give its own command again")
+        done = folder.complete(run)
+        failed = {index: part.errors for index, part in done.items() if part.errors}
+        progress = Progress(sum(failed.values()), finish_by=settings.finish_by)
+        if not failed:
+            return summary_of(folder.path, run, done.values(), progress, {}, 0)
+        limits = replace(
+            settings.limits, max_pixels=options["max_pixels"], max_file_size=options["max_file_size"]
+        )
+        settings = replace(settings, limits=limits, redaction=_same_redaction(settings, options))
+        manifest = _paths_again(settings, options)
+        root = manifest.root if manifest else Path(options["root"])
+        opening = Opening(settings, models, run, choice, say, root, resumed=True)
+        stages = stack.enter_context(Stages(opening))
+        layout = Layout.of_part(
+            models,
+            folder.path,
+            min(failed),
+            uids=options["include_uids"],
+            redaction=settings.redaction,
+        )
+        folder.withdraw()
+        parts = failed_rows(folder.path, sorted(failed), layout)
+        if manifest:
+            parts = _with_paths(parts, manifest.parts(options["part_rows"], failed))
+        stages.run(parts, Sink(folder.path, layout, run, fold=True), progress, watch, stop)
+        return close_ledger(folder, run, progress, stages)
+
+
+def _same_redaction(settings: Settings, options: dict[str, Any]) -> Redaction | None:
+    given = settings.redaction
+    if (given.key if given else None) != options["redacted_by"]:
+        raise UsageError(
+            f"results {settings.manifest}: its paths are hashed; give --redact and --paths-from its manifest"
+            if options["redacted_by"]
+            else f"results {settings.manifest}: its paths are not hashed; leave --redact out"
+        )
+    return replace(given, keep=tuple(options["kept_columns"])) if given else None
+
+
+def _paths_again(settings: Settings, options: dict[str, Any]) -> Manifest | None:
+    """The manifest of a redacted run, whose results don't hold its paths."""
+    if not settings.redaction:
+        return None
+    if not settings.paths_from:
+        raise UsageError(f"results {settings.manifest}: its paths are hashed; give --paths-from its manifest")
+    manifest = open_manifest(settings.paths_from, path_column=options["path_column"], root=settings.root)
+    if manifest.sha256 != options["manifest_sha256"]:
+        raise UsageError(f"--paths-from {settings.paths_from}: it is not the manifest of that run")
+    if settings.redaction.name(str(manifest.root)) != options["root"]:
+        raise UsageError(f"--paths-from {settings.paths_from}: relative paths started elsewhere; give --root")
+    return manifest
+
+
+def _with_paths(parts: Iterator[Part], named: Iterator[Part]) -> Iterator[Part]:
+    """Parts of results with the paths of the same rows of the manifest."""
+    for part, source in zip(parts, named, strict=True):
+        assert part.index == source.index
+        first = int(source.row[0])
+        yield replace(part, paths=[source.paths[int(row) - first] for row in part.row])
