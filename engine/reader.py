@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import nvtx
@@ -24,7 +23,7 @@ from engine.header import Header, HeaderError
 from engine.overlap import Meter
 from engine.records import Batch, Part, Status
 from engine.settings import Limits
-from engine.storage import ReadError, Storage
+from engine.storage import Place, ReadError, Storage
 
 # One more batch is read ahead for each of these that reading a batch takes on average: files in the page
 # cache need one thread, and more would only fight for the interpreter lock; slow storage gets all of them.
@@ -95,7 +94,7 @@ class _Job:
 class Reader:
     """Reads the files of parts in batches, `threads` batches at once."""
 
-    root: Path
+    root: Place
     batch_size: int
     threads: int
     limits: Limits
@@ -317,11 +316,11 @@ class _Reading:
             most = self._reader.limits.max_file_size
             if size == 0:
                 raise ReadError(Status.EMPTY, "the file has 0 bytes")
-            if size > most:
-                raise ReadError(Status.TOO_LARGE, f"{size} bytes; --max-file-size allows {most}")
+            if admitted + size > most:
+                raise ReadError(Status.TOO_LARGE, f"{admitted + size} bytes; --max-file-size allows {most}")
             attempt.since = None  # waiting for room is not the storage's fault
             self._budget.acquire(size, job)
-            admitted = size
+            admitted += size
             attempt.since = time.monotonic()
 
         data = b""
@@ -329,7 +328,7 @@ class _Reading:
             data = self._storage.read(path, admit)
         except ReadError as error:
             if error.status in (Status.MISSING, Status.UNREADABLE):
-                self._check_storage()
+                self._check_storage(path)
             raise
         finally:
             if len(data) < admitted:  # it failed, or the file shrank meanwhile
@@ -338,12 +337,15 @@ class _Reading:
             self._witnesses.append(path)
         return data
 
-    def _check_storage(self) -> None:
+    def _check_storage(self, path: str | None) -> None:
         """Raises EngineError when none of the files that were read last is there any more.
 
         Then all storage has gone, and no row may be called missing.
         """
-        if not any(self._storage.exists(path) for path in list(self._witnesses) or [""]):
+        witnesses = list(self._witnesses)
+        if not witnesses:
+            self._storage.check(path)
+        elif not any(self._storage.exists(witness) for witness in witnesses):
             raise EngineError(
                 f"the images have disappeared: {self._reader.root} or a folder below it went away during the "
                 "run; the same command goes on when it is back"
