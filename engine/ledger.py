@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from engine.overlap import Meter
 from engine.records import Batch, Status
 from engine.sink import Done
+from engine.storage import Place
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Progress:
 class Summary:
     """The outcome of a run, as `_SUCCESS` records it."""
 
-    output: Path
+    output: Place
     run_id: str
     rows: int
     by_status: dict[str, int]
@@ -103,7 +103,7 @@ class Summary:
 
 
 def summary_of(
-    output: Path,
+    output: Place,
     run: dict[str, Any],
     parts: Iterable[Done],
     progress: Progress,

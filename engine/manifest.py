@@ -10,6 +10,7 @@ import csv
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 
 from engine.errors import UsageError
 from engine.records import Part
+from engine.storage import Place, ReadError, Url
 
 PATH = "path"
 _BLOCK = 4 << 20
@@ -45,13 +47,14 @@ class _Source(Protocol):
 class Manifest:
     """An opened manifest. `path_column` holds the paths, `columns` names the rest in order."""
 
-    source: Path
-    root: Path
+    source: Place
+    root: Place
     rows: int
     sha256: str
     path_column: str
     columns: pa.Schema
     _rows: _Source
+    _copy: Any = None  # of a manifest that was fetched; it goes with this
 
     def only(self, columns: Iterable[str]) -> Manifest:
         """Without the columns that are not named. Raises UsageError for a name that is none."""
@@ -99,13 +102,20 @@ class _Held:
 
 
 def open_manifest(
-    source: Path, *, path_column: str | None = None, root: Path | None = None, listing: Path | None = None
+    source: Place, *, path_column: str | None = None, root: Place | None = None, listing: Path | None = None
 ) -> Manifest:
     """Open a CSV (.csv, .tsv), Parquet, text list (one path a line) or folder.
 
     Relative paths are resolved against `root`, else the manifest's own folder. A folder is listed to the
     Parquet file `listing` unless that exists already. Raises UsageError, one line, for anything wrong.
     """
+    if isinstance(source, Url):
+        copy = _fetched(source)
+        try:
+            found = open_manifest(Path(copy.name), path_column=path_column, root=root or source.parent)
+        except UsageError as error:
+            raise UsageError(str(error).replace(copy.name, source.shown)) from None
+        return replace(found, source=source, _copy=copy)
     try:
         rows = _open(source, listing)
     except OSError as error:
@@ -121,7 +131,21 @@ def open_manifest(
     base = root or (source if source.is_dir() else source.parent)
     column = _path_column(source, rows, path_column, base)
     columns = pa.schema([field for field in rows.schema if field.name != column])
-    return Manifest(source, base.absolute(), rows.rows, rows.sha256, column, columns, rows)
+    base = base if isinstance(base, Url) else base.absolute()
+    return Manifest(source, base, rows.rows, rows.sha256, column, columns, rows)
+
+
+def _fetched(url: Url) -> Any:
+    """A copy of the manifest at `url`, deleted with the object that this returns."""
+    from engine.storage import remote
+
+    suffix = Path(url.shown).suffix
+    copy = tempfile.NamedTemporaryFile(prefix="manifest-", suffix=suffix)  # noqa: SIM115 - kept open
+    try:
+        remote.download(url, Path(copy.name))
+    except ReadError as error:
+        raise UsageError(f"manifest {url.shown}: {error}") from None
+    return copy
 
 
 def _reason(error: Exception) -> str:
@@ -152,7 +176,7 @@ def _open(source: Path, listing: Path | None) -> _Source:
     return _TextSource(source)
 
 
-def _path_column(source: Path, rows: _Source, wanted: str | None, root: Path) -> str:
+def _path_column(source: Path, rows: _Source, wanted: str | None, root: Place) -> str:
     names = rows.schema.names
     column = wanted or (PATH if PATH in names else names[0])
     if column not in names:
@@ -168,11 +192,15 @@ def _path_column(source: Path, rows: _Source, wanted: str | None, root: Path) ->
     if _LOOKS_LIKE_IMAGE.search(column):
         raise UsageError(f"manifest {source}: no header, its first line is {column!r}; add a line 'path'")
     first = next(rows.tables()).column(column).slice(0, 100).to_pylist()
-    if not any(value and (_LOOKS_LIKE_PATH.search(value) or (root / value).exists()) for value in first):
+    if not any(value and (_LOOKS_LIKE_PATH.search(value) or _is_there(root, value)) for value in first):
         raise UsageError(
             f"manifest {source}: no column 'path', and {column!r}, the first, has no paths; see --path-column"
         )
     return column
+
+
+def _is_there(root: Place, value: str) -> bool:
+    return not isinstance(root, Url) and (root / value).exists()
 
 
 def _sha256(path: Path) -> str:

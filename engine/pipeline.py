@@ -27,6 +27,7 @@ from engine.runners import Choice, Runner, choose, open_runner
 from engine.settings import Settings, available_cpus
 from engine.sink import Done, Layout, Sink
 from engine.step import CpuStep
+from engine.storage import Place, Url
 
 READ_THREADS = 16
 GRACE_S = 5.0  # a part that ends within is finished before the run stops
@@ -103,7 +104,7 @@ def screen(
         run = folder.begin(run)
         done = folder.finished(run)
         if folder.succeeded() and len(done) == parts_of(run):
-            return summary_of(folder.path, run, done.values(), Progress(manifest.rows), {}, 0)
+            return summary_of(folder.place, run, done.values(), Progress(manifest.rows), {}, 0)
         say(choice.reason)
         folder.withdraw()
         progress = Progress(manifest.rows, finish_by=settings.finish_by)
@@ -112,7 +113,7 @@ def screen(
             progress.by_status.update(part.by_status)
         wanted = set(range(parts_of(run))) - set(done)
         parts = manifest.parts(run["result_options"]["part_rows"], wanted)
-        stages.run(parts, Sink(folder.path, layout, run), progress, watch, stop)
+        stages.run(parts, Sink(folder.store, layout, run), progress, watch, stop)
         return close_ledger(folder, run, progress, stages)
 
 
@@ -125,7 +126,7 @@ class Opening:
     run: dict[str, Any]  # `_run.json` to be; takes in versions and what is tuned
     choice: Choice
     say: Say
-    root: Path  # of relative paths
+    root: Place  # of relative paths
     _: KW_ONLY
     resumed: bool
     manifest: Manifest | None = None  # None for a retry, which has been tuned
@@ -280,6 +281,8 @@ def _so_far(progress: Progress) -> str:
 def _check_paths(settings: Settings) -> None:
     """A wrong manifest or root must not leave an output folder behind."""
     manifest, root = settings.manifest, settings.root
+    if isinstance(manifest, Url):
+        return
     if not manifest.exists():
         raise UsageError(f"manifest {manifest}: no such file or folder")
     if not (manifest.is_file() or manifest.is_dir()):
@@ -289,7 +292,7 @@ def _check_paths(settings: Settings) -> None:
             f"manifest {manifest}: with --redact, a folder's listing would put its paths into the results; "
             f"write it elsewhere first: python -m engine.manifest {manifest} -o list.parquet"
         )
-    if root and not root.is_dir():
+    if isinstance(root, Path) and not root.is_dir():
         raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")
 
 
@@ -298,7 +301,7 @@ def close_ledger(folder: RunFolder, run: dict[str, Any], progress: Progress, sta
     parts = folder.complete(run)
     pixels = stages.preprocess
     summary = summary_of(
-        folder.path, run, parts.values(), progress, stages.meters, pixels.crashes, pixels.refusals
+        folder.place, run, parts.values(), progress, stages.meters, pixels.crashes, pixels.refusals
     )
     folder.succeed(summary.as_json())
     return summary

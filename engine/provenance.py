@@ -15,6 +15,7 @@ from engine.bundle import Bundle
 from engine.manifest import Manifest
 from engine.runners import Choice
 from engine.settings import Settings
+from engine.storage.common import shown
 
 CPU_BATCH = 8  # larger batches take more memory and are no faster
 CPU_PART_ROWS = 1024
@@ -46,7 +47,7 @@ def describe(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "result_options": {
             "manifest_sha256": manifest.sha256,
-            "root": hidden.name(str(manifest.root)) if hidden else str(manifest.root),
+            "root": hidden.name(shown(manifest.root)) if hidden else shown(manifest.root),
             "path_column": manifest.path_column,
             "column_prefix": settings.column_prefix,
             "bundle_sha256": models.sha256,
@@ -64,7 +65,7 @@ def describe(
             "redacted_by": hidden.key if hidden else None,
             "kept_columns": list(hidden.keep) if hidden else None,
         },
-        "manifest": None if hidden else str(manifest.source.absolute()),
+        "manifest": None if hidden else shown(manifest.source),
         "rows": manifest.rows,
         "bundle": None if hidden else str(models.path.absolute()),
         "classes": list(models.classes),

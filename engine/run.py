@@ -31,6 +31,7 @@ from engine.retry import retry
 from engine.run_folder import recorded_bundle
 from engine.runners import PRECISIONS, RUNNERS
 from engine.settings import Limits, Settings, parse_bytes, parse_moment
+from engine.storage import Place, Url, place
 
 NOTICE = "Research use only; not a medical device. The output is a work list for people, not a diagnosis."
 EXAMPLE = "example: python -m engine.run manifest.csv -b bundle -o results"
@@ -71,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("manifest", type=Path, metavar="MANIFEST", help="CSV, Parquet, text list or folder of images")
-    add("-o", "--output", type=Path, default=defaults.output, help="results folder (%(default)s)")
+    add("manifest", type=_place, metavar="MANIFEST", help="CSV, Parquet, text list or folder of images")
+    add("-o", "--output", type=_place, default=defaults.output, help="results folder (%(default)s)")
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
     add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
@@ -91,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--path-column", metavar="NAME", help="manifest column with the paths (path, else the first)")
     add("--column-prefix", default=defaults.column_prefix, metavar="TEXT", help="put before manifest columns")
-    add("--root", type=Path, help="folder of relative paths (the manifest's own)")
+    add("--root", type=_place, help="folder of relative paths (the manifest's own)")
     add(
         "--workers", type=_count(MAX_WORKERS), metavar="N", help="CPU threads (all that this process may use)"
     )
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--salt-file", type=Path, metavar="FILE", help="key of --redact's hashes (ENGINE_SALT)")
     add(
         "--paths-from",
-        type=Path,
+        type=_place,
         metavar="MANIFEST",
         help="with --only-errors: the manifest of a run with --redact, whose results name no path",
     )
@@ -159,6 +160,13 @@ def _parser() -> argparse.ArgumentParser:
         help="one stage after the other; for checks, the results are the same",
     )
     return parser
+
+
+def _place(text: str) -> Place:
+    try:
+        return place(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _count(most: int | None = None) -> Callable[[str], int]:
@@ -291,8 +299,13 @@ def _places(settings: Settings) -> list[tuple[str, str]]:
         "BUNDLE": settings.bundle,
         "PATHS_FROM": settings.paths_from,
     }
-    places = [(path, word) for word, path in named.items() if path and path.name]
-    return [(str(form), word) for path, word in places for form in (path, path.absolute(), path.resolve())]
+    places = []
+    for word, one in named.items():
+        if isinstance(one, Url):
+            places += [(form, word) for form in (str(one), one.shown)]
+        elif one and one.name:
+            places += [(str(form), word) for form in (one, one.absolute(), one.resolve())]
+    return places
 
 
 def _failed(console: Console, reason: str, exit_status: int) -> int:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import EngineError, UsageError
-from engine.lock import hold
 from engine.settings import Settings
-from engine.sink import Done, finished, part_name, write_json
+from engine.sink import Done, finished, part_name, part_of
+from engine.storage import Place
+from engine.store import LOCK, store_at, write_json
 
-RUN, SUCCESS, LISTING, LOCK = "_run.json", "_SUCCESS", "_manifest.parquet", ".lock"
+RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
 
 
 def _short(value: object) -> str:
@@ -22,76 +24,77 @@ def _short(value: object) -> str:
 
 
 class RunFolder:
-    """Locks `path` for this process while it is open. Created here, it is removed if no run was begun."""
+    """Locks a folder for this process while it is open. Created here, it is removed if no run was begun."""
 
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
-        self.path = path
+    def __init__(self, place: Place, *, overwrite: bool) -> None:
+        self.place, self.store = place, store_at(place)
         self._overwrite = overwrite
 
     @classmethod
-    def existing(cls, path: Path) -> Self:
+    def existing(cls, place: Place) -> Self:
         """A folder that holds a run. Raises UsageError for any other."""
-        if not (path / RUN).is_file():
-            raise UsageError(f"results {path}: no {RUN} there; give the output folder of a run")
-        return cls(path, overwrite=False)
+        folder = cls(place, overwrite=False)
+        with folder._trouble():
+            if not folder.store.exists(RUN):
+                raise UsageError(f"results {place}: no {RUN} there; give the output folder of a run")
+        return folder
 
     def __enter__(self) -> Self:
-        try:
+        with self._trouble():
             self._refuse_foreign()
-            self._created = not self.path.exists()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(mode=0o700, exist_ok=True)  # rows name people
-            self._lock = hold(self.path / LOCK)
-        except BlockingIOError:
-            reason = "another process is writing there; wait for it"
-            raise UsageError(f"output {self.path}: {reason}") from None
-        except OSError as error:
-            raise UsageError(f"output {self.path}: {error.strerror}") from None
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
-        if self._overwrite:
-            self.listing.unlink(missing_ok=True)  # the folder is listed again; the rest goes in begin()
+            self._unlock = self.store.lock()
+            for name in self.store.names():
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self.store.delete(name)
+            if self._overwrite:
+                self.store.delete(LISTING)  # the folder is listed again; the rest goes in begin()
         return self
 
+    @contextmanager
+    def _trouble(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError:
+            raise UsageError(f"output {self.place}: another process is writing there; wait for it") from None
+        except OSError as error:
+            raise UsageError(f"output {self.place}: {error.strerror or error}") from None
+
     def __exit__(self, *_: object) -> None:
-        if not (self.path / RUN).exists():  # nothing was started: leave no trace
-            (self.path / LISTING).unlink(missing_ok=True)
-            (self.path / LOCK).unlink(missing_ok=True)
-            if self._created:
-                with suppress(OSError):  # somebody else put something there, or deleted it
-                    self.path.rmdir()
-        os.close(self._lock)
+        with suppress(OSError):  # it may be what ended the run
+            if not self.store.exists(RUN):  # nothing was started: leave no trace
+                self.store.delete(LISTING)
+                self.store.delete(LOCK)
+                self.store.remove()
+        self._unlock()
 
     def _refuse_foreign(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"output {self.path}: this is a file; give a folder with -o")
-        ours = (RUN, LOCK)
-        if self.path.is_dir() and not any((self.path / name).exists() for name in ours):
-            others = [entry.name for entry in self.path.iterdir()]
-            if others:
-                raise UsageError(
-                    f"output {self.path}: it is not empty ({others[0]!r}) and holds no run; give another -o"
-                )
+        names = self.store.names()
+        if names and RUN not in names and LOCK not in names:
+            raise UsageError(
+                f"output {self.place}: it is not empty ({names[0]!r}) and holds no run; give another -o"
+            )
 
     def _clear(self) -> None:
-        (self.path / SUCCESS).unlink(missing_ok=True)
-        for path in [*self.path.glob("part-*.parquet"), self.path / RUN]:
-            path.unlink(missing_ok=True)
+        self.store.delete(SUCCESS)
+        for name in self.store.names():
+            if part_of(name) is not None or name == RUN:
+                self.store.delete(name)
 
     @property
     def listing(self) -> Path:
-        return self.path / LISTING
+        """Where a folder's listing is, or is to be made."""
+        return self.store.local(LISTING)
 
     def recorded(self) -> dict[str, Any] | None:
         """What `_run.json` says, None for a new folder."""
         try:
-            recorded = json.loads((self.path / RUN).read_text())
+            recorded = json.loads(self.store.read(RUN))
             if not isinstance(recorded["result_options"], dict):
                 raise ValueError("no result options")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"output {self.path}: {RUN} can't be read ({error}); give another -o") from None
+            raise UsageError(f"output {self.place}: {RUN} can't be read ({error}); give another -o") from None
         return dict(recorded)
 
     def begin(self, run: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +103,9 @@ class RunFolder:
             self._clear()
         recorded = self.recorded()
         if recorded is None:
-            write_json(self.path / RUN, run)
+            with self._trouble():
+                self._keep_listing()
+                write_json(self.store.writing(RUN), run)
             return run
         old, new = recorded["result_options"], run["result_options"]
         changed = [
@@ -110,24 +115,31 @@ class RunFolder:
         ]
         if changed:
             raise UsageError(
-                f"output {self.path}: it holds another run: {'; '.join(changed)}; "
+                f"output {self.place}: it holds another run: {'; '.join(changed)}; "
                 "give another -o, or --overwrite to delete that run"
             )
         return recorded
 
+    def _keep_listing(self) -> None:
+        """Put a listing that was made beside an object store there."""
+        listing = self.listing
+        if listing.exists() and not self.store.exists(LISTING):
+            with self.store.writing(LISTING) as file:
+                shutil.copyfile(listing, file)
+
     def withdraw(self) -> None:
         """The run is not finished, or not any more."""
-        (self.path / SUCCESS).unlink(missing_ok=True)
+        self.store.delete(SUCCESS)
 
     def succeeded(self) -> bool:
-        return (self.path / SUCCESS).exists()
+        return self.store.exists(SUCCESS)
 
     def succeed(self, summary: dict[str, Any]) -> None:
-        write_json(self.path / SUCCESS, summary)
+        write_json(self.store.writing(SUCCESS), summary)
 
     def finished(self, run: dict[str, Any]) -> dict[int, Done]:
         """The parts on disk, each where the manifest has it. Raises EngineError that names the wrong one."""
-        parts = finished(self.path, run["run_id"])
+        parts = finished(self.store, run["run_id"])
         for index, part in parts.items():
             self._check(index, part.first_row, part.rows, run)
         return parts
@@ -138,10 +150,10 @@ class RunFolder:
         rows = run["rows"]
         for index in range(parts_of(run)):
             if index not in parts:
-                raise EngineError(f"{self.path / part_name(index)}: it is missing; run again")
+                raise EngineError(f"{self.place / part_name(index)}: it is missing; run again")
         total = sum(part.rows for part in parts.values())
         if total != rows:
-            raise EngineError(f"{self.path}: {total} rows in the parts, {rows} in the manifest")
+            raise EngineError(f"{self.place}: {total} rows in the parts, {rows} in the manifest")
         return parts
 
     def _check(self, index: int, first_row: int, rows: int, run: dict[str, Any]) -> None:
@@ -150,7 +162,7 @@ class RunFolder:
         expected = max(0, min(part_rows, run["rows"] - first))
         if (first_row, rows) != (first, expected):
             raise EngineError(
-                f"{self.path / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
+                f"{self.place / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
                 f"from row {first}; delete it and run again"
             )
 
@@ -160,7 +172,7 @@ def parts_of(run: dict[str, Any]) -> int:
     return -(-int(run["rows"]) // int(run["result_options"]["part_rows"]))
 
 
-def recorded_bundle(results: Path) -> Path:
+def recorded_bundle(results: Place) -> Path:
     """Where the bundle of the run in `results` was. Raises UsageError when there is no run."""
     recorded = RunFolder.existing(results).recorded()
     assert recorded is not None

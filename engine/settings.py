@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.errors import UsageError
 from engine.privacy import Redaction
+from engine.storage.common import Place
 
 _UNITS = {
     "": 1,
@@ -47,8 +48,8 @@ class Limits:
 class Settings:
     """Options of `engine.run`. None means: as recorded by the run that is resumed, else chosen here."""
 
-    manifest: Path
-    output: Path = Path("results")
+    manifest: Place
+    output: Place = Path("results")
     bundle: Path = Path("bundle")
     device: str = "auto"
     runner: str = "auto"
@@ -57,7 +58,7 @@ class Settings:
     part_rows: int | None = None
     path_column: str | None = None
     column_prefix: str = ""
-    root: Path | None = None
+    root: Place | None = None
     workers: int | None = None
     limits: Limits = Limits()
     max_error_rate: float = 1.0
@@ -68,7 +69,7 @@ class Settings:
     overlap: bool = True
     include_uids: bool = False  # DICOM's, in the results
     redaction: Redaction | None = None
-    paths_from: Path | None = None  # the manifest of a redacted run whose failed rows are tried again
+    paths_from: Place | None = None  # the manifest of a redacted run whose failed rows are tried again
     decoder: str = "auto"  # "cpu": every image gets libjpeg's strict look, also where there is a GPU
     slots: int = 3  # batches in flight on the GPU
     streams: int | None = None  # 1: members one after the other, 2: at once; None: whatever is faster

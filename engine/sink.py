@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from engine.overlap import Meter
 from engine.privacy import Redaction
 from engine.records import Batch, Part, Status
 from engine.settings import Settings
+from engine.store import Store
 
 ROW_GROUP = 65_536
 _LABELS = np.array([status.label for status in Status])
@@ -35,6 +35,12 @@ UIDS = ("study_uid", "series_uid", "sop_uid")
 
 def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
+
+
+def part_of(name: str) -> int | None:
+    """The number of the part that a file of this name holds."""
+    found = _PART_NAME.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,14 @@ class Layout:
 
     @classmethod
     def of_part(
-        cls, bundle: Bundle, folder: Path, index: int, *, uids: bool, redaction: Redaction | None
+        cls, bundle: Bundle, store: Store, index: int, *, uids: bool, redaction: Redaction | None
     ) -> Layout:
         """As a part on disk has it; its manifest columns have their prefix already."""
         names = tuple(member.name for member in bundle.members)
         bare = cls(bundle.classes, names, pa.schema([]), "", uids, redaction)
         own = set(bare.schema.names)
-        stored = pq.read_schema(folder / part_name(index))
+        with store.opened(part_name(index)) as opened:
+            stored = pq.read_schema(opened)
         return replace(bare, passthrough=pa.schema([field for field in stored if field.name not in own]))
 
     @property
@@ -187,15 +194,15 @@ class Done:
 
 
 class Sink:
-    """Writes the parts of one run into `folder`. `provenance` goes into each file.
+    """Writes the parts of one run into `store`. `provenance` goes into each file.
 
     With `fold` the rows replace those of the same numbers in a part that is there already.
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, provenance: dict[str, Any], *, fold: bool = False
+        self, store: Store, layout: Layout, provenance: dict[str, Any], *, fold: bool = False
     ) -> None:
-        self._folder, self._layout, self._fold = folder, layout, fold
+        self._store, self._layout, self._fold = store, layout, fold
         self._provenance = json.dumps(provenance).encode()
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch | Done]:
@@ -220,11 +227,11 @@ class Sink:
     def _write(self, part: _OpenPart) -> Done:
         """The one place that commits a part."""
         index = part.part.index
-        target = self._folder / part_name(index)
+        name = part_name(index)
         try:
             table = part.table(self._layout)
             if self._fold:
-                table = _folded(_read(target), table)
+                table = _folded(_read(self._store, name), table)
             done = Done(
                 index,
                 table.column("row")[0].as_py(),
@@ -236,29 +243,33 @@ class Sink:
             table = table.replace_schema_metadata(
                 {_METADATA: self._provenance, b"part": json.dumps(facts).encode()}
             )
-            with atomic(target) as temporary:
+            with self._store.writing(name) as temporary:
                 pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP)
         except OSError as error:
             reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
             raise EngineError(
-                f"{target}: {reason}; the parts that are written are whole, and the same command goes on"
+                f"{self._store.place / name}: {reason}; the parts that are written are whole, and the same "
+                "command goes on"
             ) from None
         return done
 
 
-def failed_rows(folder: Path, indices: Iterable[int], layout: Layout) -> Iterator[Part]:
+def failed_rows(store: Store, indices: Iterable[int], layout: Layout) -> Iterator[Part]:
     """The rows of finished parts that failed, to be tried again."""
     kept = layout.passthrough.names
     for index in indices:
-        table = _read(folder / part_name(index), columns=["row", PATH, "status", *kept])
+        table = _read(store, part_name(index), columns=["row", PATH, "status", *kept])
         done = pa.array([Status.OK.label, Status.SKIPPED.label])
         table = table.filter(pc.invert(pc.is_in(table.column("status"), value_set=done)))
         paths = table.column(PATH).to_pylist()
         yield Part(index, table.column("row").to_numpy(), paths, table.select(kept).combine_chunks())
 
 
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    with pq.ParquetFile(path) as opened:  # not read_table, which makes columns of folders named key=value
+def _read(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
+    with (
+        store.opened(name) as file,
+        pq.ParquetFile(file) as opened,
+    ):  # not read_table, which makes columns of folders named key=value
         return opened.read(columns)
 
 
@@ -272,53 +283,21 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
     return dict(Counter(filter(None, table.column(column).to_pylist())))
 
 
-class atomic:
-    """`with atomic(path) as temporary:` write `temporary`; then it is synced and renamed to `path`."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self._temporary = target.with_name(f".{target.name}.tmp")
-
-    def __enter__(self) -> Path:
-        return self._temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._temporary.unlink(missing_ok=True)
-            return
-        _sync(self._temporary)
-        self._temporary.replace(self._target)
-        _sync(self._target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(target: Path, data: dict[str, Any]) -> None:
-    with atomic(target) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, default=str) + "\n")
-
-
-def finished(folder: Path, run_id: str) -> dict[int, Done]:
+def finished(store: Store, run_id: str) -> dict[int, Done]:
     """The parts on disk, by index. Their footers have to be whole, of this run, and add up.
 
     Raises EngineError that names the part otherwise.
     """
     parts = {}
-    for path in folder.iterdir():
-        if found := _PART_NAME.fullmatch(path.name):
-            index = int(found[1])
+    for name in store.names():
+        if (index := part_of(name)) is not None:
             try:
-                parts[index] = _from_footer(index, pq.read_metadata(path), run_id)
+                with store.opened(name) as file:
+                    parts[index] = _from_footer(index, pq.read_metadata(file), run_id)
             except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise EngineError(
-                    f"{path}: not a part of this run ({reason}); delete it and run again"
+                    f"{store.place / name}: not a part of this run ({reason}); delete it and run again"
                 ) from None
     return parts
 

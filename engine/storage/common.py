@@ -57,6 +57,11 @@ class Url(str):
 Place = Path | Url
 
 
+def shown(place: Place) -> str:
+    """For logs and records."""
+    return place.shown if isinstance(place, Url) else str(place.absolute())
+
+
 def place(text: str) -> Place:
     """What the user names: a path, or a URL. Raises ValueError for a URL that nothing here reads."""
     found = _SCHEME.match(text)

@@ -11,8 +11,10 @@ import functools
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -50,6 +52,24 @@ def read(url: Url, admit: Callable[[int], None]) -> bytes:
     return _patiently(lambda: once(url, admit_once))
 
 
+def download(url: Url, target: Path) -> None:
+    """Write what is at `url` to `target`, however large it is. Raises ReadError."""
+
+    def from_store() -> None:
+        try:
+            with filesystem(url).open_input_file(name_of(url)) as opened, target.open("wb") as file:
+                shutil.copyfileobj(opened, file, _PIECE)
+                if file.tell() < opened.size():
+                    raise _Transient(f"{file.tell()} of {opened.size()} bytes came")
+        except OSError as error:
+            raise _named(error) from None
+
+    def from_web() -> None:
+        target.write_bytes(_of_web(url, lambda size: None))
+
+    _patiently(from_web if url.scheme in ("http", "https") else from_store)
+
+
 def exists(url: Url) -> bool:
     """Whether the server answers and has it; one try."""
     try:
@@ -81,8 +101,13 @@ def reachable(url: Url) -> bool:
     except UsageError:
         raise
     except Exception as error:
-        return bool(_DENIED.search(str(error)))
+        return is_denied(error)
     return True
+
+
+def is_denied(error: Exception) -> bool:
+    """Whether a server says that it may not be read, rather than nothing."""
+    return bool(_DENIED.search(str(error)))
 
 
 def name_of(url: Url) -> str:
@@ -145,15 +170,19 @@ def _of_store(url: Url, admit: Callable[[int], None]) -> bytes:
             size = opened.size()
             admit(size)
             data = opened.read(size)
-    except FileNotFoundError:
-        raise ReadError(Status.MISSING, "no such object") from None
     except OSError as error:
-        if _DENIED.search(str(error)):
-            raise ReadError(Status.UNREADABLE, "access denied") from None
-        raise _Transient("the object store does not answer") from None
+        raise _named(error) from None
     if len(data) < size:
         raise _Transient(f"{len(data)} of {size} bytes came")
     return bytes(data)
+
+
+def _named(error: OSError) -> Exception:
+    if isinstance(error, FileNotFoundError):
+        return ReadError(Status.MISSING, "no such object")
+    if is_denied(error):
+        return ReadError(Status.UNREADABLE, "access denied")
+    return _Transient("the object store does not answer")
 
 
 @functools.cache
