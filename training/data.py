@@ -27,7 +27,7 @@ class Facts:
     width: int
     height: int
     bytes: int
-    mode: str  # Pillow's: L, RGB, I;16, ...
+    mode: str  # Pillow's: L, RGB, I;16, ...; or DICOM's
     format: str
 
 
@@ -100,7 +100,7 @@ def _taken(values: Sequence[str | None] | None, positions: Labels) -> list[str |
 def _read(path: Path, header: Header) -> tuple[Facts, str]:
     data = path.read_bytes()
     return (
-        Facts(header.width, header.height, len(data), _mode(path), header.format),
+        Facts(header.width, header.height, len(data), header.photometric or _mode(path), header.format),
         hashlib.sha256(data).hexdigest(),
     )
 

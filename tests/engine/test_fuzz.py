@@ -25,7 +25,7 @@ SEEDS = (1, 2)
 @pytest.fixture(scope="module", params=SEEDS)
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("fuzz")
-    return fuzz(folder, count=300, seed=request.param, memory_mb=MEMORY_MB, timeout_s=60)
+    return fuzz(folder, count=400, seed=request.param, memory_mb=MEMORY_MB, timeout_s=60)
 
 
 def test_damaged_files_cost_only_their_own_rows(outcome: Outcome) -> None:
