@@ -19,6 +19,12 @@ class ParityError(EngineError):
     exit_status = 4
 
 
+class NothingNew(EngineError):  # noqa: N818 - not a failure
+    """There is no row to screen since an earlier run."""
+
+    exit_status = 0
+
+
 class Stopped(EngineError):  # noqa: N818 - not a failure
     """The run was asked to stop; the same command goes on."""
 

@@ -1,4 +1,4 @@
-"""A list of images to rows in order, streamed and cut into parts: CSV, Parquet, text list or folder.
+"""A list of images to rows in order, streamed and cut into parts: CSV, Parquet, text list, folder or archive.
 
 Opening a manifest reads it once from end to end without keeping it: that counts the rows, takes the
 fingerprint, settles the column types and finds what is malformed before the first image is touched.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import re
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,14 +23,15 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from engine.errors import UsageError
+from engine.listing import LOOKS_LIKE_IMAGE, PATH, in_words, list_place, skipped_of
 from engine.records import Part
 from engine.storage import Place, ReadError, Url
+from engine.storage.archive import is_archive
+from engine.store import atomic
 
-PATH = "path"
 _BLOCK = 4 << 20
 _IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG")
 _LOOKS_LIKE_PATH = re.compile(r"[/\\]|\.[A-Za-z][A-Za-z0-9]{0,4}$")
-_LOOKS_LIKE_IMAGE = re.compile(r"\.(jpe?g|png|dcm|dicom|tiff?|bmp|webp|jp2)$", re.IGNORECASE)
 
 
 class _Source(Protocol):
@@ -54,7 +55,27 @@ class Manifest:
     path_column: str
     columns: pa.Schema
     _rows: _Source
+    skipped: dict[str, int] = field(default_factory=dict)  # files that a listing left out, by reason
     _copy: Any = None  # of a manifest that was fetched; it goes with this
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of `tables`: all columns."""
+        return self._rows.schema
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All rows in order, some at a time."""
+        return self._rows.tables()
+
+    def copy_to(self, target: Path) -> int:
+        """Write all rows to a Parquet file; returns how many."""
+        with (
+            atomic(target) as temporary,
+            pq.ParquetWriter(temporary, self.schema, compression="zstd") as writer,
+        ):
+            for table in self.tables():
+                writer.write_table(table)
+        return self.rows
 
     def only(self, columns: Iterable[str]) -> Manifest:
         """Without the columns that are not named. Raises UsageError for a name that is none."""
@@ -62,7 +83,7 @@ class Manifest:
         if unknown := sorted(wanted - set(self.columns.names)):
             shown = ", ".join(map(repr, self.columns.names[:10])) or "no other columns"
             raise UsageError(f"--keep {unknown[0]}: the manifest has no such column; it has {shown}")
-        return replace(self, columns=pa.schema([field for field in self.columns if field.name in wanted]))
+        return replace(self, columns=pa.schema([one for one in self.columns if one.name in wanted]))
 
     def parts(self, part_rows: int, wanted: Iterable[int] | None = None) -> Iterator[Part]:
         """Parts of `part_rows` rows in order, the last one shorter; only those in `wanted` when given."""
@@ -102,37 +123,59 @@ class _Held:
 
 
 def open_manifest(
-    source: Place, *, path_column: str | None = None, root: Place | None = None, listing: Path | None = None
+    source: Place,
+    *,
+    path_column: str | None = None,
+    root: Place | None = None,
+    listing: Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    since: bool = False,
 ) -> Manifest:
-    """Open a CSV (.csv, .tsv), Parquet, text list (one path a line) or folder.
+    """Open a CSV (.csv, .tsv), Parquet, text list (one path a line), folder, zip or tar.
 
-    Relative paths are resolved against `root`, else the manifest's own folder. A folder is listed to the
-    Parquet file `listing` unless that exists already. Raises UsageError, one line, for anything wrong.
+    Relative paths are resolved against `root`, else the manifest's own folder. A folder or archive is listed
+    to the Parquet file `listing`, unless that exists; `include` and `exclude` are for these. With `since`,
+    `listing` holds what is to be screened. Raises UsageError, one line, for anything wrong.
     """
     if isinstance(source, Url):
         copy = _fetched(source)
         try:
-            found = open_manifest(Path(copy.name), path_column=path_column, root=root or source.parent)
+            found = open_manifest(
+                Path(copy.name),
+                path_column=path_column,
+                root=root or source.parent,
+                listing=listing,
+                since=since,
+            )
         except UsageError as error:
             raise UsageError(str(error).replace(copy.name, source.shown)) from None
         return replace(found, source=source, _copy=copy)
     try:
-        rows = _open(source, listing)
+        whole = has_to_be_listed(source)
+        if (include or exclude) and not whole:
+            raise UsageError(f"manifest {source}: --include and --exclude are for folders and archives")
+        if whole and listing and not listing.exists():
+            list_place(source, listing, include=include, exclude=exclude, own=listing.parent)
+        frozen = listing if listing and listing.exists() and (whole or since) else None
+        rows = _ParquetSource(frozen) if frozen else _open(source)
     except OSError as error:
         raise UsageError(f"manifest {source}: {error.strerror or error}") from None
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
         raise UsageError(f"manifest {source}: {_reason(error)}") from None
+    skipped = skipped_of(frozen) if frozen else {}
     if rows.rows == 0:
-        raise UsageError(f"manifest {source}: it has no rows; each row names one image")
+        reason = in_words(0, skipped) if whole else "it has no rows"
+        raise UsageError(f"manifest {source}: {reason}; each row names one image")
     names = rows.schema.names
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise UsageError(f"manifest {source}: these columns appear twice: {', '.join(map(repr, twice))}")
     base = root or (source if source.is_dir() else source.parent)
     column = _path_column(source, rows, path_column, base)
-    columns = pa.schema([field for field in rows.schema if field.name != column])
+    columns = pa.schema([one for one in rows.schema if one.name != column])
     base = base if isinstance(base, Url) else base.absolute()
-    return Manifest(source, base, rows.rows, rows.sha256, column, columns, rows)
+    return Manifest(source, base, rows.rows, rows.sha256, column, columns, rows, skipped)
 
 
 def _fetched(url: Url) -> Any:
@@ -157,14 +200,20 @@ def _reason(error: Exception) -> str:
     return text
 
 
-def _open(source: Path, listing: Path | None) -> _Source:
-    if source.is_dir():
-        assert listing is not None, "a folder needs a place for its listing"
-        if not listing.exists():
-            _list_folder(source, listing)
-        return _ParquetSource(listing)
+def has_to_be_listed(source: Path) -> bool:
+    """Whether it is a folder or an archive. Raises OSError."""
+    return source.is_dir() or is_archive(_start(source))
+
+
+def _start(source: Path) -> bytes:
     with source.open("rb") as opened:
-        start = opened.read(8)
+        return opened.read(512)
+
+
+def _open(source: Path) -> _Source:
+    if source.is_dir():
+        raise UsageError(f"manifest {source}: a folder; list it first: python -m engine.manifest {source}")
+    start = _start(source)
     if not start:
         raise UsageError(f"manifest {source}: the file has 0 bytes")
     if start.startswith(_IMAGE_SIGNATURES):
@@ -189,7 +238,7 @@ def _path_column(source: Path, rows: _Source, wanted: str | None, root: Place) -
         raise UsageError(f"manifest {source}: column {column!r} holds {kind}, not paths; see --path-column")
     if column in (wanted, PATH):
         return column
-    if _LOOKS_LIKE_IMAGE.search(column):
+    if LOOKS_LIKE_IMAGE.search(column):
         raise UsageError(f"manifest {source}: no header, its first line is {column!r}; add a line 'path'")
     first = next(rows.tables()).column(column).slice(0, 100).to_pylist()
     if not any(value and (_LOOKS_LIKE_PATH.search(value) or _is_there(root, value)) for value in first):
@@ -343,36 +392,7 @@ def _to_kind(column: pa.ChunkedArray[Any], kind: pa.DataType) -> pa.ChunkedArray
     return cells.cast(kind)
 
 
-def _list_folder(folder: Path, listing: Path) -> None:
-    """Freeze the names of all files below `folder`, sorted folder by folder, hidden ones left out."""
-    schema = pa.schema([(PATH, pa.string())])
-    temporary = listing.with_name(f".{listing.name}.tmp")
-    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for names in _chunked(_walk(folder, listing.parent), 65_536):
-            writer.write_table(pa.table({PATH: pa.array(names, pa.string())}))
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.rename(listing)
+if __name__ == "__main__":
+    from engine.listing import main
 
-
-def _walk(folder: Path, output: Path) -> Iterator[str]:
-    own = output.resolve()
-    for current, folders, files in os.walk(folder):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and Path(current, name).resolve() != own
-        )
-        for name in sorted(files):
-            if not name.startswith("."):
-                # names that are not UTF-8 can't be stored; their row will say that no such file exists
-                yield os.path.relpath(os.path.join(current, name), folder).encode("utf-8", "replace").decode()
-
-
-def _chunked(names: Iterable[str], size: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for name in names:
-        chunk.append(name)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+    sys.exit(main())

@@ -9,14 +9,16 @@ from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, Self
 
 from engine import bundle
 from engine.bundle import Bundle
-from engine.errors import Stopped, UsageError
+from engine.errors import NothingNew, Stopped, UsageError
 from engine.header import Header
 from engine.ledger import Progress, Summary, summary_of
-from engine.manifest import Manifest, open_manifest
+from engine.listing import in_words
+from engine.manifest import Manifest, has_to_be_listed, open_manifest
 from engine.overlap import Meter, prefetch
 from engine.preprocess.stage import Preprocess
 from engine.provenance import describe
@@ -25,9 +27,11 @@ from engine.records import Batch, Part
 from engine.run_folder import RunFolder, parts_of
 from engine.runners import Choice, Runner, choose, open_runner
 from engine.settings import Settings, available_cpus
+from engine.since import Earlier, write_new
 from engine.sink import Done, Layout, Sink
 from engine.step import CpuStep
 from engine.storage import Place, Url
+from engine.storage.common import shown
 
 READ_THREADS = 16
 GRACE_S = 5.0  # a part that ends within is finished before the run stops
@@ -89,14 +93,22 @@ def screen(
     _check_paths(settings)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
-        manifest = open_manifest(
-            settings.manifest, path_column=settings.path_column, root=settings.root, listing=folder.listing
-        )
+        earlier = Earlier(settings.since) if settings.since else None
+        if earlier and not folder.listing.exists():
+            _list_new(settings, earlier, models, choice, folder.listing, say)
+        manifest = _manifest(settings, folder.listing, since=earlier is not None)
         if settings.redaction:
             manifest = manifest.only(settings.redaction.keep)
         layout = Layout.of(models, manifest, settings)
         recorded = None if settings.overwrite else folder.recorded()
-        run = describe(settings, recorded, manifest, models, choice)
+        run = describe(
+            settings,
+            recorded,
+            manifest,
+            models,
+            choice,
+            since=f"{earlier.run_id} of {shown(settings.manifest)}" if earlier else None,
+        )
         opening = Opening(
             settings, models, run, choice, say, manifest.root, resumed=recorded is not None, manifest=manifest
         )
@@ -106,6 +118,8 @@ def screen(
         if folder.succeeded() and len(done) == parts_of(run):
             return summary_of(folder.place, run, done.values(), Progress(manifest.rows), {}, 0)
         say(choice.reason)
+        if recorded is None and manifest.skipped:
+            say(in_words(manifest.rows, manifest.skipped))
         folder.withdraw()
         progress = Progress(manifest.rows, finish_by=settings.finish_by)
         for part in done.values():
@@ -278,6 +292,36 @@ def _so_far(progress: Progress) -> str:
     )
 
 
+def _manifest(settings: Settings, listing: Path, *, since: bool) -> Manifest:
+    return open_manifest(
+        settings.manifest,
+        path_column=settings.path_column,
+        root=settings.root,
+        listing=listing,
+        include=settings.include,
+        exclude=settings.exclude,
+        since=since,
+    )
+
+
+def _list_new(
+    settings: Settings, earlier: Earlier, models: Bundle, choice: Choice, listing: Path, say: Say
+) -> None:
+    """Freeze what is to be screened since an earlier run. Raises NothingNew."""
+    with TemporaryDirectory(prefix="engine-") as scratch:
+        whole = _manifest(settings, Path(scratch, listing.name), since=False)
+        options = {"bundle_sha256": models.sha256, "precision": choice.precision, "decode": models.decode}
+        if changed := earlier.differs(options):
+            say(f"{changed} has changed since {shown(earlier.place)}: all {whole.rows} rows are screened")
+            rows = whole.copy_to(listing)
+        else:
+            rows = write_new(whole, earlier, listing)
+            say(f"{rows} of {whole.rows} rows are new or changed since {shown(earlier.place)}")
+    if not rows:
+        listing.unlink()
+        raise NothingNew(f"nothing is new since {shown(earlier.place)}; nothing was written")
+
+
 def _check_paths(settings: Settings) -> None:
     """A wrong manifest or root must not leave an output folder behind."""
     manifest, root = settings.manifest, settings.root
@@ -287,10 +331,10 @@ def _check_paths(settings: Settings) -> None:
         raise UsageError(f"manifest {manifest}: no such file or folder")
     if not (manifest.is_file() or manifest.is_dir()):
         raise UsageError(f"manifest {manifest}: neither a file nor a folder")
-    if settings.redaction and not manifest.is_file():
+    if settings.redaction and (settings.since or has_to_be_listed(manifest)):
         raise UsageError(
-            f"manifest {manifest}: with --redact, a folder's listing would put its paths into the results; "
-            f"write it elsewhere first: python -m engine.manifest {manifest} -o list.parquet"
+            f"manifest {manifest}: with --redact, its listing would put paths into the results; write it "
+            f"elsewhere first, and without --since: python -m engine.manifest {manifest} -o list.parquet"
         )
     if isinstance(root, Path) and not root.is_dir():
         raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")

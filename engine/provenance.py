@@ -29,10 +29,11 @@ def describe(
     manifest: Manifest,
     models: Bundle,
     choice: Choice,
+    since: str | None,
 ) -> dict[str, Any]:
     """`_run.json`: result options, which may not change on resume, and facts.
 
-    What `settings` leave open is as in `recorded`, the run that is resumed.
+    What `settings` leave open is as in `recorded`, the run that is resumed. `since`: an earlier run's id.
     """
     before = recorded["result_options"] if recorded else {}
     tuning = dict(recorded.get("tuning", {})) if recorded else {}
@@ -49,6 +50,9 @@ def describe(
             "manifest_sha256": manifest.sha256,
             "root": hidden.name(shown(manifest.root)) if hidden else shown(manifest.root),
             "path_column": manifest.path_column,
+            "include": list(settings.include),
+            "exclude": list(settings.exclude),
+            "since": since,
             "column_prefix": settings.column_prefix,
             "bundle_sha256": models.sha256,
             "runner": choice.runner,
@@ -67,6 +71,7 @@ def describe(
         },
         "manifest": None if hidden else shown(manifest.source),
         "rows": manifest.rows,
+        "not_listed": manifest.skipped,
         "bundle": None if hidden else str(models.path.absolute()),
         "classes": list(models.classes),
         "weights": {member.name: member.weight for member in models.members},

@@ -21,8 +21,9 @@ from typing import Any, NoReturn, TextIO, cast
 
 from rich.console import Console
 
-from engine.errors import EngineError, Stopped, UsageError
+from engine.errors import EngineError, NothingNew, Stopped, UsageError
 from engine.ledger import Summary
+from engine.listing import add_globs
 from engine.pipeline import GRACE_S, screen
 from engine.privacy import Redaction, read_salt, scrubbed
 from engine.progress import Display, show_summary
@@ -72,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("manifest", type=_place, metavar="MANIFEST", help="CSV, Parquet, text list or folder of images")
+    add("manifest", type=_place, metavar="MANIFEST", help="CSV, Parquet, text list, folder, zip or tar")
     add("-o", "--output", type=_place, default=defaults.output, help="results folder (%(default)s)")
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
     add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
@@ -122,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
         "--only-errors",
         action="store_true",
         help="MANIFEST is a results folder: try its failed rows again, with the options of that run",
+    )
+    add_globs(parser)
+    add(
+        "--since",
+        type=_place,
+        metavar="RESULTS",
+        help="only what is new or changed since that run (everything if the bundle is)",
     )
     add("--include-uids", action="store_true", help="DICOM's study, series and SOP UIDs as columns")
     add("--redact", action="store_true", help="a keyed hash in place of each path, no other manifest columns")
@@ -211,6 +219,7 @@ def settings_from(arguments: list[str]) -> Settings:
     )
     if given["finish_by"]:
         given["finish_by"] = parse_moment(given["finish_by"], datetime.now(UTC))
+    given["include"], given["exclude"] = tuple(given["include"]), tuple(given["exclude"])
     return Settings(limits=limits, overlap=not given.pop("serial"), redaction=_redaction(given), **given)
 
 
@@ -271,6 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
             work = retry if settings.only_errors else screen
             say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
             summary = work(settings, watch=display, say=say, stop=stop)
+    except NothingNew as nothing:
+        console.print(str(nothing), markup=False, highlight=False, soft_wrap=True)
+        return 0
     except EngineError as error:
         return _failed(console, str(error), error.exit_status)
     except OSError as error:  # a full disk, a folder that went away

@@ -69,6 +69,9 @@ class Settings:
     overlap: bool = True
     include_uids: bool = False  # DICOM's, in the results
     redaction: Redaction | None = None
+    include: tuple[str, ...] = ()  # globs, of a folder or archive
+    exclude: tuple[str, ...] = ()
+    since: Place | None = None  # results whose rows need no second look
     paths_from: Place | None = None  # the manifest of a redacted run whose failed rows are tried again
     decoder: str = "auto"  # "cpu": every image gets libjpeg's strict look, also where there is a GPU
     slots: int = 3  # batches in flight on the GPU

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from engine.bundle import Bundle
 from engine.errors import EngineError, UsageError
-from engine.manifest import PATH, Manifest
+from engine.listing import PATH
+from engine.manifest import Manifest
 from engine.overlap import Meter
 from engine.privacy import Redaction
 from engine.records import Batch, Part, Status

@@ -13,7 +13,7 @@ from typing import Protocol
 from engine.header import bmp, dicom, gif, jpeg, jpeg2000, png, pnm, tiff, webp
 from engine.header.common import Header, HeaderError, Limit, truncated, unsupported
 
-__all__ = ["Header", "HeaderError", "parse"]
+__all__ = ["START", "Header", "HeaderError", "may_be_image", "parse"]
 
 
 class _Format(Protocol):
@@ -56,6 +56,14 @@ def parse(data: bytes, max_pixels: int) -> Header:
         error = raised
     error.size = limit.size
     raise error
+
+
+START = 132  # bytes of a file that may_be_image wants
+
+
+def may_be_image(start: bytes) -> bool:
+    """Whether a file that begins so has one of the formats here, or may be DICOM without preamble."""
+    return any(module.matches(start) for module in _FORMATS.values()) or start[:2] in dicom.FIRST_GROUPS
 
 
 def _name(data: bytes) -> str:

@@ -22,6 +22,7 @@ from engine.records import Status
 MODALITIES = ("CR", "DX", "RG", "RF", "XA", "MG", "PX", "IO", "OT", "SC", "BMD", "DXA")
 MAX_HEADER = 16 << 20  # bytes before the pixels of a deflated file
 MAX_FRAGMENTS = 200_000
+FIRST_GROUPS = (b"\x02\0", b"\x08\0", b"\0\x08")  # that a file without preamble begins with
 # fmt: off
 _OTHERS = frozenset((  # that an error may name
     "AU", "CT", "DOC", "ECG", "ES", "GM", "IVOCT", "IVUS", "KO", "MR", "NM", "OCT", "OP", "OPT", "PR", "PT",
@@ -86,7 +87,7 @@ def matches(data: bytes) -> bool:
 
 def lacks_preamble(data: bytes) -> bool:
     """Whether the bytes are DICOM without preamble: an element of group 2 or 8 first, an image behind it."""
-    if data[:2] not in (b"\x02\0", b"\x08\0", b"\0\x08"):
+    if data[:2] not in FIRST_GROUPS:
         return False
     _import()
     try:

@@ -32,6 +32,11 @@ class Storage:
         """
         if not path:
             raise ReadError(Status.MISSING, "the row has no path")
+        if "::" in path:
+            from engine.storage import archive
+
+            if inside := archive.split(path):
+                return archive.read(self._resolved(inside[0]), inside[1], admit)
         found = self._resolved(path)
         if isinstance(found, Url):
             from engine.storage import remote
@@ -40,18 +45,26 @@ class Storage:
         return local.read(found, admit)
 
     def exists(self, path: str) -> bool:
-        """Whether the place answers and has the file."""
-        found = self._resolved(path)
+        """Whether the place answers and has the file, or the archive that it is in."""
+        found = self._resolved(self._file_of(path))
         if isinstance(found, Url):
             from engine.storage import remote
 
             return remote.exists(found)
         return local.exists(found)
 
+    @staticmethod
+    def _file_of(path: str) -> str:
+        if "::" in path:
+            from engine.storage import archive
+
+            return (archive.split(path) or (path,))[0]
+        return path
+
     def check(self, path: str | None) -> None:
         """Raises EngineError when the bucket, host or folder that `path` is in can't be had at all."""
         try:
-            found = self._resolved(path) if path else self.root
+            found = self._resolved(self._file_of(path)) if path else self.root
         except ReadError:  # no place at all
             return
         if isinstance(found, Url):

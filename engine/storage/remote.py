@@ -52,6 +52,30 @@ def read(url: Url, admit: Callable[[int], None]) -> bytes:
     return _patiently(lambda: once(url, admit_once))
 
 
+def open_random(url: Url) -> tuple[Any, Callable[[int, int], bytes], int]:
+    """An object as a file, what reads so many bytes from any place of it in any thread, and its length."""
+
+    def opened() -> Any:
+        try:
+            return filesystem(url).open_input_file(name_of(url))
+        except OSError as error:
+            raise _named(error) from None
+
+    file = _patiently(opened)
+    size = int(file.size())
+
+    def pread(count: int, start: int) -> bytes:
+        def once() -> bytes:
+            try:
+                return bytes(file.read_at(max(0, min(count, size - start)), start))
+            except OSError as error:
+                raise _named(error) from None
+
+        return _patiently(once)
+
+    return file, pread, size
+
+
 def download(url: Url, target: Path) -> None:
     """Write what is at `url` to `target`, however large it is. Raises ReadError."""
 

@@ -20,12 +20,13 @@ from tests.fuzz.watched import Row, screen
 
 MEMORY_MB = 1000  # of all processes together
 SEEDS = (1, 2)
+FILES = 400
 
 
 @pytest.fixture(scope="module", params=SEEDS)
 def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = tmp_path_factory.mktemp("fuzz")
-    return fuzz(folder, count=400, seed=request.param, memory_mb=MEMORY_MB, timeout_s=60)
+    return fuzz(folder, count=FILES, seed=request.param, memory_mb=MEMORY_MB, timeout_s=60)
 
 
 def test_damaged_files_cost_only_their_own_rows(outcome: Outcome) -> None:
@@ -114,7 +115,7 @@ def test_lost_and_surplus_rows_are_noticed(outcome: Outcome) -> None:
     assert (path, "no row") in complaints(outcome, lambda rows: rows.pop(5))
     assert (path, "a row too many") in complaints(outcome, lambda rows: rows.insert(5, rows[5]))
     noticed = complaints(outcome, lambda rows: rows.insert(5, rows.pop(6)))
-    assert (None, "300 rows for 300 files, or in another order") in noticed
+    assert (None, f"{FILES} rows for {FILES} files, or in another order") in noticed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,262 @@
+"""Folders and archives to lists of images: lazily, in one order, with what was left out counted.
+
+A list is a Parquet file of the columns in SCHEMA; its metadata hold the counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pathspec import PathSpec
+
+from engine import header
+from engine.errors import EngineError, UsageError
+from engine.storage import ReadError, archive
+from engine.store import atomic
+
+PATH, SIZE, MODIFIED = "path", "file_size", "file_mtime"
+_FIELDS: list[pa.Field[Any]] = [
+    pa.field(PATH, pa.string()),
+    pa.field(SIZE, pa.int64()),
+    pa.field(MODIFIED, pa.timestamp("us", tz="UTC")),
+]
+SCHEMA = pa.schema(_FIELDS)
+LOOKS_LIKE_IMAGE = re.compile(
+    r"\.(jpe?g|png|dcm|dicom|tiff?|bmp|webp|jp2|j2k|pgm|ppm|pbm|gif)$", re.IGNORECASE
+)
+THREADS = 16  # that look into files; storage far away answers many at once
+AHEAD = 256  # files being looked at
+CHUNK = 65_536  # rows written at once
+_SKIPPED = "skipped"
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Entry(NamedTuple):
+    path: str
+    size: int | None  # bytes
+    modified: datetime | None
+
+
+@dataclass
+class Listing:
+    """Which files of a folder or archive are listed. `skipped` counts the others, by reason."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def folder(self, folder: Path, own: Path | None = None) -> Iterator[Entry]:
+        """Images below `folder`, the files of each folder sorted and before the folders in it.
+
+        Hidden files, links to folders and what is no image by content are left out; one named like an image
+        is listed whatever is in it, so that its row says what is wrong. `own`, the results folder or the list
+        that is made, is not even counted.
+        """
+        with ThreadPoolExecutor(THREADS) as pool:
+            for entry in _in_order(pool, self._looked_at, self._files(folder, own)):
+                if isinstance(entry, str):
+                    self.skipped[entry] += 1
+                else:
+                    yield entry
+
+    def _files(self, folder: Path, own: Path | None) -> Iterator[tuple[os.DirEntry[str], str]]:
+        """Files that may be images, with their paths; one folder at a time is in memory."""
+        own = own.resolve() if own else None
+        ours = (own.name, f".{own.name}.tmp") if own else ("", "")
+        waiting = [""]
+        while waiting:
+            below = waiting.pop()
+            try:
+                with os.scandir(folder / below) as found:
+                    entries = sorted(found, key=lambda entry: entry.name)
+            except OSError:
+                if not below:
+                    raise
+                self.skipped["folders that can't be read"] += 1
+                continue
+            folders = []
+            for entry in entries:
+                path = f"{below}{entry.name}"
+                if own and entry.name in ours and Path(entry).resolve() in (own, own.with_name(ours[1])):
+                    continue
+                if entry.name.startswith("."):
+                    self.skipped["hidden"] += 1
+                elif _is_folder(entry):
+                    folders.append(path + "/")
+                elif entry.is_symlink() and entry.is_dir():
+                    self.skipped["links to folders"] += 1
+                elif self.wants(path):
+                    yield entry, path
+                else:
+                    self.skipped["excluded"] += 1
+            waiting += reversed(folders)
+
+    def _looked_at(self, item: tuple[os.DirEntry[str], str]) -> Entry | str:
+        """An entry, or why there is none."""
+        entry, path = item
+        # names that are not UTF-8 can't be stored; their row will say that no such file exists
+        name = path.encode("utf-8", "replace").decode()
+        try:
+            info = entry.stat()
+            if not LOOKS_LIKE_IMAGE.search(path):
+                if not entry.is_file():
+                    return "neither files nor folders"
+                with open(os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as opened:
+                    if not header.may_be_image(start := opened.read(header.START)):
+                        return "archives" if archive.is_archive(start) else "not images"
+        except OSError:
+            return Entry(name, None, None) if LOOKS_LIKE_IMAGE.search(path) else "not readable"
+        return Entry(name, info.st_size, datetime.fromtimestamp(info.st_mtime_ns // 1000 / 1e6, UTC))
+
+    def archive(self, file: Path) -> Iterator[Entry]:
+        """Images in a zip or tar, in its order, as `archive::name`."""
+        for member, last, begin in archive.members(str(file)):
+            if not last:
+                self.skipped["replaced by a later member"] += 1
+            elif any(piece.startswith(".") or piece == "__MACOSX" for piece in member.name.split("/")):
+                self.skipped["hidden"] += 1
+            elif member.kind == "special":
+                self.skipped["neither files nor folders"] += not member.name.endswith("/")
+            elif not self.wants(member.name):
+                self.skipped["excluded"] += 1
+            elif LOOKS_LIKE_IMAGE.search(member.name) or header.may_be_image(begin(header.START)):
+                name = member.name.encode("utf-8", "replace").decode()
+                yield Entry(f"{file.name}::{name}", member.size, member.modified)
+            else:
+                self.skipped["not images"] += 1
+
+    def wants(self, path: str) -> bool:
+        """Whether the globs let it through."""
+        return (not self.include or self._included.match_file(path)) and not self._excluded.match_file(path)
+
+    def __post_init__(self) -> None:
+        # as .gitignore has them: without a slash for names in any folder, ** for any number of folders
+        self._included, self._excluded = (
+            PathSpec.from_lines("gitignore", globs) for globs in (self.include, self.exclude)
+        )
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What `work` gives for each item, AHEAD of them at once."""
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) >= AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def write(entries: Iterable[Entry], listing: Listing, target: Path) -> int:
+    """Write a list, whole or not at all; returns its rows. The counts go into the file when all is listed."""
+    rows = 0
+    with atomic(target) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        for chunk in _chunked(entries):
+            writer.write_table(pa.table(list(zip(*chunk, strict=True)), schema=SCHEMA))
+            rows += len(chunk)
+        writer.add_key_value_metadata({_SKIPPED: json.dumps(dict(sorted(listing.skipped.items())))})
+    return rows
+
+
+def skipped_of(listing: Path) -> dict[str, int]:
+    """What the list in this file left out, by reason."""
+    metadata = pq.read_metadata(listing).metadata or {}
+    return dict(json.loads(metadata.get(_SKIPPED.encode(), b"{}")))
+
+
+def in_words(rows: int, skipped: dict[str, int]) -> str:
+    counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    return f"listed {rows} images" + (f"; skipped {counts}" if counts else "")
+
+
+def _chunked(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    chunk: list[Entry] = []
+    for entry in entries:
+        chunk.append(entry)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def list_place(
+    place: Path, target: Path, *, include: Sequence[str], exclude: Sequence[str], own: Path | None
+) -> int:
+    """List a folder or archive to `target`; returns the rows. Raises UsageError."""
+    listing = Listing(include, exclude)
+    try:
+        entries = listing.folder(place, own) if place.is_dir() else listing.archive(place)
+        return write(entries, listing, target)
+    except (OSError, ReadError) as error:
+        raise UsageError(f"manifest {place}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m engine.manifest FOLDER -o list.parquet`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.manifest",
+        description="List the images of a folder or archive, with size and time of change, as a manifest.",
+        epilog="example: python -m engine.manifest /archive -o manifest.parquet --exclude 'backup/**'",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="or a .zip or .tar")
+    parser.add_argument("-o", "--output", type=Path, default=Path("manifest.parquet"), help="(%(default)s)")
+    add_globs(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
+    try:
+        options = parser.parse_args(arguments)
+        print(_made(options), file=sys.stderr)
+        print(options.output)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except OSError as error:
+        print(f"error: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def add_globs(parser: argparse.ArgumentParser) -> None:
+    for name, what in (("include", "only these files"), ("exclude", "not these files")):
+        parser.add_argument(
+            f"--{name}", action="append", default=[], metavar="GLOB", help=f"of a folder or archive: {what}"
+        )
+
+
+def _made(options: argparse.Namespace) -> str:
+    """Write the list; paths in it are relative if it lies in the folder itself, else absolute."""
+    folder, output = options.folder, options.output
+    if not folder.is_dir() and not folder.is_file():
+        raise UsageError(f"{folder}: no such folder or archive")
+    if output.exists() and not options.overwrite:
+        raise UsageError(f"{output}: it exists; give --overwrite, or another -o")
+    base = folder if folder.is_dir() else folder.parent
+    absolute = "" if output.parent.resolve() == base.resolve() else f"{base.absolute()}/"
+    listing = Listing(options.include, options.exclude)
+    entries = listing.folder(folder, output) if folder.is_dir() else listing.archive(folder)
+    try:
+        rows = write((entry._replace(path=absolute + entry.path) for entry in entries), listing, output)
+    except ReadError as error:
+        raise UsageError(f"{folder}: {error}") from None
+    return in_words(rows, listing.skipped)

@@ -1,0 +1,115 @@
+"""`--since RESULTS`: only the rows of a manifest that an earlier run has not done, or not as they are now."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from engine.errors import UsageError
+from engine.listing import MODIFIED, PATH, SIZE
+from engine.manifest import Manifest
+from engine.records import Status
+from engine.run_folder import RunFolder, parts_of
+from engine.sink import part_name
+from engine.storage import Place
+from engine.storage.common import shown
+from engine.store import atomic
+
+# result options whose change makes old scores worthless
+_DECISIVE = {"bundle_sha256": "the bundle", "precision": "the precision", "decode": "the decoding"}
+
+Keys = npt.NDArray[np.bytes_]  # 128-bit hashes of place, size and time of change
+
+
+class Earlier:
+    """A finished run, and what it has scored."""
+
+    def __init__(self, results: Place) -> None:
+        """Raises UsageError for anything but a finished run that says how its files were."""
+        self.place = results
+        folder = RunFolder.existing(results)
+        run = folder.recorded()
+        assert run is not None
+        self._store, self._run, self.options = folder.store, run, run["result_options"]
+        self.run_id: str = run["run_id"]
+        if not folder.succeeded():
+            raise UsageError(f"--since {results}: that run is not finished")
+        if self.options["redacted_by"]:
+            raise UsageError(f"--since {results}: its paths are hashed, so nothing can be compared")
+
+    def differs(self, options: dict[str, str]) -> str | None:
+        """What makes its scores worthless beside those of a run with `options`, if anything does."""
+        changed = [words for name, words in _DECISIVE.items() if self.options[name] != options[name]]
+        return changed[0] if changed else None
+
+    def keys(self) -> Keys:
+        """Of the rows that need no second look, sorted; 16 bytes each."""
+        prefix = self.options["column_prefix"]
+        names = [PATH, prefix + SIZE, prefix + MODIFIED, "status"]
+        done = pa.array([Status.OK.label, Status.SKIPPED.label])
+        found = []
+        for index in range(parts_of(self._run)):
+            with self._store.opened(part_name(index)) as file, pq.ParquetFile(file) as part:
+                if missing := set(names) - set(part.schema_arrow.names):
+                    raise UsageError(
+                        f"--since {self.place}: its rows have no {min(missing)}; screen a folder, or a list "
+                        "made by python -m engine.manifest"
+                    )
+                table = part.read(names)
+            table = table.filter(pc.is_in(table.column("status"), value_set=done))
+            found.append(_keys(self.options["root"], *table.columns[:3]))
+        return np.sort(np.concatenate(found))
+
+
+def write_new(manifest: Manifest, earlier: Earlier, target: Path) -> int:
+    """Write what is new or changed in `manifest` since `earlier`; returns its rows. Raises UsageError."""
+    columns = manifest.columns
+    if not pa.types.is_timestamp(_type(columns, MODIFIED)) or not pa.types.is_integer(_type(columns, SIZE)):
+        raise UsageError(
+            f"manifest {manifest.source}: --since needs columns {SIZE} and {MODIFIED}; make the list with "
+            "python -m engine.manifest"
+        )
+    known, rows = earlier.keys(), 0
+    root = shown(manifest.root)
+    with (
+        atomic(target) as temporary,
+        pq.ParquetWriter(temporary, manifest.schema) as writer,
+    ):
+        for table in manifest.tables():
+            keys = _keys(root, table.column(manifest.path_column), table.column(SIZE), table.column(MODIFIED))
+            place = np.minimum(np.searchsorted(known, keys), max(0, len(known) - 1))
+            new = table if not len(known) else table.filter(pa.array(known[place] != keys))
+            if new.num_rows:
+                writer.write_table(new)
+                rows += new.num_rows
+    return rows
+
+
+def _type(columns: pa.Schema, name: str) -> pa.DataType:
+    return columns.field(name).type if name in columns.names else pa.null()
+
+
+def _keys(root: str, *columns: pa.ChunkedArray[Any]) -> Keys:
+    paths, sizes, times = columns
+    times = times.cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
+    rows = zip(paths.to_pylist(), sizes.to_pylist(), times.to_pylist(), strict=True)
+    return np.array(list(_hashes(root, rows)), "S16")
+
+
+def _hashes(root: str, rows: Iterable[tuple[str | None, int | None, int | None]]) -> Iterator[bytes]:
+    """A row without path, size or time is like no other."""
+    for number, (path, size, time) in enumerate(rows):
+        whole = path is not None and size is not None and time is not None
+        place = os.path.join(root, path or "") if whole else os.urandom(8).hex()
+        text = f"{place}\0{size}\0{time}\0{'' if whole else number}"
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        yield digest[:-1] + bytes([digest[-1] | 1])  # NumPy's byte strings don't end in zeros
