@@ -217,17 +217,17 @@ def _open(place: str | Url) -> tuple[Any, Pread, int]:
 
 def _plain(path: str) -> io.BufferedReader:
     try:
-        file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ReadError(Status.MISSING, "no such archive") from None
     except OSError as error:
         raise ReadError(Status.UNREADABLE, f"the archive: {error.strerror}") from None
     except ValueError:
         raise ReadError(Status.UNREADABLE, "the path holds a NUL character") from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise ReadError(Status.UNREADABLE, "the archive: not a file")
-    return file
+    return open(descriptor, "rb")
 
 
 def _of_zip(file: Any) -> Iterator[Member]:
@@ -253,6 +253,9 @@ def _of_tar(file: Any) -> Iterator[Member]:
             kind = "tar" if info.isreg() and not info.issparse() else "special"
             yield Member(info.name, info.offset_data, info.size, info.size, 0, kind, _since_1970(info.mtime))
             opened.members = []  # type: ignore[attr-defined] # which it would keep
+        file.seek(opened.offset)
+        if len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # a block of zeros has to be there
+            raise ReadError(Status.TRUNCATED, "the archive has no end; was it cut off?")
 
 
 def _inflated(raw: bytes, size: int) -> bytes:
