@@ -29,7 +29,7 @@ from engine.lock import hold
 from engine.plans import Gpu, Parity, Passport, Plan, Profile
 from engine.runners.onnx import OnnxRunner
 from engine.runners.tensorrt import Backend, TensorRTRunner
-from engine.sink import atomic
+from engine.store import atomic
 
 Floats = npt.NDArray[np.float32]
 Say = Callable[[str], None]

@@ -13,6 +13,7 @@ from typing import Any
 from engine.overlap import Meter
 from engine.records import Batch, Status
 from engine.sink import Done
+from engine.storage.location import Url
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Progress:
 class Summary:
     """The outcome of a run, as `_SUCCESS` records it."""
 
-    output: Path
+    output: Path | Url
     run_id: str
     rows: int
     by_status: dict[str, int]
@@ -103,7 +104,7 @@ class Summary:
 
 
 def summary_of(
-    output: Path,
+    output: Path | Url,
     run: dict[str, Any],
     parts: Iterable[Done],
     progress: Progress,

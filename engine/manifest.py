@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from engine.errors import UsageError
 from engine.records import Part
+from engine.storage.location import Url, absolute, is_url
 
 PATH = "path"
 _BLOCK = 4 << 20
@@ -45,8 +46,8 @@ class _Source(Protocol):
 class Manifest:
     """An opened manifest. `path_column` holds the paths, `columns` names the rest in order."""
 
-    source: Path
-    root: Path
+    source: Path | Url
+    root: Path | Url
     rows: int
     sha256: str
     path_column: str
@@ -91,13 +92,25 @@ class _Held:
 
 
 def open_manifest(
-    source: Path, *, path_column: str | None = None, root: Path | None = None, listing: Path | None = None
+    source: Path,
+    *,
+    path_column: str | None = None,
+    root: Path | Url | None = None,
+    listing: Path | None = None,
+    origin: Url | None = None,
 ) -> Manifest:
     """Open a CSV (.csv, .tsv), Parquet, text list (one path a line) or folder.
 
     Relative paths are resolved against `root`, else the manifest's own folder. A folder is listed to the
-    Parquet file `listing` unless that exists already. Raises UsageError, one line, for anything wrong.
+    Parquet file `listing` unless that exists already. `origin` is where `source` was copied from.
+    Raises UsageError, one line, for anything wrong.
     """
+    if origin:
+        try:
+            opened = open_manifest(source, path_column=path_column, root=root or origin.parent)
+        except UsageError as error:
+            raise UsageError(str(error).replace(str(source), str(origin))) from None
+        return replace(opened, source=origin)
     try:
         rows = _open(source, listing)
     except OSError as error:
@@ -113,7 +126,7 @@ def open_manifest(
     base = root or (source if source.is_dir() else source.parent)
     column = _path_column(source, rows, path_column, base)
     columns = pa.schema([field for field in rows.schema if field.name != column])
-    return Manifest(source, base.absolute(), rows.rows, rows.sha256, column, columns, rows)
+    return Manifest(source, absolute(base), rows.rows, rows.sha256, column, columns, rows)
 
 
 def _reason(error: Exception) -> str:
@@ -144,7 +157,7 @@ def _open(source: Path, listing: Path | None) -> _Source:
     return _TextSource(source)
 
 
-def _path_column(source: Path, rows: _Source, wanted: str | None, root: Path) -> str:
+def _path_column(source: Path, rows: _Source, wanted: str | None, root: Path | Url) -> str:
     names = rows.schema.names
     column = wanted or (PATH if PATH in names else names[0])
     if column not in names:
@@ -160,11 +173,16 @@ def _path_column(source: Path, rows: _Source, wanted: str | None, root: Path) ->
     if _LOOKS_LIKE_IMAGE.search(column):
         raise UsageError(f"manifest {source}: no header, its first line is {column!r}; add a line 'path'")
     first = next(rows.tables()).column(column).slice(0, 100).to_pylist()
-    if not any(value and (_LOOKS_LIKE_PATH.search(value) or (root / value).exists()) for value in first):
+    if not any(value and (_LOOKS_LIKE_PATH.search(value) or _is_there(root, value)) for value in first):
         raise UsageError(
             f"manifest {source}: no column 'path', and {column!r}, the first, has no paths; see --path-column"
         )
     return column
+
+
+def _is_there(root: Path | Url, name: str) -> bool:
+    """Nobody is asked for each name of a list on another machine."""
+    return is_url(name) or (isinstance(root, Path) and (root / name).exists())
 
 
 def _sha256(path: Path) -> str:

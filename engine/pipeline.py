@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol, Self
 
 from engine import bundle
@@ -24,9 +26,10 @@ from engine.reader import Reader
 from engine.records import Batch, Part
 from engine.run_folder import RUN, RunFolder, parts_of
 from engine.runners import Choice, Runner, choose, open_runner
-from engine.settings import Settings, available_cpus
+from engine.settings import Settings, available_cpus, parse_location
 from engine.sink import Done, Layout, Sink, failed_rows
 from engine.step import CpuStep
+from engine.storage import Url
 
 READ_THREADS = 16
 GRACE_S = 5.0  # a part that ends within is finished before the run stops
@@ -85,12 +88,10 @@ def screen(
         precision=settings.precision,
         batch_size=settings.batch_size,
     )
-    _check_paths(settings)
+    _check_places(settings)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
-        manifest = open_manifest(
-            settings.manifest, path_column=settings.path_column, root=settings.root, listing=folder.listing
-        )
+        manifest = _open_manifest(settings, folder, stack)
         layout = Layout.of(models, manifest, settings.column_prefix)
         recorded = None if settings.overwrite else folder.recorded()
         run = describe(settings, recorded, manifest, models, choice)
@@ -108,7 +109,7 @@ def screen(
             progress.by_status.update(part.by_status)
         wanted = set(range(parts_of(run))) - set(done)
         parts = manifest.parts(run["result_options"]["part_rows"], wanted)
-        stages.run(parts, Sink(folder.path, layout, run), progress, watch, stop)
+        stages.run(parts, Sink(folder.files, layout, run), progress, watch, stop)
         return _close_ledger(folder, run, progress, stages)
 
 
@@ -155,10 +156,10 @@ def retry(
         )
         opening = Opening(replace(settings, limits=limits), models, run, choice, say, resumed=True)
         stages = stack.enter_context(Stages(opening))
-        layout = Layout.of_part(models, folder.path, min(failed))
+        layout = Layout.of_part(models, folder.files, min(failed))
         folder.withdraw()
-        parts = failed_rows(folder.path, sorted(failed), layout)
-        stages.run(parts, Sink(folder.path, layout, run, fold=True), progress, watch, stop)
+        parts = failed_rows(folder.files, sorted(failed), layout)
+        stages.run(parts, Sink(folder.files, layout, run, fold=True), progress, watch, stop)
         return _close_ledger(folder, run, progress, stages)
 
 
@@ -182,7 +183,7 @@ class Opening:
     def reader(self, on_gpu: OnGpu | None = None) -> Reader:
         settings, options = self.settings, self.run["result_options"]
         return Reader(
-            Path(options["root"]),
+            parse_location(options["root"]),
             batch_size=options["batch_size"],
             threads=READ_THREADS if settings.overlap else 1,
             limits=settings.limits,
@@ -322,15 +323,31 @@ def _so_far(progress: Progress) -> str:
     )
 
 
-def _check_paths(settings: Settings) -> None:
+def _check_places(settings: Settings) -> None:
     """A wrong manifest or root must not leave an output folder behind."""
     manifest, root = settings.manifest, settings.root
-    if not manifest.exists():
-        raise UsageError(f"manifest {manifest}: no such file or folder")
-    if not (manifest.is_file() or manifest.is_dir()):
-        raise UsageError(f"manifest {manifest}: neither a file nor a folder")
-    if root and not root.is_dir():
+    if isinstance(manifest, Path):
+        if not manifest.exists():
+            raise UsageError(f"manifest {manifest}: no such file or folder")
+        if not (manifest.is_file() or manifest.is_dir()):
+            raise UsageError(f"manifest {manifest}: neither a file nor a folder")
+    if isinstance(root, Path) and not root.is_dir():
         raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")
+    if isinstance(root, Url) and root.query:
+        raise UsageError(f"--root {root}?...: a folder has no query; give it without")
+
+
+def _open_manifest(settings: Settings, folder: RunFolder, stack: ExitStack) -> Manifest:
+    source = settings.manifest
+    opened = partial(open_manifest, path_column=settings.path_column, root=settings.root)
+    if isinstance(source, Url):
+        from engine.storage import remote
+
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="engine-")))
+        return opened(remote.fetched_manifest(source, scratch), origin=source)
+    manifest = opened(source, listing=folder.listing())
+    folder.keep_listing()
+    return manifest
 
 
 def _close_ledger(folder: RunFolder, run: dict[str, Any], progress: Progress, stages: Stages) -> Summary:

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.bundle import Bundle, Member
 from engine.errors import UsageError
-from engine.sink import write_json
+from engine.store import write_json
 
 FORMAT = 1
 PLANS = "plans"

@@ -15,6 +15,7 @@ from engine.bundle import Bundle
 from engine.manifest import Manifest
 from engine.runners import Choice
 from engine.settings import Settings
+from engine.storage.location import absolute
 
 CPU_BATCH = 8  # larger batches take more memory and are no faster
 CPU_PART_ROWS = 1024
@@ -60,7 +61,7 @@ def describe(
             "max_pixels": settings.limits.max_pixels,
             "max_file_size": settings.limits.max_file_size,
         },
-        "manifest": str(manifest.source.absolute()),
+        "manifest": str(absolute(manifest.source)),
         "rows": manifest.rows,
         "bundle": str(models.path.absolute()),
         "classes": list(models.classes),

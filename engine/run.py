@@ -26,7 +26,7 @@ from engine.progress import Display, show_summary
 from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.run_folder import recorded_bundle
 from engine.runners import PRECISIONS, RUNNERS
-from engine.settings import Limits, Settings, parse_bytes, parse_moment
+from engine.settings import Limits, Settings, parse_bytes, parse_location, parse_moment
 
 NOTICE = "Research use only; not a medical device. The output is a work list for people, not a diagnosis."
 EXAMPLE = "example: python -m engine.run manifest.csv -b bundle -o results"
@@ -64,8 +64,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("manifest", type=Path, metavar="MANIFEST", help="CSV, Parquet, text list or folder of images")
-    add("-o", "--output", type=Path, default=defaults.output, help="results folder (%(default)s)")
+    add(
+        "manifest",
+        type=parse_location,
+        metavar="MANIFEST",
+        help="CSV, Parquet or text list, or a folder of images; may be a URL, as may be its rows",
+    )
+    add(
+        "-o",
+        "--output",
+        type=parse_location,
+        default=defaults.output,
+        help="results folder, local or s3://, gs://, az:// (%(default)s)",
+    )
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
     add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
@@ -84,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--path-column", metavar="NAME", help="manifest column with the paths (path, else the first)")
     add("--column-prefix", default=defaults.column_prefix, metavar="TEXT", help="put before manifest columns")
-    add("--root", type=Path, help="folder of relative paths (the manifest's own)")
+    add("--root", type=parse_location, help="folder or URL where relative paths start (the manifest's own)")
     add(
         "--workers", type=_count(MAX_WORKERS), metavar="N", help="CPU threads (all that this process may use)"
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import EngineError, UsageError
-from engine.lock import hold
-from engine.sink import Done, finished, part_name, write_json
+from engine.sink import Done, finished, part_name
+from engine.storage.location import Url
+from engine.store import LOCK, STALE_S, StoreError, as_json, open_folder, reason
 
-RUN, SUCCESS, LISTING, LOCK = "_run.json", "_SUCCESS", "_manifest.parquet", ".lock"
+RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
 
 
 def _short(value: object) -> str:
@@ -21,73 +22,78 @@ def _short(value: object) -> str:
 
 
 class RunFolder:
-    """Locks `path` for this process while it is open. Created here, it is removed if no run was begun."""
+    """Locks the folder at `path` for this process while it is open.
 
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
+    Created here, it is removed if no run was begun.
+    """
+
+    def __init__(self, path: Path | Url, *, overwrite: bool) -> None:
         self.path = path
+        self.files = open_folder(path)
         self._overwrite = overwrite
 
     @classmethod
-    def existing(cls, path: Path) -> Self:
+    def existing(cls, path: Path | Url) -> Self:
         """A folder that holds a run. Raises UsageError for any other."""
-        if not (path / RUN).is_file():
+        folder = cls(path, overwrite=False)
+        if not folder.files.exists(RUN):
             raise UsageError(f"results {path}: no {RUN} there; give the output folder of a run")
-        return cls(path, overwrite=False)
+        return folder
 
     def __enter__(self) -> Self:
         try:
             self._refuse_foreign()
-            self._created = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(self.path / LOCK)
+            self.files.lock()
+            if self._overwrite:
+                self.files.delete(LISTING)  # the folder is listed again; the rest goes in begin()
         except BlockingIOError:
-            reason = "another process is writing there; wait for it"
-            raise UsageError(f"output {self.path}: {reason}") from None
+            why = "another process is writing there; wait for it"
+            if isinstance(self.path, Url):
+                why += f", or for {STALE_S:g} s if it was killed"
+            raise UsageError(f"output {self.path}: {why}") from None
         except OSError as error:
-            raise UsageError(f"output {self.path}: {error.strerror}") from None
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink()
-        if self._overwrite:
-            self.listing.unlink(missing_ok=True)  # the folder is listed again; the rest goes in begin()
+            raise UsageError(f"output {self.path}: {reason(error)}") from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not (self.path / RUN).exists():  # nothing was started: leave no trace
-            (self.path / LISTING).unlink(missing_ok=True)
-            (self.path / LOCK).unlink(missing_ok=True)
-            if self._created:
-                with suppress(OSError):  # somebody else put something there, or deleted it
-                    self.path.rmdir()
-        os.close(self._lock)
+        nothing_begun = False
+        with suppress(StoreError):
+            nothing_begun = not self.files.exists(RUN)
+            if nothing_begun:
+                self.files.delete(LISTING)
+        self.files.unlock(leave_no_trace=nothing_begun)
 
     def _refuse_foreign(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
+        if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output {self.path}: this is a file; give a folder with -o")
-        ours = (RUN, LOCK)
-        if self.path.is_dir() and not any((self.path / name).exists() for name in ours):
-            others = [entry.name for entry in self.path.iterdir()]
-            if others:
-                raise UsageError(
-                    f"output {self.path}: it is not empty ({others[0]!r}) and holds no run; give another -o"
-                )
+        names = self.files.names()
+        if names and not {RUN, LOCK} & set(names):
+            raise UsageError(
+                f"output {self.path}: it is not empty ({names[0]!r}) and holds no run; give another -o"
+            )
 
     def _clear(self) -> None:
-        (self.path / SUCCESS).unlink(missing_ok=True)
-        for path in [*self.path.glob("part-*.parquet"), self.path / RUN]:
-            path.unlink(missing_ok=True)
+        names = self.files.names()
+        for name in [SUCCESS, *(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
+            self.files.delete(name)
 
-    @property
     def listing(self) -> Path:
-        return self.path / LISTING
+        """Where a folder's listing is, or can be written for `keep_listing`."""
+        return self.files.local(LISTING)
+
+    def keep_listing(self) -> None:
+        self.files.keep(LISTING)
 
     def recorded(self) -> dict[str, Any] | None:
         """What `_run.json` says, None for a new folder."""
         try:
-            recorded = json.loads((self.path / RUN).read_text())
+            recorded = json.loads(self.files.read(RUN, lambda opened: opened.read()))
             if not isinstance(recorded["result_options"], dict):
                 raise ValueError("no result options")
         except FileNotFoundError:
             return None
+        except StoreError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"output {self.path}: {RUN} can't be read ({error}); give another -o") from None
         return dict(recorded)
@@ -98,7 +104,7 @@ class RunFolder:
             self._clear()
         recorded = self.recorded()
         if recorded is None:
-            write_json(self.path / RUN, run)
+            self._write(RUN, run)
             return run
         old, new = recorded["result_options"], run["result_options"]
         changed = [
@@ -115,17 +121,20 @@ class RunFolder:
 
     def withdraw(self) -> None:
         """The run is not finished, or not any more."""
-        (self.path / SUCCESS).unlink(missing_ok=True)
+        self.files.delete(SUCCESS)
 
     def succeeded(self) -> bool:
-        return (self.path / SUCCESS).exists()
+        return self.files.exists(SUCCESS)
 
     def succeed(self, summary: dict[str, Any]) -> None:
-        write_json(self.path / SUCCESS, summary)
+        self._write(SUCCESS, summary)
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        self.files.write(name, lambda temporary: temporary.write_text(as_json(data)))
 
     def finished(self, run: dict[str, Any]) -> dict[int, Done]:
         """The parts on disk, each where the manifest has it. Raises EngineError that names the wrong one."""
-        parts = finished(self.path, run["run_id"])
+        parts = finished(self.files, run["run_id"])
         for index, part in parts.items():
             self._check(index, part.first_row, part.rows, run)
         return parts
@@ -158,7 +167,7 @@ def parts_of(run: dict[str, Any]) -> int:
     return -(-int(run["rows"]) // int(run["result_options"]["part_rows"]))
 
 
-def recorded_bundle(results: Path) -> Path:
+def recorded_bundle(results: Path | Url) -> Path:
     """Where the bundle of the run in `results` was. Raises UsageError when there is no run."""
     recorded = RunFolder.existing(results).recorded()
     assert recorded is not None

@@ -9,6 +9,7 @@ from datetime import datetime, time, timedelta
 from pathlib import Path
 
 from engine.errors import UsageError
+from engine.storage.location import Url, parse
 
 _UNITS = {
     "": 1,
@@ -46,8 +47,8 @@ class Limits:
 class Settings:
     """Options of `engine.run`. None means: as recorded by the run that is resumed, else chosen here."""
 
-    manifest: Path
-    output: Path = Path("results")
+    manifest: Path | Url
+    output: Path | Url = Path("results")
     bundle: Path = Path("bundle")
     device: str = "auto"
     runner: str = "auto"
@@ -56,7 +57,7 @@ class Settings:
     part_rows: int | None = None
     path_column: str | None = None
     column_prefix: str = ""
-    root: Path | None = None
+    root: Path | Url | None = None
     workers: int | None = None
     limits: Limits = Limits()
     max_error_rate: float = 1.0
@@ -79,6 +80,15 @@ def available_cpus() -> int:
         return cpus if quota == "max" else max(1, min(cpus, round(int(quota) / int(period))))
     except (OSError, ValueError):
         return cpus
+
+
+def parse_location(text: str) -> Path | Url:
+    """A local path or a URL. Raises UsageError."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        # a password may be behind the scheme
+        raise UsageError(f"{text.partition('://')[0]}://...: {error}") from None
 
 
 def parse_bytes(text: str) -> int:

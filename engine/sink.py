@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,10 @@ from engine.errors import EngineError, UsageError
 from engine.manifest import PATH, Manifest
 from engine.overlap import Meter
 from engine.records import Batch, Part, Status
+from engine.store import Folder, StoreError, reason
 
 ROW_GROUP = 65_536
+FOOTERS_AT_ONCE = 16
 _LABELS = np.array([status.label for status in Status])
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 _METADATA = b"engine"
@@ -60,12 +62,12 @@ class Layout:
         return layout
 
     @classmethod
-    def of_part(cls, bundle: Bundle, folder: Path, index: int) -> Layout:
+    def of_part(cls, bundle: Bundle, folder: Folder, index: int) -> Layout:
         """As a part on disk has it; its manifest columns have their prefix already."""
         names = tuple(member.name for member in bundle.members)
         bare = cls(bundle.classes, names, pa.schema([]), "")
         own = set(bare.schema.names)
-        stored = pq.read_schema(folder / part_name(index))
+        stored = folder.read(part_name(index), pq.read_schema)
         return replace(bare, passthrough=pa.schema([field for field in stored if field.name not in own]))
 
     @property
@@ -162,7 +164,7 @@ class Sink:
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, provenance: dict[str, Any], *, fold: bool = False
+        self, folder: Folder, layout: Layout, provenance: dict[str, Any], *, fold: bool = False
     ) -> None:
         self._folder, self._layout, self._fold = folder, layout, fold
         self._provenance = json.dumps(provenance).encode()
@@ -189,11 +191,11 @@ class Sink:
     def _write(self, part: _OpenPart) -> Done:
         """The one place that commits a part."""
         index = part.part.index
-        target = self._folder / part_name(index)
+        name = part_name(index)
         try:
             table = part.table(self._layout)
             if self._fold:
-                table = _folded(_read(target), table)
+                table = _folded(self._folder.read(name, _table), table)
             done = Done(
                 index,
                 table.column("row")[0].as_py(),
@@ -205,30 +207,30 @@ class Sink:
             table = table.replace_schema_metadata(
                 {_METADATA: self._provenance, b"part": json.dumps(facts).encode()}
             )
-            with atomic(target) as temporary:
-                pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP)
+            self._folder.write(
+                name, partial(pq.write_table, table, compression="zstd", row_group_size=ROW_GROUP)
+            )
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
             raise EngineError(
-                f"{target}: {reason}; the parts that are written are whole, and the same command goes on"
+                f"{self._folder.location / name}: {reason(error)}; "
+                "the parts that are written are whole, and the same command goes on"
             ) from None
         return done
 
 
-def failed_rows(folder: Path, indices: Iterable[int], layout: Layout) -> Iterator[Part]:
+def failed_rows(folder: Folder, indices: Iterable[int], layout: Layout) -> Iterator[Part]:
     """The rows of finished parts that failed, to be tried again."""
     kept = layout.passthrough.names
     for index in indices:
-        table = _read(folder / part_name(index), columns=["row", PATH, "status", *kept])
+        table = folder.read(part_name(index), partial(_table, columns=["row", PATH, "status", *kept]))
         done = pa.array([Status.OK.label, Status.SKIPPED.label])
         table = table.filter(pc.invert(pc.is_in(table.column("status"), value_set=done)))
         paths = table.column(PATH).to_pylist()
         yield Part(index, table.column("row").to_numpy(), paths, table.select(kept).combine_chunks())
 
 
-def _read(path: Path, columns: list[str] | None = None) -> pa.Table:
-    with pq.ParquetFile(path) as opened:  # not read_table, which makes columns of folders named key=value
-        return opened.read(columns)
+def _table(file: pa.NativeFile, columns: list[str] | None = None) -> pa.Table:
+    return pq.ParquetFile(file).read(columns)
 
 
 def _folded(old: pa.Table, new: pa.Table) -> pa.Table:
@@ -241,55 +243,26 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
     return dict(Counter(filter(None, table.column(column).to_pylist())))
 
 
-class atomic:
-    """`with atomic(path) as temporary:` write `temporary`; then it is synced and renamed to `path`."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-        self._temporary = target.with_name(f".{target.name}.tmp")
-
-    def __enter__(self) -> Path:
-        return self._temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._temporary.unlink(missing_ok=True)
-            return
-        _sync(self._temporary)
-        self._temporary.replace(self._target)
-        _sync(self._target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(target: Path, data: dict[str, Any]) -> None:
-    with atomic(target) as temporary:
-        temporary.write_text(json.dumps(data, indent=2, default=str) + "\n")
-
-
-def finished(folder: Path, run_id: str) -> dict[int, Done]:
+def finished(folder: Folder, run_id: str) -> dict[int, Done]:
     """The parts on disk, by index. Their footers have to be whole, of this run, and add up.
 
     Raises EngineError that names the part otherwise.
     """
-    parts = {}
-    for path in folder.iterdir():
-        if found := _PART_NAME.fullmatch(path.name):
-            index = int(found[1])
-            try:
-                parts[index] = _from_footer(index, pq.read_metadata(path), run_id)
-            except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise EngineError(
-                    f"{path}: not a part of this run ({reason}); delete it and run again"
-                ) from None
-    return parts
+
+    def part(found: re.Match[str]) -> Done:
+        try:
+            return _from_footer(int(found[1]), folder.read(found[0], pq.read_metadata), run_id)
+        except StoreError:
+            raise
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise EngineError(
+                f"{folder.location / found[0]}: not a part of this run ({why}); delete it and run again"
+            ) from None
+
+    names = filter(None, map(_PART_NAME.fullmatch, folder.names()))
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:  # in an object store each takes its round trips
+        return {done.index: done for done in threads.map(part, names)}
 
 
 def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:

@@ -1,0 +1,62 @@
+"""Files in object stores and on web servers, by URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.errors import UsageError
+from engine.records import Status
+from engine.storage import http, objects
+from engine.storage.common import ReadError, retrying
+from engine.storage.location import HTTP_SCHEMES, Url
+
+MAX_MANIFEST = 16 << 30  # bytes
+
+
+def read(url: Url, admit: Callable[[int], None]) -> bytes:
+    place = http if url.scheme in HTTP_SCHEMES else objects
+    return retrying(lambda: b"".join(place.pieces(url, admit)))
+
+
+def fetched_manifest(url: Url, folder: Path) -> Path:
+    """The file at `url`, copied into `folder` under its own name. Raises UsageError."""
+    place = http if url.scheme in HTTP_SCHEMES else objects
+    target = folder / (url.name or "manifest")
+
+    def admit(size: int) -> None:
+        if size > MAX_MANIFEST:
+            raise ReadError(Status.TOO_LARGE, f"{size} bytes; a manifest may have {MAX_MANIFEST}")
+
+    def copy() -> None:
+        with target.open("wb") as opened:
+            for piece in place.pieces(url, admit):
+                opened.write(piece)
+
+    try:
+        retrying(copy)
+    except ReadError as error:
+        hint = "; a folder of images must be local: give a list" if error.status == Status.MISSING else ""
+        raise UsageError(f"manifest {url}: {error}{hint}") from None
+    return target
+
+
+def exists(url: Url) -> bool:
+    """One attempt: it is asked of several files that were there a moment ago."""
+    try:
+        return http.exists(url) if url.scheme in HTTP_SCHEMES else objects.exists(url)
+    except ReadError:
+        return False
+
+
+def trouble(url: Url, *, patient: bool) -> ReadError | None:
+    """Why the whole place of `url` can't be read; None where it answers, at once or when `patient` later."""
+    place = http if url.scheme in HTTP_SCHEMES else objects
+    try:
+        if patient:
+            retrying(lambda: place.probe(url))
+        else:
+            place.probe(url)
+    except ReadError as error:
+        return error if error.status == Status.UNREADABLE else None
+    return None
