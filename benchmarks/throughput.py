@@ -41,6 +41,7 @@ from engine.runners.onnx import OnnxRunner
 from engine.settings import Limits, Settings, available_cpus
 from engine.sink import Layout, Sink
 from engine.step import CpuStep
+from engine.store import LocalFolder
 
 DISTINCT = 32  # images on disk; the manifest repeats them
 
@@ -158,7 +159,7 @@ class Stages:
             batch.drop_encoded()
         scored = list(NullScores(members, classes).stage(NullPixels().stage(held, Meter("")), Meter("")))
         with tempfile.TemporaryDirectory() as folder:
-            sink = Sink(Path(folder), self._layout, {})
+            sink = Sink(LocalFolder(Path(folder)), self._layout, {})
             return measure(lambda: sum(1 for _ in sink.stage(scored, Meter("write"))) * 0 + part.rows)
 
 
@@ -295,7 +296,7 @@ def host_cost(work: Path, rows: int) -> dict[str, Any]:
                 reader,
                 NullPixels(),
                 NullScores(2, 3),
-                Sink(Path(folder), layout, {}),
+                Sink(LocalFolder(Path(folder)), layout, {}),
                 meters_for(available_cpus()),
                 overlap=True,
             )

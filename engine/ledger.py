@@ -12,7 +12,7 @@ from typing import Any
 from engine.overlap import Meter
 from engine.records import Batch, Status
 from engine.sink import Done
-from engine.storage import Place
+from engine.storage.location import Place
 
 
 @dataclass

@@ -10,10 +10,10 @@ import csv
 import hashlib
 import re
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,8 +25,9 @@ import pyarrow.parquet as pq
 from engine.errors import UsageError
 from engine.listing import LOOKS_LIKE_IMAGE, PATH, in_words, list_place, skipped_of
 from engine.records import Part
-from engine.storage import Place, ReadError, Url
+from engine.storage import Url
 from engine.storage.archive import is_archive
+from engine.storage.location import Place, absolute, is_url
 from engine.store import atomic
 
 _BLOCK = 4 << 20
@@ -139,18 +140,9 @@ def open_manifest(
     `listing` holds what is to be screened. Raises UsageError, one line, for anything wrong.
     """
     if isinstance(source, Url):
-        copy = _fetched(source)
-        try:
-            found = open_manifest(
-                Path(copy.name),
-                path_column=path_column,
-                root=root or source.parent,
-                listing=listing,
-                since=since,
-            )
-        except UsageError as error:
-            raise UsageError(str(error).replace(copy.name, source.shown)) from None
-        return replace(found, source=source, _copy=copy)
+        return _open_copy(
+            source, path_column=path_column, root=root or source.parent, listing=listing, since=since
+        )
     try:
         whole = has_to_be_listed(source)
         if (include or exclude) and not whole:
@@ -174,21 +166,20 @@ def open_manifest(
     base = root or (source if source.is_dir() else source.parent)
     column = _path_column(source, rows, path_column, base)
     columns = pa.schema([one for one in rows.schema if one.name != column])
-    base = base if isinstance(base, Url) else base.absolute()
-    return Manifest(source, base, rows.rows, rows.sha256, column, columns, rows, skipped)
+    return Manifest(source, absolute(base), rows.rows, rows.sha256, column, columns, rows, skipped)
 
 
-def _fetched(url: Url) -> Any:
-    """A copy of the manifest at `url`, deleted with the object that this returns."""
+def _open_copy(url: Url, **options: Any) -> Manifest:
+    """A manifest that is fetched first; the copy goes when the manifest does."""
     from engine.storage import remote
 
-    suffix = Path(url.shown).suffix
-    copy = tempfile.NamedTemporaryFile(prefix="manifest-", suffix=suffix)  # noqa: SIM115 - kept open
+    folder = TemporaryDirectory(prefix="engine-")
+    copy = remote.fetched_manifest(url, Path(folder.name))
     try:
-        remote.download(url, Path(copy.name))
-    except ReadError as error:
-        raise UsageError(f"manifest {url.shown}: {error}") from None
-    return copy
+        found = open_manifest(copy, **options)
+    except UsageError as error:
+        raise UsageError(str(error).replace(str(copy), str(url))) from None
+    return replace(found, source=url, _copy=folder)
 
 
 def _reason(error: Exception) -> str:
@@ -248,8 +239,9 @@ def _path_column(source: Path, rows: _Source, wanted: str | None, root: Place) -
     return column
 
 
-def _is_there(root: Place, value: str) -> bool:
-    return not isinstance(root, Url) and (root / value).exists()
+def _is_there(root: Place, name: str) -> bool:
+    """Nobody is asked for each name of a list on another machine."""
+    return is_url(name) or (isinstance(root, Path) and (root / name).exists())
 
 
 def _sha256(path: Path) -> str:

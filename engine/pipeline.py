@@ -30,8 +30,8 @@ from engine.settings import Settings, available_cpus
 from engine.since import Earlier, write_new
 from engine.sink import Done, Layout, Sink
 from engine.step import CpuStep
-from engine.storage import Place, Url
-from engine.storage.common import shown
+from engine.storage import Url
+from engine.storage.location import Place, absolute
 
 READ_THREADS = 16
 GRACE_S = 5.0  # a part that ends within is finished before the run stops
@@ -94,9 +94,11 @@ def screen(
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
         earlier = Earlier(settings.since) if settings.since else None
-        if earlier and not folder.listing.exists():
-            _list_new(settings, earlier, models, choice, folder.listing, say)
-        manifest = _manifest(settings, folder.listing, since=earlier is not None)
+        listing = folder.listing()
+        if earlier and not listing.exists():
+            _list_new(settings, earlier, models, choice, listing, say)
+        manifest = _manifest(settings, listing, since=earlier is not None)
+        folder.keep_listing()
         if settings.redaction:
             manifest = manifest.only(settings.redaction.keep)
         layout = Layout.of(models, manifest, settings)
@@ -107,7 +109,7 @@ def screen(
             manifest,
             models,
             choice,
-            since=f"{earlier.run_id} of {shown(settings.manifest)}" if earlier else None,
+            since=f"{earlier.run_id} of {absolute(settings.manifest)}" if earlier else None,
         )
         opening = Opening(
             settings, models, run, choice, say, manifest.root, resumed=recorded is not None, manifest=manifest
@@ -116,7 +118,7 @@ def screen(
         run = folder.begin(run)
         done = folder.finished(run)
         if folder.succeeded() and len(done) == parts_of(run):
-            return summary_of(folder.place, run, done.values(), Progress(manifest.rows), {}, 0)
+            return summary_of(folder.path, run, done.values(), Progress(manifest.rows), {}, 0)
         say(choice.reason)
         if recorded is None and manifest.skipped:
             say(in_words(manifest.rows, manifest.skipped))
@@ -127,7 +129,7 @@ def screen(
             progress.by_status.update(part.by_status)
         wanted = set(range(parts_of(run))) - set(done)
         parts = manifest.parts(run["result_options"]["part_rows"], wanted)
-        stages.run(parts, Sink(folder.store, layout, run), progress, watch, stop)
+        stages.run(parts, Sink(folder.files, layout, run), progress, watch, stop)
         return close_ledger(folder, run, progress, stages)
 
 
@@ -312,14 +314,14 @@ def _list_new(
         whole = _manifest(settings, Path(scratch, listing.name), since=False)
         options = {"bundle_sha256": models.sha256, "precision": choice.precision, "decode": models.decode}
         if changed := earlier.differs(options):
-            say(f"{changed} has changed since {shown(earlier.place)}: all {whole.rows} rows are screened")
+            say(f"{changed} has changed since {earlier.place}: all {whole.rows} rows are screened")
             rows = whole.copy_to(listing)
         else:
             rows = write_new(whole, earlier, listing)
-            say(f"{rows} of {whole.rows} rows are new or changed since {shown(earlier.place)}")
+            say(f"{rows} of {whole.rows} rows are new or changed since {earlier.place}")
     if not rows:
         listing.unlink()
-        raise NothingNew(f"nothing is new since {shown(earlier.place)}; nothing was written")
+        raise NothingNew(f"nothing is new since {earlier.place}; nothing was written")
 
 
 def _check_paths(settings: Settings) -> None:
@@ -345,7 +347,7 @@ def close_ledger(folder: RunFolder, run: dict[str, Any], progress: Progress, sta
     parts = folder.complete(run)
     pixels = stages.preprocess
     summary = summary_of(
-        folder.place, run, parts.values(), progress, stages.meters, pixels.crashes, pixels.refusals
+        folder.path, run, parts.values(), progress, stages.meters, pixels.crashes, pixels.refusals
     )
     folder.succeed(summary.as_json())
     return summary

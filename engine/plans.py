@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.bundle import Bundle, Member
 from engine.errors import UsageError
-from engine.store import atomic, write_json
+from engine.store import write_json
 
 FORMAT = 1
 PLANS = "plans"
@@ -168,7 +168,7 @@ class Plan:
 
 
 def write(folder: Path, passport: Passport) -> None:
-    write_json(atomic(folder / f"{passport.member}.json"), asdict(passport))
+    write_json(folder / f"{passport.member}.json", asdict(passport))
 
 
 def load(path: Path) -> Plan:

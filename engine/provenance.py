@@ -15,7 +15,7 @@ from engine.bundle import Bundle
 from engine.manifest import Manifest
 from engine.runners import Choice
 from engine.settings import Settings
-from engine.storage.common import shown
+from engine.storage.location import absolute
 
 CPU_BATCH = 8  # larger batches take more memory and are no faster
 CPU_PART_ROWS = 1024
@@ -48,7 +48,7 @@ def describe(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "result_options": {
             "manifest_sha256": manifest.sha256,
-            "root": hidden.name(shown(manifest.root)) if hidden else shown(manifest.root),
+            "root": hidden.name(str(manifest.root)) if hidden else str(manifest.root),
             "path_column": manifest.path_column,
             "include": list(settings.include),
             "exclude": list(settings.exclude),
@@ -69,7 +69,7 @@ def describe(
             "redacted_by": hidden.key if hidden else None,
             "kept_columns": list(hidden.keep) if hidden else None,
         },
-        "manifest": None if hidden else shown(manifest.source),
+        "manifest": None if hidden else str(absolute(manifest.source)),
         "rows": manifest.rows,
         "not_listed": manifest.skipped,
         "bundle": None if hidden else str(models.path.absolute()),

@@ -1,5 +1,6 @@
 """Rows to encoded bytes: many reads in flight, bounded by bytes; bad rows get their status here.
 
+A thread reads a batch from end to end; where files come from afar, each file of it is a job of its own.
 A read that hangs costs its own row: its batch is set aside and the others pass it. After `timeout_s` the row
 is given up, and the rest of its batch is read by another thread.
 """
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import nvtx
@@ -23,11 +25,12 @@ from engine.header import Header, HeaderError
 from engine.overlap import Meter
 from engine.records import Batch, Part, Status
 from engine.settings import Limits
-from engine.storage import Place, ReadError, Storage
+from engine.storage import ReadError, Storage, Url
 
 # One more batch is read ahead for each of these that reading a batch takes on average: files in the page
 # cache need one thread, and more would only fight for the interpreter lock; slow storage gets all of them.
 AHEAD_EVERY_S = 0.001
+REMOTE_FILES = (64, 256)  # in flight where each takes a network's round trips, at least and at most
 PATIENCE_S = 1.0  # a batch whose file takes longer is set aside
 MAX_HUNG = 64  # reads given up on that have not come back; more, and the storage is down
 WITNESSES = 8  # files that were read last: are all of them gone, so is the storage
@@ -76,13 +79,23 @@ class _Attempt:
 
 
 @dataclass(slots=True, eq=False)
+class _Pieces:
+    """What the consumer knows of the jobs of one batch."""
+
+    left: int  # not done
+    held: int = 0  # bytes of the budget, by those that are
+
+
+@dataclass(slots=True, eq=False)
 class _Job:
-    """A batch being read. Only the present `attempt` may write to it, under `lock`."""
+    """A batch, or a piece of one, being read. Only the present `attempt` may write to it, under `lock`."""
 
     batch: Batch
-    paths: list[str | None]
+    paths: list[str | None]  # of the batch
+    position: int  # of the file that is read now
+    stop: int  # position behind the last one
+    pieces: _Pieces
     attempt: _Attempt = field(default_factory=_Attempt)
-    position: int = 0  # of the file that is read now
     held: int = 0  # bytes of the budget
     busy_s: float = 0.0
     done: bool = False
@@ -94,9 +107,9 @@ class _Job:
 class Reader:
     """Reads the files of parts in batches, `threads` batches at once."""
 
-    root: Place
+    root: Path | Url
     batch_size: int
-    threads: int
+    threads: int  # for local files
     limits: Limits
     timeout_s: float = 60.0
     ahead: bool = True  # False: one batch after the other
@@ -124,6 +137,8 @@ class _Reading:
         self._pending: deque[_Job] = deque()  # in manifest order
         self._aside: list[_Job] = []
         self._witnesses: deque[str] = deque(maxlen=WITNESSES)
+        self._remote = False
+        self._denied = 0  # reads that were refused before any went well
         self._hung = 0
         self._closed = False
         self._latency_s = 0.0  # running mean over batches
@@ -135,8 +150,18 @@ class _Reading:
 
     @property
     def ahead(self) -> float:
-        """How many batches may be in flight beyond the one that is handed on next."""
+        """How many jobs may be in flight beyond the one that is handed on next."""
+        if self._remote:
+            return self._meter.lanes
         return min(self._reader.threads, 1 + self._latency_s / AHEAD_EVERY_S) if self._reader.ahead else 0
+
+    def _go_remote(self) -> None:
+        """From here on a job is one file, and as many are in flight as two batches have."""
+        fewest, most = REMOTE_FILES
+        self._remote = True
+        self._meter.lanes = max(fewest, min(2 * self._reader.batch_size, most))
+        while len(self._threads) < self._meter.lanes:
+            self._add_thread()
 
     def begin(self, part: Part, start: int) -> None:
         paths = part.paths[start : start + self._reader.batch_size]
@@ -151,9 +176,14 @@ class _Reading:
             headers=[None] * rows,
             on_gpu=[False] * rows,
         )
-        job = _Job(batch, paths)
-        self._pending.append(job)
-        self._jobs.put(job)
+        if self._reader.ahead and not self._remote and self._storage.any_remote(paths):
+            self._go_remote()
+        step = 1 if self._remote else rows
+        pieces = _Pieces(-(-rows // step))
+        for position in range(0, rows, step):
+            job = _Job(batch, paths, position, position + step, pieces)
+            self._pending.append(job)
+            self._jobs.put(job)
 
     def finished(self, leave: float) -> Iterator[Batch]:
         """Batches that are read, until at most `leave` are in flight; waits for them."""
@@ -165,7 +195,7 @@ class _Reading:
             job = self._pending[0]
             if job.done or self._wait(job):
                 self._pending.popleft()
-                yield self._hand_on(job)
+                yield from self._hand_on(job)
 
     def stragglers(self) -> Iterator[Batch]:
         """What was set aside, as it comes."""
@@ -176,14 +206,18 @@ class _Reading:
     def _ready_aside(self) -> Iterator[Batch]:
         for job in [job for job in self._aside if job.done]:
             self._aside.remove(job)
-            yield self._hand_on(job)
+            yield from self._hand_on(job)
 
-    def _hand_on(self, job: _Job) -> Batch:
+    def _hand_on(self, job: _Job) -> Iterator[Batch]:
+        """The batch of `job` if that was all of it that was left to be read."""
         self._meter.add(job.busy_s)
         self._latency_s += (job.busy_s - self._latency_s) / 16
-        held = job.held
-        job.batch.release = lambda: self._budget.release(held)
-        return job.batch
+        pieces = job.pieces
+        pieces.left -= 1
+        pieces.held += job.held
+        if not pieces.left:
+            job.batch.release = lambda: self._budget.release(pieces.held)
+            yield job.batch
 
     def _wait(self, job: _Job) -> bool:
         """Wait a moment for `job`; True when it is done. A slow one is set aside, a hanging file given up."""
@@ -259,7 +293,7 @@ class _Reading:
         """Read what is left of a batch. False when another thread has taken this one's place meanwhile."""
         began = time.perf_counter()
         attempt, data = job.attempt, b""
-        while job.position < len(job.paths) and not self._closed:
+        while job.position < job.stop and not self._closed:
             attempt.since = time.monotonic()
             data, found, error = self._read_checked(job, attempt)
             with job.lock:
@@ -316,19 +350,20 @@ class _Reading:
             most = self._reader.limits.max_file_size
             if size == 0:
                 raise ReadError(Status.EMPTY, "the file has 0 bytes")
-            if admitted + size > most:
-                raise ReadError(Status.TOO_LARGE, f"{admitted + size} bytes; --max-file-size allows {most}")
+            if size > most:
+                raise ReadError(Status.TOO_LARGE, f"{size} bytes; --max-file-size allows {most}")
             attempt.since = None  # waiting for room is not the storage's fault
-            self._budget.acquire(size, job)
-            admitted += size
+            if size > admitted:
+                self._budget.acquire(size - admitted, job)
+                admitted = size
             attempt.since = time.monotonic()
 
         data = b""
         try:
             data = self._storage.read(path, admit)
         except ReadError as error:
-            if error.status in (Status.MISSING, Status.UNREADABLE):
-                self._check_storage(path)
+            if path and error.status in (Status.MISSING, Status.UNREADABLE):
+                self._check_storage(path, error)
             raise
         finally:
             if len(data) < admitted:  # it failed, or the file shrank meanwhile
@@ -337,18 +372,25 @@ class _Reading:
             self._witnesses.append(path)
         return data
 
-    def _check_storage(self, path: str | None) -> None:
-        """Raises EngineError when none of the files that were read last is there any more.
+    def _check_storage(self, path: str, error: ReadError) -> None:
+        """Raises EngineError when all storage has gone, and no row may be called missing.
 
-        Then all storage has gone, and no row may be called missing.
+        So it is when none of the files that were read last is there any more; before the first is read, when
+        the place of `path` doesn't answer, or refuses one file after the other and a look at the whole.
         """
-        witnesses = list(self._witnesses)
-        if not witnesses:
-            self._storage.check(path)
-        elif not any(self._storage.exists(witness) for witness in witnesses):
+        if witnesses := list(self._witnesses):
+            if any(self._storage.exists(witness) for witness in witnesses):
+                return
             raise EngineError(
-                f"the images have disappeared: {self._reader.root} or a folder below it went away during the "
-                "run; the same command goes on when it is back"
+                f"the images have disappeared: {self._storage.where(path)} or a folder below it went away "
+                "during the run; the same command goes on when it is back"
+            )
+        trouble = self._storage.trouble(path, patient=not error.transient)
+        self._denied += error.denied
+        if trouble and not self._witnesses and (not trouble.denied or self._denied >= WITNESSES):
+            raise EngineError(
+                f"images at {self._storage.where(path)}: {trouble}; "
+                "the same command goes on when that is mended"
             )
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from engine.run_folder import RUN, RunFolder, parts_of
 from engine.runners import choose
 from engine.settings import Settings
 from engine.sink import Layout, Sink, failed_rows
-from engine.storage.common import place, shown
+from engine.storage.location import parse
 
 
 def retry(
@@ -41,7 +41,7 @@ def retry(
         options = run["result_options"]
         models = bundle.load(settings.bundle)
         if models.sha256 != options["bundle_sha256"]:
-            raise UsageError(f"bundle {settings.bundle}: it is not the one that {folder.place / RUN} names")
+            raise UsageError(f"bundle {settings.bundle}: it is not the one that {folder.path / RUN} names")
         choice = choose(
             options["runner"],
             options["device"],
@@ -54,32 +54,32 @@ def retry(
                 f"bundle {settings.bundle}: its plans were built anew since that run; run it again"
             )
         if len(folder.finished(run)) < parts_of(run):
-            raise UsageError(f"results {folder.place}: the run is not finished; give its own command again")
+            raise UsageError(f"results {folder.path}: the run is not finished; give its own command again")
         done = folder.complete(run)
         failed = {index: part.errors for index, part in done.items() if part.errors}
         progress = Progress(sum(failed.values()), finish_by=settings.finish_by)
         if not failed:
-            return summary_of(folder.place, run, done.values(), progress, {}, 0)
+            return summary_of(folder.path, run, done.values(), progress, {}, 0)
         limits = replace(
             settings.limits, max_pixels=options["max_pixels"], max_file_size=options["max_file_size"]
         )
         settings = replace(settings, limits=limits, redaction=_same_redaction(settings, options))
         manifest = _paths_again(settings, options)
-        root = manifest.root if manifest else place(options["root"])
+        root = manifest.root if manifest else parse(options["root"])
         opening = Opening(settings, models, run, choice, say, root, resumed=True)
         stages = stack.enter_context(Stages(opening))
         layout = Layout.of_part(
             models,
-            folder.store,
+            folder.files,
             min(failed),
             uids=options["include_uids"],
             redaction=settings.redaction,
         )
         folder.withdraw()
-        parts = failed_rows(folder.store, sorted(failed), layout)
+        parts = failed_rows(folder.files, sorted(failed), layout)
         if manifest:
             parts = _with_paths(parts, manifest.parts(options["part_rows"], failed))
-        stages.run(parts, Sink(folder.store, layout, run, fold=True), progress, watch, stop)
+        stages.run(parts, Sink(folder.files, layout, run, fold=True), progress, watch, stop)
         return close_ledger(folder, run, progress, stages)
 
 
@@ -103,7 +103,7 @@ def _paths_again(settings: Settings, options: dict[str, Any]) -> Manifest | None
     manifest = open_manifest(settings.paths_from, path_column=options["path_column"], root=settings.root)
     if manifest.sha256 != options["manifest_sha256"]:
         raise UsageError(f"--paths-from {settings.paths_from}: it is not the manifest of that run")
-    if settings.redaction.name(shown(manifest.root)) != options["root"]:
+    if settings.redaction.name(str(manifest.root)) != options["root"]:
         raise UsageError(f"--paths-from {settings.paths_from}: relative paths started elsewhere; give --root")
     return manifest
 

@@ -31,8 +31,8 @@ from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.retry import retry
 from engine.run_folder import recorded_bundle
 from engine.runners import PRECISIONS, RUNNERS
-from engine.settings import Limits, Settings, parse_bytes, parse_moment
-from engine.storage import Place, Url, place
+from engine.settings import Limits, Settings, parse_bytes, parse_location, parse_moment
+from engine.storage import Url
 
 NOTICE = "Research use only; not a medical device. The output is a work list for people, not a diagnosis."
 EXAMPLE = "example: python -m engine.run manifest.csv -b bundle -o results"
@@ -73,8 +73,19 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("manifest", type=_place, metavar="MANIFEST", help="CSV, Parquet, text list, folder, zip or tar")
-    add("-o", "--output", type=_place, default=defaults.output, help="results folder (%(default)s)")
+    add(
+        "manifest",
+        type=parse_location,
+        metavar="MANIFEST",
+        help="CSV, Parquet, text list, folder, zip or tar",
+    )
+    add(
+        "-o",
+        "--output",
+        type=parse_location,
+        default=defaults.output,
+        help="results folder, or s3://, gs://, az:// (%(default)s)",
+    )
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
     add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
@@ -93,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--path-column", metavar="NAME", help="manifest column with the paths (path, else the first)")
     add("--column-prefix", default=defaults.column_prefix, metavar="TEXT", help="put before manifest columns")
-    add("--root", type=_place, help="folder of relative paths (the manifest's own)")
+    add("--root", type=parse_location, help="folder of relative paths (the manifest's own)")
     add(
         "--workers", type=_count(MAX_WORKERS), metavar="N", help="CPU threads (all that this process may use)"
     )
@@ -127,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     add_globs(parser)
     add(
         "--since",
-        type=_place,
+        type=parse_location,
         metavar="RESULTS",
         help="only what is new or changed since that run (everything if the bundle is)",
     )
@@ -137,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--salt-file", type=Path, metavar="FILE", help="key of --redact's hashes (ENGINE_SALT)")
     add(
         "--paths-from",
-        type=_place,
+        type=parse_location,
         metavar="MANIFEST",
         help="with --only-errors: the manifest of a run with --redact, whose results name no path",
     )
@@ -168,13 +179,6 @@ def _parser() -> argparse.ArgumentParser:
         help="one stage after the other; for checks, the results are the same",
     )
     return parser
-
-
-def _place(text: str) -> Place:
-    try:
-        return place(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _count(most: int | None = None) -> Callable[[str], int]:
@@ -314,7 +318,7 @@ def _places(settings: Settings) -> list[tuple[str, str]]:
     places = []
     for word, one in named.items():
         if isinstance(one, Url):
-            places += [(form, word) for form in (str(one), one.shown)]
+            places += [(form, word) for form in (one.whole, str(one))]
         elif one and one.name:
             places += [(str(form), word) for form in (one, one.absolute(), one.resolve())]
     return places

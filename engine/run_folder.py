@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import EngineError, UsageError
 from engine.settings import Settings
-from engine.sink import Done, finished, part_name, part_of
-from engine.storage import Place
-from engine.store import LOCK, store_at, write_json
+from engine.sink import Done, finished, part_name
+from engine.storage.location import Url
+from engine.store import LOCK, STALE_S, StoreError, as_json, open_folder, reason
 
 RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
 
@@ -24,77 +23,80 @@ def _short(value: object) -> str:
 
 
 class RunFolder:
-    """Locks a folder for this process while it is open. Created here, it is removed if no run was begun."""
+    """Locks the folder at `path` for this process while it is open.
 
-    def __init__(self, place: Place, *, overwrite: bool) -> None:
-        self.place, self.store = place, store_at(place)
+    Created here, it is removed if no run was begun.
+    """
+
+    def __init__(self, path: Path | Url, *, overwrite: bool) -> None:
+        self.path = path
+        self.files = open_folder(path)
         self._overwrite = overwrite
 
     @classmethod
-    def existing(cls, place: Place) -> Self:
+    def existing(cls, path: Path | Url) -> Self:
         """A folder that holds a run. Raises UsageError for any other."""
-        folder = cls(place, overwrite=False)
-        with folder._trouble():
-            if not folder.store.exists(RUN):
-                raise UsageError(f"results {place}: no {RUN} there; give the output folder of a run")
+        folder = cls(path, overwrite=False)
+        if not folder.files.exists(RUN):
+            raise UsageError(f"results {path}: no {RUN} there; give the output folder of a run")
         return folder
 
     def __enter__(self) -> Self:
-        with self._trouble():
+        try:
             self._refuse_foreign()
-            self._unlock = self.store.lock()
-            for name in self.store.names():
-                if name.startswith(".") and name.endswith(".tmp"):
-                    self.store.delete(name)
+            self.files.lock()
             if self._overwrite:
-                self.store.delete(LISTING)  # the folder is listed again; the rest goes in begin()
+                self.files.delete(LISTING)  # the folder is listed again; the rest goes in begin()
+        except BlockingIOError:
+            why = "another process is writing there; wait for it"
+            if isinstance(self.path, Url):
+                why += f", or for {STALE_S:g} s if it was killed"
+            raise UsageError(f"output {self.path}: {why}") from None
+        except OSError as error:
+            raise UsageError(f"output {self.path}: {reason(error)}") from None
         return self
 
-    @contextmanager
-    def _trouble(self) -> Iterator[None]:
-        try:
-            yield
-        except BlockingIOError:
-            raise UsageError(f"output {self.place}: another process is writing there; wait for it") from None
-        except OSError as error:
-            raise UsageError(f"output {self.place}: {error.strerror or error}") from None
-
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # it may be what ended the run
-            if not self.store.exists(RUN):  # nothing was started: leave no trace
-                self.store.delete(LISTING)
-                self.store.delete(LOCK)
-                self.store.remove()
-        self._unlock()
+        nothing_begun = False
+        with suppress(StoreError):
+            nothing_begun = not self.files.exists(RUN)
+            if nothing_begun:
+                self.files.delete(LISTING)
+        self.files.unlock(leave_no_trace=nothing_begun)
 
     def _refuse_foreign(self) -> None:
-        names = self.store.names()
-        if names and RUN not in names and LOCK not in names:
+        if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"output {self.path}: this is a file; give a folder with -o")
+        names = self.files.names()
+        if names and not {RUN, LOCK} & set(names):
             raise UsageError(
-                f"output {self.place}: it is not empty ({names[0]!r}) and holds no run; give another -o"
+                f"output {self.path}: it is not empty ({names[0]!r}) and holds no run; give another -o"
             )
 
     def _clear(self) -> None:
-        self.store.delete(SUCCESS)
-        for name in self.store.names():
-            if part_of(name) is not None or name == RUN:
-                self.store.delete(name)
+        names = self.files.names()
+        for name in [SUCCESS, *(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
+            self.files.delete(name)
 
-    @property
     def listing(self) -> Path:
-        """Where a folder's listing is, or is to be made."""
-        return self.store.local(LISTING)
+        """Where a folder's listing is, or can be written for `keep_listing`."""
+        return self.files.local(LISTING)
+
+    def keep_listing(self) -> None:
+        self.files.keep(LISTING)
 
     def recorded(self) -> dict[str, Any] | None:
         """What `_run.json` says, None for a new folder."""
         try:
-            recorded = json.loads(self.store.read(RUN))
+            recorded = json.loads(self.files.read(RUN, lambda opened: opened.read()))
             if not isinstance(recorded["result_options"], dict):
                 raise ValueError("no result options")
         except FileNotFoundError:
             return None
+        except StoreError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"output {self.place}: {RUN} can't be read ({error}); give another -o") from None
+            raise UsageError(f"output {self.path}: {RUN} can't be read ({error}); give another -o") from None
         return dict(recorded)
 
     def begin(self, run: dict[str, Any]) -> dict[str, Any]:
@@ -103,9 +105,7 @@ class RunFolder:
             self._clear()
         recorded = self.recorded()
         if recorded is None:
-            with self._trouble():
-                self._keep_listing()
-                write_json(self.store.writing(RUN), run)
+            self._write(RUN, run)
             return run
         old, new = recorded["result_options"], run["result_options"]
         changed = [
@@ -115,31 +115,27 @@ class RunFolder:
         ]
         if changed:
             raise UsageError(
-                f"output {self.place}: it holds another run: {'; '.join(changed)}; "
+                f"output {self.path}: it holds another run: {'; '.join(changed)}; "
                 "give another -o, or --overwrite to delete that run"
             )
         return recorded
 
-    def _keep_listing(self) -> None:
-        """Put a listing that was made beside an object store there."""
-        listing = self.listing
-        if listing.exists() and not self.store.exists(LISTING):
-            with self.store.writing(LISTING) as file:
-                shutil.copyfile(listing, file)
-
     def withdraw(self) -> None:
         """The run is not finished, or not any more."""
-        self.store.delete(SUCCESS)
+        self.files.delete(SUCCESS)
 
     def succeeded(self) -> bool:
-        return self.store.exists(SUCCESS)
+        return self.files.exists(SUCCESS)
 
     def succeed(self, summary: dict[str, Any]) -> None:
-        write_json(self.store.writing(SUCCESS), summary)
+        self._write(SUCCESS, summary)
+
+    def _write(self, name: str, data: dict[str, Any]) -> None:
+        self.files.write(name, lambda temporary: temporary.write_text(as_json(data)))
 
     def finished(self, run: dict[str, Any]) -> dict[int, Done]:
         """The parts on disk, each where the manifest has it. Raises EngineError that names the wrong one."""
-        parts = finished(self.store, run["run_id"])
+        parts = finished(self.files, run["run_id"])
         for index, part in parts.items():
             self._check(index, part.first_row, part.rows, run)
         return parts
@@ -150,10 +146,10 @@ class RunFolder:
         rows = run["rows"]
         for index in range(parts_of(run)):
             if index not in parts:
-                raise EngineError(f"{self.place / part_name(index)}: it is missing; run again")
+                raise EngineError(f"{self.path / part_name(index)}: it is missing; run again")
         total = sum(part.rows for part in parts.values())
         if total != rows:
-            raise EngineError(f"{self.place}: {total} rows in the parts, {rows} in the manifest")
+            raise EngineError(f"{self.path}: {total} rows in the parts, {rows} in the manifest")
         return parts
 
     def _check(self, index: int, first_row: int, rows: int, run: dict[str, Any]) -> None:
@@ -162,7 +158,7 @@ class RunFolder:
         expected = max(0, min(part_rows, run["rows"] - first))
         if (first_row, rows) != (first, expected):
             raise EngineError(
-                f"{self.place / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
+                f"{self.path / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
                 f"from row {first}; delete it and run again"
             )
 
@@ -172,7 +168,7 @@ def parts_of(run: dict[str, Any]) -> int:
     return -(-int(run["rows"]) // int(run["result_options"]["part_rows"]))
 
 
-def recorded_bundle(results: Place) -> Path:
+def recorded_bundle(results: Path | Url) -> Path:
     """Where the bundle of the run in `results` was. Raises UsageError when there is no run."""
     recorded = RunFolder.existing(results).recorded()
     assert recorded is not None

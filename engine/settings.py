@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.errors import UsageError
 from engine.privacy import Redaction
-from engine.storage.common import Place
+from engine.storage.location import Place, parse
 
 _UNITS = {
     "": 1,
@@ -87,6 +87,15 @@ def available_cpus() -> int:
         return cpus if quota == "max" else max(1, min(cpus, round(int(quota) / int(period))))
     except (OSError, ValueError):
         return cpus
+
+
+def parse_location(text: str) -> Place:
+    """A local path or a URL. Raises UsageError."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        # a password may be behind the scheme
+        raise UsageError(f"{text.partition('://')[0]}://...: {error}") from None
 
 
 def parse_bytes(text: str) -> int:

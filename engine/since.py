@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from engine.manifest import Manifest
 from engine.records import Status
 from engine.run_folder import RunFolder, parts_of
 from engine.sink import part_name
-from engine.storage import Place
-from engine.storage.common import shown
+from engine.storage.location import Place
 from engine.store import atomic
 
 # result options whose change makes old scores worthless
@@ -39,7 +39,7 @@ class Earlier:
         folder = RunFolder.existing(results)
         run = folder.recorded()
         assert run is not None
-        self._store, self._run, self.options = folder.store, run, run["result_options"]
+        self._files, self._run, self.options = folder.files, run, run["result_options"]
         self.run_id: str = run["run_id"]
         if not folder.succeeded():
             raise UsageError(f"--since {results}: that run is not finished")
@@ -58,13 +58,13 @@ class Earlier:
         done = pa.array([Status.OK.label, Status.SKIPPED.label])
         found = []
         for index in range(parts_of(self._run)):
-            with self._store.opened(part_name(index)) as file, pq.ParquetFile(file) as part:
-                if missing := set(names) - set(part.schema_arrow.names):
-                    raise UsageError(
-                        f"--since {self.place}: its rows have no {min(missing)}; screen a folder, or a list "
-                        "made by python -m engine.manifest"
-                    )
-                table = part.read(names)
+            there = self._files.read(part_name(index), pq.read_schema).names
+            if missing := set(names) - set(there):
+                raise UsageError(
+                    f"--since {self.place}: its rows have no {min(missing)}; screen a folder, or a list that "
+                    "python -m engine.manifest made"
+                )
+            table = self._files.read(part_name(index), partial(pq.read_table, columns=names))
             table = table.filter(pc.is_in(table.column("status"), value_set=done))
             found.append(_keys(self.options["root"], *table.columns[:3]))
         return np.sort(np.concatenate(found))
@@ -79,7 +79,7 @@ def write_new(manifest: Manifest, earlier: Earlier, target: Path) -> int:
             "python -m engine.manifest"
         )
     known, rows = earlier.keys(), 0
-    root = shown(manifest.root)
+    root = str(manifest.root)
     with (
         atomic(target) as temporary,
         pq.ParquetWriter(temporary, manifest.schema) as writer,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from engine.overlap import Meter
 from engine.privacy import Redaction
 from engine.records import Batch, Part, Status
 from engine.settings import Settings
-from engine.store import Store
+from engine.store import Folder, StoreError, reason
 
 ROW_GROUP = 65_536
+FOOTERS_AT_ONCE = 16
 _LABELS = np.array([status.label for status in Status])
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 _METADATA = b"engine"
@@ -36,12 +38,6 @@ UIDS = ("study_uid", "series_uid", "sop_uid")
 
 def part_name(index: int) -> str:
     return f"part-{index:05d}.parquet"
-
-
-def part_of(name: str) -> int | None:
-    """The number of the part that a file of this name holds."""
-    found = _PART_NAME.fullmatch(name)
-    return int(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -75,14 +71,13 @@ class Layout:
 
     @classmethod
     def of_part(
-        cls, bundle: Bundle, store: Store, index: int, *, uids: bool, redaction: Redaction | None
+        cls, bundle: Bundle, folder: Folder, index: int, *, uids: bool, redaction: Redaction | None
     ) -> Layout:
         """As a part on disk has it; its manifest columns have their prefix already."""
         names = tuple(member.name for member in bundle.members)
         bare = cls(bundle.classes, names, pa.schema([]), "", uids, redaction)
         own = set(bare.schema.names)
-        with store.opened(part_name(index)) as opened:
-            stored = pq.read_schema(opened)
+        stored = folder.read(part_name(index), pq.read_schema)
         return replace(bare, passthrough=pa.schema([field for field in stored if field.name not in own]))
 
     @property
@@ -195,15 +190,15 @@ class Done:
 
 
 class Sink:
-    """Writes the parts of one run into `store`. `provenance` goes into each file.
+    """Writes the parts of one run into `folder`. `provenance` goes into each file.
 
     With `fold` the rows replace those of the same numbers in a part that is there already.
     """
 
     def __init__(
-        self, store: Store, layout: Layout, provenance: dict[str, Any], *, fold: bool = False
+        self, folder: Folder, layout: Layout, provenance: dict[str, Any], *, fold: bool = False
     ) -> None:
-        self._store, self._layout, self._fold = store, layout, fold
+        self._folder, self._layout, self._fold = folder, layout, fold
         self._provenance = json.dumps(provenance).encode()
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch | Done]:
@@ -232,7 +227,7 @@ class Sink:
         try:
             table = part.table(self._layout)
             if self._fold:
-                table = _folded(_read(self._store, name), table)
+                table = _folded(self._folder.read(name, _table), table)
             done = Done(
                 index,
                 table.column("row")[0].as_py(),
@@ -244,34 +239,30 @@ class Sink:
             table = table.replace_schema_metadata(
                 {_METADATA: self._provenance, b"part": json.dumps(facts).encode()}
             )
-            with self._store.writing(name) as temporary:
-                pq.write_table(table, temporary, compression="zstd", row_group_size=ROW_GROUP)
+            self._folder.write(
+                name, partial(pq.write_table, table, compression="zstd", row_group_size=ROW_GROUP)
+            )
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())[:200]
             raise EngineError(
-                f"{self._store.place / name}: {reason}; the parts that are written are whole, and the same "
-                "command goes on"
+                f"{self._folder.location / name}: {reason(error)}; "
+                "the parts that are written are whole, and the same command goes on"
             ) from None
         return done
 
 
-def failed_rows(store: Store, indices: Iterable[int], layout: Layout) -> Iterator[Part]:
+def failed_rows(folder: Folder, indices: Iterable[int], layout: Layout) -> Iterator[Part]:
     """The rows of finished parts that failed, to be tried again."""
     kept = layout.passthrough.names
     for index in indices:
-        table = _read(store, part_name(index), columns=["row", PATH, "status", *kept])
+        table = folder.read(part_name(index), partial(_table, columns=["row", PATH, "status", *kept]))
         done = pa.array([Status.OK.label, Status.SKIPPED.label])
         table = table.filter(pc.invert(pc.is_in(table.column("status"), value_set=done)))
         paths = table.column(PATH).to_pylist()
         yield Part(index, table.column("row").to_numpy(), paths, table.select(kept).combine_chunks())
 
 
-def _read(store: Store, name: str, columns: list[str] | None = None) -> pa.Table:
-    with (
-        store.opened(name) as file,
-        pq.ParquetFile(file) as opened,
-    ):  # not read_table, which makes columns of folders named key=value
-        return opened.read(columns)
+def _table(file: pa.NativeFile, columns: list[str] | None = None) -> pa.Table:
+    return pq.ParquetFile(file).read(columns)
 
 
 def _folded(old: pa.Table, new: pa.Table) -> pa.Table:
@@ -284,23 +275,26 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
     return dict(Counter(filter(None, table.column(column).to_pylist())))
 
 
-def finished(store: Store, run_id: str) -> dict[int, Done]:
+def finished(folder: Folder, run_id: str) -> dict[int, Done]:
     """The parts on disk, by index. Their footers have to be whole, of this run, and add up.
 
     Raises EngineError that names the part otherwise.
     """
-    parts = {}
-    for name in store.names():
-        if (index := part_of(name)) is not None:
-            try:
-                with store.opened(name) as file:
-                    parts[index] = _from_footer(index, pq.read_metadata(file), run_id)
-            except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise EngineError(
-                    f"{store.place / name}: not a part of this run ({reason}); delete it and run again"
-                ) from None
-    return parts
+
+    def part(found: re.Match[str]) -> Done:
+        try:
+            return _from_footer(int(found[1]), folder.read(found[0], pq.read_metadata), run_id)
+        except StoreError:
+            raise
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
+            why = " ".join(str(error).split())[:200]
+            raise EngineError(
+                f"{folder.location / found[0]}: not a part of this run ({why}); delete it and run again"
+            ) from None
+
+    names = filter(None, map(_PART_NAME.fullmatch, folder.names()))
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:  # in an object store each takes its round trips
+        return {done.index: done for done in threads.map(part, names)}
 
 
 def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:

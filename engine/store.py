@@ -1,232 +1,291 @@
-"""Folders that a run writes, on a disk or in an object store: each file is there whole or not at all."""
+"""The folder that results are written to: on this machine, or in an object store.
+
+Files appear whole or not at all.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import shutil
-import socket
+import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
 
 from engine.errors import UsageError
 from engine.lock import hold
-from engine.storage.common import OBJECT_STORES, Place, Url
+from engine.records import Status
+from engine.storage import objects
+from engine.storage.common import ReadError, retrying
+from engine.storage.location import HTTP_SCHEMES, Url
 
 LOCK = ".lock"
-BEAT_S = 10.0  # an object store's lock is renewed so often
-STALE_S = 60.0  # and is nobody's after so long without
+BEAT_S, STALE_S = 20.0, 90.0
+T = TypeVar("T")
 
 
-class Store(Protocol):
-    """Files of one folder, by name. Trouble is an OSError, as with files."""
+class StoreError(OSError):
+    """An object store fails, for good or for longer than is waited."""
 
-    place: Place
+    def __init__(self, error: ReadError, place: Url) -> None:
+        code = errno.ENOENT if error.status == Status.MISSING else errno.EIO
+        super().__init__(code, str(error), str(place))
 
-    def names(self) -> list[str]: ...
+
+def reason(error: OSError) -> str:
+    """One line, without the place."""
+    if isinstance(error, StoreError) or not error.errno:
+        return " ".join(str(error.strerror or error).split())[:200]
+    return os.strerror(error.errno)
+
+
+class Folder(Protocol):
+    """Where the files of one run are. Names have no folders in them; all but `location` may raise OSError."""
+
+    @property
+    def location(self) -> Path | Url: ...
+
+    def names(self) -> list[str]:
+        """Empty when there is no such folder."""
+        ...
 
     def exists(self, name: str) -> bool: ...
 
-    def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
+    def read(self, name: str, take: Callable[[pa.NativeFile], T]) -> T:
+        """What `take` makes of a file. Raises FileNotFoundError."""
         ...
 
-    def opened(self, name: str) -> AbstractContextManager[Any]:
-        """What pyarrow can read from, anywhere in the file."""
-        ...
-
-    def writing(self, name: str) -> AbstractContextManager[Path]:
-        """A file to write; at the end of the block it becomes `name`, unless the block raised."""
+    def write(self, name: str, write_to: Callable[[Path], object]) -> None:
+        """Make or replace a file by what `write_to` writes to a temporary one."""
         ...
 
     def delete(self, name: str) -> None:
-        """Nothing happens when it is not there."""
+        """Nothing happens where there is none."""
         ...
 
     def local(self, name: str) -> Path:
-        """A file of this machine that holds `name`, or may be made to be put there by `writing`."""
+        """A file's place on this machine, for those that need one; `keep` takes what was written there."""
         ...
 
-    def lock(self) -> Callable[[], None]:
-        """Make the folder and keep others out until what this returns is called. Raises BlockingIOError."""
+    def keep(self, name: str) -> None: ...
+
+    def lock(self) -> None:
+        """Make the folder and keep other processes out. Raises BlockingIOError while one is in there."""
         ...
 
-    def remove(self) -> None:
-        """The folder itself, if this made it and nothing is left in it."""
-        ...
+    def unlock(self, *, leave_no_trace: bool) -> None: ...
 
 
-def store_at(place: Place) -> Store:
-    """Raises UsageError for a place that can't be written."""
-    if not isinstance(place, Url):
-        return LocalFolder(place)
-    if place.scheme not in OBJECT_STORES:
-        known = ", ".join(f"{scheme}://" for scheme in OBJECT_STORES)
-        raise UsageError(f"output {place.shown}: {place.scheme}:// can't be written; a folder, {known} can")
-    return ObjectFolder(place)
+def open_folder(location: Path | Url) -> Folder:
+    """Raises UsageError where nothing can be written by such a URL."""
+    if isinstance(location, Path):
+        return LocalFolder(location)
+    if location.scheme in HTTP_SCHEMES:
+        raise UsageError(
+            f"results {location}: a web server takes no files; give a folder, s3://, gs:// or az://"
+        )
+    return ObjectFolder(location)
 
 
 class LocalFolder:
-    def __init__(self, path: Path) -> None:
-        self.place: Place = path
-        self._path = path
-        self._made = False
+    def __init__(self, location: Path) -> None:
+        self.location = location
+        self._created = False
+        self._lock = -1
 
     def names(self) -> list[str]:
-        return os.listdir(self._path) if self._path.is_dir() else []
+        try:
+            return os.listdir(self.location)
+        except FileNotFoundError:
+            return []
 
     def exists(self, name: str) -> bool:
-        return (self._path / name).exists()
+        return (self.location / name).exists()
 
-    def read(self, name: str) -> bytes:
-        return (self._path / name).read_bytes()
+    def read(self, name: str, take: Callable[[pa.NativeFile], T]) -> T:
+        with pa.OSFile(str(self.location / name), "rb") as opened:
+            return take(opened)
 
-    def opened(self, name: str) -> AbstractContextManager[Any]:
-        return nullcontext(self._path / name)
-
-    def writing(self, name: str) -> AbstractContextManager[Path]:
-        return atomic(self._path / name)
+    def write(self, name: str, write_to: Callable[[Path], object]) -> None:
+        with atomic(self.location / name) as temporary:
+            write_to(temporary)
 
     def delete(self, name: str) -> None:
-        (self._path / name).unlink(missing_ok=True)
+        (self.location / name).unlink(missing_ok=True)
 
     def local(self, name: str) -> Path:
-        return self._path / name
+        return self.location / name
 
-    def lock(self) -> Callable[[], None]:
-        if self._path.exists() and not self._path.is_dir():
-            raise UsageError(f"output {self._path}: this is a file; give a folder with -o")
-        self._made = not self._path.exists()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.mkdir(mode=0o700, exist_ok=True)  # rows name people
-        held = hold(self._path / LOCK)
-        return lambda: os.close(held)
+    def keep(self, name: str) -> None:
+        """It is there."""
 
-    def remove(self) -> None:
-        if self._made:
-            with suppress(OSError):  # somebody else put something there, or deleted it
-                self._path.rmdir()
+    def lock(self) -> None:
+        self._created = not self.location.exists()
+        self.location.parent.mkdir(parents=True, exist_ok=True)
+        self.location.mkdir(mode=0o700, exist_ok=True)  # rows name people
+        self._lock = hold(self.location / LOCK)
+        for leftover in self.location.glob(".*.tmp"):
+            leftover.unlink()
+
+    def unlock(self, *, leave_no_trace: bool) -> None:
+        if leave_no_trace:
+            self.delete(LOCK)
+            if self._created:
+                with suppress(OSError):  # somebody else put something there, or deleted it
+                    self.location.rmdir()
+        os.close(self._lock)
 
 
 class ObjectFolder:
-    """Below a prefix of a bucket. An object is uploaded from a local file and seen when it is complete."""
+    """A prefix of an object store.
 
-    def __init__(self, url: Url) -> None:
-        from engine.storage import remote
+    The lock is an object that its owner writes anew every BEAT_S seconds. It counts for nothing STALE_S
+    seconds after the last time, at once if the owner was a process of this machine that is gone. Two
+    processes that start in the same instant may both get it, which is harmless: parts are the same whoever
+    writes them.
+    """
 
-        self.place: Place = url
-        self._base, self._files = url.rest, remote.filesystem(url)
-        self._scratch = tempfile.TemporaryDirectory(prefix="engine-")
+    def __init__(self, location: Url) -> None:
+        self.location = location
+        self._done = threading.Event()
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def names(self) -> list[str]:
-        from pyarrow.fs import FileSelector
+        def listed(files: fs.FileSystem, path: str) -> list[str]:
+            found = files.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            return [info.base_name for info in found]
 
-        with _plainly():
-            found = self._files.get_file_info(FileSelector(self._base, allow_not_found=True))
-        return [info.base_name for info in found if info.is_file]
+        return self._call("", listed)
 
     def exists(self, name: str) -> bool:
-        with _plainly():
-            return bool(self._files.get_file_info(self._key(name)).is_file)
+        return self._call(name, lambda files, path: files.get_file_info(path).type == fs.FileType.File)
 
-    def read(self, name: str) -> bytes:
-        with _plainly(), self._files.open_input_file(self._key(name)) as opened:
-            return bytes(opened.read())
+    def read(self, name: str, take: Callable[[pa.NativeFile], T]) -> T:
+        def taken(files: fs.FileSystem, path: str) -> T:
+            with files.open_input_file(path) as opened:
+                return take(opened)
 
-    def opened(self, name: str) -> AbstractContextManager[Any]:
-        with _plainly():
-            return self._files.open_input_file(self._key(name))
+        return self._call(name, taken)
 
-    @contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
-        file = Path(self._scratch.name, name)
-        try:
-            yield file
-            with _plainly():
-                self._upload(file, name)
-        finally:
-            if file != self.local(name):
-                file.unlink(missing_ok=True)
-
-    def _upload(self, file: Path, name: str) -> None:
-        size = file.stat().st_size
-        with file.open("rb") as source, self._files.open_output_stream(self._key(name)) as target:
-            shutil.copyfileobj(source, target, 8 << 20)
-        if self._files.get_file_info(self._key(name)).size != size:
-            self.delete(name)
-            raise OSError("the upload broke off")
+    def write(self, name: str, write_to: Callable[[Path], object]) -> None:
+        with tempfile.TemporaryDirectory(prefix="engine-") as folder:
+            temporary = Path(folder) / name
+            write_to(temporary)
+            data = temporary.read_bytes()
+        self._call(name, lambda files, path: _upload(files, path, data))
 
     def delete(self, name: str) -> None:
-        with _plainly(), suppress(FileNotFoundError):
-            self._files.delete_file(self._key(name))
+        with suppress(FileNotFoundError):
+            self._call(name, lambda files, path: files.delete_file(path))
 
     def local(self, name: str) -> Path:
-        copy = Path(self._scratch.name, f"local-{name}")
-        if not copy.exists() and self.exists(name):
-            copy.write_bytes(self.read(name))
-        return copy
-
-    def lock(self) -> Callable[[], None]:
-        """By an object that is renewed, and goes stale when its owner dies.
-
-        Two processes that start in the same second may both get it; a part that is written twice is the same.
-        """
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="engine-")
+        target = Path(self._temporary.name) / name
         with suppress(FileNotFoundError):
-            if self._is_held():
-                raise BlockingIOError
-        self._beat()
-        ended = threading.Event()
-        threading.Thread(target=self._keep_beating, args=(ended,), name="lock", daemon=True).start()
+            target.write_bytes(self.read(name, lambda opened: opened.read()))
+        return target
 
-        def unlock() -> None:
-            ended.set()
-            with suppress(OSError):
-                self.delete(LOCK)
-            self._scratch.cleanup()
+    def keep(self, name: str) -> None:
+        assert self._temporary is not None
+        written = Path(self._temporary.name) / name
+        if written.exists() and not self.exists(name):
+            self._call(name, lambda files, path: _upload(files, path, written.read_bytes()))
 
-        return unlock
+    def lock(self) -> None:
+        if self._owner_lives():
+            raise BlockingIOError
+        pid = os.getpid()
+        mine = {"id": uuid.uuid4().hex, "machine": _machine(), "pid": pid, "began": _began(pid)}
+        record = json.dumps(mine).encode()
+        self._call(LOCK, lambda files, path: _upload(files, path, record))
+        if self.read(LOCK, lambda opened: opened.read()) != record:
+            raise BlockingIOError
+        threading.Thread(target=self._beat, args=(record,), name="lock", daemon=True).start()
 
-    def _is_held(self) -> bool:
-        info = self._files.get_file_info(self._key(LOCK))
-        if not info.is_file or (info.mtime and time.time() - info.mtime.timestamp() > STALE_S):
+    def unlock(self, *, leave_no_trace: bool) -> None:
+        self._done.set()
+        if self._temporary:
+            self._temporary.cleanup()
+        with suppress(StoreError):  # it will be stale soon
+            self.delete(LOCK)
+
+    def _beat(self, record: bytes) -> None:
+        def again(files: fs.FileSystem, path: str) -> None:
+            if not self._done.is_set():
+                _upload(files, path, record)
+
+        while not self._done.wait(BEAT_S):
+            with suppress(StoreError):  # the parts will tell
+                self._call(LOCK, again)
+
+    def _owner_lives(self) -> bool:
+        try:
+            owner: dict[str, Any] = json.loads(self.read(LOCK, lambda opened: opened.read()))
+            beat: float = self._call(LOCK, lambda files, path: files.get_file_info(path).mtime_ns or 0) / 1e9
+        except (FileNotFoundError, ValueError):
             return False
-        owner = json.loads(self.read(LOCK))
-        return owner["host"] != socket.gethostname() or Path("/proc", str(owner["process"])).exists()
+        if time.time() - beat > STALE_S:
+            return False
+        return owner.get("machine") != _machine() or owner.get("began") == _began(owner.get("pid"))
 
-    def _beat(self) -> None:
-        owner = {"host": socket.gethostname(), "process": os.getpid()}
-        with self.writing(LOCK) as file:
-            file.write_text(json.dumps(owner))
+    def _call(self, name: str, action: Callable[[fs.FileSystem, str], T]) -> T:
+        """`action` with the file system and the path of `name`, tried again; raises StoreError."""
+        place = self.location / name if name else self.location
 
-    def _keep_beating(self, ended: threading.Event) -> None:
-        while not ended.wait(BEAT_S):
-            with suppress(OSError):
-                self._beat()
+        def tried() -> T:
+            files = objects.filesystem(place)
+            try:
+                return action(files, objects.path_of(place))
+            except OSError as error:
+                if objects.of_storage(error):
+                    raise objects.named(error) from None
+                raise
 
-    def remove(self) -> None:
-        """Prefixes are not made, and so not removed."""
+        try:
+            return retrying(tried)
+        except ReadError as error:
+            if error.status == Status.MISSING:
+                raise FileNotFoundError(errno.ENOENT, "no such object", str(place)) from None
+            raise StoreError(error, place) from None
 
-    def _key(self, name: str) -> str:
-        return f"{self._base}/{name}"
+
+def _upload(files: fs.FileSystem, path: str, data: bytes) -> None:
+    """One write and one close: pyarrow completes what it can when a stream is dropped half-way.
+
+    With all bytes handed over at once an upload that fails has failed pieces, and these are never completed.
+    """
+    stream = files.open_output_stream(path)
+    stream.write(data)
+    stream.close()
+    size = files.get_file_info(path).size
+    if size != len(data):
+        raise ReadError(Status.UNREADABLE, f"{size} of {len(data)} bytes arrived", transient=True)
 
 
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """What a library says of an object store, without keys and names."""
+def _machine() -> str:
+    """This boot of this machine, and the space of process numbers."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return uuid.uuid4().hex
+
+
+def _began(pid: object) -> str | None:
+    """When the process `pid` began, in ticks; None where there is none."""
     try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        from engine.storage import remote
-
-        denied = remote.is_denied(error)
-        raise OSError("access denied" if denied else "the object store does not answer") from None
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return re.sub(r".*\)", "", stat, flags=re.DOTALL).split()[19]  # behind the name, which may hold anything
 
 
 class atomic:
@@ -256,7 +315,10 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(file: AbstractContextManager[Path], data: dict[str, Any]) -> None:
-    """Into what `atomic` or `Store.writing` gives."""
-    with file as temporary:
-        temporary.write_text(json.dumps(data, indent=2, default=str) + "\n")
+def write_json(target: Path, data: dict[str, Any]) -> None:
+    with atomic(target) as temporary:
+        temporary.write_text(as_json(data))
+
+
+def as_json(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=2, default=str) + "\n"

@@ -1,33 +1,38 @@
 """Where images live: a path of the manifest to the bytes of one file.
 
-One module per kind of place, each with `read(path, admit)` and `exists(path)`; imported when first needed.
+One module per kind of place: `local.py`; `remote.py` for URLs and `archive.py` for members of archives, which
+are imported for the first of them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from engine.errors import EngineError
 from engine.records import Status
 from engine.storage import local
-from engine.storage.common import Place, ReadError, Url, local_path, place
+from engine.storage.common import ReadError
+from engine.storage.location import SchemeError, Url, is_url, parse
 
-__all__ = ["Place", "ReadError", "Storage", "Url", "place"]
+__all__ = ["ReadError", "Storage", "Url"]
 
 
 class Storage:
     """The files that a manifest's paths name; relative ones start at `root`. Any thread may read."""
 
-    def __init__(self, root: Place) -> None:
-        self.root = root
-        self._folder = str(root)
+    def __init__(self, root: Path | Url) -> None:
+        self.root = str(root)
+        self._base = root if isinstance(root, Url) else None
+
+    def any_remote(self, paths: Iterable[str | None]) -> bool:
+        """Whether one of the paths is not a local file's."""
+        return self._base is not None or any(path and "://" in path for path in paths)
 
     def read(self, path: str | None, admit: Callable[[int], None]) -> bytes:
-        """The bytes of one file. `admit` gets their number beforehand, where it is not known in pieces.
+        """The bytes of one file. `admit` gets their number beforehand and may wait, or raise ReadError.
 
-        It may wait, or raise ReadError.
-
+        It is called again, with more, where a server doesn't say how many will come.
         Raises ReadError, whose status says what became of the row.
         """
         if not path:
@@ -36,55 +41,57 @@ class Storage:
             from engine.storage import archive
 
             if inside := archive.split(path):
-                return archive.read(self._resolved(inside[0]), inside[1], admit)
-        found = self._resolved(path)
-        if isinstance(found, Url):
+                return archive.read(self._place(inside[0]), inside[1], admit)
+        place = self._place(path)
+        if isinstance(place, Url):
             from engine.storage import remote
 
-            return remote.read(found, admit)
-        return local.read(found, admit)
+            return remote.read(place, admit)
+        return local.read(place, admit)
 
     def exists(self, path: str) -> bool:
-        """Whether the place answers and has the file, or the archive that it is in."""
-        found = self._resolved(self._file_of(path))
-        if isinstance(found, Url):
+        """Whether the place answers and has the file."""
+        place = self._place(path)
+        if isinstance(place, Url):
             from engine.storage import remote
 
-            return remote.exists(found)
-        return local.exists(found)
+            return remote.exists(place)
+        return local.exists(place)
 
-    @staticmethod
-    def _file_of(path: str) -> str:
+    def trouble(self, path: str, *, patient: bool) -> ReadError | None:
+        """Why nothing at all can be read where `path` is; None where the place answers."""
+        try:
+            place = self._place(path)
+        except ReadError:
+            return None
+        if isinstance(place, Url):
+            from engine.storage import remote
+
+            return remote.trouble(place, patient=patient)
+        return None if os.path.exists(self.root) else ReadError(Status.MISSING, "it went away")
+
+    def where(self, path: str) -> str:
+        """The place of `path` for people: the root, or the bucket or host of a URL."""
+        try:
+            place = self._place(path)
+        except ReadError:
+            return self.root
+        return f"{place.scheme}://{place.host}" if isinstance(place, Url) else self.root
+
+    def _place(self, path: str) -> str | Url:
+        """Of a file, or of the archive that it is in."""
         if "::" in path:
             from engine.storage import archive
 
-            return (archive.split(path) or (path,))[0]
-        return path
-
-    def check(self, path: str | None) -> None:
-        """Raises EngineError when the bucket, host or folder that `path` is in can't be had at all."""
+            path = (archive.split(path) or (path,))[0]
+        if self._base is None and "://" not in path:
+            return os.path.join(self.root, path)
+        if not is_url(path):
+            return self._base / path if self._base and path[0] != "/" else os.path.join(self.root, path)
         try:
-            found = self._resolved(self._file_of(path)) if path else self.root
-        except ReadError:  # no place at all
-            return
-        if isinstance(found, Url):
-            from engine.storage import remote
-
-            if not remote.reachable(found):
-                raise EngineError(
-                    f"{found.top.shown} does not answer, is not there or refuses the credentials; the same "
-                    "command goes on when it can be reached"
-                )
-        elif not isinstance(self.root, Url) and not local.exists(self._folder):
-            raise EngineError(f"the images have disappeared: {self._folder} is not there any more")
-
-    def _resolved(self, path: str) -> str | Url:
-        if "://" in path:
-            try:
-                found = place(path)
-                return found if isinstance(found, Url) else local_path(path)
-            except ValueError as error:
-                raise ReadError(Status.UNREADABLE, str(error)) from None
-        if isinstance(self.root, Url):
-            return path if path.startswith("/") else self.root / path
-        return os.path.join(self._folder, path)
+            place = parse(path)
+        except SchemeError as error:
+            raise ReadError(Status.UNSUPPORTED, str(error)) from None
+        except ValueError as error:
+            raise ReadError(Status.UNREADABLE, str(error)) from None
+        return place if isinstance(place, Url) else str(place)

@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.records import Status
-from engine.storage.common import ReadError, Url
+from engine.storage.common import ReadError
+from engine.storage.location import Url
 
 MAX_MEMBERS = 1_000_000  # of a zip file, whose directory is held while it is indexed; a tar has no limit
 KEPT = 4  # archives
@@ -90,7 +91,7 @@ class _Archives:
     """The archives used last."""
 
     def __init__(self) -> None:
-        self._opened: OrderedDict[str, _Archive] = OrderedDict()
+        self._opened: OrderedDict[str | Url, _Archive] = OrderedDict()
         self._lock = threading.Lock()
 
     def of(self, place: str | Url) -> _Archive:

@@ -1,0 +1,200 @@
+"""Object stores through pyarrow's own file systems: S3, Google Cloud Storage, Azure Blob Storage.
+
+Region, endpoint and credentials come from where each vendor's own tools look for them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from engine.records import Status
+from engine.storage.common import CUT_SHORT, ReadError
+from engine.storage.location import Url
+
+IN_FLIGHT = 256  # requests that a file system may have open
+PIECE = 64 << 20  # bytes of one request
+CONNECT_S, SILENCE_S = 10, 20  # without an answer, without a byte
+
+_making = threading.Lock()
+_FROM = re.compile(r"AWS Error|google::cloud|Azure|curl")
+# what the vendors' libraries say, the first that fits: status, text, transient, denied
+_WORDS: tuple[tuple[str, Status, str, bool, bool], ...] = (
+    (
+        r"NO_SUCH_(KEY|BUCKET)|NoSuch(Key|Bucket)|status 404|NOT_FOUND",
+        *(Status.MISSING, "no such object", False, False),
+    ),
+    (
+        r"INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|EXPIRED|TOKEN|UNRECOGNIZED_CLIENT|INVALID_SIGNATURE"
+        r"|InvalidAccessKeyId|SignatureDoesNotMatch|AuthenticationFailed|InvalidAuthenticationInfo"
+        r"|CredentialUnavailable|[Ff]ailed to get token|UNAUTHENTICATED|\b401\b",
+        *(Status.UNREADABLE, "the storage does not accept the credentials", False, False),
+    ),
+    (
+        r"ACCESS_DENIED|AccessDenied|PERMISSION_DENIED|AuthorizationPermission|AuthorizationFail|\b403\b",
+        *(Status.UNREADABLE, "access denied", False, True),
+    ),
+    (
+        r"PERMANENT_REDIRECT|PermanentRedirect|status 301|AuthorizationHeaderMalformed",
+        *(Status.UNREADABLE, "the bucket is in another region; set AWS_REGION", False, False),
+    ),
+    (
+        r"SLOW_DOWN|SlowDown|THROTTL|Throttl|RESOURCE_EXHAUSTED|TooManyRequests|ServerBusy|\b429\b",
+        *(Status.UNREADABLE, "the storage is busy and refuses requests", True, False),
+    ),
+    (r"partial file", Status.UNREADABLE, CUT_SHORT, True, False),
+    (
+        r"NETWORK_CONNECTION|REQUEST_TIMEOUT|curl|DEADLINE_EXCEEDED|[Cc]onnect|[Tt]imeout|timed out",
+        *(Status.UNREADABLE, "the storage does not answer", True, False),
+    ),
+)
+
+
+def pieces(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
+    """The bytes of one object: most come in one piece. Raises ReadError."""
+    files, path = filesystem(url), path_of(url)
+    with named_errors():
+        # a HEAD and a GET: pyarrow gives no way to get the size with the bytes
+        opened = files.open_input_file(path)
+    with opened:
+        left = opened.size()
+        admit(left)
+        while left:
+            with named_errors():
+                piece = opened.read(min(left, PIECE))
+            if not piece:
+                raise ReadError(Status.UNREADABLE, CUT_SHORT, transient=True)
+            left -= len(piece)
+            yield piece
+
+
+def opened(url: Url) -> tuple[Any, int]:
+    """An object as a file, and its length. Raises ReadError."""
+    with named_errors():
+        file = filesystem(url).open_input_file(path_of(url))
+        return file, int(file.size())
+
+
+def piece(file: Any, count: int, start: int) -> bytes:
+    """So many bytes from `start`. Raises ReadError."""
+    with named_errors():
+        return bytes(file.read_at(count, start))
+
+
+def exists(url: Url) -> bool:
+    with named_errors():
+        return bool(filesystem(url).get_file_info(path_of(url)).type == fs.FileType.File)
+
+
+def probe(url: Url) -> None:
+    """Raises ReadError where the bucket can't be listed.
+
+    A listing of nothing: unlike a HEAD, its answer says whether it is the credentials that are wrong.
+    """
+    below = path_of(Url(url.scheme, url.host, "/.nothing"))
+    with named_errors():
+        filesystem(url).get_file_info(fs.FileSelector(below, allow_not_found=True))
+
+
+def path_of(url: Url) -> str:
+    """As pyarrow's file systems name it: bucket or container, then the key."""
+    bucket = url.host.partition("@")[0]
+    return f"{bucket}/{url.path[1:]}" if url.path[1:] else bucket
+
+
+def filesystem(url: Url) -> fs.FileSystem:
+    """One for each bucket or account, made at its first use."""
+    with _making:
+        try:
+            if url.scheme == "s3":
+                return _s3(url.host)
+            return _gs() if url.scheme == "gs" else _azure(url.host)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise named(error) from None
+
+
+@cache
+def _s3(bucket: str) -> fs.FileSystem:
+    # connections are as many as threads of this pool
+    pa.set_io_thread_count(max(IN_FLIGHT, pa.io_thread_count()))
+    environment = os.environ
+    endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
+    region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
+    if not region and not endpoint:
+        try:
+            region = fs.resolve_s3_region(bucket)
+        except OSError:
+            region = None  # the first read will say what is wrong
+    return fs.S3FileSystem(
+        region=region or "us-east-1",
+        endpoint_override=endpoint,
+        anonymous=_asked("AWS_NO_SIGN_REQUEST"),
+        connect_timeout=CONNECT_S,
+        request_timeout=SILENCE_S,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # retrying() counts
+    )
+
+
+@cache
+def _gs() -> fs.FileSystem:
+    scheme, _, endpoint = os.environ.get("STORAGE_EMULATOR_HOST", "").rpartition("://")
+    return fs.GcsFileSystem(
+        anonymous=_asked("GS_NO_SIGN_REQUEST"),
+        scheme=scheme or ("http" if endpoint else "https"),
+        endpoint_override=endpoint or None,
+        retry_time_limit=timedelta(seconds=CONNECT_S),
+    )
+
+
+@cache
+def _azure(host: str) -> fs.FileSystem:
+    environment = os.environ
+    account = host.partition("@")[2].partition(".")[0] or environment.get("AZURE_STORAGE_ACCOUNT")
+    if not account:
+        raise ReadError(
+            Status.UNREADABLE,
+            "whose container? set AZURE_STORAGE_ACCOUNT, or write abfs://container@account.dfs.core.windows.net/",
+        )
+    key, token = environment.get("AZURE_STORAGE_KEY"), environment.get("AZURE_STORAGE_SAS_TOKEN")
+    return fs.AzureFileSystem(account, account_key=key, sas_token=None if key else token)
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "yes", "true")
+
+
+@contextmanager
+def named_errors() -> Iterator[None]:
+    """Turns what pyarrow raises into ReadError."""
+    try:
+        yield
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise named(error) from None
+
+
+def of_storage(error: OSError) -> bool:
+    """Not of what was read from it, such as a Parquet file that is no good."""
+    return isinstance(error, FileNotFoundError) or _FROM.search(str(error)) is not None
+
+
+def named(error: Exception) -> ReadError:
+    """Its text depends on what happened alone: pyarrow's has keys, request ids and times in it."""
+    if isinstance(error, FileNotFoundError):
+        return ReadError(Status.MISSING, "no such object")
+    if not isinstance(error, OSError):
+        return ReadError(Status.UNREADABLE, "not a name that an object can have")
+    # without names, which may say anything
+    said = re.sub(r"'[^']*'", "", str(error).rpartition("AWS Error")[2])
+    for pattern, status, text, transient, denied in _WORDS:
+        if re.search(pattern, said):
+            return ReadError(status, text, transient=transient, denied=denied)
+    return ReadError(Status.UNREADABLE, "the storage fails", transient=True)
