@@ -117,27 +117,21 @@ class Listing:
                     return "neither files nor folders"
                 with open(os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as opened:
                     if not header.may_be_image(start := opened.read(header.START)):
-                        return "archives" if archive.is_archive(start) else "not images"
+                        return "archives" if archive.kind_of(start) else "not images"
         except OSError:
             return Entry(name, None, None) if LOOKS_LIKE_IMAGE.search(path) else "not readable"
-        return Entry(name, info.st_size, datetime.fromtimestamp(info.st_mtime_ns // 1000 / 1e6, UTC))
+        return Entry(name, info.st_size, _moment(info))
 
-    def archive(self, file: Path) -> Iterator[Entry]:
-        """Images in a zip or tar, in its order, as `archive::name`."""
-        for member, last, begin in archive.members(str(file)):
-            if not last:
-                self.skipped["replaced by a later member"] += 1
-            elif any(piece.startswith(".") or piece == "__MACOSX" for piece in member.name.split("/")):
-                self.skipped["hidden"] += 1
-            elif member.kind == "special":
-                self.skipped["neither files nor folders"] += not member.name.endswith("/")
-            elif not self.wants(member.name):
-                self.skipped["excluded"] += 1
-            elif LOOKS_LIKE_IMAGE.search(member.name) or header.may_be_image(begin(header.START)):
-                name = member.name.encode("utf-8", "replace").decode()
-                yield Entry(f"{file.name}::{name}", member.size, member.modified)
-            else:
-                self.skipped["not images"] += 1
+    def archive(self, file: Path, spool: Path) -> Iterator[Entry]:
+        """Images in a zip or tar, in its order, as `archive::name`, all of the archive's own time of change.
+
+        Names wait in a temporary file in the folder `spool`.
+        """
+        modified = _moment(file.stat())
+        with archive.images(file, spool, self.wants) as (images, left_out):
+            self.skipped.update(left_out)
+            for name, size in images:
+                yield Entry(name.encode("utf-8", "replace").decode(), size, modified)
 
     def wants(self, path: str) -> bool:
         """Whether the globs let it through."""
@@ -148,6 +142,12 @@ class Listing:
         self._included, self._excluded = (
             PathSpec.from_lines("gitignore", globs) for globs in (self.include, self.exclude)
         )
+
+
+def _moment(info: os.stat_result) -> datetime:
+    return datetime.fromtimestamp(info.st_mtime_ns // 10**9, UTC).replace(
+        microsecond=info.st_mtime_ns // 1000 % 10**6
+    )
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -207,7 +207,7 @@ def list_place(
     """List a folder or archive to `target`; returns the rows. Raises UsageError."""
     listing = Listing(include, exclude)
     try:
-        entries = listing.folder(place, own) if place.is_dir() else listing.archive(place)
+        entries = listing.folder(place, own) if place.is_dir() else listing.archive(place, target.parent)
         return write(entries, listing, target)
     except (OSError, ReadError) as error:
         raise UsageError(f"manifest {place}: {getattr(error, 'strerror', None) or error}") from None
@@ -254,7 +254,7 @@ def _made(options: argparse.Namespace) -> str:
     base = folder if folder.is_dir() else folder.parent
     absolute = "" if output.parent.resolve() == base.resolve() else f"{base.absolute()}/"
     listing = Listing(options.include, options.exclude)
-    entries = listing.folder(folder, output) if folder.is_dir() else listing.archive(folder)
+    entries = listing.folder(folder, output) if folder.is_dir() else listing.archive(folder, output.parent)
     try:
         rows = write((entry._replace(path=absolute + entry.path) for entry in entries), listing, output)
     except ReadError as error:

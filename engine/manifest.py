@@ -193,7 +193,7 @@ def _reason(error: Exception) -> str:
 
 def has_to_be_listed(source: Path) -> bool:
     """Whether it is a folder or an archive. Raises OSError."""
-    return source.is_dir() or is_archive(_start(source))
+    return source.is_dir() or is_archive(source)
 
 
 def _start(source: Path) -> bytes:

@@ -358,9 +358,12 @@ class _Reading:
                 admitted = size
             attempt.since = time.monotonic()
 
+        def alive() -> None:
+            attempt.since = time.monotonic()
+
         data = b""
         try:
-            data = self._storage.read(path, admit)
+            data = self._storage.read(path, admit, alive)
         except ReadError as error:
             if path and error.status in (Status.MISSING, Status.UNREADABLE):
                 self._check_storage(path, error)

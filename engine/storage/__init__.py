@@ -29,20 +29,22 @@ class Storage:
         """Whether one of the paths is not a local file's."""
         return self._base is not None or any(path and "://" in path for path in paths)
 
-    def read(self, path: str | None, admit: Callable[[int], None]) -> bytes:
+    def read(
+        self, path: str | None, admit: Callable[[int], None], alive: Callable[[], None] = lambda: None
+    ) -> bytes:
         """The bytes of one file. `admit` gets their number beforehand and may wait, or raise ReadError.
 
-        It is called again, with more, where a server doesn't say how many will come.
+        It is called again, with more, where a server doesn't say how many will come. `alive` is called now
+        and then while something other than this file takes long: an archive's index.
         Raises ReadError, whose status says what became of the row.
         """
         if not path:
             raise ReadError(Status.MISSING, "the row has no path")
+        place = self._place(path)
         if "::" in path:
             from engine.storage import archive
 
-            if inside := archive.split(path):
-                return archive.read(self._place(inside[0]), inside[1], admit)
-        place = self._place(path)
+            return archive.read(_text(place), admit, alive)
         if isinstance(place, Url):
             from engine.storage import remote
 
@@ -50,8 +52,12 @@ class Storage:
         return local.read(place, admit)
 
     def exists(self, path: str) -> bool:
-        """Whether the place answers and has the file."""
+        """Whether the place answers and has the file, or the archive that it is in."""
         place = self._place(path)
+        if "::" in path:
+            from engine.storage import archive
+
+            return archive.exists(_text(place))
         if isinstance(place, Url):
             from engine.storage import remote
 
@@ -79,11 +85,6 @@ class Storage:
         return f"{place.scheme}://{place.host}" if isinstance(place, Url) else self.root
 
     def _place(self, path: str) -> str | Url:
-        """Of a file, or of the archive that it is in."""
-        if "::" in path:
-            from engine.storage import archive
-
-            path = (archive.split(path) or (path,))[0]
         if self._base is None and "://" not in path:
             return os.path.join(self.root, path)
         if not is_url(path):
@@ -95,3 +96,7 @@ class Storage:
         except ValueError as error:
             raise ReadError(Status.UNREADABLE, str(error)) from None
         return place if isinstance(place, Url) else str(place)
+
+
+def _text(place: str | Url) -> str:
+    return place.whole if isinstance(place, Url) else place

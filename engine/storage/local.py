@@ -13,29 +13,35 @@ from engine.storage.common import ReadError
 
 def read(path: str, admit: Callable[[int], None]) -> bytes:
     try:
+        descriptor, info = open_file(path)
+        try:
+            admit(info.st_size)
+            return _read_all(descriptor, info.st_size)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise named(error) from None
+
+
+def open_file(path: str) -> tuple[int, os.stat_result]:
+    """An open descriptor and what it leads to. Raises OSError, and ReadError for what is no regular file."""
+    try:
         # O_NONBLOCK: opening a FIFO that nobody writes to must not hang
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise _named(error) from None
     except ValueError:
         raise ReadError(Status.UNREADABLE, "the path holds a NUL character") from None
-    try:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise ReadError(Status.UNREADABLE, f"a {_kind(info.st_mode)}, not a file")
-        admit(info.st_size)
-        return _read_all(descriptor, info.st_size)
-    except OSError as error:
-        raise _named(error) from None
-    finally:
+    info = os.fstat(descriptor)
+    if not stat.S_ISREG(info.st_mode):
         os.close(descriptor)
+        raise ReadError(Status.UNREADABLE, f"a {_kind(info.st_mode)}, not a file")
+    return descriptor, info
 
 
 def exists(path: str) -> bool:
     return os.path.exists(path)
 
 
-def _named(error: OSError) -> ReadError:
+def named(error: OSError) -> ReadError:
     missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
     return ReadError(Status.MISSING if missing else Status.UNREADABLE, error.strerror or "read error")
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from engine.errors import UsageError
 from engine.records import Status
 from engine.storage import http, objects
 from engine.storage.common import ReadError, retrying
-from engine.storage.location import HTTP_SCHEMES, Url
+from engine.storage.location import HTTP_SCHEMES, Url, parse
 
 MAX_MANIFEST = 16 << 30  # bytes
 
@@ -20,18 +19,40 @@ def read(url: Url, admit: Callable[[int], None]) -> bytes:
     return retrying(lambda: b"".join(place.pieces(url, admit)))
 
 
-def open_random(url: Url) -> tuple[Any, Callable[[int, int], bytes], int]:
-    """An object as a file, what reads bytes from any place of it in any thread, and its length."""
+def open_random(text: str) -> tuple[Callable[[int, int], bytes], int, None, Callable[[], None]]:
+    """What reads bytes from any place of an object in any thread, its length, and what closes it.
+
+    Raises FileNotFoundError, ReadError.
+    """
+    url = _url(text)
     if url.scheme in HTTP_SCHEMES:
         raise ReadError(
             Status.UNSUPPORTED, "an archive on a web server; supported: on disks, in object stores"
         )
-    file, size = retrying(lambda: objects.opened(url))
+    try:
+        file, size = retrying(lambda: objects.opened(url))
+    except ReadError as error:
+        if error.status == Status.MISSING:
+            raise FileNotFoundError from None
+        raise
 
     def pread(count: int, start: int) -> bytes:
         return retrying(lambda: objects.piece(file, max(0, min(count, size - start)), start))
 
-    return file, pread, size
+    return pread, size, None, file.close
+
+
+def exists_at(text: str) -> bool:
+    return exists(_url(text))
+
+
+def _url(text: str) -> Url:
+    try:
+        found = parse(text)
+    except ValueError as error:
+        raise ReadError(Status.UNREADABLE, str(error)) from None
+    assert isinstance(found, Url)
+    return found
 
 
 def fetched_manifest(url: Url, folder: Path) -> Path:

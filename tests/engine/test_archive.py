@@ -1,224 +1,502 @@
-"""Members of zip and tar files: read in place, each its own bytes or a status, whatever the archive holds."""
+"""Members of archives: read where they lie, whatever the archive is made of."""
 
 from __future__ import annotations
 
 import io
 import os
 import random
+import re
+import shutil
 import struct
 import tarfile
+import threading
+import tracemalloc
 import zipfile
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from engine.records import Status
-from engine.storage import ReadError, Storage, archive
-from tests.conftest import Command, write_images
+from engine.errors import EngineError, UsageError
+from engine.manifest import open_manifest
+from engine.overlap import Meter
+from engine.reader import Reader
+from engine.records import Part, Status
+from engine.settings import Limits
+from engine.storage import ReadError, archive
+from tests.conftest import Command
 from tests.images import encode, smooth
 
 PNG = encode(Image.fromarray(smooth(30, 40)), "PNG")
-FILES = {f"site/{index:02}.png": PNG + bytes([index]) * index for index in range(20)}
-MEGABYTE = 1 << 20
+Entry = bytes | tarfile.TarInfo
 
 
-def tar_of(files: dict[str, bytes], **options: object) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", **options) as opened:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "_archives", archive._Archives())
+
+
+def tar(path: Path, members: list[tuple[str, Entry]], **options: object) -> Path:
+    with tarfile.open(path, "w", **options) as opened:
+        for name, content in members:
+            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.name = name
+            data = content if isinstance(content, bytes) else b""
             info.size = len(data)
             opened.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
+    return path
 
 
-def zip_of(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as opened:
-        for name, data in files.items():
-            opened.writestr(name, data)
-    return buffer.getvalue()
+def zipped(path: Path, members: list[tuple[str, bytes]], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as opened:
+        for name, content in members:
+            opened.writestr(name, content)
+    return path
 
 
-def read(file: Path, name: str, *, most: int = MEGABYTE) -> bytes:
+MAKERS: list[Callable[..., Path]] = [tar, zipped]
+
+
+def outcome(path: Path | str, allowed: int = 1 << 20) -> bytes | Status:
+    """What a row gets: the bytes, or the status; its reason is one line that names no place."""
+
     def admit(size: int) -> None:
-        if size > most:
-            raise ReadError(Status.TOO_LARGE, f"{size} bytes")
+        if size > allowed:
+            raise ReadError(Status.TOO_LARGE, "refused")
 
-    archive._ARCHIVES.__init__()  # nothing kept from the test before
-    return Storage(file.parent).read(f"{file.name}::{name}", admit)
-
-
-def refusal(file: Path, name: str) -> tuple[Status, str]:
-    with pytest.raises(ReadError) as caught:
-        read(file, name)
-    assert "\n" not in str(caught.value)
-    return caught.value.status, str(caught.value)
+    try:
+        return archive.read(str(path), admit)
+    except ReadError as error:
+        return status_of(error)
 
 
-def saved(folder: Path, name: str, data: bytes) -> Path:
-    (folder / name).write_bytes(data)
-    return folder / name
+def status_of(error: ReadError) -> Status:
+    assert re.fullmatch(r"(?!.*/tmp).+", str(error))
+    return error.status
 
 
-KINDS = {
-    "a.tar": tar_of(FILES),
-    "gnu.tar": tar_of(FILES, format=tarfile.GNU_FORMAT),
-    "a.zip": zip_of(FILES),
-    "STORED.ZIP": zip_of(FILES, zipfile.ZIP_STORED),
-    "prefix.zip": b"#!/bin/sh\n" + zip_of(FILES),
-}
+def listed(path: Path) -> list[str] | Status:
+    try:
+        with archive.images(path, path.parent) as (images, _):
+            return [name for name, _ in images]
+    except ReadError as error:
+        return status_of(error)
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_every_member_in_any_thread(tmp_path: Path, name: str) -> None:
-    saved(tmp_path, name, KINDS[name])
-    if name == "prefix.zip":  # begins like none
-        assert refusal(tmp_path / name, "site/00.png")[0] is Status.CORRUPT
-        return
-    storage = Storage(tmp_path)
-    with ThreadPoolExecutor(8) as pool:
-        wanted = list(FILES) * 5
-        found = pool.map(lambda member: storage.read(f"{name}::{member}", lambda size: None), wanted)
-        assert list(found) == [FILES[member] for member in wanted]
-    assert storage.exists(f"{name}::site/00.png")
-    assert not storage.exists(f"no-{name}::site/00.png")
+def batches(root: Path, paths: list[str], threads: int = 16) -> dict[str, bytes | Status]:
+    reader = Reader(root, batch_size=4, threads=threads, limits=Limits())
+    part = Part(0, np.arange(len(paths)), list(paths), pa.table({}))
+    found: dict[str, bytes | Status] = {}
+    for batch in reader.stage([part], Meter("read")):
+        for position, data in enumerate(batch.encoded):
+            path = paths[batch.start + position]
+            found[path] = data if batch.status[position] == Status.OK else Status(batch.status[position])
+    return found
 
 
-def test_long_and_strange_names(tmp_path: Path) -> None:
-    names = [
-        "a/" * 120 + "x.png",
-        "ü" * 90 + ".png",
-        "new\nline.png",
-        "../up.png",
-        "/root.png",
-        "a::b.tar::c.png",
+def test_scores_are_those_of_the_loose_files(
+    engine_run: Command, archive: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """One CSV over a .tar, a .zip and loose files; then the .tar alone, stopped and gone on with."""
+    names = sorted(path.name for path in archive.iterdir())[:12]
+    with tarfile.open(tmp_path / "a.tar", "w") as as_tar, zipfile.ZipFile(tmp_path / "B.ZIP", "w") as as_zip:
+        for name in reversed(names):
+            as_tar.add(archive / name, f"./ward 1/{name}")
+            as_zip.write(archive / name, f"Ü/{name}")
+        as_tar.add(archive / names[0], "./.hidden.png")
+    rows = [f"archive/{name}" for name in names] + [f"a.tar::ward 1/{name}" for name in names]
+    rows += [f"B.ZIP::Ü/{name}" for name in names] + ["a.tar::nowhere.png", "none.zip::x.png"]
+    pd.DataFrame({"path": rows}).to_csv(tmp_path / "m.csv", index=False)
+    run = engine_run("m.csv", "-b", bundle, "-o", "out", "--batch-size", 5)
+    assert run.returncode == 0, run.stderr
+    found = pd.read_parquet(tmp_path / "out").sort_values("row", ignore_index=True)
+    assert found.status.tolist() == ["ok"] * 36 + ["missing"] * 2
+    scores = [column for column in found if column.startswith("p_")]
+    loose, of_tar, of_zip = (found[scores].to_numpy()[start : start + 12] for start in (0, 12, 24))
+    assert np.array_equal(loose, of_tar)
+    assert np.array_equal(loose, of_zip)
+
+    for _ in range(2):
+        run = engine_run("a.tar", "-b", bundle, "-o", "whole", "--batch-size", 5)
+        assert run.returncode == 0, run.stderr
+        assert "listed 12 images; skipped 1 hidden" in run.stderr or "finished already" in run.stderr
+    whole = pd.read_parquet(tmp_path / "whole").sort_values("row", ignore_index=True)
+    assert whole.path.tolist() == [f"a.tar::ward 1/{name}" for name in reversed(names)]
+    assert np.array_equal(whole[scores].to_numpy()[::-1], loose)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_many_threads_read_one_archive(tmp_path: Path, make: Callable[..., Path]) -> None:
+    pictures = {f"d/{index}.png": PNG + bytes([index]) * index for index in range(200)}
+    place = make(tmp_path / ("x.tar" if make is tar else "x.zip"), list(pictures.items()))
+    before = threading.active_count()
+    with ThreadPoolExecutor(16) as pool:
+        names = random.Random(0).choices(list(pictures), k=3000)
+        for name, found in zip(names, pool.map(lambda name: outcome(f"{place}::{name}"), names), strict=True):
+            assert found == pictures[name]
+    assert threading.active_count() == before
+
+
+def test_each_row_of_a_hostile_tar_has_its_status(tmp_path: Path) -> None:
+    def special(kind: bytes, target: str = "") -> tarfile.TarInfo:
+        info = tarfile.TarInfo()
+        info.type, info.linkname = kind, target
+        return info
+
+    long = "/".join(["n" * 200] * 18) + "/x.png"
+    expected: list[tuple[str, Entry, bytes | Status]] = [
+        ("a.png", PNG, PNG),
+        ("../up.png", PNG, PNG),
+        ("/etc/abs.png", PNG, PNG),
+        ("two\nlines.png", PNG, PNG),
+        ("b.tar::c.png", PNG, PNG),
+        ("骨/Übersicht.png", PNG, PNG),
+        (long, PNG, PNG),
+        ("twice.png", b"first", b"second"),
+        ("twice.png", b"second", b"second"),
+        ("empty.png", b"", b""),
+        ("folder.png", special(tarfile.DIRTYPE), Status.UNREADABLE),
+        ("soft.png", special(tarfile.SYMTYPE, "a.png"), Status.UNREADABLE),
+        ("hard.png", special(tarfile.LNKTYPE, "a.png"), Status.UNREADABLE),
+        ("pipe.png", special(tarfile.FIFOTYPE), Status.UNREADABLE),
+        ("disk.png", special(tarfile.BLKTYPE), Status.UNREADABLE),
+        ("sparse.png", special(tarfile.GNUTYPE_SPARSE), Status.UNSUPPORTED),
     ]
-    files = {name: name.encode() for name in names}
-    for file in (saved(tmp_path, "n.tar", tar_of(files)), saved(tmp_path, "n.zip", zip_of(files))):
-        for name in names:
-            assert read(file, name) == files[name], (file, name)
+    for number, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        place = tar(
+            tmp_path / f"{number}.tar", [(name, content) for name, content, _ in expected], format=form
+        )
+        for name, _, status in expected:
+            assert outcome(f"{place}::{name}") == status, name
+        assert outcome(f"{place}::nowhere.png") == Status.MISSING
+        assert outcome(f"{place}::") == Status.MISSING
+        names = [name for name, _, _ in expected]
+        del names[7], names[names.index("folder.png")]
+        assert listed(place) == [f"{place.name}::{name}" for name in names]
+        with archive.images(place, tmp_path) as (_, left_out):
+            assert left_out == {"replaced by a later member of the same name": 1}
 
 
-def test_the_last_of_several_counts(tmp_path: Path) -> None:
-    twice = tar_of({"a": b"old"})[:1024] + tar_of({"a": b"newer", "b": b"b"})
-    assert read(saved(tmp_path, "t.tar", twice), "a") == b"newer"
+def test_a_name_that_is_not_utf8_is_still_a_row(tmp_path: Path) -> None:
+    place = tar(tmp_path / "x.tar", [("R\udcf6ntgen.png", PNG)], encoding="utf-8", errors="surrogateescape")
+    (row,) = listed(place)
+    assert row == r"x.tar::R\xf6ntgen.png"
+    assert outcome(tmp_path / row) == PNG
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as opened:
-        for name, kind in (("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE), ("dev", tarfile.CHRTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
-            opened.addfile(info)
-    file = saved(tmp_path, "l.tar", buffer.getvalue())
-    for name in ("link", "hard", "dev"):
-        assert refusal(file, name)[0] is Status.UNREADABLE
-    assert refusal(file, "none") == (Status.MISSING, "the archive has no such member")
-    assert refusal(tmp_path / "no.tar", "a")[0] is Status.MISSING
-    os.mkfifo(tmp_path / "fifo.tar")
-    assert refusal(tmp_path / "fifo.tar", "a")[0] in (Status.UNREADABLE, Status.CORRUPT)
-    (tmp_path / "folder.tar").mkdir()
-    assert refusal(tmp_path / "folder.tar", "a")[0] is Status.UNREADABLE
+def patched(place: Path, offset: int, value: bytes) -> Path:
+    """The same archive with other bytes in the directory entry of its only member."""
+    data = bytearray(place.read_bytes())
+    at = data.rfind(b"PK\x01\x02") + offset
+    data[at : at + len(value)] = value
+    place.write_bytes(data)
+    return place
 
 
-def test_zip_members_that_can_not_be_had(tmp_path: Path) -> None:
-    data = bytearray(zip_of({"a": b"a" * 5000}))
-    entry = data.index(b"PK\x01\x02")
-    for change, status in (
-        (("<H", 8, 1), Status.UNREADABLE),  # encrypted
-        (("<H", 10, 12), Status.UNSUPPORTED),  # bzip2
-        (("<I", 16, 12345), Status.CORRUPT),  # another checksum
-        (("<I", 24, 4999), Status.CORRUPT),  # shorter than it is
-        (("<I", 24, 5001), Status.CORRUPT),  # longer
-        (("<I", 24, 0xFFFFFFF0), Status.TOO_LARGE),
-        (("<I", 42, 7), Status.CORRUPT),  # a header that is elsewhere
-    ):
-        form, place, value = change
-        wrong = bytearray(data)
-        struct.pack_into(form, wrong, entry + place, value)
-        assert refusal(saved(tmp_path, "w.zip", bytes(wrong)), "a")[0] is status, change
-    flipped = bytearray(data)
-    flipped[40] ^= 0x55
-    assert refusal(saved(tmp_path, "f.zip", bytes(flipped)), "a")[0] is Status.CORRUPT
+FLAGS, METHOD, CRC, PACKED, SIZE, LOCAL = 8, 10, 16, 20, 24, 42
 
 
-def test_a_bomb_is_never_inflated(tmp_path: Path) -> None:
-    file = saved(tmp_path, "bomb.zip", zip_of({"a": bytes(300 * MEGABYTE)}))
-    assert refusal(file, "a") == (Status.TOO_LARGE, f"{300 * MEGABYTE} bytes")
-    lying = bytearray(file.read_bytes())
-    struct.pack_into("<I", lying, lying.index(b"PK\x01\x02") + 24, 1000)
-    assert refusal(saved(tmp_path, "lying.zip", bytes(lying)), "a")[0] is Status.CORRUPT
+@pytest.mark.parametrize(
+    ("offset", "value", "status"),
+    [
+        (FLAGS, b"\1\0", Status.UNREADABLE),
+        (METHOD, b"\x0e\0", Status.UNSUPPORTED),
+        (METHOD, b"\0\0", Status.CORRUPT),
+        (CRC, b"\1\2\3\4", Status.CORRUPT),
+        (PACKED, b"\1\0\0\0", Status.CORRUPT),
+        (PACKED, b"\0\0\0\x70", Status.CORRUPT),
+        (SIZE, b"\1\0\0\0", Status.CORRUPT),
+        (SIZE, b"\0\0\x0f\0", Status.CORRUPT),
+        (SIZE, b"\0\0\0\x70", Status.TOO_LARGE),
+        (LOCAL, b"\1\0\0\0", Status.CORRUPT),
+        (LOCAL, b"\0\0\0\x70", Status.CORRUPT),
+    ],
+)
+def test_a_zip_that_lies_about_a_member(tmp_path: Path, offset: int, value: bytes, status: Status) -> None:
+    place = patched(zipped(tmp_path / "x.zip", [("a.png", PNG)]), offset, value)
+    assert outcome(f"{place}::a.png") == status
+    assert listed(place) == ["x.zip::a.png"]
 
 
-@pytest.mark.parametrize("name", ["a.tar", "a.zip"])
-def test_cut_anywhere(tmp_path: Path, name: str) -> None:
-    """Each member is itself or has a reason; a tar gives what lies before the cut."""
-    whole = KINDS[name]
-    for end in range(0, len(whole), 3 * 512):
-        file = saved(tmp_path, name, whole[:end])
-        given, statuses = 0, set()
-        for member in FILES:
-            try:
-                given += read(file, member) == FILES[member]
-            except ReadError as error:
-                statuses.add(error.status)
-        assert statuses <= {Status.CORRUPT, Status.TRUNCATED, Status.MISSING}, end
-        assert given == 0 if name.endswith("zip") else given <= end // 512
+def test_a_bomb_is_refused_or_stops_at_its_declared_size(tmp_path: Path) -> None:
+    place = zipped(tmp_path / "x.zip", [("a.png", bytes(64 << 20))])
+    tracemalloc.start()
+    assert outcome(f"{place}::a.png") == Status.TOO_LARGE
+    patched(place, SIZE, struct.pack("<I", 100_000))
+    assert outcome(f"{place}::a.png") == Status.UNREADABLE, "it changed"
+    archive._archives.drop(str(place))
+    assert outcome(f"{place}::a.png") == Status.CORRUPT
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
 
 
-def test_damaged_bytes_never_raise_anything_else(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    for name in ("a.tar", "a.zip"):
-        for _ in range(150):
-            data = bytearray(KINDS[name])
-            for _ in range(rng.randrange(1, 20)):
-                data[rng.randrange(len(data))] = rng.randrange(256)
-            file = saved(tmp_path, name, bytes(data))
-            for member in ("site/03.png", "site/19.png"):
-                with suppress(ReadError):
-                    found = read(file, member)
-                    assert name == "a.tar" or found == FILES[member]
+def test_zip_links_folders_twins_and_wide_fields(tmp_path: Path) -> None:
+    place = tmp_path / "x.zip"
+    with zipfile.ZipFile(place, "w") as opened:
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = 0o120777 << 16
+        opened.writestr(link, "a.png")
+        opened.writestr("d.png/", b"")
+        with opened.open("wide.png", "w", force_zip64=True) as member:
+            member.write(PNG)
+        opened.writestr("twice.png", b"first")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            opened.writestr("twice.png", PNG)
+    place.write_bytes(b"#!/bin/sh\n" + place.read_bytes())  # as a self-extracting archive begins
+    assert outcome(f"{place}::link.png") == Status.UNREADABLE
+    assert outcome(f"{place}::d.png/") == Status.UNREADABLE
+    assert outcome(f"{place}::wide.png") == outcome(f"{place}::twice.png") == PNG
+    assert listed(place) == ["x.zip::link.png", "x.zip::wide.png", "x.zip::twice.png"]
 
 
-def test_an_archive_as_manifest(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "in", 6)
-    loose = engine_run(folder, "-b", bundle, "-o", "loose")
-    assert loose.returncode == 0
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir(), reverse=True)}
-    extra = {"__MACOSX/x.png": PNG, ".hidden.png": PNG, "notes.txt": b"hello", "broken.png": b""}
-    expected = pd.read_parquet(tmp_path / "loose").set_index("path")
-    for name, make in (("a.tar", tar_of), ("a.zip", zip_of)):
-        file = saved(tmp_path, name, make(files | extra))
-        done = engine_run(file, "-b", bundle, "-o", f"out-{name}", "--part-rows", 4)
-        assert done.returncode == 0, done.stderr
-        assert "listed 7 images; skipped 2 hidden, 1 not images" in done.stderr
-        rows = pd.read_parquet(tmp_path / f"out-{name}")
-        assert list(rows["path"]) == [f"{name}::{member}" for member in [*files, "broken.png"]]
-        assert list(rows["status"]) == ["ok"] * 6 + ["empty"]
-        for path, score in zip(rows["path"][:6], rows["p_normal"], strict=False):
-            assert score == expected["p_normal"][path.split("::")[1]]
-        again = engine_run(file, "-b", bundle, "-o", f"out-{name}", "--part-rows", 4)
-        assert (again.returncode, "finished already" in again.stderr) == (0, True)
+@pytest.mark.parametrize("make", MAKERS)
+def test_cut_anywhere(tmp_path: Path, make: Callable[..., Path]) -> None:
+    """A member gives its own bytes or a status, and a shorter archive is never taken for a whole one."""
+    noise = random.Random(1)
+    contents = {f"{index}.png": PNG + noise.randbytes(900) for index in range(8)}
+    whole = make(tmp_path / "whole", list(contents.items())).read_bytes()
+    end = len(whole.rstrip(b"\0")) if make is tar else len(whole)
+    statuses = set()
+    for length in range(0, end, 512):
+        place = tmp_path / (f"{length}.tar" if make is tar else f"{length}.zip")
+        place.write_bytes(whole[:length])
+        for name, content in contents.items():
+            found = outcome(f"{place}::{name}")
+            statuses.add(found if isinstance(found, Status) else "ok")
+            assert found == content or found in (Status.TRUNCATED, Status.CORRUPT, Status.MISSING)
+        listing = listed(place)
+        if isinstance(listing, list):
+            assert make is tar, "which may end where a member does"
+            assert all(isinstance(outcome(tmp_path / row), bytes) for row in listing)
+        else:
+            assert listing in (Status.TRUNCATED, Status.CORRUPT)
+    assert Status.TRUNCATED in statuses
 
 
-def test_archives_that_are_none(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
-    saved(tmp_path, "cut.tar", KINDS["a.tar"][:5000])
-    saved(tmp_path, "cut.zip", KINDS["a.zip"][:5000])
-    for name in ("cut.tar", "cut.zip"):
-        done = engine_run(tmp_path / name, "-b", bundle, "-o", "out")
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("make", MAKERS)
+def test_damage_anywhere(tmp_path: Path, make: Callable[..., Path]) -> None:
+    rng = random.Random(2)
+    contents = {f"{index}.png": PNG[: 60 + index] for index in range(4)}
+    whole = make(tmp_path / "whole", list(contents.items())).read_bytes()
+    place = tmp_path / ("x.tar" if make is tar else "x.zip")
+    for _ in range(600):
+        data = bytearray(whole)
+        for _ in range(rng.choice((1, 4, 30))):
+            at = rng.randrange(len(data))
+            data[at : at + 4] = rng.choice((rng.randbytes(1), b"\xff\xff\xff\xff", b"\0\0\0\0"))
+        place.write_bytes(data)
+        archive._archives.drop(str(place))
+        for name, content in contents.items():
+            found = outcome(f"{place}::{name}")
+            if make is zipped:  # which has checksums
+                assert isinstance(found, Status) or found == content
+        listing = listed(place)
+        for row in listing if isinstance(listing, list) else []:
+            outcome(tmp_path / row)
 
 
-def test_members_in_a_list(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
-    saved(tmp_path, "a.tar", KINDS["a.tar"])
-    (tmp_path / "list.csv").write_text("path\na.tar::site/03.png\na.tar::none\nb.zip::x\n")
-    done = engine_run(tmp_path / "list.csv", "-b", bundle, "-o", "out")
-    assert done.returncode == 0, done.stderr
-    assert list(pd.read_parquet(tmp_path / "out")["status"]) == ["ok", "missing", "missing"]
+def header(kind: bytes, content: bytes, size: bytes | None = None) -> bytes:
+    """A block of a .tar with any size field and what follows it."""
+    info = tarfile.TarInfo("x.png")
+    info.type, info.size = kind, len(content)
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    if size is not None:
+        block[124:136] = size
+        block[148:156] = b" " * 8
+        block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block) + content + bytes(-len(content) % 512)
+
+
+def negative(size: int) -> bytes:
+    return (size + (1 << 96)).to_bytes(12)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        header(tarfile.REGTYPE, b"", negative(-1024)),
+        header(tarfile.XHDTYPE, b"", negative(-1024)),
+        header(tarfile.REGTYPE, b"", b"\x80" + b"\xff" * 11),
+        header(tarfile.GNUTYPE_LONGNAME, b"", b"\x80" + bytes(3) + b"\xff" * 8),
+        header(tarfile.GNUTYPE_LONGNAME, bytes(1 << 20)),
+        header(tarfile.XHDTYPE, b"1" * 15_000),
+        header(tarfile.XHDTYPE, b"2 " * 5_000 + b"x="),
+        header(tarfile.XHDTYPE, b"24 GNU.sparse.major=1\n" * 2),
+        header(tarfile.XHDTYPE, b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n")
+        + header(tarfile.REGTYPE, b"9999999\n" + b"0\n" * 500_000),
+        header(tarfile.XHDTYPE, b"") * 3000,
+        b"".join(header(tarfile.XGLTYPE, b"9 k%03d=1\n" % n) + header(b"0", b"") for n in range(999)),
+        header(tarfile.XHDTYPE, b"19 path=a\0b/../c.png\n"),
+        header(tarfile.XHDTYPE, b"30 size=99999999999999999999\n"),
+        header(b"Z", b"abc"),
+    ],
+)
+def test_hostile_headers_of_a_tar(tmp_path: Path, hostile: bytes) -> None:
+    good = header(b"0", PNG).replace(b"x.png", b"y.png", 1)
+    data = tar(tmp_path / "good", [("y.png", PNG)]).read_bytes()[: 512 + len(PNG) + (-len(PNG)) % 512]
+    assert len(good) == len(data)
+    place = tmp_path / "x.tar"
+    place.write_bytes(data + hostile + header(b"0", PNG) + bytes(1024))
+    tracemalloc.start()
+    assert outcome(f"{place}::y.png") == PNG, "what comes before is sound"
+    outcome(f"{place}::x.png")
+    listing = listed(place)
+    assert isinstance(listing, list) or listing in (Status.TRUNCATED, Status.CORRUPT, Status.UNSUPPORTED)
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+
+
+def test_a_directory_of_millions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = zipped(tmp_path / "x.zip", [(f"{index}", b"x") for index in range(2000)])
+    monkeypatch.setattr(archive, "MAX_ZIP_MEMBERS", 1000)
+    assert outcome(f"{place}::1") == Status.UNSUPPORTED
+    archive._archives.drop(str(place))
+    monkeypatch.setattr(archive, "MAX_ZIP_DIRECTORY", 10_000)
+    assert outcome(f"{place}::1") == Status.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "status"),
+    [
+        ("x.tar", b"", Status.TRUNCATED),
+        ("x.tar", b"no archive" * 200, Status.CORRUPT),
+        ("x.zip", b"no archive" * 200, Status.TRUNCATED),
+        ("x.tar.gz", b"\x1f\x8b\x08\0 and so on", Status.UNSUPPORTED),
+        ("x.tar", b"\x28\xb5\x2f\xfd and so on", Status.UNSUPPORTED),
+        ("x.tgz", b"\x1f\x8b\x08\0 and so on", Status.UNSUPPORTED),
+    ],
+)
+def test_what_is_no_archive(tmp_path: Path, name: str, content: bytes, status: Status) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert outcome(f"{tmp_path / name}::a.png") == status
+    if content:
+        with pytest.raises(UsageError, match=rf"{name}: the archive"):
+            open_manifest(tmp_path / name, listing=tmp_path / "listing.parquet")
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+
+
+def test_no_regular_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.tar")
+    (tmp_path / "y.tar").mkdir()
+    assert outcome(f"{tmp_path}/x.tar::a") == outcome(f"{tmp_path}/y.tar::a") == Status.UNREADABLE
+
+
+def test_a_plain_file_of_that_name_where_there_is_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "x.tar::a.png").write_bytes(PNG)
+    (tmp_path / "d.zip::e").mkdir()
+    tar(tmp_path / "d.zip::e" / "y.tar", [("a.png", PNG)])
+    assert outcome(tmp_path / "x.tar::a.png") == PNG
+    assert outcome(f"{tmp_path}/d.zip::e/y.tar::a.png") == PNG
+    assert archive.exists(f"{tmp_path}/x.tar::a.png")
+    tar(tmp_path / "x.tar", [("b.png", PNG)])
+    assert outcome(tmp_path / "x.tar::a.png") == Status.MISSING
+    assert archive.exists(f"{tmp_path}/x.tar::no-such-member")
+    assert not archive.exists(f"{tmp_path}/z.tar::a.png")
+
+
+def test_an_archive_that_changes_or_goes_away(tmp_path: Path) -> None:
+    place = tar(tmp_path / "x.tar", [(f"{index}.png", PNG) for index in range(8)])
+    rows = [f"x.tar::{index}.png" for index in range(8)]
+    assert set(batches(tmp_path, rows).values()) == {PNG}
+    with tarfile.open(place, "a") as opened:
+        opened.add(__file__)
+    assert set(batches(tmp_path, rows).values()) == {Status.UNREADABLE}
+    loose = tmp_path / "loose.png"
+    loose.write_bytes(PNG)
+    place.unlink()
+    found = batches(tmp_path, ["loose.png", *rows], threads=1)
+    assert found.pop("loose.png") == PNG
+    assert set(found.values()) == {Status.MISSING}
+    place = tar(tmp_path / "y.tar", [(f"{index}.png", PNG) for index in range(8)])
+    reader = Reader(tmp_path, batch_size=1, threads=1, limits=Limits(), ahead=False)
+    rows = [f"y.tar::{index}.png" for index in range(8)]
+    stage = reader.stage([Part(0, np.arange(8), rows, pa.table({}))], Meter("read"))
+    next(stage)
+    place.unlink()
+    with pytest.raises(EngineError, match="disappeared"):
+        list(stage)
+
+
+def test_few_archives_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "HELD_ARCHIVES", 4)
+    monkeypatch.setattr(archive, "HELD_MEMBERS", 5)
+    first = tar(tmp_path / "0.tar", [("a", b"0"), ("b", b"1")])
+    for index in range(1, 12):
+        shutil.copy(first, tmp_path / f"{index}.tar")
+    before = len(os.listdir("/proc/self/fd"))
+    for index in [*range(12), 0]:
+        assert outcome(f"{tmp_path}/{index}.tar::b") == b"1"
+        assert len(archive._archives._held) <= 2
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+
+
+def test_waiting_for_an_index_is_not_a_hanging_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indexing takes four times as long as a read may; every row is read all the same."""
+    place = tar(tmp_path / "x.tar", [(f"{index}.png", PNG) for index in range(16)])
+    members = archive._tar_members
+
+    def slowly(pread: object, size: int):
+        for member in members(pread, size):
+            threading.Event().wait(0.15)
+            yield member
+
+    monkeypatch.setattr(archive, "_tar_members", slowly)
+    monkeypatch.setattr(archive, "ALIVE_EVERY", 1)
+    reader = Reader(tmp_path, batch_size=4, threads=4, limits=Limits(), timeout_s=0.6)
+    rows = [f"{place.name}::{index}.png" for index in range(16)]
+    stage = reader.stage([Part(0, np.arange(16), rows, pa.table({}))], Meter("read"))
+    assert [status for batch in stage for status in batch.status] == [Status.OK] * 16
+
+
+def test_what_is_listed_is_decided_by_content(tmp_path: Path) -> None:
+    members = [
+        ("b/no extension", PNG),
+        ("a/notes.txt", b"not an image"),
+        ("a/broken.PNG", b"not an image either"),
+        ("__MACOSX/a/._x.png", PNG),
+        ("a/.DS_Store", b"x"),
+        (".git/x.png", PNG),
+        ("./a/y.jpg", b""),
+        ("IM000001", bytes(128) + b"DICM" + bytes(20)),
+    ]
+    images = ["b/no extension", "a/broken.PNG", "a/y.jpg", "IM000001"]
+    for make, name in ((tar, "x.tar"), (zipped, "x.zip")):
+        place = make(tmp_path / name, members)
+        listing = tmp_path / f"{name}.parquet"
+        manifest = open_manifest(place, listing=listing)
+        (part,) = manifest.parts(100)
+        assert part.paths == [f"{name}::{image}" for image in images]
+        assert manifest.root == tmp_path
+        assert manifest.skipped == {"not images": 1, "hidden": 3}
+        place.write_bytes(b"other")
+        assert open_manifest(place.rename(tmp_path / f"moved-{name}"), listing=listing).rows == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "complaint"),
+    [
+        ("images.dat", tar, "rename it"),
+        ("sheet.xlsx", zipped, "rename it"),
+        ("x.tar", tar, "listed 0 images; skipped 1 not images"),
+    ],
+)
+def test_a_manifest_that_is_no_archive_of_images(
+    tmp_path: Path, name: str, make: Callable[..., Path], complaint: str
+) -> None:
+    with pytest.raises(UsageError, match=complaint) as caught:
+        open_manifest(make(tmp_path / name, [("x.xml", b"<x>")]), listing=tmp_path / "listing.parquet")
+    assert "\n" not in str(caught.value)
+
+
+def test_crc_of_a_stored_member(tmp_path: Path) -> None:
+    place = zipped(tmp_path / "x.zip", [("a.png", PNG)], zipfile.ZIP_STORED)
+    data = place.read_bytes()
+    assert zlib.crc32(PNG).to_bytes(4, "little") in data
+    place.write_bytes(data.replace(PNG[-20:], bytes(20)))
+    assert outcome(f"{place}::a.png") == Status.CORRUPT
