@@ -328,6 +328,10 @@ def _check_paths(settings: Settings) -> None:
     """A wrong manifest or root must not leave an output folder behind."""
     manifest, root = settings.manifest, settings.root
     if isinstance(manifest, Url):
+        if manifest.path.endswith("/") or not manifest.key:
+            raise UsageError(
+                f"manifest {manifest}: a folder there can't be listed; give a list of its images"
+            )
         return
     if not manifest.exists():
         raise UsageError(f"manifest {manifest}: no such file or folder")
