@@ -41,6 +41,7 @@ THREADS = 16  # that look into files; storage far away answers many at once
 AHEAD = 256  # files being looked at
 CHUNK = 65_536  # rows written at once
 _SKIPPED = "skipped"
+_FILE, _FOLDER = "file", "folder"
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -93,17 +94,24 @@ class Listing:
                 path = f"{below}{entry.name}"
                 if own and entry.name in ours and Path(entry).resolve() in (own, own.with_name(ours[1])):
                     continue
-                if entry.name.startswith("."):
-                    self.skipped["hidden"] += 1
-                elif _is_folder(entry):
-                    folders.append(path + "/")
-                elif entry.is_symlink() and entry.is_dir():
-                    self.skipped["links to folders"] += 1
-                elif self.wants(path):
+                kind = self._kind(entry, path)
+                if kind == _FILE:
                     yield entry, path
+                elif kind == _FOLDER:
+                    folders.append(path + "/")
                 else:
-                    self.skipped["excluded"] += 1
+                    self.skipped[kind] += 1
             waiting += reversed(folders)
+
+    def _kind(self, entry: os.DirEntry[str], path: str) -> str:
+        """_FILE, _FOLDER, or why it is left out."""
+        if entry.name.startswith("."):
+            return "hidden"
+        if _is_folder(entry):
+            return "excluded" if self._excluded.match_file(path + "/") else _FOLDER
+        if entry.is_symlink() and entry.is_dir():
+            return "links to folders"
+        return _FILE if self.wants(path) else "excluded"
 
     def _looked_at(self, item: tuple[os.DirEntry[str], str]) -> Entry | str:
         """An entry, or why there is none."""
@@ -118,8 +126,8 @@ class Listing:
                 with open(os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as opened:
                     if not header.may_be_image(start := opened.read(header.START)):
                         return "archives" if archive.kind_of(start) else "not images"
-        except OSError:
-            return Entry(name, None, None) if LOOKS_LIKE_IMAGE.search(path) else "not readable"
+        except OSError:  # its row will say so
+            return Entry(name, None, None)
         return Entry(name, info.st_size, _moment(info))
 
     def archive(self, file: Path, spool: Path) -> Iterator[Entry]:
