@@ -63,7 +63,7 @@ START = 132  # bytes of a file that may_be_image wants
 
 def may_be_image(start: bytes) -> bool:
     """Whether a file that begins so has one of the formats here, or may be DICOM without preamble."""
-    return any(module.matches(start) for module in _FORMATS.values()) or start[:2] in dicom.FIRST_GROUPS
+    return any(module.matches(start) for module in _FORMATS.values()) or dicom.begins_without_preamble(start)
 
 
 def _name(data: bytes) -> str:

@@ -22,7 +22,7 @@ from engine.records import Status
 MODALITIES = ("CR", "DX", "RG", "RF", "XA", "MG", "PX", "IO", "OT", "SC", "BMD", "DXA")
 MAX_HEADER = 16 << 20  # bytes before the pixels of a deflated file
 MAX_FRAGMENTS = 200_000
-FIRST_GROUPS = (b"\x02\0", b"\x08\0", b"\0\x08")  # that a file without preamble begins with
+_LAST_FIRST, _LONGEST_FIRST = 0x0100, 1024  # element number and bytes of what a file may begin with
 # fmt: off
 _OTHERS = frozenset((  # that an error may name
     "AU", "CT", "DOC", "ECG", "ES", "GM", "IVOCT", "IVUS", "KO", "MR", "NM", "OCT", "OP", "OPT", "PR", "PT",
@@ -85,9 +85,22 @@ def matches(data: bytes) -> bool:
     return data[128:132] == b"DICM"
 
 
+def begins_without_preamble(start: bytes) -> bool:
+    """Whether bytes begin with an element as a file without preamble does: of group 2 or 8, and short."""
+    order = {b"\x02\0": "<", b"\x08\0": "<", b"\0\x08": ">"}.get(start[:2])
+    if order is None or len(start) < 8:
+        return False
+    element, length = (
+        struct.unpack_from(order + "H", start, 2)[0],
+        struct.unpack_from(order + "I", start, 4)[0],
+    )
+    explicit = start[4:6].isalpha() and start[4:6].isupper()
+    return element <= _LAST_FIRST and (explicit or (length <= _LONGEST_FIRST and length % 2 == 0))
+
+
 def lacks_preamble(data: bytes) -> bool:
     """Whether the bytes are DICOM without preamble: an element of group 2 or 8 first, an image behind it."""
-    if data[:2] not in FIRST_GROUPS:
+    if not begins_without_preamble(data):
         return False
     _import()
     try:

@@ -55,10 +55,13 @@ def _jpeg(frame: bytes, runner: Any, shape: Shape) -> Samples:
         if precision == 8 and marker != 0xC3:
             return np.asarray(simplejpeg.decode_jpeg(frame, "GRAY", strict=True))
         return np.asarray(codec.run(imagecodecs.jpeg8_decode, frame))
-    if marker == 0xC3 or runner.photometric_interpretation == "RGB":
-        return np.asarray(codec.run(imagecodecs.jpeg8_decode, frame, colorspace="RGB", outcolorspace="RGB"))
-    runner.set_option("photometric_interpretation", "RGB")
-    return np.asarray(simplejpeg.decode_jpeg(frame, "RGB", strict=True))
+    untransformed = runner.photometric_interpretation == "RGB"  # whatever libjpeg would guess
+    if marker != 0xC3:
+        samples = np.asarray(simplejpeg.decode_jpeg(frame, "RGB", strict=True))
+        if not untransformed:
+            runner.set_option("photometric_interpretation", "RGB")
+            return samples
+    return np.asarray(codec.run(imagecodecs.jpeg8_decode, frame, colorspace="RGB", outcolorspace="RGB"))
 
 
 def _jpeg_ls(frame: bytes, runner: Any, shape: Shape) -> Samples:
