@@ -317,7 +317,7 @@ def _list_new(
             say(f"{changed} has changed since {earlier.place}: all {whole.rows} rows are screened")
             rows = whole.copy_to(listing)
         else:
-            rows = write_new(whole, earlier, listing)
+            rows = write_new(whole, earlier, options, listing)
             say(f"{rows} of {whole.rows} rows are new or changed since {earlier.place}")
     if not rows:
         listing.unlink()

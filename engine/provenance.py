@@ -72,6 +72,7 @@ def describe(
         "manifest": None if hidden else str(absolute(manifest.source)),
         "rows": manifest.rows,
         "not_listed": manifest.skipped,
+        "since": str(absolute(settings.since)) if settings.since else None,
         "bundle": None if hidden else str(models.path.absolute()),
         "classes": list(models.classes),
         "weights": {member.name: member.weight for member in models.members},

@@ -21,7 +21,7 @@ from engine.manifest import Manifest
 from engine.records import Status
 from engine.run_folder import RunFolder, parts_of
 from engine.sink import part_name
-from engine.storage.location import Place
+from engine.storage.location import Place, parse
 from engine.store import atomic
 
 # result options whose change makes old scores worthless
@@ -41,6 +41,7 @@ class Earlier:
         assert run is not None
         self._files, self._run, self.options = folder.files, run, run["result_options"]
         self.run_id: str = run["run_id"]
+        self.before: str | None = run["since"]  # where the run is that this one itself was since
         if not folder.succeeded():
             raise UsageError(f"--since {results}: that run is not finished")
         if self.options["redacted_by"]:
@@ -51,12 +52,28 @@ class Earlier:
         changed = [words for name, words in _DECISIVE.items() if self.options[name] != options[name]]
         return changed[0] if changed else None
 
-    def keys(self) -> Keys:
-        """Of the rows that need no second look, sorted; 16 bytes each."""
+    def keys(self, options: dict[str, str]) -> Keys:
+        """Of the rows that need no second look, sorted; 16 bytes each.
+
+        What this run left out because of one before it counts too, while that one is still there.
+        """
+        found: list[Keys] = []
+        run, seen = self, set[str]()
+        while run.run_id not in seen and run.differs(options) is None:
+            seen.add(run.run_id)
+            found += run._own_keys()
+            if run.before is None:
+                break
+            try:
+                run = Earlier(parse(run.before))
+            except UsageError:  # it is gone: its rows are screened again
+                break
+        return np.sort(np.concatenate(found))
+
+    def _own_keys(self) -> Iterator[Keys]:
         prefix = self.options["column_prefix"]
         names = [PATH, prefix + SIZE, prefix + MODIFIED, "status"]
         done = pa.array([Status.OK.label, Status.SKIPPED.label])
-        found = []
         for index in range(parts_of(self._run)):
             there = self._files.read(part_name(index), pq.read_schema).names
             if missing := set(names) - set(there):
@@ -66,11 +83,10 @@ class Earlier:
                 )
             table = self._files.read(part_name(index), partial(pq.read_table, columns=names))
             table = table.filter(pc.is_in(table.column("status"), value_set=done))
-            found.append(_keys(self.options["root"], *table.columns[:3]))
-        return np.sort(np.concatenate(found))
+            yield _keys(self.options["root"], *table.columns[:3])
 
 
-def write_new(manifest: Manifest, earlier: Earlier, target: Path) -> int:
+def write_new(manifest: Manifest, earlier: Earlier, options: dict[str, str], target: Path) -> int:
     """Write what is new or changed in `manifest` since `earlier`; returns its rows. Raises UsageError."""
     columns = manifest.columns
     if not pa.types.is_timestamp(_type(columns, MODIFIED)) or not pa.types.is_integer(_type(columns, SIZE)):
@@ -78,7 +94,7 @@ def write_new(manifest: Manifest, earlier: Earlier, target: Path) -> int:
             f"manifest {manifest.source}: --since needs columns {SIZE} and {MODIFIED}; make the list with "
             "python -m engine.manifest"
         )
-    known, rows = earlier.keys(), 0
+    known, rows = earlier.keys(options), 0
     root = str(manifest.root)
     with (
         atomic(target) as temporary,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -196,11 +197,16 @@ def test_since_screens_what_is_new_or_changed(engine_run: Command, bundle: Path,
     again = engine_run(folder, "-b", bundle, "-o", "tuesday", "--since", "monday")
     assert (again.returncode, "finished already" in again.stderr) == (0, True)
     (folder / "broken.jpg").unlink()
-    nothing = engine_run(
-        folder, "-b", bundle, "-o", "wednesday", "--since", "tuesday", "--include", "new.png"
-    )
+    (folder / "newer.png").write_bytes(PNG)
+    # what Tuesday left out because of Monday is not new on Wednesday
+    done = engine_run(folder, "-b", bundle, "-o", "wednesday", "--since", "tuesday")
+    assert "1 of 7 rows are new or changed since" in done.stderr, done.stderr
+    nothing = engine_run(folder, "-b", bundle, "-o", "thursday", "--since", "wednesday")
     assert (nothing.returncode, "nothing is new" in nothing.stderr) == (0, True), nothing.stderr
-    assert not (tmp_path / "wednesday").exists()
+    assert not (tmp_path / "thursday").exists()
+    shutil.rmtree(tmp_path / "monday")
+    done = engine_run(folder, "-b", bundle, "-o", "friday", "--since", "wednesday")
+    assert "3 of 7 rows are new or changed since" in done.stderr, done.stderr
 
 
 def test_since_another_bundle_screens_all(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
