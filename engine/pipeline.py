@@ -327,6 +327,8 @@ def _list_new(
 def _check_paths(settings: Settings) -> None:
     """A wrong manifest or root must not leave an output folder behind."""
     manifest, root = settings.manifest, settings.root
+    if isinstance(root, Url) and root.query:
+        raise UsageError(f"--root {root}?...: a folder has no query; give it without")
     if isinstance(manifest, Url):
         if manifest.path.endswith("/") or not manifest.key:
             raise UsageError(

@@ -137,7 +137,7 @@ class _Reading:
         self._pending: deque[_Job] = deque()  # in manifest order
         self._aside: list[_Job] = []
         self._witnesses: deque[str] = deque(maxlen=WITNESSES)
-        self._remote = False
+        self._remote, self._at_once = False, reader.threads  # jobs
         self._denied = 0  # reads that were refused before any went well
         self._hung = 0
         self._closed = False
@@ -152,15 +152,15 @@ class _Reading:
     def ahead(self) -> float:
         """How many jobs may be in flight beyond the one that is handed on next."""
         if self._remote:
-            return self._meter.lanes
-        return min(self._reader.threads, 1 + self._latency_s / AHEAD_EVERY_S) if self._reader.ahead else 0
+            return self._at_once
+        return min(self._at_once, 1 + self._latency_s / AHEAD_EVERY_S) if self._reader.ahead else 0
 
     def _go_remote(self) -> None:
         """From here on a job is one file, and as many are in flight as two batches have."""
         fewest, most = REMOTE_FILES
         self._remote = True
-        self._meter.lanes = max(fewest, min(2 * self._reader.batch_size, most))
-        while len(self._threads) < self._meter.lanes:
+        self._meter.lanes = self._at_once = max(fewest, min(2 * self._reader.batch_size, most))
+        while len(self._threads) < self._at_once:
             self._add_thread()
 
     def begin(self, part: Part, start: int) -> None:
@@ -230,11 +230,7 @@ class _Reading:
         if job.done:
             return True
         now = time.monotonic()
-        if (
-            job.attempt.slow_for(now) > PATIENCE_S
-            and not job.aside
-            and len(self._aside) < self._reader.threads
-        ):
+        if job.attempt.slow_for(now) > PATIENCE_S and not job.aside and len(self._aside) < self._at_once:
             self._set_aside(job)
         for slow in {*self._aside, job}:
             overdue = slow.attempt.slow_for(now) > self._reader.timeout_s

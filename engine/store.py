@@ -149,9 +149,8 @@ class ObjectFolder:
     """A prefix of an object store.
 
     The lock is an object that its owner writes anew every BEAT_S seconds. It counts for nothing STALE_S
-    seconds after the last time, at once if the owner was a process of this machine that is gone. Two
-    processes that start in the same instant may both get it, which is harmless: parts are the same whoever
-    writes them.
+    seconds after the last time, at once if the owner was a process of this machine that is gone. Two that
+    start in the same instant may both get it: harmless, since parts are the same whoever writes them.
     """
 
     def __init__(self, location: Url) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import urllib3
 
 IN_FLIGHT = 256  # connections that are kept for a host
-CONNECT_S, SILENCE_S = 10, 20
+CONNECT_S, SILENCE_S = 5, 10  # without an answer, without a byte
 REDIRECTS = 5
 PIECE = 1 << 20  # bytes that are read at once where a server does not say how many come
 MOST = 64 << 20  # where it does

@@ -23,7 +23,7 @@ from engine.storage.location import Url
 
 IN_FLIGHT = 256  # requests that a file system may have open
 PIECE = 64 << 20  # bytes of one request
-CONNECT_S, SILENCE_S = 10, 20  # without an answer, without a byte
+CONNECT_S, SILENCE_S = 5, 10  # without an answer, without a byte
 
 _making = threading.Lock()
 _FROM = re.compile(r"AWS Error|google::cloud|Azure|curl")
@@ -60,13 +60,13 @@ _WORDS: tuple[tuple[str, Status, str, bool, bool], ...] = (
 
 
 def pieces(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes of one object: most come in one piece. Raises ReadError."""
-    files, path = filesystem(url), path_of(url)
+    """The bytes of one object: most come in one piece. Raises ReadError.
+
+    It takes a HEAD and a GET: pyarrow gives no way to get the size with the bytes.
+    """
     with named_errors():
-        # a HEAD and a GET: pyarrow gives no way to get the size with the bytes
-        opened = files.open_input_file(path)
+        opened, left = _opened(filesystem(url), path_of(url))
     with opened:
-        left = opened.size()
         admit(left)
         while left:
             with named_errors():
@@ -88,6 +88,17 @@ def piece(file: Any, count: int, start: int) -> bytes:
     """So many bytes from `start`. Raises ReadError."""
     with named_errors():
         return bytes(file.read_at(count, start))
+
+
+def _opened(files: fs.FileSystem, path: str) -> tuple[pa.NativeFile, int]:
+    if not isinstance(files, fs.GcsFileSystem):
+        opened = files.open_input_file(path)
+        return opened, opened.size()
+    # there a file of random access waits for the network with the interpreter lock held
+    info = files.get_file_info(path)
+    if info.type != fs.FileType.File:
+        raise FileNotFoundError
+    return files.open_input_stream(path), info.size
 
 
 def exists(url: Url) -> bool:
@@ -151,7 +162,7 @@ def _gs() -> fs.FileSystem:
         anonymous=_asked("GS_NO_SIGN_REQUEST"),
         scheme=scheme or ("http" if endpoint else "https"),
         endpoint_override=endpoint or None,
-        retry_time_limit=timedelta(seconds=CONNECT_S),
+        retry_time_limit=timedelta(seconds=1),  # as above
     )
 
 
