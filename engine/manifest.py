@@ -9,11 +9,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
+import shutil
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, Protocol
 
 import numpy as np
@@ -173,13 +175,21 @@ def _open_copy(url: Url, **options: Any) -> Manifest:
     """A manifest that is fetched first; the copy goes when the manifest does."""
     from engine.storage import remote
 
-    folder = TemporaryDirectory(prefix="engine-")
-    copy = remote.fetched_manifest(url, Path(folder.name))
+    scratch = _Scratch()
+    copy = remote.fetched_manifest(url, scratch.folder)
     try:
         found = open_manifest(copy, **options)
     except UsageError as error:
         raise UsageError(str(error).replace(str(copy), str(url))) from None
-    return replace(found, source=url, _copy=folder)
+    return replace(found, source=url, _copy=scratch)
+
+
+class _Scratch:
+    """A temporary folder that goes when nothing refers to this any more."""
+
+    def __init__(self) -> None:
+        self.folder = Path(mkdtemp(prefix="engine-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:
