@@ -286,7 +286,7 @@ def host_cost(work: Path, rows: int) -> dict[str, Any]:
     """
     manifest = tiny_archive(work, rows)
     opened = open_manifest(manifest)
-    layout = Layout(("normal", "osteopenia", "osteoporosis"), ("a", "b"), opened.columns, "")
+    layout = Layout(("normal", "osteopenia", "osteoporosis"), ("a", "b"), opened.columns, "", uids=False)
     reader = Reader(opened.root, CPU_BATCH, READ_THREADS, limits=Limits())
 
     def run() -> int:

@@ -180,7 +180,7 @@ def test_the_whole_network_is_trained_stopped_and_gone_on_with(
     tmp_path: Path, images: Path, training: Command
 ) -> None:
     """A kill during the epochs of the second member; the outcome is that of an undisturbed training."""
-    whole = [images, *SMALL, "--epochs", "4", "--seed", "3"]
+    whole = [images, *SMALL, "--epochs", "3", "--seed", "3"]
     undisturbed = training(*whole, "-o", "a")
     assert undisturbed.returncode == 0, undisturbed.stderr
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
