@@ -31,7 +31,7 @@ def is_available(syntax: str) -> bool:
     return syntax in _DECODERS
 
 
-def decode_frame(frame: bytes, runner: Any) -> bytes:
+def decode_frame(frame: bytes, runner: Any) -> Samples:
     """pydicom's plugin protocol: an encoded frame to samples in rows, their colours together.
 
     Raises ValueError when it is damaged or not what the data set announces.
@@ -43,7 +43,8 @@ def decode_frame(frame: bytes, runner: Any) -> bytes:
     runner.set_option("bits_allocated", 8 * samples.dtype.itemsize)
     if shape[2] == 3:
         runner.set_option("planar_configuration", 0)
-    return samples.tobytes()
+    flat: Samples = np.ascontiguousarray(samples)
+    return flat  # pydicom takes anything with a buffer
 
 
 def _jpeg(frame: bytes, runner: Any, shape: Shape) -> Samples:
