@@ -25,6 +25,7 @@ import pytest
 from botocore.config import Config
 from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
+from werkzeug.serving import WSGIRequestHandler
 
 from engine.errors import EngineError, UsageError
 from engine.overlap import Meter
@@ -52,6 +53,7 @@ IMAGES = 40
 def moto() -> Iterator[int]:
     """The port of an S3 server."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    WSGIRequestHandler.disable_nagle_algorithm = True  # 40 ms for each answer otherwise
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     yield server.get_host_and_port()[1]
@@ -279,18 +281,10 @@ def test_many_reads_are_in_flight(proxy: Proxy, names: list[str]) -> None:
     assert proxy.most_in_flight > 40
 
 
-def test_an_archive_that_never_answered_is_no_archive_of_unreadable_images(
-    start: Start,
-    engine_run: Command,
-    bundle: Path,
-    proxy: Proxy,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+def test_an_archive_that_refuses_all_is_no_archive_of_unreadable_images(
+    engine_run: Command, bundle: Path, proxy: Proxy, tmp_path: Path
 ) -> None:
     (tmp_path / "m.csv").write_bytes(csv([f"s3://archive/knees/{row}.png" for row in range(500)]))
-    with monkeypatch.context() as context:
-        context.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens
-        down = start("m.csv", "-o", "down")
     wrong = b"<Error><Code>InvalidAccessKeyId</Code><Message>of someone</Message></Error>"
     for body, complaint in ((wrong, "the storage does not accept the credentials"), (b"", "access denied")):
         proxy.refuse = lambda method, path, body=body: (403, {}, b"" if method == "HEAD" else body)
@@ -299,10 +293,6 @@ def test_an_archive_that_never_answered_is_no_archive_of_unreadable_images(
         assert run.stderr.splitlines()[-1] == (
             f"error: images at s3://archive: {complaint}; the same command goes on when that is mended"
         )
-    _, said = down.communicate(timeout=60)
-    assert down.returncode == 1
-    assert "images at s3://archive: the storage does not answer" in said
-    assert "Traceback" not in said
     assert not list(tmp_path.glob("*/part-*"))
 
 
@@ -318,10 +308,11 @@ def test_a_bucket_that_may_not_be_listed_can_be_read(proxy: Proxy, names: list[s
     assert statuses(found).count(Status.OK) == IMAGES
 
 
-def test_an_endpoint_that_goes_down_ends_the_run_and_the_same_command_goes_on(
+def test_an_endpoint_that_is_down_ends_the_run_and_the_same_command_goes_on(
     start: Start,
     engine_run: Command,
     proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
     local: pa.Table,
     names: list[str],
     bundle: Path,
@@ -333,11 +324,16 @@ def test_an_endpoint_that_goes_down_ends_the_run_and_the_same_command_goes_on(
     process = start("m.csv", "--part-rows", "41")
     wait_for(process, lambda: len(list((tmp_path / "results").glob("part-*"))) >= 2)
     proxy.refuse = lambda method, path: (503, {}, b"")
+    with monkeypatch.context() as context:
+        context.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens
+        never = start("m.csv", "-o", "never")
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert said.splitlines()[-1].startswith(
-        "error: the images have disappeared: s3://archive or a folder below"
-    )
+    assert said.splitlines()[-1].startswith("error: the images have disappeared: s3://archive or")
+    _, said = never.communicate(timeout=60)
+    assert never.returncode == 1
+    assert said.splitlines()[-1].startswith("error: images at s3://archive: the storage does not answer; ")
+    assert not list((tmp_path / "never").glob("part-*"))
     proxy.refuse, proxy.latency_s = (lambda method, path: None), 0
     run = engine_run("m.csv", "-b", bundle)
     assert run.returncode == 0, run.stderr
