@@ -43,8 +43,7 @@ def decode_frame(frame: bytes, runner: Any) -> Samples:
     runner.set_option("bits_allocated", 8 * samples.dtype.itemsize)
     if shape[2] == 3:
         runner.set_option("planar_configuration", 0)
-    flat: Samples = np.ascontiguousarray(samples)
-    return flat  # pydicom takes anything with a buffer
+    return samples if samples.flags.c_contiguous else samples.copy()  # pydicom takes anything with a buffer
 
 
 def _jpeg(frame: bytes, runner: Any, shape: Shape) -> Samples:
