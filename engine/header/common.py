@@ -12,7 +12,7 @@ INT32_MAX = (1 << 31) - 1
 
 _PEAK_BYTES_PER_PIXEL = {
     "bmp": 6,
-    "dicom": 30,
+    "dicom": 20,
     "gif": 4,
     "jpeg": 4,
     "jpeg2000": 27,
