@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Screen a list of bone radiographs: one row of class probabilities per image.",
         epilog=f"{EXAMPLE}\n\n{NOTICE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # what is asked for stands on the command line in full
     )
     add = parser.add_argument
     add(
