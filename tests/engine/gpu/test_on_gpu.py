@@ -14,8 +14,10 @@ from benchmarks.gpu.bundle import proof_bundle
 from benchmarks.gpu.members import overlap
 from engine import bundle as bundles
 from engine.gpu.decode import Decoding, GpuPreprocess
+from engine.gpu.frames import FrameGraph
 from engine.gpu.stages import check_canaries
 from engine.gpu.step import GpuStep
+from engine.header import parse
 from engine.overlap import Meter
 from engine.preprocess.stage import Preprocess, load_pixels
 from engine.reader import Reader
@@ -24,6 +26,7 @@ from engine.runners import choose, open_runner
 from engine.settings import Limits
 from tests.conftest import Command, write_images
 from tests.engine.gpu.test_stages import rows_of
+from tests.images import smooth
 
 pytestmark = pytest.mark.gpu
 LIMIT = 5e-3  # of a probability, FP16 against float32
@@ -141,3 +144,26 @@ def test_one_line_for_more_than_the_memory_holds(engine_run, archive, proof):
     if run.returncode:
         assert "is out of memory with batches of 2048" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_dicom_frames_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """Lossless syntaxes: what nvImageCodec decodes differs by DALI's two resizers alone."""
+    pytest.importorskip("pydicom")
+    from benchmarks.dicom_files import dicom
+
+    samples = smooth(600, 500, seed=1).astype(np.uint16) * 16
+    files = {}
+    for number, syntax in enumerate(("jpeg2000", "htj2k", "jpeg-sv1", "jpeg-p14")):
+        window = {"WindowCenter": 2000, "WindowWidth": 3000} if number % 2 else {}
+        data = dicom(samples, syntax, bits=12, **window)
+        (tmp_path / f"{number}.dcm").write_bytes(data)
+        files[number] = (data, parse(data, 1_000_000))
+    expected = load_pixels([tmp_path / f"{number}.dcm" for number in files]).pixels
+    graph = FrameGraph(size=(224, 224), batch_size=8, threads=4, device_id=0)
+    found = graph.run(files)
+    print("nvImageCodec decodes", found.decoded, "and refuses", found.refused)
+    assert 0 in found.decoded, "JPEG 2000"
+    assert found.flags.get(0) == ["window_fallback"]
+    pixels = np.asarray(found.tensors[0].as_cpu())
+    difference = np.abs(pixels.astype(int) - expected[found.decoded])
+    assert difference.max() <= 2
