@@ -72,7 +72,7 @@ def retry(
             models,
             folder.files,
             min(failed),
-            uids=options["include_uids"],
+            uids=options.get("include_uids", False),
             redaction=settings.redaction,
         )
         folder.withdraw()
@@ -85,10 +85,10 @@ def retry(
 
 def _same_redaction(settings: Settings, options: dict[str, Any]) -> Redaction | None:
     given = settings.redaction
-    if (given.key if given else None) != options["redacted_by"]:
+    if (given.key if given else None) != options.get("redacted_by"):
         raise UsageError(
             f"results {settings.manifest}: its paths are hashed; give --redact and --paths-from its manifest"
-            if options["redacted_by"]
+            if options.get("redacted_by")
             else f"results {settings.manifest}: its paths are not hashed; leave --redact out"
         )
     return replace(given, keep=tuple(options["kept_columns"])) if given else None

@@ -41,15 +41,15 @@ class Earlier:
         assert run is not None
         self._files, self._run, self.options = folder.files, run, run["result_options"]
         self.run_id: str = run["run_id"]
-        self.before: str | None = run["since"]  # where the run is that this one itself was since
+        self.before: str | None = run.get("since")  # where the run is that this one itself was since
         if not folder.succeeded():
             raise UsageError(f"--since {results}: that run is not finished")
-        if self.options["redacted_by"]:
+        if self.options.get("redacted_by"):
             raise UsageError(f"--since {results}: its paths are hashed, so nothing can be compared")
 
     def differs(self, options: dict[str, str]) -> str | None:
         """What makes its scores worthless beside those of a run with `options`, if anything does."""
-        changed = [words for name, words in _DECISIVE.items() if self.options[name] != options[name]]
+        changed = [words for name, words in _DECISIVE.items() if self.options.get(name) != options[name]]
         return changed[0] if changed else None
 
     def keys(self, options: dict[str, str]) -> Keys:
