@@ -61,7 +61,8 @@ def read_salt(file: Path | None) -> bytes:
 def scrubbed(text: str, known: Iterable[tuple[str, str]] = ()) -> str:
     """A line of the log without paths: `known` ones by what stands for them, others as [path]."""
     for path, word in sorted(known, key=lambda pair: -len(pair[0])):
-        text = text.replace(path, word)
+        if len(path) > 2:  # "a" is a word
+            text = re.sub(rf"(?<!\w){re.escape(path)}(?!\w)", word, text)
     if "manifest " in text:  # an error that shows cells or columns
         text = _QUOTED.sub("[value]", text)
     return _LIKE_PATHS.sub("[path]", text)

@@ -167,10 +167,11 @@ def test_salts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_line_of_the_log_without_paths() -> None:
-    known = [("/data", "ROOT"), ("/data/DOE", "MANIFEST")]
+    known = [("/data", "ROOT"), ("/data/DOE", "MANIFEST"), ("a", "ROOT"), ("DOE", "ROOT")]
     for text, expected in (
         ("12/40 rows, 25.2 images/s, 0 errors, ETA 0:01:02", None),
         ("error: manifest /data/DOE: no such file", "error: manifest MANIFEST: no such file"),
+        ("error: --root DOE: not a folder", "error: --root ROOT: not a folder"),
         ("error: /mnt/x/y.png: read error", "error: [path]: read error"),
         ("error: s3://bucket/DOE.dcm is gone", "error: [path] is gone"),
         (
