@@ -143,7 +143,13 @@ def open_manifest(
     """
     if isinstance(source, Url):
         return _open_copy(
-            source, path_column=path_column, root=root or source.parent, listing=listing, since=since
+            source,
+            path_column=path_column,
+            root=root or source.parent,
+            listing=listing,
+            include=include,
+            exclude=exclude,
+            since=since,
         )
     try:
         whole = has_to_be_listed(source)

@@ -144,13 +144,8 @@ def _frame(data: bytes, header: Header) -> npt.NDArray[np.uint8]:
     from pydicom.encaps import get_frame
 
     layout: Layout = header.layout
-    dataset = layout.dataset
-    offsets = dataset.get("ExtendedOffsetTable"), dataset.get("ExtendedOffsetTableLengths")
     frame = get_frame(
-        data[slice(*layout.span)],
-        0,
-        number_of_frames=layout.frames,
-        extended_offsets=offsets if all(offsets) else None,
+        data[slice(*layout.span)], 0, number_of_frames=layout.frames, extended_offsets=layout.offsets
     )
     if layout.compression == "JPEG 2000":
         jpeg2000.parse(frame, limit := Limit(sys.maxsize), frame=True)

@@ -81,6 +81,12 @@ class Layout(NamedTuple):
     signed: bool
     frames: int
 
+    @property
+    def offsets(self) -> tuple[Any, Any] | None:
+        """The extended offset table and its lengths, where the file has them."""
+        found = self.dataset.get("ExtendedOffsetTable"), self.dataset.get("ExtendedOffsetTableLengths")
+        return found if all(found) else None
+
 
 def matches(data: bytes) -> bool:
     return data[128:132] == b"DICM"

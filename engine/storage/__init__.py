@@ -1,7 +1,7 @@
 """Where images live: a path of the manifest to the bytes of one file.
 
-One module per kind of place: `local.py`; `remote.py` for URLs and `archive.py` for members of archives, which
-are imported for the first of them.
+One module per kind of place: `local.py`; `archive.py` for members of archives; `remote.py` for URLs, which is
+imported for the first of them.
 """
 
 from __future__ import annotations

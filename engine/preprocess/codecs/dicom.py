@@ -49,9 +49,8 @@ def _stored(data: bytes, header: Header, layout: Layout) -> tuple[Samples, str]:
     }
     if encapsulated:
         options["decoding_plugin"] = frames.PLUGIN
-        offsets = layout.dataset.get("ExtendedOffsetTable"), layout.dataset.get("ExtendedOffsetTableLengths")
-        if all(offsets):
-            options["extended_offsets"] = offsets
+        if layout.offsets:
+            options["extended_offsets"] = layout.offsets
     else:
         options |= {"pixel_vr": "OW" if layout.words else "OB", "correct_unused_bits": False}
     decoder = get_decoder(layout.syntax)
