@@ -15,9 +15,10 @@ import pydicom
 import pydicom.data
 import pytest
 from pydicom import Dataset
+from pydicom.encaps import encapsulate, encapsulate_extended
 from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
-from benchmarks.dicom_files import LOSSLESS, LOSSY, dicom
+from benchmarks.dicom_files import LOSSLESS, LOSSY, dicom, frame
 from engine import header
 from engine.header import Header, HeaderError
 from engine.header import dicom as dicom_header
@@ -252,6 +253,24 @@ def test_unused_bits_do_not_count() -> None:
     assert np.array_equal(high, gray(dicom(TWELVE, bits=12, **more)))
 
 
+@pytest.mark.parametrize("syntax", ["jpeg-sv1", "jpeg2000"])
+@pytest.mark.parametrize("offsets", ["basic", "extended", "none"])
+def test_the_first_of_several_frames_however_they_are_cut(syntax: str, offsets: str) -> None:
+    """Two frames in two fragments each, found by either offset table or by none."""
+    frames = [frame(samples, syntax, 12) for samples in (TWELVE, TWELVE // 2)]
+    data = pydicom.dcmread(io.BytesIO(dicom(TWELVE, syntax, bits=12, NumberOfFrames=2)))
+    if offsets == "extended":
+        data.PixelData, data.ExtendedOffsetTable, data.ExtendedOffsetTableLengths = encapsulate_extended(
+            frames
+        )
+    else:
+        data.PixelData = encapsulate(frames, fragments_per_frame=2, has_bot=offsets == "basic")
+    data["PixelData"].is_undefined_length = True
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, data)
+    assert np.array_equal(gray(file.getvalue()), gray(dicom(TWELVE, bits=12)))
+
+
 def test_flags() -> None:
     frames = dicom(np.concatenate([TWELVE, TWELVE // 2]), bits=12, Rows=61, NumberOfFrames=2)
     assert flags(frames) == ["first_frame", "window_fallback"]
@@ -334,9 +353,9 @@ def test_a_frame_of_another_size_is_refused_before_it_is_decoded() -> None:
     for syntax in ("jpeg-sv1", "jpeg-ls", "jpeg2000", "rle"):
         data = dicom(TWELVE, syntax, bits=12, Rows=60)
         assert verdict(data) == "corrupt: the image is damaged", syntax
-    frame = dicom(TWELVE, "jpeg-sv1", bits=12)
-    place = frame.index(b"\xff\xc3") + 5
-    bomb = frame[:place] + b"\xff\xdc\xff\xdc" + frame[place + 4 :]  # 65500 x 65500
+    file = dicom(TWELVE, "jpeg-sv1", bits=12)
+    place = file.index(b"\xff\xc3") + 5
+    bomb = file[:place] + b"\xff\xdc\xff\xdc" + file[place + 4 :]  # 65500 x 65500
     assert verdict(bomb) == "corrupt: the image is damaged"
 
 
