@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy.stats import bootstrap
 
 from engine import bundle, ensemble, header
 from engine.bundle import DECODES, Bundle, Decode
@@ -124,6 +123,8 @@ def ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, float]:
     ratios = np.divide(slow, quick)
     found = {"median": float(np.median(ratios))}
     if np.ptp(ratios):
+        from scipy.stats import bootstrap  # of the extra "training": only here
+
         interval = bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
         found |= {"low": float(interval.low), "high": float(interval.high)}
     return found
