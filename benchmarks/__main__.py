@@ -42,6 +42,10 @@ def decode_of(names: Names) -> None:
     one.add_argument("--width", type=int, default=2140, help="pixels (%(default)s)")
     one.add_argument("--height", type=int, default=1760, help="pixels (%(default)s)")
     one.add_argument("--seconds", type=float, default=1.0, help="a figure (%(default)s)")
+    one.add_argument("--rounds", type=int, default=9, help="of --decode fast and its peers (%(default)s)")
+    one.add_argument("--images", type=int, default=16, help="synthetic ones for these (%(default)s)")
+    one.add_argument("--radiographs", type=Path, metavar="DIR", help="JPEGs in their place")
+    one.add_argument("-b", "--bundle", type=Path, help="whose scores on fast and exact pixels are compared")
     _output(one, decode.main)
 
 

@@ -2,6 +2,7 @@
 
 Beside the engine: Pillow, OpenCV and plain pydicom (with Pillow), each as its documentation suggests, where
 it opens the file at all. The image is one synthetic 12-bit radiograph-like field, or its upper 8 bits.
+`benchmarks.fast` adds what `--decode fast` gains and changes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import record
+from benchmarks import fast, record
 from benchmarks.dicom_files import LOSSLESS, LOSSY, dicom
 from engine import header
 from engine.preprocess.codecs import decode
@@ -168,13 +169,30 @@ def main(console: Console, options: Any) -> None:
         table.add_row(name, f"{len(data) / 1e6:.1f}", f"{megapixels:.0f}", *cells)
     console.print(table)
     limited = {name: found[name]["images_per_s_and_core"]["engine"] for name in LIMITED}
-    console.print(f"aim: {LIMIT:g} images/s and core of {', '.join(LIMITED)}", highlight=False)
+    console.print(f"aim: {LIMIT:g} images/s and core of {', '.join(LIMITED)}\n", highlight=False)
+    beside = fast.figures(options.radiographs, options.bundle, rounds=options.rounds, count=options.images)
+    _show(console, beside)
     figures = {
         "work": {"image": f"{width} x {height}, 12 bits or their upper 8, to {SIZE[0]} x {SIZE[1]} gray"},
         "formats": found,
         "aim": {"images_per_s_and_core": LIMIT, "of": limited},
+        "fast": beside,
     }
     target = options.output / "decode-cpu.json"
     command = f"decode --width {width} --height {height} --seconds {options.seconds:g}"
     record.write(target, command, figures, before=before)
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    """What `--decode fast` gains and changes."""
+    table = Table("images/s and core", *found["images_per_s_and_core"], box=None, pad_edge=False)
+    table.add_row(found["images"], *(f"{value:.0f}" for value in found["images_per_s_and_core"].values()))
+    against = (f"{ratio['median']:.2f}" for ratio in found["fast_against"].values())
+    table.add_row("fast is so much faster", "", *against)
+    console.print(table)
+    for name in ("gray_levels_from_exact", "scores_from_exact"):
+        for key, value in (found[name] or {}).items():
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            console.print(f"{name}, {key}: {shown}".replace("_", " "), highlight=False)
+    console.print(f"aim: {fast.AIM:g} x pillow", highlight=False)

@@ -109,6 +109,7 @@ class Stages:
             batch_size=CPU_BATCH,
             threads=workers,
             decoding_bytes=Limits().decoding_bytes,
+            decode=models.decode,
         )
 
     def costs(self, rows: int) -> dict[str, Cost]:

@@ -42,7 +42,7 @@ def calibration_pixels(bundle: Bundle, options: Options) -> tuple[Pixels, str]:
         paths = [path for part in manifest.parts(1024) for path in part.paths if path]
     every = max(1, len(paths) // options.calibration_images)
     chosen = [manifest.root / path for path in paths[::every][: options.calibration_images]]
-    loaded = load_pixels(chosen, size=bundle.size)
+    loaded = load_pixels(chosen, size=bundle.size, decode=bundle.decode)
     if not len(loaded.pixels):
         _, status, error = loaded.failures[0]
         raise UsageError(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from engine.errors import UsageError
 
@@ -19,6 +19,8 @@ DESCRIPTION = "ensemble.json"
 _MEMBER_NAME = re.compile(r"[a-z0-9_]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SIDE = 8192
+Decode = Literal["exact", "fast"]  # JPEG in full, or near the size that is needed by a scaled DCT
+DECODES: tuple[Decode, ...] = get_args(Decode)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -45,7 +47,7 @@ class Bundle:
     classes: tuple[str, ...]
     size: tuple[int, int]  # height, width of the pixels [N, 1, H, W]
     normalization: Literal["none", "imagenet"]  # after the division by 255, inside the graphs
-    decode: str
+    decode: Decode  # of the images it was trained on
     temperature: float
     members: tuple[Member, ...]
     canaries: BundleFile
@@ -96,7 +98,7 @@ def _parse(path: Path, data: dict[str, Any], sha256: str) -> Bundle:
     )
     size = tuple(shape[side] for side in ("height", "width"))
     _expect(all(type(side) is int and 1 <= side <= _MAX_SIDE for side in size), f"input of size {size}")
-    _expect(data["decode"] in ("exact", "fast"), f"decode {data['decode']!r}; allowed: exact, fast")
+    _expect(data["decode"] in DECODES, f"decode {data['decode']!r}; allowed: {', '.join(DECODES)}")
     return Bundle(
         path,
         _classes(data["classes"]),

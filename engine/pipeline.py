@@ -83,6 +83,7 @@ def screen(
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     models = bundle.load(settings.bundle)
+    _check_decode(settings, models)
     choice = choose(
         settings.runner,
         settings.device,
@@ -194,6 +195,7 @@ class Stages:
             batch_size=self.opening.run["result_options"]["batch_size"],
             threads=workers,
             decoding_bytes=settings.limits.decoding_bytes,
+            decode=models.decode,
         )
         self.preprocess = stack.enter_context(preprocess)
         members = open_members(stack, self.opening)
@@ -322,6 +324,15 @@ def _list_new(
     if not rows:
         listing.unlink()
         raise NothingNew(f"nothing is new since {earlier.place}; nothing was written")
+
+
+def _check_decode(settings: Settings, models: Bundle) -> None:
+    """Scores are for pixels like those that the bundle was trained on."""
+    if settings.decode not in (None, models.decode):
+        raise UsageError(
+            f"--decode {settings.decode}: bundle {models.path} was trained with {models.decode}; leave the "
+            f"option out, or train one with: python -m training DATA -o BUNDLE --decode {settings.decode}"
+        )
 
 
 def _check_paths(settings: Settings) -> None:

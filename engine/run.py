@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TextIO, cast
 
 from rich.console import Console
 
+from engine.bundle import DECODES
 from engine.errors import EngineError, NothingNew, Stopped, UsageError
 from engine.ledger import Summary
 from engine.listing import add_globs
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
     add("--precision", choices=PRECISIONS, help="of the members (fp16 on a GPU, fp32 on a CPU)")
+    add("--decode", choices=DECODES, help="of JPEG, as the bundle was trained (its own); another is refused")
     add(
         "--batch-size",
         type=_count(MAX_BATCH),

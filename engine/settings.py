@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from pathlib import Path
 
+from engine.bundle import Decode
 from engine.errors import UsageError
 from engine.privacy import Redaction
 from engine.storage.location import Place, parse
@@ -54,6 +55,7 @@ class Settings:
     device: str = "auto"
     runner: str = "auto"
     precision: str | None = None
+    decode: Decode | None = None  # as the bundle says; another is refused
     batch_size: int | None = None
     part_rows: int | None = None
     path_column: str | None = None

@@ -52,6 +52,7 @@ def write_bundle(
     size: tuple[int, int] = (64, 64),
     weights: tuple[float, ...] = (0.6, 0.4),
     temperature: float = 1.0,
+    decode: str = "exact",
 ) -> Path:
     """A bundle as training writes it, with one member for each weight."""
     (folder / "canaries").mkdir(parents=True)
@@ -73,7 +74,7 @@ def write_bundle(
         "format": 1,
         "classes": list(classes),
         "input": {"height": size[0], "width": size[1], "channels": 1, "dtype": "uint8"},
-        "decode": "exact",
+        "decode": decode,
         "temperature": temperature,
         "members": members,
         "canaries": _file(folder, "canaries/canaries.safetensors"),

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from engine.bundle import DECODES
 from engine.errors import EngineError, UsageError
 from training.settings import Balance, Duplicates, Normalization, Options, Schedule, choices
 
@@ -121,6 +122,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         choices=choices(Duplicates),
     )
     add("--allow-leak", "use the split that the data comes with even if it leaks", action="store_true")
+    add(
+        "--decode",
+        "of JPEG: in full, or fast by a scaled DCT, which the bundle then asks of screening",
+        choices=DECODES,
+    )
     add("--check-data", "look at the data and stop", action="store_true")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from engine.bundle import Decode
 from engine.header import Header
 from engine.preprocess.stage import load_pixels
 from training.listing import Labels, Listing, check_counts
@@ -71,9 +72,9 @@ class Dataset:
         return replace(self, labels=self.labels[positions], pixels=self.pixels[positions], **chosen)
 
 
-def load(listing: Listing, *, size: tuple[int, int], progress: Progress) -> Dataset:
+def load(listing: Listing, *, size: tuple[int, int], decode: Decode = "exact", progress: Progress) -> Dataset:
     """Decode everything at `size` = (height, width). Raises UsageError when a class has too few left."""
-    loaded = load_pixels(listing.paths, size=size, progress=progress)
+    loaded = load_pixels(listing.paths, size=size, decode=decode, progress=progress)
     labels = listing.labels[loaded.index]
     check_counts(labels, listing.classes, "readable images")
     paths = [listing.paths[position] for position in loaded.index]

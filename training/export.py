@@ -24,7 +24,7 @@ from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import save as tensors_to_bytes
 
 from engine import bundle as bundles
-from engine.bundle import IMAGENET_MEAN, IMAGENET_STD
+from engine.bundle import IMAGENET_MEAN, IMAGENET_STD, Decode
 from engine.ensemble import fuse, softmax
 from engine.errors import ParityError, UsageError
 from engine.network import Network, folded
@@ -63,7 +63,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         )
 
 
-def canary_pixels(*, size: tuple[int, int]) -> Pixels:
+def canary_pixels(*, size: tuple[int, int], decode: Decode = "exact") -> Pixels:
     """Synthetic radiographs through the engine's preprocess graph: uint8 [32, 1, H, W]. Never a patient's."""
     from engine.preprocess.stage import load_pixels
     from training.synthetic import write_archive
@@ -74,7 +74,7 @@ def canary_pixels(*, size: tuple[int, int]) -> Pixels:
             folder, count=CANARIES, seed=CANARY_SEED, size_range=CANARY_SIDES, balance="balanced", processes=1
         )
         images = sorted(path for path in folder.rglob("*.*") if path != manifest)
-        loaded = load_pixels(images, size=size)
+        loaded = load_pixels(images, size=size, decode=decode)
     assert len(loaded.pixels) == CANARIES, loaded.failures
     return loaded.pixels
 
@@ -87,15 +87,16 @@ def write_bundle(
     canaries: Pixels,
     check: Pixels,
     training: dict[str, Any],
+    decode: Decode = "exact",
     temperature: float = 1.0,
     documents: Mapping[str, str] = MappingProxyType({}),
     overwrite: bool = False,
 ) -> None:
     """Write a bundle at `target`, whole or not at all.
 
-    `canaries` and `check` are uint8 [N, 1, H, W]; every exported graph is compared with its network on
-    both. `documents` are texts by file name, for people. Raises UsageError for a target that exists,
-    ParityError for a graph that differs.
+    `canaries` and `check` are uint8 [N, 1, H, W], decoded as `decode` says; every exported graph is compared
+    with its network on both. `documents` are texts by file name, for people. Raises UsageError for a target
+    that exists, ParityError for a graph that differs.
     """
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def write_bundle(
             "format": bundles.FORMAT,
             "classes": list(classes),
             "input": _input(canaries, members),
-            "decode": "exact",
+            "decode": decode,
             "temperature": temperature,
             "members": [_describe(unfinished, member) for member in members],
             "canaries": _file(unfinished, "canaries/canaries.safetensors"),

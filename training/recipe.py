@@ -75,7 +75,7 @@ def prepare(options: Options, state: State, step: Step, note: Note) -> Prepared:
         for plan in plan_members(options):  # wrong weights fail before the long part
             plan.build(options, len(listing.classes))
     with step("decode images", len(listing.paths)) as progress:
-        dataset = load(listing, size=options.size, progress=progress)
+        dataset = load(listing, size=options.size, decode=options.decode, progress=progress)
     state.write_table("left_out.csv", ("path", "status", "error"), dataset.failures)
     if dataset.failures:
         note(
@@ -148,7 +148,8 @@ def write(
                 for member, weight in zip(trained, mix.weights, strict=True)
             ],
             classes=dataset.classes,
-            canaries=export.canary_pixels(size=options.size),
+            canaries=export.canary_pixels(size=options.size, decode=options.decode),
+            decode=options.decode,
             check=dataset.pixels[_spread(prepared.parts.validation, PARITY_IMAGES)],
             training=_facts(options, trained, evaluation),
             temperature=mix.temperature,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from engine.bundle import Decode
 from engine.errors import UsageError
 
 Schedule = Literal["cosine", "plateau"]
@@ -53,6 +54,7 @@ class Options:
     weights: Sequence[str] = ("imagenet",)  # one for all members, or one per member
     size: tuple[int, int] = (224, 224)  # height, width
     normalization: Normalization = "none"
+    decode: Decode = "exact"  # of JPEG; screening has to do the same
     # recipe
     freeze: bool = False
     copies: int = 4  # augmented copies of each training image whose features are cached

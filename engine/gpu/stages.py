@@ -193,6 +193,7 @@ def _open_preprocess(stack: ExitStack, opening: Opening) -> GpuPreprocess:
             batch_size=min(batch_size, 4 * threads),
             threads=threads,
             decoding_bytes=opening.settings.limits.decoding_bytes,
+            decode=models.decode,
         )
     )
 
@@ -212,9 +213,10 @@ def _open_preprocess(stack: ExitStack, opening: Opening) -> GpuPreprocess:
 
     cpu.decoder.await_start()
     if "decoding" not in tuned:
-        strict = opening.run["result_options"]["decoder"] == "cpu"
-        decoding = Decoding(cpu_share=1.0 if strict else 0.0)
-        if not strict and opening.manifest and opening.run["rows"] >= tuning.TUNE_ROWS:
+        # DALI has no scaled DCT, and its full decode gives pixels that a fast bundle was not trained on
+        on_cpu = opening.run["result_options"]["decoder"] == "cpu" or models.decode == "fast"
+        decoding = Decoding(cpu_share=1.0 if on_cpu else 0.0)
+        if not on_cpu and opening.manifest and opening.run["rows"] >= tuning.TUNE_ROWS:
             opening.say("tuning the decoding on the first images")
             sample = _first_batches(opening)
             decoding, tuned["decoding_tried"] = tuning.tune(sample, rate)

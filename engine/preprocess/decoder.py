@@ -14,9 +14,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from engine.bundle import Decode
 from engine.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -52,9 +54,10 @@ class Reply:
 class Decoder:
     """The engine's end. The process starts at once, and anew after a crash."""
 
-    def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int) -> None:
+    def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int, decode: Decode) -> None:
         self.size, self.batch_size, self.crashes = size, batch_size, 0
-        numbers = (*size, batch_size, threads, DECODE_TIMEOUT_S, RETIRE_BYTES, RETIRE_FAILURES)
+        fast = int(decode == "fast")
+        numbers = (*size, batch_size, threads, fast, DECODE_TIMEOUT_S, RETIRE_BYTES, RETIRE_FAILURES)
         self._arguments = [str(number) for number in numbers]
         self._start()
 
@@ -154,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):  # short of memory, this process goes and not the engine
         Path("/proc/self/oom_score_adj").write_text("500")
-    descriptor, height, width, batch_size, threads, timeout_s, *retire = map(int, arguments)
+    descriptor, height, width, batch_size, threads, fast, timeout_s, *retire = map(int, arguments)
     connection = Connection(descriptor)
     try:
         graph = _graph(height, width, batch_size, threads)
@@ -165,7 +168,8 @@ def main(arguments: Sequence[str]) -> None:
     with open(os.devnull, "w") as nowhere:  # the libraries' words about single files
         os.dup2(nowhere.fileno(), 2)
     with contextlib.suppress(EOFError, ConnectionError), ThreadPoolExecutor(threads) as pool:
-        _serve(connection, graph, pool, timeout_s, *retire)
+        decoded = partial(_decoded, least=graph.size if fast else None)
+        _serve(connection, graph, decoded, pool, timeout_s, *retire)
 
 
 def _graph(height: int, width: int, batch_size: int, threads: int) -> Graph:
@@ -179,6 +183,7 @@ def _graph(height: int, width: int, batch_size: int, threads: int) -> Graph:
 def _serve(
     connection: Connection,
     graph: Graph,
+    decode: Callable[[bytes], Decoded | str],
     pool: ThreadPoolExecutor,
     timeout_s: int,
     retire_bytes: int,
@@ -189,9 +194,13 @@ def _serve(
     for number in range(1, sys.maxsize):
         images = [connection.recv_bytes() for _ in range(int(connection.recv_bytes()))]
         signal.setitimer(signal.ITIMER_REAL, timeout_s)  # its signal ends the process
-        found = list(pool.map(_decoded, images))
-        decoded = [image.gray for image in found if not isinstance(image, str)]
-        pixels = graph.run(decoded).tobytes() if decoded else b""
+        found = list(pool.map(decode, images))
+        decoded = [image for image in found if not isinstance(image, str)]
+        pixels = b""
+        if decoded:
+            gray, margins = [image.gray for image in decoded], [image.margins for image in decoded]
+            pixels = graph.run(gray, margins).tobytes()
+            del gray
         signal.setitimer(signal.ITIMER_REAL, 0)
         failures += len(images) - len(decoded)
         grown = _resident_bytes() > retire_bytes or failures > retire_failures
@@ -209,13 +218,13 @@ def _serve(
         connection.send_bytes(pixels)
 
 
-def _decoded(image: bytes) -> Decoded | str:
+def _decoded(image: bytes, least: tuple[int, int] | None) -> Decoded | str:
     """The image, or one line that says why not."""
     from engine.header import parse
     from engine.preprocess.codecs import decode
 
     try:
-        return decode(image, parse(image, sys.maxsize))  # the reader has let it pass
+        return decode(image, parse(image, sys.maxsize), least=least)  # the reader has let it pass
     except ValueError as error:
         return str(error)
 

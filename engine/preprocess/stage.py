@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from engine.bundle import Decode
 from engine.header import Header
 from engine.overlap import Meter
 from engine.preprocess.decoder import CrashedError, Decoder
@@ -25,8 +26,16 @@ class Preprocess:
 
     on_gpu, refusals = None, 0  # there is no GPU
 
-    def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int, decoding_bytes: int) -> None:
-        self.decoder = Decoder(size=size, batch_size=batch_size, threads=threads)
+    def __init__(
+        self,
+        *,
+        size: tuple[int, int],
+        batch_size: int,
+        threads: int,
+        decoding_bytes: int,
+        decode: Decode = "exact",
+    ) -> None:
+        self.decoder = Decoder(size=size, batch_size=batch_size, threads=threads, decode=decode)
         self._decoding_bytes = decoding_bytes
 
     @property
@@ -135,6 +144,7 @@ def load_pixels(
     paths: Sequence[Path],
     *,
     size: tuple[int, int] = (224, 224),
+    decode: Decode = "exact",
     threads: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Loaded:
@@ -150,7 +160,7 @@ def load_pixels(
     headers: list[Header | None] = []
     failures = []
     with Preprocess(
-        size=size, batch_size=16, threads=threads, decoding_bytes=limits.decoding_bytes
+        size=size, batch_size=16, threads=threads, decoding_bytes=limits.decoding_bytes, decode=decode
     ) as preprocess:
         for batch in preprocess.stage(reader.stage([part], Meter("read")), Meter("preprocess")):
             assert batch.pixels is not None

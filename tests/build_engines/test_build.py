@@ -21,6 +21,7 @@ from engine import plans
 from engine.errors import EngineError, ParityError, UsageError
 from engine.gpu import choice
 from engine.plans import Gpu
+from engine.preprocess.stage import load_pixels
 from tests.bundles import REAL_WEIGHTS, write_bundle
 from tests.conftest import run_module, write_images
 
@@ -218,6 +219,10 @@ def test_calibration_images_are_read_as_screening_reads_them(tmp_path):
     options = Options(bundle=bundle.path, target="onnx", calibration=images, calibration_images=10)
     pixels, _ = parity.calibration_pixels(bundle, options)
     assert pixels.shape == (10, 1, 64, 64)
+    fast = bundles.load(write_bundle(tmp_path / "fast", size=(16, 16), decode="fast"))
+    pixels, _ = parity.calibration_pixels(fast, replace(options, calibration_images=100))
+    expected = load_pixels(sorted(images.iterdir()), size=(16, 16), decode="fast").pixels
+    assert np.array_equal(pixels, expected)
     for path in images.iterdir():
         path.write_bytes(b"bad")
     with pytest.raises(UsageError, match="no image can be read"):

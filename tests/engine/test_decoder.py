@@ -26,12 +26,12 @@ import os, signal, sys
 if "engine.preprocess.decoder" in sys.orig_argv:
     from engine.preprocess import codecs
     decode = codecs.decode
-    def faulty(image, header):
+    def faulty(image, header, **least):
         if b"CRASH" in image:
             os.kill(os.getpid(), signal.SIGSEGV)
         if b"HANG" in image:
             signal.sigwait({signal.SIGUSR2})
-        return decode(image, header)
+        return decode(image, header, **least)
     codecs.decode = faulty
 """
 

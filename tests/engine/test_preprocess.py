@@ -8,7 +8,7 @@ from engine.header import parse
 from engine.overlap import Meter
 from engine.preprocess import codecs
 from engine.preprocess.decoder import Decoder
-from engine.preprocess.graph import Graph
+from engine.preprocess.graph import Graph, imported, small_pixels
 from engine.preprocess.stage import Preprocess, load_pixels
 from tests.images import encode, pillow_reference, png, smooth
 from tests.pixels import pixels_alone
@@ -83,6 +83,24 @@ def test_exif_orientation(graph: Graph, kind: str, value: int) -> None:
     mean, largest = difference(graph, encode(Image.fromarray(smooth(300, 400)), kind, exif=exif))
     assert mean <= PIXEL_MEAN
     assert largest <= PIXEL_MAX
+
+
+def test_nodes_and_numpy_take_the_same_repeats_out(graph: Graph) -> None:
+    """What stays on a GPU is resized by nodes alone; here they run on the CPU."""
+    dali = imported()
+
+    def nodes() -> object:
+        gray = dali.fn.external_source(name="gray", dtype=dali.types.UINT8, ndim=3, layout="HWC")
+        return small_pixels(gray, *SIZE, "cpu")
+
+    pipeline = dali.pipeline_def(nodes)(batch_size=8, num_threads=2, device_id=None, exec_dynamic=True)
+    pipeline.build()
+    rng = np.random.default_rng(0)
+    shapes = [(1, 1), (7, 300), (224, 448), (225, 260), (300, 101), (333, 1001), (512, 512), (1100, 900)]
+    images = [rng.integers(0, 256, shape, np.uint8) for shape in shapes]
+    pipeline.feed_input("gray", [image[:, :, None] for image in images])
+    (output,) = pipeline.run()
+    assert np.array_equal(graph.run(images), np.array(output.as_tensor()))
 
 
 def test_twenty_megapixels(graph: Graph) -> None:

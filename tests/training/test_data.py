@@ -7,9 +7,15 @@ import pytest
 from PIL import Image
 
 from engine.errors import UsageError
+from engine.preprocess.stage import load_pixels
+from tests.images import smooth
 from training import data
+from training.__main__ import _Steps
 from training.features import silent
 from training.listing import list_images
+from training.recipe import prepare
+from training.settings import Options
+from training.state import State
 
 
 def make_folders(folder: Path, counts: dict[str, int]) -> Path:
@@ -71,3 +77,20 @@ def test_take_keeps_rows_together(tmp_path):
     assert np.array_equal(taken.pixels, dataset.pixels[[5, 1]])
     assert taken.hashes == [dataset.hashes[5], dataset.hashes[1]]
     assert len(taken) == 2
+
+
+def test_a_training_sees_the_pixels_that_its_bundle_will_ask_for(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for number in range(4):
+            picture = Image.fromarray(smooth(150, 170, seed=10 * ord(name) + number))
+            picture.save(tmp_path / "in" / name / f"{number}.jpg")
+    steps = _Steps()
+    options = Options(
+        data=tmp_path / "in", output=tmp_path / "b", size=(32, 48), check_data=True, decode="fast"
+    )
+    with State(options) as state:
+        dataset = prepare(options, state, steps.step, steps.note).dataset
+    exact, fast = (load_pixels(dataset.paths, size=(32, 48), decode=how).pixels for how in ("exact", "fast"))
+    assert np.array_equal(dataset.pixels, fast)
+    assert not np.array_equal(dataset.pixels, exact)

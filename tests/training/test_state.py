@@ -56,6 +56,7 @@ def test_resume_keeps_the_checkpoints_and_overwrite_drops_them(options):
     ("change", "data", "message"),
     [
         ({"seed": 1}, "abc", "seed was 0, is 1"),
+        ({"decode": "fast"}, "abc", "decode was 'exact', is 'fast'"),
         ({"members": ["resnet50"]}, "abc", "members was .*is"),
         ({}, "other", "images, labels or patients have changed"),
     ],

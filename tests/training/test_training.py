@@ -58,6 +58,7 @@ def frozen(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """A folder with a bundle of frozen members, its training's folder, and the log. Read-only for tests."""
     folder = tmp_path_factory.mktemp("frozen")
     arguments = ["--freeze", "--folds", "2", "--temperature-scaling", "--copies", "1", "--head-epochs", "30"]
+    arguments += ["--decode", "fast"]
     run = run_module("training", [images, "-o", "bundle", *SMALL, *arguments], folder=folder, timeout_s=400)
     assert run.returncode == 0, run.stderr
     (folder / "log.txt").write_text(run.stderr + run.stdout)
@@ -94,6 +95,7 @@ def test_the_bundle_loads_and_is_whole(frozen: Path) -> None:
     assert [member.name for member in bundle.members] == ["shufflenet_v2_x0_5", "mobilenet_v3_small"]
     assert sum(bundle.weights) == pytest.approx(1)
     assert bundle.temperature != 1.0
+    assert bundle.decode == "fast"
     found = evaluation_of(frozen)
     assert found["temperature"]["applied"] == bundle.temperature
     assert found["temperature"]["validation_nll"]["after"] <= found["temperature"]["validation_nll"]["before"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from engine.header import Header
 from engine.preprocess.codecs import bmp, gif, jpeg, jpeg2000, png, pnm, tiff, webp
-from engine.preprocess.codecs.gray import Gray, oriented
+from engine.preprocess.codecs.gray import Gray, Margins, margins, oriented
 
 _DECODERS = {
     "png": png.decode,
@@ -31,23 +31,27 @@ _DECODERS = {
 class Decoded:
     gray: Gray  # [H, W], upright
     flags: list[str]
+    margins: Margins = ((0, 0), (0, 0))
 
 
-def decode(data: bytes, header: Header) -> Decoded:
+def decode(data: bytes, header: Header, *, least: tuple[int, int] | None = None) -> Decoded:
     """An encoded image and its header (`engine.header.parse`) as it should be seen.
 
+    With `least`, the height and width that it is needed at, gray and colour JPEG is decoded at the smallest
+    of 1/1, 1/2, 1/4 and 1/8 of its size that is no smaller.
     Raises ValueError, one printable line that depends on the bytes alone, when the image is damaged.
     """
+    scale = 1
     if header.format == "jpeg":
-        gray, flags = jpeg.decode(data, header)
+        gray, flags, scale = jpeg.decode(data, header, least)
     elif header.format == "dicom":
         from engine.preprocess.codecs import dicom  # here, since pydicom is an extra
 
         gray, flags = dicom.decode(data, header)
     else:
         gray, flags = _DECODERS[header.format](data, header), []
-    if gray.shape != (header.height, header.width):
-        raise ValueError(
-            f"decoded to {gray.shape[1]} x {gray.shape[0]}, not {header.width} x {header.height}"
-        )
-    return Decoded(oriented(gray, header.orientation), flags)
+    height, width = -(-header.height // scale), -(-header.width // scale)
+    if gray.shape != (height, width):
+        raise ValueError(f"decoded to {gray.shape[1]} x {gray.shape[0]}, not {width} x {height}")
+    beyond = height - header.height / scale, width - header.width / scale
+    return Decoded(oriented(gray, header.orientation), flags, margins(*beyond, header.orientation))

@@ -23,6 +23,8 @@ _CACHED = 1 << 16  # pixels that are looked up together, so that they stay in th
 
 Gray = npt.NDArray[np.uint8]
 Samples = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+# pixels, or parts of one, at (top, bottom) and (left, right) that are not of the picture
+Margins = tuple[tuple[float, float], tuple[float, float]]
 
 
 def to_gray(samples: Samples, *, white: int | None = None) -> Gray:
@@ -107,3 +109,15 @@ def oriented(gray: Gray, value: int) -> Gray:
     if value in (3, 4, 7, 8):
         gray = gray[::-1]
     return np.ascontiguousarray(gray)
+
+
+def margins(bottom: float, right: float, value: int) -> Margins:
+    """Margins of an image after `oriented`, from those that it has as stored."""
+    rows, columns = (0.0, bottom), (0.0, right)
+    if value >= 5:
+        rows, columns = columns, rows
+    if value in (2, 3, 6, 7):
+        columns = columns[::-1]
+    if value in (3, 4, 7, 8):
+        rows = rows[::-1]
+    return rows, columns

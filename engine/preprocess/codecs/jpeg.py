@@ -21,21 +21,42 @@ _HARMLESS = (
 )
 
 
-def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:
-    """Gray uint8 [H, W] as stored, and flags: "decoder_warning" where damage could go unseen."""
+# of the scaled DCTs those with SIMD code: 3/8 or 5/8 of the size take as long as 1/2 or 1/1
+_SCALES = (8, 4, 2)
+
+
+def decode(data: bytes, header: Header, least: tuple[int, int] | None) -> tuple[Gray, list[str], int]:
+    """Gray uint8 [H, W] as stored, flags ("decoder_warning" where damage could go unseen), and scale.
+
+    With a scale of 2, 4 or 8, gray is [ceil(H / scale), ceil(W / scale)].
+    """
     layout: Layout = header.layout
     space, flags = ("CMYK" if layout.channels == 4 else "GRAY"), []
+    scale = scale_for(header, least) if least else 1
+    height, width = -(-header.height // scale), -(-header.width // scale)
     try:
-        samples = simplejpeg.decode_jpeg(data, space, strict=True)
+        samples = simplejpeg.decode_jpeg(data, space, strict=True, min_height=height, min_width=width)
     except ValueError as error:
         if not str(error).startswith(_HARMLESS):
             raise
-        space = "GRAYSCALE" if space == "GRAY" else space
+        space, scale = "GRAYSCALE" if space == "GRAY" else space, 1
         samples = codec.run(imagecodecs.jpeg8_decode, data, outcolorspace=space)
         flags = ["decoder_warning"]
     if layout.channels == 4:
-        return _from_cmyk(samples, inverted=layout.adobe), flags
-    return samples.reshape(samples.shape[:2]), flags
+        return _from_cmyk(samples, inverted=layout.adobe), flags, scale
+    return samples.reshape(samples.shape[:2]), flags, scale
+
+
+def scale_for(header: Header, least: tuple[int, int]) -> int:
+    """How much smaller than stored, 1, 2, 4 or 8 times, a JPEG may be if upright it needs `least` pixels.
+
+    CMYK is not scaled: its gray is no sum of its channels.
+    """
+    height, width = least if header.orientation < 5 else least[::-1]
+    if header.layout.channels == 4:
+        return 1
+    fitting = (one for one in _SCALES if header.height >= one * height and header.width >= one * width)
+    return next(fitting, 1)
 
 
 def _from_cmyk(samples: Gray, *, inverted: bool) -> Gray:

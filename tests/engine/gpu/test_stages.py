@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from engine import bundle as bundles
 from engine.errors import ParityError
+from engine.gpu import stages
 from engine.gpu.decode import Decoding, GpuPreprocess
 from engine.gpu.stages import CANARY_LIMIT, check_canaries
 from engine.gpu.step import GpuStep
@@ -18,9 +22,11 @@ from engine.pipeline import Stages, screen
 from engine.preprocess.stage import Preprocess
 from engine.runners.onnx import OnnxRunner
 from engine.settings import Settings
+from tests.bundles import write_bundle
 from tests.conftest import write_images
 from tests.engine.gpu.stand_in import StandIn
 from tests.engine.gpu.test_step import Member
+from tests.images import encode, smooth
 
 pytestmark = pytest.mark.usefixtures("launched_fusion")
 
@@ -70,6 +76,40 @@ def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
     png = expected.path.str.endswith(".png")
     assert np.allclose(found[png][scores], expected[png][scores], atol=1e-6, equal_nan=True)
     assert np.allclose(found[scores], expected[scores], atol=0.02, equal_nan=True)  # two JPEG decoders
+
+
+def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
+    """Whatever DALI does: it would decode in full. What the run tunes here is what it does on a GPU."""
+
+    class OnCpu(GpuPreprocess):
+        def __init__(self, cpu, **options):
+            super().__init__(cpu, **{**options, "device_id": None})
+
+    monkeypatch.setattr(stages, "GpuPreprocess", OnCpu)
+    monkeypatch.setattr("engine.gpu.tuning.TUNE_ROWS", 1)
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    for number in range(6):
+        data = encode(Image.fromarray(smooth(310, 290, seed=number)), "JPEG")
+        (archive / f"{number}.jpg").write_bytes(data)
+    bundle = write_bundle(tmp_path / "fast", decode="fast")
+    settings = {"manifest": archive, "bundle": bundle, "batch_size": 4, "part_rows": 6}
+    screen(Settings(output=tmp_path / "cpu", **settings))
+    with StandIn(5) as cuda:
+
+        class Tuned(stages_on(cuda)):
+            def open(self, stack: ExitStack) -> None:
+                super().open(stack)
+                choice = replace(self.opening.choice, device="cuda:0")
+                self.preprocess = stages._open_preprocess(stack, replace(self.opening, choice=choice))
+
+        screen(Settings(output=tmp_path / "gpu", **settings), stages_of=Tuned)
+    tuned = json.loads((tmp_path / "gpu" / "_run.json").read_text())["tuning"]
+    assert tuned["decoding"]["cpu_share"] == 1
+    assert "decoding_tried" not in tuned
+    expected, found = rows_of(tmp_path / "cpu"), rows_of(tmp_path / "gpu")
+    scores = [name for name in expected if "p_" in name]
+    assert np.allclose(found[scores], expected[scores], atol=1e-6)
 
 
 def test_canaries_that_differ_stop_the_run_before_anything_is_scored(tmp_path, bundle):
