@@ -61,6 +61,8 @@ def scaling_of(names: Names) -> None:
     one.add_argument("--images", type=int, help="of a run with members (64 a core)")
     one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
     one.add_argument("--quick", action="store_true", help="small settings, to see that it works")
+    names_of = scaling.SERIES
+    one.add_argument("--series", nargs="+", choices=names_of, default=list(names_of), metavar="NAME")
 
 
 def restart_of(names: Names) -> None:

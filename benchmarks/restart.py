@@ -97,6 +97,8 @@ def kill_and_resume(
     first = Run(command, work / "errors.txt")
     first.until(round(rows * random.uniform(0.2, 0.8)))
     scored = first.kill()
+    if (output / "_SUCCESS").exists():
+        raise EngineError(f"the run of {rows} rows was over before it was killed; give more --rows")
     kept = ds.dataset(sorted(output.glob("part-*.parquet"))).count_rows()
     Run(command, work / "errors.txt").end()
     success = json.loads((output / "_SUCCESS").read_text())

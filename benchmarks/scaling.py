@@ -38,6 +38,7 @@ SIDES = (256, 512, 1024, 1536, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32)
 PART_ROWS = (64, 128, 256, 1024, 16_384)
 SHARES = (0.0, 0.01, 0.1, 0.25, 0.5)
+SERIES = ("rows", "image_size", "batch_size", "threads", "part_size", "bad_files")
 QUICK = {"rows": 10_000, "rounds": 1, "images": 32, "side": 256}
 
 
@@ -80,8 +81,8 @@ def _null_seconds(rows: int, bundle: Path, work: Path) -> float:
         return fresh.submit(null_run, manifest, bundle, Path(scratch, "out")).result()[1]
 
 
-def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[str, Series]:
-    """The archives are made on the way; `worker` does the runs."""
+def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[str, Callable[[], Series]]:
+    """Each makes the archives it needs; `worker` does the runs."""
     cores, images, side = available_cpus(), options.images, options.side
     null_rows = min(options.rows, 2 * PART_ROWS[-1])
 
@@ -90,55 +91,54 @@ def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[st
         given = {"device": "cpu", "batch_size": 8, "workers": cores} | settings
         return lambda: worker.submit(seconds_of, stages, manifest, options.bundle, **given).result()
 
-    threads = sorted({2**power for power in range(cores.bit_length())} | {cores})
-    manifest, tiny = make_archive(work, images, side), tiny_archive(work, null_rows)
-    sizes = {one: make_archive(work / str(one), 4 * images, one) for one in SIDES if one <= 2 * side}
-    bad = {share: make_manifest(work / "bad", images, side, share)[0] for share in SHARES}
-    return {
-        "rows": Series(
-            "rows, nothing decoded or scored",
-            "rows",
-            "s",
-            {
-                rows: partial(_null_seconds, rows, options.bundle, work)
-                for rows in ROWS
-                if rows <= options.rows
-            },
-        ),
-        "image_size": Series(
-            "image size, nothing scored",
-            "megapixels",
-            "ms an image",
-            {one * one / 1e6: run(DecodeStages, made) for one, made in sizes.items()},
-            lambda _, seconds: 1000 * seconds / (4 * images),
-        ),
-        "batch_size": Series(
+    def rows() -> Series:
+        counts = [count for count in ROWS if count <= options.rows]
+        runs = {count: partial(_null_seconds, count, options.bundle, work) for count in counts}
+        return Series("rows, nothing decoded or scored", "rows", "s", runs)
+
+    def image_size() -> Series:
+        sides = [one for one in SIDES if one <= 2 * side]
+        runs = {
+            one * one / 1e6: run(DecodeStages, make_archive(work / str(one), 4 * images, one))
+            for one in sides
+        }
+        title = "image size, nothing scored"
+        return Series(title, "megapixels", "ms an image", runs, lambda _, s: 1000 * s / (4 * images))
+
+    def batch_size() -> Series:
+        manifest = make_archive(work, images, side)
+        runs = {size: run(None, manifest, batch_size=size) for size in BATCHES}
+        return Series(
             "batch size",
             "images a batch",
             "core-ms a batch",
-            {size: run(None, manifest, batch_size=size) for size in BATCHES},
-            lambda size, seconds: 1000 * cores * seconds * size / images,
-        ),
-        "threads": Series(
-            "threads",
-            "workers",
-            "images/s",
-            {count: run(None, manifest, workers=count) for count in threads},
-            lambda _, seconds: images / seconds,
-        ),
-        "part_size": Series(
-            f"parts of {null_rows} rows, nothing decoded or scored",
-            "parts",
-            "s",
-            {-(-null_rows // size): run(NullStages, tiny, part_rows=size) for size in PART_ROWS},
-        ),
-        "bad_files": Series(
-            "damaged images",
-            "share",
-            "ms a row",
-            {share: run(None, made) for share, made in bad.items()},
-            lambda _, seconds: 1000 * seconds / images,
-        ),
+            runs,
+            lambda size, s: 1000 * cores * s * size / images,
+        )
+
+    def threads() -> Series:
+        manifest = make_archive(work, images, side)
+        counts = sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores})
+        runs = {count: run(None, manifest, workers=count) for count in counts}
+        return Series("threads", "workers", "images/s", runs, lambda _, s: images / s)
+
+    def part_size() -> Series:
+        manifest = tiny_archive(work, null_rows)
+        runs = {-(-null_rows // size): run(NullStages, manifest, part_rows=size) for size in PART_ROWS}
+        return Series(f"parts of {null_rows} rows, nothing decoded or scored", "parts", "s", runs)
+
+    def bad_files() -> Series:
+        folder = work / "bad"
+        runs = {share: run(None, make_manifest(folder, images, side, share)[0]) for share in SHARES}
+        return Series("damaged images", "share", "ms a row", runs, lambda _, s: 1000 * s / images)
+
+    return {
+        "rows": rows,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "threads": threads,
+        "part_size": part_size,
+        "bad_files": bad_files,
     }
 
 
@@ -183,15 +183,18 @@ def draw(source: Path) -> Path:
     figures = json.loads(source.read_text())
     with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scaling", "font.size": 8}):
         figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.5), layout="constrained")
-        for axis, series in zip(axes.flat, figures["series"].values(), strict=True):
+        for axis in axes.flat[len(figures["series"]) :]:
+            axis.remove()
+        for axis, series in zip(axes.flat, figures["series"].values(), strict=False):
             x, y = np.array([(one["x"], one["y"]) for one in series["points"]]).T
             axis.plot(x, y, "o", color="#1f6fb4", markersize=4)
             title, line = series["title"], series["line"]
             if line:
                 ends = np.array([0, x.max()])
                 axis.plot(ends, line["slope"] * ends + line["intercept"], color="#999999", linewidth=1)
-                title += f"\n{line['intercept']:.3g} + {line['slope']:.3g} x, R² {line['r2']:.3f}"
+                title += f"\n{line['intercept']:.3g} {line['slope']:+.3g} x, R² {line['r2']:.3f}"
             axis.set(title=title, xlabel=series["x"], ylabel=series["y"])
+            axis.set_xlim(left=0)
             axis.set_ylim(bottom=0)
         machine = figures["machine"]
         figure.suptitle(f"{machine['cores']} cores, {machine['processor']}; {figures['taken'][:10]}")
@@ -211,13 +214,14 @@ def main(console: Console, options: Any) -> None:
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker,
     ):
-        for name, series in all_series(options, Path(scratch), worker).items():
-            found[name] = measured(series, options.rounds)
+        makers = all_series(options, Path(scratch), worker)
+        for name in options.series:
+            found[name] = measured(makers[name](), options.rounds)
             _show(console, found[name])
     target = options.output / "scaling-cpu.json"
     command = (
         f"scaling --rows {options.rows} --rounds {options.rounds} --images {options.images} "
-        f"--side {options.side}"
+        f"--side {options.side} --series {' '.join(options.series)}"
     )
     work = {
         "image": f"{options.side} x {options.side} gray JPEG, quality 90, synthetic",
@@ -236,5 +240,5 @@ def _show(console: Console, series: dict[str, Any]) -> None:
     console.print(table)
     if line := series["line"]:
         console.print(
-            f"{line['intercept']:.4g} + {line['slope']:.4g} x, R^2 {line['r2']:.4f}", highlight=False
+            f"{line['intercept']:.4g} {line['slope']:+.4g} x, R^2 {line['r2']:.4f}", highlight=False
         )
