@@ -60,14 +60,14 @@ _OPERATING = frozenset(
 MAX_BATCH, MAX_PART_ROWS, MAX_WORKERS = 4096, 1_000_000, 1024
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see python -m engine.run --help")
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
     defaults = Settings(manifest=Path())
-    parser = _Parser(
+    parser = Parser(
         prog="python -m engine.run",
         description="Screen a list of bone radiographs: one row of class probabilities per image.",
         epilog=f"{EXAMPLE}\n\n{NOTICE}",
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=_count(MAX_BATCH),
         metavar="N",
-        help=f"images a batch ({CPU_BATCH} on a CPU, {GPU_BATCH} or the plan's on a GPU)",
+        help=f"images a batch (as tuned; else {CPU_BATCH} on a CPU, {GPU_BATCH} or the plan's on a GPU)",
     )
     add(
         "--part-rows",
@@ -109,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--column-prefix", default=defaults.column_prefix, metavar="TEXT", help="put before manifest columns")
     add("--root", type=parse_location, help="folder of relative paths (the manifest's own)")
     add(
-        "--workers", type=_count(MAX_WORKERS), metavar="N", help="CPU threads (all that this process may use)"
+        "--workers",
+        type=_count(MAX_WORKERS),
+        metavar="N",
+        help="CPU threads (as tuned; else all that this process may use)",
     )
     add("--memory", default="1GiB", metavar="SIZE", help="for images in flight (%(default)s)")
     pixels = defaults.limits.max_pixels
@@ -195,7 +198,7 @@ def _count(most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def _number(text: str, low: float, high: float) -> float:
+def number(text: str, low: float, high: float) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -206,11 +209,11 @@ def _number(text: str, low: float, high: float) -> float:
 
 
 def _share(text: str) -> float:
-    return _number(text, 0, 1)
+    return number(text, 0, 1)
 
 
 def _seconds(text: str) -> float:
-    return _number(text, 0.1, 86_400)
+    return number(text, 0.1, 86_400)
 
 
 def settings_from(arguments: list[str]) -> Settings:
@@ -276,17 +279,27 @@ class _Log:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    _hush_libraries()
+    hush_libraries()
     log = _Log(redact="--redact" in arguments)
     console = Console(file=cast(TextIO, log))
-    try:
+
+    def work() -> int:
         settings = settings_from(arguments)
         log.known = _places(settings)
-        stop = _stop_on_signal(console, settings.finish_by)
+        stop = stop_on_signal(console, settings.finish_by)
         with Display(console) as display:
             work = retry if settings.only_errors else screen
             say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
             summary = work(settings, watch=display, say=say, stop=stop)
+        return _report(console, summary, settings)
+
+    return answered(console, work)
+
+
+def answered(console: Console, work: Callable[[], int]) -> int:
+    """The exit status that `work` returns, or that of its error, which is told in one line."""
+    try:
+        return work()
     except NothingNew as nothing:
         console.print(str(nothing), markup=False, highlight=False, soft_wrap=True)
         return 0
@@ -300,10 +313,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _failed(console, f"internal: {text} (ENGINE_DEBUG=1 shows where)", 1)
-    return _report(console, summary, settings)
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
     """What libraries say of single files may hold paths and header values."""
     warnings.simplefilter("ignore")
     logging.lastResort = None
@@ -351,7 +363,7 @@ def _report(console: Console, summary: Summary, settings: Settings) -> int:
     return 0
 
 
-def _stop_on_signal(console: Console, finish_by: datetime | None) -> threading.Event:
+def stop_on_signal(console: Console, finish_by: datetime | None) -> threading.Event:
     """The first signal, or the deadline, asks the run to stop; a second signal ends the process."""
     stop = threading.Event()
 
