@@ -67,7 +67,7 @@ def peers_of(names: Names) -> None:
     )
     one.add_argument("-b", "--bundle", type=Path, help="(one made for it, blind to rounding)")
     one.add_argument("--archive", choices=("mixed", "uniform"), default="mixed", help="(%(default)s)")
-    one.add_argument("--rows", type=int, default=224, help="a contender and round (%(default)s)")
+    one.add_argument("--rows", type=int, default=256, help="a contender and round (%(default)s)")
     one.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
     one.add_argument("--seed", type=int, default=1, help="of archive and order (%(default)s)")
     one.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, and the engine")

@@ -56,33 +56,28 @@ def peers_rows(found: Json) -> Iterator[Row]:
     what = f"`peers`, {work['archive']} archive, {work['rows']} rows, {work['rounds']} rounds: this engine"
     yield what, f"{contenders['engine']['images_per_s']['median']:.1f} images/s", ""
     for name, one in contenders.items():
-        if name != "engine":
-            beside = one.get("engine_beside_it")
-            aim = f"{beside['aim']:g}" if beside and beside["aim"] else ""
-            yield (
-                f"its rate beside {one['title']}" if one["precision"] == "fp32" else one["title"],
-                _beside(one),
-                aim,
-            )
-    patterns = found.get("corrupt_files", {}).get("patterns", {})
-    if patterns:
-        told = "; ".join(f"{one['title']}: {_aftermath(one)}" for one in patterns.values())
-        yield (
-            f"{found['corrupt_files']['corrupt']} corrupt files among {found['corrupt_files']['rows']}",
-            told,
-            "",
-        )
+        if name == "engine":
+            continue
+        figure = f"its rate beside {one['title']}"
+        if one["not_counted"]:
+            yield figure, f"not counted: {one['not_counted']}", ""
+            continue
+        aim = one["engine_beside_it"]["aim"]
+        rate = f"{one['images_per_s']['median']:.1f} images/s"
+        yield figure, f"{_ratio(one)} ({rate})", "" if aim is None else f"{aim:g}"
+    if "corrupt_files" in found:
+        files = found["corrupt_files"]
+        told = "; ".join(f"{one['title']}: {_aftermath(one)}" for one in files["patterns"].values())
+        yield f"{files['corrupt']} corrupt files among {files['rows']}", told, ""
 
 
-def _beside(one: Json) -> str:
-    if one["not_counted"]:
-        return f"not counted: {one['not_counted']}"
-    rate, beside = one["images_per_s"]["median"], one["engine_beside_it"]
+def _ratio(one: Json) -> str:
+    """Of the engine's rate to that of a peer, or nothing where it has none."""
+    if "engine_beside_it" not in one:
+        return ""
+    beside = one["engine_beside_it"]
     low, high = beside["interval"]
-    spread = "" if low is None else f", 95 % {low:.2f} to {high:.2f}"
-    if one["precision"] != "fp32":
-        return f"{rate:.1f} images/s"
-    return f"{beside['median']:.2f} x{spread} ({rate:.1f} images/s)"
+    return f"{beside['median']:.2f} x" + ("" if low is None else f", 95 % {low:.2f} to {high:.2f}")
 
 
 def _aftermath(one: Json) -> str:
@@ -170,6 +165,7 @@ ROWS: dict[str, Callable[[Json], Iterator[Row]]] = {  # by the name of the JSON 
     "training-synthetic-frozen-cpu": synthetic_rows,
     "training-knee-frozen-cpu": knee_rows,
 }
+PLOTTED = ("peers-cpu", "peers-uniform-cpu")
 
 
 def loaded(folder: Path) -> dict[str, Json]:
@@ -195,7 +191,11 @@ def measured(results: dict[str, Json]) -> str:
         "| --- | --- | --- |",
     ]
     lines += [f"| {' | '.join(row)} |" for name, found in results.items() for row in ROWS[name](found)]
-    return "\n".join(line.replace("|  |", "| |") for line in lines)
+    lines = [line.replace("|  |", "| |") for line in lines]
+    for name in PLOTTED:
+        if name in results:
+            lines += ["", f"![Rates of the engine and its peers](benchmarks/results/{name}.svg)"]
+    return "\n".join(lines)
 
 
 def with_table(text: str, table: str) -> str:
@@ -235,32 +235,24 @@ def plot_peers(found: Json, target: Path) -> None:
 
 
 def show_peers(console: Console, found: Json) -> None:
-    columns = (
-        "contender",
-        "images/s",
-        "quartiles",
-        "engine beside it, 95 %",
-        "start-up, s",
-        "peak, MB",
-        "differs by",
-    )
+    columns = ("contender", "images/s", "quartiles", "start-up, s", "peak MB", "differs", "engine beside it")
     table = Table(*columns, box=None, pad_edge=False)
-    for one in found["contenders"].values():
+    for name, one in found["contenders"].items():
         rates = one.get("images_per_s")
+        told = f"not counted: {one['not_counted']}" if one["not_counted"] else _ratio(one)
         if rates is None:
-            table.add_row(one["title"], f"not counted: {one['not_counted']}")
+            table.add_row(name, *[""] * 5, told)
             continue
         low, high = rates["quartiles"]
-        beside = "" if "engine_beside_it" not in one else _beside(one).split(" (")[0]
         difference = one["largest_difference"]
         table.add_row(
-            one["title"],
+            name,
             f"{rates['median']:.2f}",
-            f"{low:.2f} to {high:.2f}",
-            f"not counted: {one['not_counted']}" if one["not_counted"] else beside,
+            f"{low:.2f} {high:.2f}",
             f"{one['start_up_s']:.1f}",
             f"{one['peak_memory_mb']:.0f}",
-            "-" if difference is None else f"{difference:.4f}",
+            "" if difference is None else f"{difference:.4f}",
+            told,
         )
     console.print(table)
     for name, why in found["left_out"].items():
@@ -273,7 +265,7 @@ def show_peers(console: Console, found: Json) -> None:
 
 def main(console: Console, options: Any) -> None:
     results = loaded(options.output)
-    for name in ("peers-cpu", "peers-uniform-cpu"):
+    for name in PLOTTED:
         if name in results:
             plot_peers(results[name], options.output / f"{name}.svg")
             console.print(f"written: {options.output / name}.svg", highlight=False, soft_wrap=True)

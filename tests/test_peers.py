@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 from benchmarks import archive, processes
 from benchmarks.peers import contest, gate
 from tests.bundles import CLASSES
+from tests.conftest import run_module
 
 COLUMNS = [f"p_{name}" for name in CLASSES]
 
@@ -163,3 +165,26 @@ def test_a_command_that_hangs_is_ended_with_all_it_started() -> None:
     done = processes.run(["sh", "-c", "echo begun; sleep 60 & sleep 60"], timeout_s=0.5)
     assert (done.status, done.output) == (-9, "begun\n")
     assert done.wall_s < 20
+
+
+def test_a_contest_from_its_command_to_its_json(tmp_path: Path, bundle: Path) -> None:
+    small = ["--rows", "6", "--rounds", "1", "--only", "onnx-loop", "-b", str(bundle), "-o", str(tmp_path)]
+    done = run_module("benchmarks", ["peers", *small], folder=tmp_path, timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "peers-cpu.json").read_text())
+    assert found["work"]["corrupt"] == 1
+    assert list(found["contenders"]) == ["engine", "onnx-loop"]
+    for one in found["contenders"].values():
+        assert one["not_counted"] is None
+        assert one["images_per_s"]["median"] > 0
+        assert one["start_up_s"] > 0
+        assert one["peak_memory_mb"] > 50
+    assert len(found["contenders"]["onnx-loop"]["engine_beside_it"]["rounds"]) == 1
+    assert {"onnxruntime", "pillow", "numpy"} <= found["versions"].keys()
+
+
+def test_an_unknown_contender_is_a_line(tmp_path: Path) -> None:
+    done = run_module("benchmarks", ["peers", "--only", "nobody"], folder=tmp_path, timeout_s=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --only nobody: no such contender; there are engine,")
+    assert done.stderr.count("\n") == 1

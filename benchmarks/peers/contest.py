@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -30,6 +30,7 @@ from scipy.stats import bootstrap
 from benchmarks import archive, processes, record
 from benchmarks.peers import gate
 from benchmarks.peers.job import MARK
+from benchmarks.tables import show_peers
 from engine import bundle
 from engine.errors import UsageError
 from engine.provenance import CPU_BATCH, versions
@@ -38,6 +39,7 @@ from engine.settings import available_cpus
 TIMEOUT_S = 900
 MISHAP_ROWS, MISHAP_CORRUPT = 32, 3
 REFERENCE = "engine"
+ERROR = re.compile(r"(error|[\w.]*(Error|Exception)(\(\w+\))?):", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,10 @@ def _seconds(done: processes.Finished, output: Path) -> float:
 
 
 def _last_line(done: processes.Finished) -> str:
+    """What it said last, the name of an error first."""
     lines = [line.strip() for line in done.errors.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else f"status {done.status}"
+    named = [line for line in lines if ERROR.match(line)]
+    return (named or lines or [f"status {done.status}"])[-1][:200]
 
 
 def _version(distribution: str) -> str | None:
@@ -283,7 +287,7 @@ def chosen(only: Sequence[str] | None, models: bundle.Bundle) -> tuple[list[str]
     left_out = {
         name: "not installed: " + ", ".join(one.missing) for name, one in CONTENDERS.items() if one.missing
     }
-    if not all((models.path / f"{member.name}.int8.onnx").exists() for member in models.members):
+    if not any(models.path.rglob("*int8*.onnx")):
         left_out["engine-int8"] = "the bundle has no INT8 graphs"
     asked = [name for name in CONTENDERS if not only or name in only or name == REFERENCE]
     return [name for name in asked if name not in left_out], {
@@ -328,6 +332,12 @@ def contest(
     return figures, names
 
 
+def _own_bundle(work: Path) -> Path:
+    from benchmarks.peers.bundle import contest_bundle  # torch: only here
+
+    return contest_bundle(work / "bundle")
+
+
 def _told(outcome: Run | str) -> str:
     if isinstance(outcome, str):
         return outcome
@@ -336,9 +346,6 @@ def _told(outcome: Run | str) -> str:
 
 
 def main(console: Console, options: Any) -> None:
-    from benchmarks.peers.bundle import contest_bundle  # torch: only here
-    from benchmarks.tables import show_peers
-
     before = record.machine()
     unknown = sorted(set(options.only or ()) - set(CONTENDERS))
     if unknown:
@@ -348,7 +355,7 @@ def main(console: Console, options: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(options.work or scratch).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        models = bundle.load((options.bundle or contest_bundle(work / "bundle")).absolute())
+        models = bundle.load((options.bundle or _own_bundle(work)).absolute())
         figures, names = contest(console, work, models, options)
         if not options.only:
             figures["corrupt_files"] = mishaps(work, models, options.seed)
