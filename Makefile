@@ -5,7 +5,7 @@ BIN := .venv/bin
 # on a GPU machine: any Python that has what the extra gpu lists
 GPU_PYTHON ?= python3
 
-.PHONY: run test lint benchmarks gpu-proof fuzz clean
+.PHONY: run test lint benchmarks peers gpu-proof fuzz clean
 
 run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
 	$(BIN)/python -m engine.run demo/archive/manifest.csv -b demo/bundle -o demo/results
@@ -30,6 +30,11 @@ benchmarks: .venv/training.stamp demo/bundle/ensemble.json
 	$(BIN)/python -m benchmarks scaling -b demo/bundle
 	$(BIN)/python -m benchmarks restart -b demo/bundle
 
+# the engine beside what people write instead; its bundle is its own, since a random one tells no right row from a wrong
+peers: .venv/peers.stamp demo/contest/ensemble.json
+	$(BIN)/python -m benchmarks peers -b demo/contest
+	$(BIN)/python -m benchmarks tables
+
 # no test may skip for want of a GPU; the JSON goes to benchmarks/results
 gpu-proof:
 	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/engine/gpu
@@ -51,6 +56,10 @@ clean:
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training,dev]'
 	touch $@
 
+.venv/peers.stamp: .venv/training.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training,peers]'
+	touch $@
+
 demo/images/normal: | .venv/training.stamp
 	$(BIN)/python -m training.synthetic demo/images --class-folders --count 150 --seed 1 --size 256 384
 
@@ -58,6 +67,9 @@ demo/images/normal: | .venv/training.stamp
 demo/bundle/ensemble.json: demo/images/normal
 	rm -rf demo/results
 	$(BIN)/python -m training demo/images -o demo/bundle --weights none --freeze --copies 0 --seed 1 --overwrite
+
+demo/contest/ensemble.json: | .venv/training.stamp
+	$(BIN)/python -m benchmarks.peers.bundle demo/contest
 
 demo/archive/manifest.csv: | .venv/training.stamp
 	$(BIN)/python -m training.synthetic demo/archive --count 96 --seed 2 --size 400 1400

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import damage, decode, memory, restart, scaling, throughput, training
+from benchmarks import damage, decode, memory, restart, scaling, tables, throughput, training
 from benchmarks.record import ROOT
 from engine.errors import EngineError
 
@@ -88,6 +88,31 @@ def training_of(names: Names) -> None:
     _output(one, training.main)
 
 
+def peers_of(names: Names) -> None:
+    one = names.add_parser(
+        "peers", help="the engine and what people write instead, in turn, on the same work"
+    )
+    one.add_argument("-b", "--bundle", type=Path, help="(one made for it, blind to rounding)")
+    one.add_argument("--archive", choices=("mixed", "uniform"), default="mixed", help="(%(default)s)")
+    one.add_argument("--rows", type=int, default=256, help="a contender and round (%(default)s)")
+    one.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
+    one.add_argument("--seed", type=int, default=1, help="of archive and order (%(default)s)")
+    one.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, and the engine")
+    one.add_argument("--work", type=Path, help="folder for images, bundle and results (a temporary one)")
+    _output(one, _peers)
+
+
+def _peers(console: Console, options: argparse.Namespace) -> None:
+    from benchmarks.peers import contest  # pandas, SciPy: only here
+
+    contest.main(console, options)
+
+
+def tables_of(names: Names) -> None:
+    one = names.add_parser("tables", help="README's table and the plots, from the JSON files")
+    _output(one, tables.main)
+
+
 def gpu_of(names: Names) -> None:
     one = names.add_parser("gpu", help="the GPU proof kit: members, decoding, end to end, peers, TensorRT")
     one.add_argument("--device", default="cuda:0", help="(%(default)s); cpu runs what can run there")
@@ -134,7 +159,9 @@ def main() -> int:
     scaling_of(names)
     restart_of(names)
     training_of(names)
+    peers_of(names)
     gpu_of(names)
+    tables_of(names)
     options = parser.parse_args()
     try:
         options.run(Console(), options)

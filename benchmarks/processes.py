@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 SAMPLE_EVERY_S = 0.05
 
@@ -66,3 +69,52 @@ def peak_memory(process: subprocess.Popen[bytes]) -> Iterator[Peak]:
     finally:
         stop.set()
         thread.join()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that was run to its end."""
+
+    status: int
+    output: str
+    errors: str
+    wall_s: float
+    core_s: float  # of the process and the children it waited for
+    peak_memory_mb: float  # of its whole tree
+
+
+def run(
+    command: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout_s: float | None = None
+) -> Finished:
+    """Run a command in a session of its own and watch it. After `timeout_s` all of it is killed."""
+    start = time.perf_counter()
+    with TemporaryFile() as output, TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=errors, env=environment, start_new_session=True
+        )
+        alarm = threading.Timer(timeout_s or threading.TIMEOUT_MAX, _kill, [process.pid])
+        alarm.daemon = True
+        alarm.start()
+        try:
+            with peak_memory(process) as peak:
+                _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            _kill(process.pid)
+            raise
+        finally:
+            alarm.cancel()
+        wall_s = time.perf_counter() - start
+        _kill(process.pid)  # what it left behind
+        process.returncode = os.waitstatus_to_exitcode(status)
+        texts = []
+        for stream in (output, errors):
+            stream.seek(0)
+            texts.append(stream.read().decode(errors="replace"))
+    core_s = usage.ru_utime + usage.ru_stime
+    return Finished(process.returncode, *texts, wall_s, core_s, peak.bytes / 2**20)
+
+
+def _kill(leader: int) -> None:
+    for pid in tree(leader):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

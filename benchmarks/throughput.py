@@ -10,7 +10,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,9 +25,9 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import record
+from benchmarks import processes, record
 from benchmarks.null import NullPixels, NullScores
-from benchmarks.processes import core_seconds, peak_memory
+from benchmarks.processes import core_seconds
 from engine import bundle
 from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter
@@ -182,24 +181,17 @@ def run_engine(manifest: Path, models: Path, folder: Path, *, errors_expected: i
     output = folder / f"results-{time.time_ns()}"
     command = [sys.executable, "-m", "engine.run", str(manifest), "-b", str(models), "-o", str(output)]
     command += ["--batch-size", str(CPU_BATCH), "--workers", str(available_cpus())]  # whatever was tuned here
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    with peak_memory(process) as peak:
-        errors = process.stderr.read().decode()
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    wall_s = time.perf_counter() - start
-    if process.returncode:
-        raise RuntimeError(f"engine.run ended with status {process.returncode}: {errors[-500:]}")
+    done = processes.run(command)
+    if done.status:
+        raise RuntimeError(f"engine.run ended with status {done.status}: {done.errors[-500:]}")
     success = json.loads((output / "_SUCCESS").read_text())
     last = success["last_start"]
     assert success["errors"] == errors_expected, success["by_status"]
     return EndToEnd(
         rate=last["rows"] / last["elapsed_s"],
-        core_s_per_image=(usage.ru_utime + usage.ru_stime) / last["rows"],
-        peak_memory_mb=peak.bytes / 2**20,
-        start_up_s=wall_s - last["elapsed_s"],
+        core_s_per_image=done.core_s / last["rows"],
+        peak_memory_mb=done.peak_memory_mb,
+        start_up_s=done.wall_s - last["elapsed_s"],
     )
 
 

@@ -1,0 +1,371 @@
+"""`python -m benchmarks peers`: the engine and what people write instead, in turn, on the same work.
+
+Every contender is run in a process of its own once a round, in random order, with as many threads as there
+are cores. Its rate is taken from its first read to its last row on the disk; the members are loaded and
+compiled before. It counts only if its rows are right (`gate.py`).
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from scipy.stats import bootstrap
+
+from benchmarks import archive, processes, record
+from benchmarks.peers import gate
+from benchmarks.peers.job import MARK
+from benchmarks.tables import show_peers
+from engine import bundle
+from engine.errors import UsageError
+from engine.provenance import CPU_BATCH, versions
+from engine.settings import available_cpus
+
+TIMEOUT_S = 900
+MISHAP_ROWS, MISHAP_CORRUPT = 32, 3
+REFERENCE = "engine"
+ERROR = re.compile(r"(error|[\w.]*(Error|Exception)(\(\w+\))?):", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Contender:
+    title: str
+    needs: tuple[str, ...]  # distributions, whose versions are recorded
+    module: str | None = None  # of benchmarks.peers; None is the engine itself
+    precision: str = "fp32"
+    aim: float | None = None  # the engine's rate beside this one's, lower end of the interval
+
+    @property
+    def missing(self) -> list[str]:
+        return [name for name in self.needs if not _version(name)]
+
+    def command(self, manifest: Path, models: Path, output: Path) -> list[str]:
+        python = [sys.executable, "-m"]
+        if self.module is None:
+            given = [str(manifest), "-b", str(models), "-o", str(output), "--precision", self.precision]
+            return [*python, "engine.run", *given, "--max-error-rate", "1"]
+        threads = str(available_cpus())
+        module = f"benchmarks.peers.{self.module}"
+        return [*python, module, str(manifest), str(models), str(output), "--threads", threads]
+
+
+CONTENDERS = {
+    REFERENCE: Contender("this engine", ()),
+    "engine-int8": Contender("this engine, INT8", (), precision="int8"),
+    "torch-loader": Contender(
+        "PyTorch eager, DataLoader, Pillow", ("torch", "torchvision", "pillow"), "torch_loader", aim=2.0
+    ),
+    "torch-compiled": Contender(
+        "torch.compile, DataLoader, Pillow", ("torch", "torchvision", "pillow"), "torch_compiled"
+    ),
+    "onnx-loop": Contender("ONNX Runtime loop, Pillow", ("onnxruntime", "pillow"), "onnx_loop", aim=1.15),
+    "onnx-prefetch": Contender(
+        "ONNX Runtime, threads ahead, OpenCV",
+        ("onnxruntime", "opencv-python-headless", "pillow"),
+        "onnx_prefetch",
+        aim=1.0,
+    ),
+    "openvino": Contender(
+        "OpenVINO AsyncInferQueue, OpenCV", ("openvino", "opencv-python-headless", "pillow"), "openvino_queue"
+    ),
+    "spdl": Contender(
+        "SPDL, ONNX Runtime, OpenCV",
+        ("spdl-core", "onnxruntime", "opencv-python-headless", "pillow"),
+        "spdl_pipeline",
+    ),
+    "ray-data": Contender(
+        "Ray Data, ONNX Runtime, OpenCV",
+        ("ray", "onnxruntime", "opencv-python-headless", "pillow"),
+        "ray_data",
+        aim=1.5,
+    ),
+}
+MISHAPS = {  # patterns of mishaps.py, and what each needs
+    "timm": ("timm's inference.py", ("timm",)),
+    "ray": ("Ray Data read_images", ("ray",)),
+    "ray-skip": ("Ray Data read_images, max_errored_blocks = -1", ("ray",)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contender in one round."""
+
+    rate: float  # images/s
+    start_up_s: float  # process start to first read, and last row to exit
+    peak_memory_mb: float
+    verdict: gate.Verdict
+
+
+class Contest:
+    def __init__(self, work: Path, manifest: Path, models: bundle.Bundle) -> None:
+        self._work, self._manifest, self._models = work, manifest, models
+        with manifest.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        self.rows = len(rows)
+        self.kinds = Counter(row["kind"] for row in rows if not row["damage"])
+        self.corrupt = [row["path"] for row in rows if row["damage"]]
+        self.reference = self._rows(REFERENCE)[1]
+        scored = self.reference.set_index("path").loc[self.corrupt, "confidence"].notna()
+        assert not scored.any(), "the engine scored a corrupt file"
+
+    def run(self, name: str) -> Run | str:
+        """A line that says why, where the contender does not come to its end."""
+        done, rows, seconds = self._rows(name, may_fail=True)
+        if seconds is None:
+            return f"{'killed' if done.status < 0 else 'failed'}: {_last_line(done)}"
+        limits = gate.INT8 if CONTENDERS[name].precision == "int8" else gate.FLOAT32
+        verdict = gate.judge(
+            rows, self.reference, corrupt=self.corrupt, classes=self._models.classes, limits=limits
+        )
+        return Run(self.rows / seconds, done.wall_s - seconds, done.peak_memory_mb, verdict)
+
+    def _rows(
+        self, name: str, *, may_fail: bool = False
+    ) -> tuple[processes.Finished, pd.DataFrame, float | None]:
+        """Its rows, and its seconds from first read to last row; None where it failed."""
+        output = self._work / f"rows-{name}"
+        shutil.rmtree(output, ignore_errors=True)
+        shutil.rmtree(self._work / f"rows-{name}-ready", ignore_errors=True)
+        command = CONTENDERS[name].command(self._manifest, self._models.path, output)
+        done = processes.run(command, environment=environment(self._work), timeout_s=TIMEOUT_S)
+        if done.status and not may_fail:
+            raise UsageError(f"{' '.join(command[1:])} failed: {_last_line(done)}")
+        seconds = None if done.status else _seconds(done, output)
+        return done, gate.read_rows(output), seconds
+
+
+def environment(work: Path) -> dict[str, str]:
+    """As many threads for every library as there are cores, and threads that don't spin while they wait."""
+    cores = str(available_cpus())
+    libraries = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")
+    return {
+        **os.environ,
+        **{f"{library}_NUM_THREADS": cores for library in libraries},
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": str(record.ROOT),
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),  # compiled once an invocation
+    }
+
+
+def _seconds(done: processes.Finished, output: Path) -> float:
+    success = output / "_SUCCESS"
+    if success.exists():
+        return float(json.loads(success.read_text())["last_start"]["elapsed_s"])
+    marks = [line.removeprefix(MARK).split() for line in done.output.splitlines() if line.startswith(MARK)]
+    at = {name: float(value) for name, value in marks}
+    return at["stop"] - at["start"]
+
+
+def _last_line(done: processes.Finished) -> str:
+    """What it said last, the name of an error first."""
+    lines = [line.strip() for line in done.errors.splitlines() if line.strip()]
+    named = [line for line in lines if ERROR.match(line)]
+    return (named or lines or [f"status {done.status}"])[-1][:200]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def interval(ratios: Sequence[float], *, seed: int) -> tuple[float | None, float | None]:
+    """95 % of the median, by bootstrap over the rounds."""
+    if len(ratios) < 2:
+        return None, None
+    if min(ratios) == max(ratios):
+        return ratios[0], ratios[0]
+    found = bootstrap(
+        (np.asarray(ratios),), np.median, confidence_level=0.95, method="percentile", rng=seed
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def figures_of(taken: dict[str, list[Run | str]], *, seed: int) -> dict[str, Any]:
+    """Each contender's figures over the rounds, and the engine's rate beside its own, round by round."""
+    ours = taken[REFERENCE]
+    found: dict[str, Any] = {}
+    for name, outcomes in taken.items():
+        contender = CONTENDERS[name]
+        runs = [run for run in outcomes if isinstance(run, Run)]
+        reasons = [run if isinstance(run, str) else run.verdict.why_not for run in outcomes]
+        one: dict[str, Any] = {
+            "title": contender.title,
+            "precision": contender.precision,
+            "not_counted": next((reason for reason in reasons if reason), None),
+        }
+        if runs:
+            rates = [run.rate for run in runs]
+            low, median, high = np.percentile(rates, [25, 50, 75]).tolist()
+            one |= {
+                "images_per_s": {"median": median, "quartiles": [low, high], "rounds": rates},
+                "start_up_s": float(np.median([run.start_up_s for run in runs])),
+                "peak_memory_mb": max(run.peak_memory_mb for run in runs),
+                "largest_difference": _largest(run.verdict.difference for run in runs),
+                "least_agreement": min((run.verdict.agreement or 0.0 for run in runs), default=None),
+            }
+        if name != REFERENCE and one["not_counted"] is None:
+            pairs = [a.rate / b.rate for a, b in zip(ours, outcomes, strict=True) if _both(a, b)]
+            ends = interval(pairs, seed=seed)
+            one["engine_beside_it"] = {
+                "median": float(np.median(pairs)),
+                "interval": ends,
+                "rounds": pairs,
+                "aim": contender.aim,
+            }
+        found[name] = one
+    return found
+
+
+def _both(ours: Run | str, theirs: Run | str) -> bool:
+    return isinstance(ours, Run) and isinstance(theirs, Run)
+
+
+def _largest(values: Any) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def mishaps(work: Path, models: bundle.Bundle, seed: int) -> dict[str, Any]:
+    """What corrupt files do to the usual patterns, and to the engine."""
+    manifest = archive.make(work, "uniform", MISHAP_ROWS, seed, corrupt=MISHAP_CORRUPT)
+    small = Contest(work, manifest, models)
+    columns = [f"p_{name}" for name in models.classes]
+    found: dict[str, Any] = {"rows": small.rows, "corrupt": len(small.corrupt), "patterns": {}}
+    found["patterns"][REFERENCE] = {
+        "title": "this engine",
+        **aftermath(small.reference, small.corrupt, columns),
+    }
+    for name, (title, needs) in MISHAPS.items():
+        one: dict[str, Any] = {"title": title}
+        found["patterns"][name] = one
+        if any(not _version(need) for need in needs):
+            one["problem"] = "not installed"
+            continue
+        output = work / f"rows-{name}"
+        shutil.rmtree(output, ignore_errors=True)
+        given = [name, str(manifest), str(models.path), str(output), "--threads", str(available_cpus())]
+        command = [sys.executable, "-m", "benchmarks.peers.mishaps", *given]
+        done = processes.run(command, environment=environment(work), timeout_s=TIMEOUT_S)
+        if done.status:
+            one["problem"] = f"the whole run fails: {_last_line(done)}"
+        else:
+            one |= aftermath(gate.read_rows(output), small.corrupt, columns)
+    return found
+
+
+def aftermath(rows: pd.DataFrame, corrupt: Collection[str], columns: list[str]) -> dict[str, int]:
+    """How many corrupt files carry the score of another file, and how many sound ones have none."""
+    scores = rows.set_index("path")[columns].astype(np.float64)
+    bad = scores.index.isin(list(corrupt))
+    sound = scores[~bad]
+    borrowed = sum(
+        bool(np.isclose(sound.to_numpy(), score, atol=1e-5, rtol=0).all(axis=1).any())
+        for score in scores[bad].to_numpy()
+    )
+    return {"rows_with_anothers_score": borrowed, "sound_rows_lost": int(sound.isna().any(axis=1).sum())}
+
+
+def chosen(only: Sequence[str] | None, models: bundle.Bundle) -> tuple[list[str], dict[str, str]]:
+    """Names of the contenders that can be run here, and why the others can't."""
+    left_out = {
+        name: "not installed: " + ", ".join(one.missing) for name, one in CONTENDERS.items() if one.missing
+    }
+    if not any(models.path.rglob("*int8*.onnx")):
+        left_out["engine-int8"] = "the bundle has no INT8 graphs"
+    asked = [name for name in CONTENDERS if not only or name in only or name == REFERENCE]
+    return [name for name in asked if name not in left_out], {
+        name: why for name, why in left_out.items() if name in asked
+    }
+
+
+def contest(
+    console: Console, work: Path, models: bundle.Bundle, options: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """The figures, and the names of the contenders."""
+    manifest = archive.make(work, options.archive, options.rows, options.seed)
+    names, left_out = chosen(options.only, models)
+    for name, why in left_out.items():
+        console.print(f"{name}: {why}", highlight=False)
+    arena, rng = Contest(work, manifest, models), random.Random(options.seed)
+    taken: dict[str, list[Run | str]] = {name: [] for name in names}
+    for number in range(options.rounds):
+        for name in rng.sample(names, len(names)):
+            earlier = taken[name][-1] if taken[name] else None
+            outcome = (
+                earlier if isinstance(earlier, str) else arena.run(name)
+            )  # what failed once is not run again
+            taken[name].append(outcome)
+            console.print(f"round {number + 1}, {name}: {_told(outcome)}", highlight=False, markup=False)
+    figures = {
+        "work": {
+            "archive": options.archive,
+            "rows": arena.rows,
+            "rounds": options.rounds,
+            "seed": options.seed,
+            "files": dict(arena.kinds),
+            "corrupt": len(arena.corrupt),
+            "members": [member.architecture for member in models.members],
+            "threads": available_cpus(),
+            "engine_batch_size": CPU_BATCH,
+        },
+        "limits": {"probability": gate.MAX_DIFFERENCE, "agreement": gate.FLOAT32.agreement},
+        "contenders": figures_of(taken, seed=options.seed),
+        "left_out": left_out,
+    }
+    return figures, names
+
+
+def _own_bundle(work: Path) -> Path:
+    from benchmarks.peers.bundle import contest_bundle  # torch: only here
+
+    return contest_bundle(work / "bundle")
+
+
+def _told(outcome: Run | str) -> str:
+    if isinstance(outcome, str):
+        return outcome
+    why = outcome.verdict.why_not
+    return f"{outcome.rate:.2f} images/s" + (f", not counted: {why}" if why else "")
+
+
+def main(console: Console, options: Any) -> None:
+    before = record.machine()
+    unknown = sorted(set(options.only or ()) - set(CONTENDERS))
+    if unknown:
+        raise UsageError(f"--only {' '.join(unknown)}: no such contender; there are {', '.join(CONTENDERS)}")
+    if options.rows < 2 or options.rounds < 1:
+        raise UsageError(f"--rows {options.rows} --rounds {options.rounds}: at least 2 rows and 1 round")
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(options.work or scratch).absolute()
+        work.mkdir(parents=True, exist_ok=True)
+        models = bundle.load((options.bundle or _own_bundle(work)).absolute())
+        figures, names = contest(console, work, models, options)
+        if not options.only:
+            figures["corrupt_files"] = mishaps(work, models, options.seed)
+    needed = {need for name in names for need in CONTENDERS[name].needs} | {"timm"}
+    installed = {name: found for name in sorted(needed) if (found := _version(name))}
+    figures["versions"] = versions() | installed
+    name = "peers-cpu" if options.archive == "mixed" else f"peers-{options.archive}-cpu"
+    command = f"peers --archive {options.archive} --rows {options.rows} --rounds {options.rounds}"
+    command += f" --seed {options.seed}" + (f" --only {' '.join(options.only)}" if options.only else "")
+    target = options.output / f"{name}.json"
+    record.write(target, command, figures, before=before)
+    show_peers(console, figures)
+    console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

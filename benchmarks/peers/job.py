@@ -1,0 +1,109 @@
+"""What every peer is given, and the one file of rows it has to write."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine import bundle as bundles
+from engine.ensemble import fuse
+
+MARK = "benchmark mark:"  # before what `contest.py` reads from a peer's output
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Job:
+    manifest: Path
+    models: bundles.Bundle
+    output: Path  # a folder, not there yet
+    threads: int  # as many as there are cores
+
+    @classmethod
+    def from_command_line(cls) -> Job:
+        parser = argparse.ArgumentParser()
+        for name in ("manifest", "bundle", "output"):
+            parser.add_argument(name, type=Path)
+        parser.add_argument("--threads", type=int, required=True)
+        given = parser.parse_args()
+        return cls(
+            given.manifest.absolute(), bundles.load(given.bundle), given.output.absolute(), given.threads
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The manifest's paths, in order."""
+        with self.manifest.open(newline="") as lines:
+            return [row["path"] for row in csv.DictReader(lines)]
+
+    @property
+    def paths(self) -> list[str]:
+        """Where the files are."""
+        return [str(self.manifest.parent / name) for name in self.names]
+
+    @property
+    def graphs(self) -> list[str]:
+        """Each member's ONNX graph: uint8 [N, 1, H, W] to float32 logits [N, C]."""
+        return [str(member.files["onnx"].path) for member in self.models.members]
+
+    @property
+    def columns(self) -> list[str]:
+        return [f"p_{name}" for name in self.models.classes]
+
+    def average(self, logits: Sequence[Floats]) -> Floats:
+        """Softmax and weighted average: a member's logits [N, C] each to probabilities [N, C]."""
+        return fuse(
+            np.stack(logits),
+            weights=self.models.weights,
+            temperatures=[member.temperature for member in self.models.members],
+            temperature=self.models.temperature,
+        )[1]
+
+    def start(self, at: float | None = None) -> None:
+        """The models are there and warm; reading starts now, or started at `at`."""
+        print(MARK, "start", time.monotonic() if at is None else at, flush=True)
+
+    def finish(self, scores: Floats) -> None:
+        """Write the rows: scores [rows, C], NaN where there are none. Once they are on the disk, stop."""
+        scored = ~np.isnan(scores).any(axis=1)
+        columns: dict[str, pa.Array] = {
+            "path": pa.array(self.names),
+            "status": pa.array(np.where(scored, "ok", "corrupt")),
+        }
+        for name, column in zip(self.columns, scores.T, strict=True):
+            columns[name] = pa.array(column, mask=~scored)
+        self.output.mkdir(parents=True)
+        pq.write_table(pa.table(columns), self.output / "rows.parquet")
+        self.stop()
+
+    def stop(self) -> None:
+        """Sync what is in the output folder, and stop the clock."""
+        for path in (*self.output.iterdir(), self.output):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        print(MARK, "stop", time.monotonic(), flush=True)
+
+    def no_scores(self) -> Floats:
+        """NaN [rows, C], to be filled."""
+        return np.full((len(self.names), len(self.models.classes)), np.nan, np.float32)
+
+    def blank(self, batch: int) -> npt.NDArray[np.uint8]:
+        """Pixels to warm up with."""
+        return np.zeros((batch, 1, *self.models.size), np.uint8)
+
+
+def batches(rows: int, size: int) -> Iterator[range]:
+    for start in range(0, rows, size):
+        yield range(start, min(start + size, rows))

@@ -1,0 +1,32 @@
+"""ONNX Runtime with a pool of threads that decodes ahead by OpenCV, as good people write it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+
+from benchmarks.peers.job import Job
+from benchmarks.peers.prefetch import decoded
+
+BATCH = 16
+
+
+def main(job: Job) -> None:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the decoders need the cores
+    sessions = [onnxruntime.InferenceSession(graph, options) for graph in job.graphs]
+
+    def score(pixels: np.ndarray) -> np.ndarray:
+        return job.average([session.run(None, {"pixels": pixels})[0] for session in sessions])
+
+    scores = job.no_scores()
+    score(job.blank(BATCH))
+    job.start()
+    for rows, pixels in decoded(job, BATCH):
+        scores[rows] = score(pixels)
+    job.finish(scores)
+
+
+if __name__ == "__main__":
+    main(Job.from_command_line())

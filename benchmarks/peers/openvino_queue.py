@@ -1,0 +1,58 @@
+"""OpenVINO's AsyncInferQueue over both members in one model, fed by threads that decode ahead by OpenCV."""
+
+from __future__ import annotations
+
+import numpy as np
+import openvino
+
+from benchmarks.peers.job import Job
+from benchmarks.peers.prefetch import decoded
+
+BATCH = 8
+
+
+def both_members(core: openvino.Core, job: Job) -> openvino.Model:
+    """All members behind one input, so that they share one pool of threads."""
+    first, *others = [core.read_model(graph) for graph in job.graphs]
+    results = [*first.get_results()]
+    for other in others:
+        for use in other.input(0).get_target_inputs():
+            use.replace_source_output(first.input(0).get_node().output(0))
+        results += other.get_results()
+    model = openvino.Model(results, first.get_parameters())
+    model.reshape([BATCH, 1, *job.models.size])
+    return model
+
+
+def main(job: Job) -> None:
+    core = openvino.Core()
+    model = core.compile_model(
+        both_members(core, job),
+        "CPU",
+        {
+            "PERFORMANCE_HINT": "THROUGHPUT",
+            "INFERENCE_NUM_THREADS": job.threads,
+            "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16, where the processor has it
+        },
+    )
+    scores = job.no_scores()
+
+    def keep(request: openvino.InferRequest, rows: list[int]) -> None:
+        logits = [tensor.data[: len(rows)] for tensor in request.output_tensors]
+        scores[rows] = job.average(logits)
+
+    queue = openvino.AsyncInferQueue(model)
+    for _ in range(len(queue)):
+        queue.start_async({0: job.blank(BATCH)}, [])
+    queue.wait_all()
+    queue.set_callback(keep)
+    job.start()
+    for rows, pixels in decoded(job, BATCH):
+        padding = BATCH - len(rows)
+        queue.start_async({0: np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))}, rows)
+    queue.wait_all()
+    job.finish(scores)
+
+
+if __name__ == "__main__":
+    main(Job.from_command_line())

@@ -1,0 +1,44 @@
+"""Decoding ahead in a pool of threads, by OpenCV, as who cares for speed writes it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import cv2
+import numpy as np
+
+from benchmarks.peers.job import Job, batches
+from benchmarks.peers.pixels import Pixels, by_opencv
+
+AHEAD = 2  # batches
+
+
+def decoded(job: Job, batch: int) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Rows and their pixels uint8 [n, 1, H, W], a batch at a time; what can't be decoded is left out."""
+    cv2.setNumThreads(1)
+    paths, size = job.paths, job.models.size
+
+    def load(row: int) -> Pixels | None:
+        try:
+            return by_opencv(paths[row], size)
+        except OSError as error:
+            print(f"{paths[row]}: {error}")
+            return None
+
+    with ThreadPoolExecutor(job.threads) as pool:
+        loading: deque[list[tuple[int, Future[Pixels | None]]]] = deque()
+        for rows in batches(len(paths), batch):
+            loading.append([(row, pool.submit(load, row)) for row in rows])
+            if len(loading) > AHEAD:
+                yield from _batch(loading.popleft())
+        while loading:
+            yield from _batch(loading.popleft())
+
+
+def _batch(loading: list[tuple[int, Future[Pixels | None]]]) -> Iterator[tuple[list[int], np.ndarray]]:
+    images = [(row, pixels) for row, future in loading if (pixels := future.result()) is not None]
+    if images:
+        rows, pixels = zip(*images, strict=True)
+        yield list(rows), np.stack(pixels)

@@ -1,0 +1,85 @@
+"""Ray Data: files to blocks, a pool of actors that score, Parquet out.
+
+`read_images` ends with the first file that is no image, so the bytes are decoded in a map of one's own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import numpy as np
+import ray
+
+from benchmarks.peers.job import Job
+from benchmarks.peers.pixels import decoded_by_opencv
+
+BATCH = 16
+SHARE_OF_A_CORE = 0.75  # of each scoring actor; the rest is for reading and decoding
+
+
+class Members:
+    """The actor: one thread, both members."""
+
+    def __init__(self, job: Job, ready: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._job = job
+        self._sessions = [onnxruntime.InferenceSession(graph, options) for graph in job.graphs]
+        self._score(job.blank(BATCH))
+        (ready / str(os.getpid())).write_text(str(time.monotonic()))
+
+    def _score(self, pixels: np.ndarray) -> np.ndarray:
+        return self._job.average([session.run(None, {"pixels": pixels})[0] for session in self._sessions])
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
+        good = rows["status"] == "ok"
+        scores = np.full((len(good), len(self._job.columns)), np.nan, np.float32)
+        if good.any():
+            scores[good] = self._score(np.stack(rows["pixels"][good]))
+        columns = dict(zip(self._job.columns, scores.T, strict=True))
+        return {"path": rows["path"], "status": rows["status"], **columns}
+
+
+def main(job: Job) -> None:
+    ready = job.output.with_name(job.output.name + "-ready")
+    ready.mkdir(parents=True)
+    size, blank = job.models.size, job.blank(1)[0]
+
+    def load(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"path": row["path"], "status": "ok", "pixels": decoded_by_opencv(row["bytes"], size)}
+        except OSError:
+            return {"path": row["path"], "status": "corrupt", "pixels": blank}
+
+    ray.init(num_cpus=job.threads, include_dashboard=False, object_store_memory=1 << 29, log_to_driver=False)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.wait_for_min_actors_s = 300  # reading starts when the actors are there
+    spare = (1 - SHARE_OF_A_CORE) / 2
+    rows = ray.data.read_binary_files(
+        job.paths,
+        include_paths=True,
+        override_num_blocks=-(-len(job.paths) // BATCH),
+        ray_remote_args={"num_cpus": spare},
+    ).map(load, num_cpus=spare)
+    scored = rows.map_batches(
+        Members,
+        fn_constructor_args=(job, ready),
+        batch_size=BATCH,
+        compute=ray.data.ActorPoolStrategy(size=job.threads),
+        num_cpus=SHARE_OF_A_CORE,
+    )
+    scored.write_parquet(str(job.output), ray_remote_args={"num_cpus": spare})
+    job.start(max(float(path.read_text()) for path in ready.iterdir()))
+    job.stop()
+
+
+if __name__ == "__main__":
+    main(Job.from_command_line())

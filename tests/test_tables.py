@@ -1,0 +1,63 @@
+"""README's measured table is what the committed JSON files give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.record import ROOT
+from engine.errors import UsageError
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_readme_has_the_figures_of_the_json_files() -> None:
+    readme = (ROOT / "README.md").read_text()
+    made = tables.with_table(readme, tables.measured(tables.loaded(RESULTS)))
+    assert made == readme, "run: python -m benchmarks tables"
+
+
+def test_figures_follow_their_json(tmp_path: Path) -> None:
+    found = json.loads((RESULTS / "memory-cpu.json").read_text())
+    found["growth_mb"], found["machine"]["processor"] = 71.4, "Another"
+    (tmp_path / "memory-cpu.json").write_text(json.dumps(found))
+    table = tables.measured(tables.loaded(tmp_path))
+    assert table.startswith("On 2 cores (Another), no GPU")
+    assert table.endswith(
+        "| `memory`: peak of 2,000,000 rows beyond that of 20,000 (null stages) | 71 MB | 100 MB |"
+    )
+
+
+def test_a_readme_without_the_marks_is_left_alone() -> None:
+    with pytest.raises(UsageError, match="between the lines"):
+        tables.with_table("# A project\n", "| a |")
+
+
+PEER = {
+    "title": "A peer",
+    "precision": "fp32",
+    "not_counted": None,
+    "images_per_s": {"median": 10.0, "quartiles": [9.0, 11.0], "rounds": [9.0, 10.0, 11.0]},
+    "engine_beside_it": {"median": 2.0, "interval": [1.8, 2.2], "rounds": [2.0], "aim": 1.5},
+}
+
+
+def test_peers_stand_beside_the_engine_or_are_not_counted(tmp_path: Path) -> None:
+    found = {
+        "machine": {"cores": 2, "processor": "X"},
+        "work": {"archive": "mixed", "rows": 224, "rounds": 3},
+        "contenders": {
+            "engine": {**PEER, "title": "this engine"},
+            "a": PEER,
+            "b": {"title": "Another", "precision": "fp32", "not_counted": "9 rows are missing"},
+        },
+        "left_out": {},
+    }
+    rows = list(tables.peers_rows(found))
+    assert ("its rate beside A peer", "2.00 x, 95 % 1.80 to 2.20 (10.0 images/s)", "1.5") in rows
+    assert ("its rate beside Another", "not counted: 9 rows are missing", "") in rows
+    tables.plot_peers(found, tmp_path / "peers.svg")
+    assert "<svg" in (tmp_path / "peers.svg").read_text()
