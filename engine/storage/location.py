@@ -79,10 +79,10 @@ def parse(text: str) -> Place:
     host, slash, path = rest.partition("/")
     if scheme == "file":
         if host not in ("", "localhost"):
-            raise ValueError(f"a file URL of the host {host!r}; write file:///folder/name for a local file")
+            raise ValueError("a file URL with a host; write file:///folder/name for a local file")
         return Path(unquote(slash + path))
     if scheme not in OBJECT_SCHEMES + HTTP_SCHEMES:
-        raise SchemeError(f"{scheme}:// is not read; allowed are {ALLOWED}")
+        raise SchemeError(f"URLs of this scheme are not read; allowed are {ALLOWED}")
     query = ""
     if scheme in HTTP_SCHEMES:
         bare = re.split(r"[?#]", rest, maxsplit=1)[0]

@@ -257,11 +257,12 @@ def test_each_failure_has_its_status_and_a_plain_text(
         ),
         "file://elsewhere/x": (
             Status.UNREADABLE,
-            "a file URL of the host 'elsewhere'; write file:///folder/name for a local file",
+            "a file URL with a host; write file:///folder/name for a local file",
         ),
         "ftp://host/x.png": (
             Status.UNSUPPORTED,
-            "ftp:// is not read; allowed are a local path, file://, s3://, gs://, az://, abfs://, https:// or http://",
+            "URLs of this scheme are not read; allowed are a local path, file://, s3://, gs://, az://, "
+            "abfs://, https:// or http://",
         ),
     }
     found = read(list(expected))
@@ -453,7 +454,7 @@ def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("ftp://host/m.csv",), "ftp://...: ftp:// is not read; allowed are a local path"),
+        (("ftp://host/m.csv",), "ftp://...: URLs of this scheme are not read; allowed are a local path"),
         (
             ("m.csv", "-o", "https://host/results"),
             "results https://host/results: a web server takes no files",
@@ -463,7 +464,7 @@ def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
             ("m.csv", "--root", "https://host/x?sig=secret"),
             "--root https://host/x?...: a folder has no query",
         ),
-        (("m.csv", "-o", "file://host/x"), "file://...: a file URL of the host 'host'"),
+        (("m.csv", "-o", "file://host/x"), "file://...: a file URL with a host"),
         (("s3://archive/lists/nowhere.csv",), "manifest s3://archive/lists/nowhere.csv: no such object"),
         (("m.csv", "-o", "s3://archive/knees"), "output s3://archive/knees: it is not empty ("),
         (("s3://archive/knees/image-00.png",), "manifest s3://archive/knees/image-00.png: this is an image"),
@@ -634,7 +635,7 @@ def test_google_cloud_storage_holds_images_and_results(
 
 
 def test_locations_outside_the_command_line() -> None:
-    with pytest.raises(UsageError, match=r"ftp://\.\.\.: ftp:// is not read"):
+    with pytest.raises(UsageError, match=r"ftp://\.\.\.: URLs of this scheme"):
         parse_location("ftp://user:password@host/x")
     assert parse_location("file:///a%20b") == Path("/a b")
     assert parse_location("a/b://c") == Path("a/b://c")
