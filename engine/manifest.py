@@ -29,7 +29,7 @@ from engine.listing import LOOKS_LIKE_IMAGE, PATH, in_words, list_place, skipped
 from engine.records import Part
 from engine.storage import Url
 from engine.storage.archive import is_archive
-from engine.storage.location import Place, absolute, is_url
+from engine.storage.location import HTTP_SCHEMES, Place, absolute, is_url
 from engine.store import atomic
 
 _BLOCK = 4 << 20
@@ -183,6 +183,8 @@ def _open_copy(url: Url, **options: Any) -> Manifest:
 
     scratch = _Scratch()
     copy = remote.fetched_manifest(url, scratch.folder)
+    if url.scheme in HTTP_SCHEMES and is_archive(copy):
+        raise UsageError(f"manifest {url}: an archive on a web server; supported: on disks, in object stores")
     try:
         found = open_manifest(copy, **options)
     except UsageError as error:

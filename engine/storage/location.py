@@ -46,21 +46,25 @@ class Url:
 
     @property
     def name(self) -> str:
-        name = posixpath.basename(self.path)
-        return unquote(name) if self.scheme in HTTP_SCHEMES else name
+        # the last name also of what is unquoted: a file may be made that has it
+        return posixpath.basename(unquote(self.path) if self.scheme in HTTP_SCHEMES else self.path)
 
     @property
     def parent(self) -> Url:
         return Url(self.scheme, self.host, posixpath.dirname(self.path))
 
     def __truediv__(self, name: str) -> Url:
-        """What a relative path names below this place; "." and ".." mean what they mean in a folder."""
+        """What a relative path names below this place; "." and ".." mean what they mean in a folder.
+
+        Behind "::" is the name of an archive's member, which is taken as it stands.
+        """
+        name, mark, member = name.partition("::")
         if self.scheme in HTTP_SCHEMES:
             name = quote(name)
         path = f"{self.path.rstrip('/')}/{name}"
         if {".", ".."} & set(name.split("/")):
             path = posixpath.normpath(path)
-        return Url(self.scheme, self.host, path)
+        return Url(self.scheme, self.host, path + mark + member)
 
 
 Place = Path | Url

@@ -573,6 +573,7 @@ def test_a_local_run_pays_for_none_of_it() -> None:
             "https://h:8/",
             "https://h:8/m%201.csv/a%20b.png",
         ),
+        ("https://h/%2e%2e%2fetc%2fm.csv", "%2e%2e%2fetc%2fm.csv", "m.csv", "https://h/", None),
     ],
 )
 def test_urls_are_taken_apart(text: str, key: str, name: str, parent: str, below: str | None) -> None:
@@ -584,6 +585,8 @@ def test_urls_are_taken_apart(text: str, key: str, name: str, parent: str, below
         assert str(url / "a b.png") == below
     assert str(Url("s3", "b", "/lists") / "../knees/./x") == "s3://b/knees/x"
     assert str(Url("s3", "b", "/lists") / "../../../x") == "s3://b/x"
+    assert str(Url("s3", "b", "/a") / "../k.tar::../x//y z") == "s3://b/k.tar::../x//y z"
+    assert str(Url("https", "h", "/a") / "k 1.tar::b c") == "https://h/a/k%201.tar::b c"
 
 
 def test_google_and_azure_are_opened_as_their_own_tools_would(monkeypatch: pytest.MonkeyPatch) -> None:
