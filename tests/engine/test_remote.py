@@ -468,10 +468,15 @@ def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
         (("s3://archive/lists/nowhere.csv",), "manifest s3://archive/lists/nowhere.csv: no such object"),
         (("m.csv", "-o", "s3://archive/knees"), "output s3://archive/knees: it is not empty ("),
         (("s3://archive/knees/image-00.png",), "manifest s3://archive/knees/image-00.png: this is an image"),
+        (
+            ("s3://archive/lists/k.zip", "--redact"),
+            "manifest s3://archive/lists/k.zip: a folder or archive, whose listing names paths",
+        ),
     ],
 )
 def test_wrong_places_are_told_in_one_line(
     proxy: Proxy,
+    client: Any,
     bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -480,6 +485,8 @@ def test_wrong_places_are_told_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.csv").write_bytes(csv(["a.png"]))
+    client.put_object(Bucket="archive", Key="lists/k.zip", Body=b"PK\5\6" + bytes(18))
+    monkeypatch.setenv("ENGINE_SALT", "a salt of sixteen bytes and more")
     with pytest.raises(UsageError) as raised:
         screen(settings_from([*arguments, "-b", str(bundle)]))
     said = str(raised.value)
