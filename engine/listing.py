@@ -9,12 +9,14 @@ import argparse
 import json
 import os
 import re
+import stat
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,7 +43,7 @@ THREADS = 16  # that look into files; storage far away answers many at once
 AHEAD = 256  # files being looked at
 CHUNK = 65_536  # rows written at once
 _SKIPPED = "skipped"
-_FILE, _FOLDER = "file", "folder"
+_FILE, _FOLDER, _LINK = "file", "folder", "link"
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -67,15 +69,16 @@ class Listing:
         is listed whatever is in it, so that its row says what is wrong. `own`, the results folder or the list
         that is made, is not even counted.
         """
+        look = partial(self._looked_at, str(folder))
         with ThreadPoolExecutor(THREADS) as pool:
-            for entry in _in_order(pool, self._looked_at, self._files(folder, own)):
+            for entry in _in_order(pool, look, self._files(folder, own)):
                 if isinstance(entry, str):
                     self.skipped[entry] += 1
                 else:
                     yield entry
 
-    def _files(self, folder: Path, own: Path | None) -> Iterator[tuple[os.DirEntry[str], str]]:
-        """Files that may be images, with their paths; one folder at a time is in memory."""
+    def _files(self, folder: Path, own: Path | None) -> Iterator[str]:
+        """Paths of files that may be images; the names of one folder at a time are in memory."""
         own = own.resolve() if own else None
         ours = (own.name, f".{own.name}.tmp") if own else ("", "")
         waiting = [""]
@@ -83,47 +86,46 @@ class Listing:
             below = waiting.pop()
             try:
                 with os.scandir(folder / below) as found:
-                    entries = sorted(found, key=lambda entry: entry.name)
+                    marked = sorted(map(_marked, found))  # not the entries: of millions they are gigabytes
             except OSError:
                 if not below:
                     raise
                 self.skipped["folders that can't be read"] += 1
                 continue
             folders = []
-            for entry in entries:
-                path = f"{below}{entry.name}"
-                if own and entry.name in ours and Path(entry).resolve() in (own, own.with_name(ours[1])):
+            for name, mark in (text.split("\0") for text in marked):
+                path = below + name
+                if own and name in ours and (folder / path).resolve() in (own, own.with_name(ours[1])):
                     continue
-                kind = self._kind(entry, path)
+                kind = self._kind(folder, path, name, mark)
                 if kind == _FILE:
-                    yield entry, path
+                    yield path
                 elif kind == _FOLDER:
                     folders.append(path + "/")
                 else:
                     self.skipped[kind] += 1
             waiting += reversed(folders)
 
-    def _kind(self, entry: os.DirEntry[str], path: str) -> str:
+    def _kind(self, folder: Path, path: str, name: str, mark: str) -> str:
         """_FILE, _FOLDER, or why it is left out."""
-        if entry.name.startswith("."):
+        if name.startswith("."):
             return "hidden"
-        if _is_folder(entry):
+        if mark == _FOLDER:
             return "excluded" if self._excluded.match_file(path + "/") else _FOLDER
-        if entry.is_symlink() and entry.is_dir():
+        if mark == _LINK and os.path.isdir(folder / path):
             return "links to folders"
         return _FILE if self.wants(path) else "excluded"
 
-    def _looked_at(self, item: tuple[os.DirEntry[str], str]) -> Entry | str:
+    def _looked_at(self, folder: str, path: str) -> Entry | str:
         """An entry, or why there is none."""
-        entry, path = item
         # names that are not UTF-8 can't be stored; their row will say that no such file exists
-        name = path.encode("utf-8", "replace").decode()
+        name, whole = path.encode("utf-8", "replace").decode(), os.path.join(folder, path)
         try:
-            info = entry.stat()
+            info = os.stat(whole)
             if not LOOKS_LIKE_IMAGE.search(path):
-                if not entry.is_file():
+                if not stat.S_ISREG(info.st_mode):
                     return "neither files nor folders"
-                with open(os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as opened:
+                with open(os.open(whole, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as opened:
                     if not header.may_be_image(start := opened.read(header.START)):
                         return "archives" if archive.kind_of(start) else "not images"
         except OSError:  # its row will say so
@@ -147,9 +149,19 @@ class Listing:
 
     def __post_init__(self) -> None:
         # as .gitignore has them: without a slash for names in any folder, ** for any number of folders
-        self._included, self._excluded = (
-            PathSpec.from_lines("gitignore", globs) for globs in (self.include, self.exclude)
-        )
+        self._included, self._excluded = map(_spec, (self.include, self.exclude))
+
+
+def _spec(globs: Sequence[str]) -> PathSpec[Any]:
+    """Raises UsageError for a glob that is none, or that .gitignore would take for a blank or a remark."""
+    try:
+        spec = PathSpec.from_lines("gitignore", globs)
+    except ValueError:
+        spec = PathSpec([])
+    if sum(pattern.include is not None for pattern in spec.patterns) < len(globs):
+        shown = ", ".join(map(repr, globs))
+        raise UsageError(f"{shown}: not globs as .gitignore has them; examples: '*.dcm', 'backup/**', '\\#1'")
+    return spec
 
 
 def _moment(info: os.stat_result) -> datetime:
@@ -158,11 +170,13 @@ def _moment(info: os.stat_result) -> datetime:
     )
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def _marked(entry: os.DirEntry[str]) -> str:
+    """Its name and, behind a NUL, which no name has and which sorts first, what it is."""
     try:
-        return entry.is_dir(follow_symlinks=False)
+        mark = _FOLDER if entry.is_dir(follow_symlinks=False) else _LINK if entry.is_symlink() else _FILE
     except OSError:
-        return False
+        mark = _FILE
+    return f"{entry.name}\0{mark}"
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -226,6 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m engine.manifest",
         description="List the images of a folder or archive, with size and time of change, as a manifest.",
+        allow_abbrev=False,
         epilog="example: python -m engine.manifest /archive -o manifest.parquet --exclude 'backup/**'",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="or a .zip or .tar")

@@ -29,7 +29,7 @@ from engine.listing import LOOKS_LIKE_IMAGE, PATH, in_words, list_place, skipped
 from engine.records import Part
 from engine.storage import Url
 from engine.storage.archive import is_archive
-from engine.storage.location import Place, absolute, is_url
+from engine.storage.location import HTTP_SCHEMES, Place, absolute, is_url
 from engine.store import atomic
 
 _BLOCK = 4 << 20
@@ -138,8 +138,9 @@ def open_manifest(
     """Open a CSV (.csv, .tsv), Parquet, text list (one path a line), folder, zip or tar.
 
     Relative paths are resolved against `root`, else the manifest's own folder. A folder or archive is listed
-    to the Parquet file `listing`, unless that exists; `include` and `exclude` are for these. With `since`,
-    `listing` holds what is to be screened. Raises UsageError, one line, for anything wrong.
+    to the Parquet file `listing`, unless that exists, and refused without one; `include` and `exclude` are
+    for these. With `since`, `listing` holds what is to be screened. Raises UsageError, one line, for
+    anything wrong.
     """
     if isinstance(source, Url):
         return _open_copy(
@@ -155,6 +156,11 @@ def open_manifest(
         whole = has_to_be_listed(source)
         if (include or exclude) and not whole:
             raise UsageError(f"manifest {source}: --include and --exclude are for folders and archives")
+        if whole and not listing:  # as with --redact
+            raise UsageError(
+                f"manifest {source}: a folder or archive, whose listing names paths; make it first, where it "
+                f"may be: python -m engine.manifest {source} -o list.parquet"
+            )
         if whole and listing and not listing.exists():
             list_place(source, listing, include=include, exclude=exclude, own=listing.parent)
         frozen = listing if listing and listing.exists() and (whole or since) else None
@@ -183,6 +189,8 @@ def _open_copy(url: Url, **options: Any) -> Manifest:
 
     scratch = _Scratch()
     copy = remote.fetched_manifest(url, scratch.folder)
+    if url.scheme in HTTP_SCHEMES and is_archive(copy):
+        raise UsageError(f"manifest {url}: an archive on a web server; supported: on disks, in object stores")
     try:
         found = open_manifest(copy, **options)
     except UsageError as error:
@@ -218,8 +226,6 @@ def _start(source: Path) -> bytes:
 
 
 def _open(source: Path) -> _Source:
-    if source.is_dir():
-        raise UsageError(f"manifest {source}: a folder; list it first: python -m engine.manifest {source}")
     start = _start(source)
     if not start:
         raise UsageError(f"manifest {source}: the file has 0 bytes")

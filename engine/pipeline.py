@@ -18,7 +18,7 @@ from engine.errors import NothingNew, Stopped, UsageError
 from engine.header import Header
 from engine.ledger import Progress, Summary, summary_of
 from engine.listing import in_words
-from engine.manifest import Manifest, has_to_be_listed, open_manifest
+from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter, prefetch
 from engine.preprocess.stage import Preprocess
 from engine.provenance import describe
@@ -314,7 +314,7 @@ def _manifest(settings: Settings, listing: Path, *, since: bool) -> Manifest:
         settings.manifest,
         path_column=settings.path_column,
         root=settings.root,
-        listing=listing,
+        listing=None if settings.redaction else listing,  # which names paths
         include=settings.include,
         exclude=settings.exclude,
         since=since,
@@ -351,6 +351,8 @@ def _check_decode(settings: Settings, models: Bundle) -> None:
 def check_paths(settings: Settings) -> None:
     """A wrong manifest or root must not leave an output folder behind."""
     manifest, root = settings.manifest, settings.root
+    if settings.redaction and settings.since:
+        raise UsageError("--since with --redact: the list of what is new would put paths into the results")
     if isinstance(root, Url) and root.query:
         raise UsageError(f"--root {root}?...: a folder has no query; give it without")
     if isinstance(manifest, Url):
@@ -363,11 +365,6 @@ def check_paths(settings: Settings) -> None:
         raise UsageError(f"manifest {manifest}: no such file or folder")
     if not (manifest.is_file() or manifest.is_dir()):
         raise UsageError(f"manifest {manifest}: neither a file nor a folder")
-    if settings.redaction and (settings.since or has_to_be_listed(manifest)):
-        raise UsageError(
-            f"manifest {manifest}: with --redact, its listing would put paths into the results; write it "
-            f"elsewhere first, and without --since: python -m engine.manifest {manifest} -o list.parquet"
-        )
     if isinstance(root, Path) and not root.is_dir():
         raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")
 

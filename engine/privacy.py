@@ -13,7 +13,7 @@ from engine.errors import UsageError
 
 MIN_SALT = 16  # bytes
 _VARIABLE = "ENGINE_SALT"
-_QUOTED = re.compile(r"'[^'\n]*'")
+_QUOTED = re.compile(r"(?<!\w)('|\").*?\1")
 _LIKE_PATHS = re.compile(
     r"'[^'\n]*[/.][^'\n]*'|(?<![\w.])(?:\w+:/)?/[^\s'\",;]*[^\s'\",;:.]|\S+\.(?:jpe?g|png|dcm|dicom|tiff?|bmp|webp|jp2)\b",
     re.IGNORECASE,
@@ -63,6 +63,6 @@ def scrubbed(text: str, known: Iterable[tuple[str, str]] = ()) -> str:
     for path, word in sorted(known, key=lambda pair: -len(pair[0])):
         if len(path) > 2:  # "a" is a word
             text = re.sub(rf"(?<!\w){re.escape(path)}(?!\w)", word, text)
-    if "manifest " in text:  # an error that shows cells or columns
+    if "error: " in text or "manifest " in text:  # which shows cells, columns or files
         text = _QUOTED.sub("[value]", text)
     return _LIKE_PATHS.sub("[path]", text)

@@ -22,6 +22,10 @@ from engine.records import Status
 MODALITIES = ("CR", "DX", "RG", "RF", "XA", "MG", "PX", "IO", "OT", "SC", "BMD", "DXA")
 MAX_HEADER = 16 << 20  # bytes before the pixels of a deflated file
 MAX_FRAGMENTS = 200_000
+MAX_READS = (
+    200_000  # two or three for each element: pydicom makes an object of 0.7 kB of each sequence's item
+)
+MAX_TABLES, MAX_ITEMS = 4 << 20, 1000  # bytes and items of a sequence of LUTs, which is taken apart later
 _LAST_FIRST, _LONGEST_FIRST = 0x0100, 1024  # element number and bytes of what a file may begin with
 # fmt: off
 _OTHERS = frozenset((  # that an error may name
@@ -195,7 +199,7 @@ def _read(data: bytes) -> tuple[Any, _Tail | None, Layout]:
     from pydicom.datadict import tag_for_keyword
     from pydicom.filereader import read_dataset
 
-    source = BytesIO(data)
+    source = _Source(data)
     source.seek(132 if matches(data) else 0)
     meta = read_dataset(source, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
     syntax = str(meta.get("TransferSyntaxUID") or _guess(data, source.tell()))
@@ -205,13 +209,37 @@ def _read(data: bytes) -> tuple[Any, _Tail | None, Layout]:
     if syntax == _DEFLATED:
         deflated = source.tell()
         data, whole = inflated(data, deflated, MAX_HEADER)
-        source = BytesIO(data)
+        source = _Source(data)
     tags: list[Any] = [tag_for_keyword(name) for name in _KEYWORDS]
     big = syntax == _BIG
     dataset = read_dataset(source, syntax == _IMPLICIT, not big, stop_when=_at_pixels, specific_tags=tags)
+    _check_tables(dataset)
     layout = Layout(dataset, syntax, SYNTAXES[syntax], big, deflated, (0, 0), False, 1, 8, 0, False, 1)
     implicit = bool(dataset.original_encoding[0])  # which pydicom looks for, whatever the syntax says
     return dataset, _tail(data, source.tell(), implicit, whole, ">" if big else "<"), layout
+
+
+class _Source(BytesIO):
+    """Bytes that pydicom may ask for so often and no more."""
+
+    _left = MAX_READS
+
+    def read(self, size: int | None = -1) -> bytes:
+        self._left -= 1
+        if self._left < 0:
+            raise unsupported("DICOM header of too many elements")
+        return super().read(size)
+
+
+def _check_tables(dataset: Any) -> None:
+    for keyword in ("ModalityLUTSequence", "VOILUTSequence"):
+        stored = getattr(dataset.get_item(keyword), "value", None)  # bytes until it is asked for
+        if isinstance(stored, bytes) and (
+            len(stored) > MAX_TABLES or stored.count(b"\xfe\xff\x00\xe0") > MAX_ITEMS
+        ):
+            raise unsupported(
+                f"DICOM with more than {MAX_ITEMS} LUTs, or LUTs of more than {MAX_TABLES >> 20} MiB"
+            )
 
 
 def _at_pixels(tag: int, vr: str | None, length: int) -> bool:

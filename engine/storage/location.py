@@ -46,21 +46,25 @@ class Url:
 
     @property
     def name(self) -> str:
-        name = posixpath.basename(self.path)
-        return unquote(name) if self.scheme in HTTP_SCHEMES else name
+        # the last name also of what is unquoted: a file may be made that has it
+        return posixpath.basename(unquote(self.path) if self.scheme in HTTP_SCHEMES else self.path)
 
     @property
     def parent(self) -> Url:
         return Url(self.scheme, self.host, posixpath.dirname(self.path))
 
     def __truediv__(self, name: str) -> Url:
-        """What a relative path names below this place; "." and ".." mean what they mean in a folder."""
+        """What a relative path names below this place; "." and ".." mean what they mean in a folder.
+
+        Behind "::" is the name of an archive's member, which is taken as it stands.
+        """
+        name, mark, member = name.partition("::")
         if self.scheme in HTTP_SCHEMES:
             name = quote(name)
         path = f"{self.path.rstrip('/')}/{name}"
         if {".", ".."} & set(name.split("/")):
             path = posixpath.normpath(path)
-        return Url(self.scheme, self.host, path)
+        return Url(self.scheme, self.host, path + mark + member)
 
 
 Place = Path | Url
@@ -79,10 +83,10 @@ def parse(text: str) -> Place:
     host, slash, path = rest.partition("/")
     if scheme == "file":
         if host not in ("", "localhost"):
-            raise ValueError(f"a file URL of the host {host!r}; write file:///folder/name for a local file")
+            raise ValueError("a file URL with a host; write file:///folder/name for a local file")
         return Path(unquote(slash + path))
     if scheme not in OBJECT_SCHEMES + HTTP_SCHEMES:
-        raise SchemeError(f"{scheme}:// is not read; allowed are {ALLOWED}")
+        raise SchemeError(f"URLs of this scheme are not read; allowed are {ALLOWED}")
     query = ""
     if scheme in HTTP_SCHEMES:
         bare = re.split(r"[?#]", rest, maxsplit=1)[0]

@@ -194,6 +194,33 @@ def test_voi_lut_before_window(samples: npt.NDArray[Any], first: int) -> None:
     assert np.abs(found - curve[place] / 4095 * 255).max() <= 0.51
 
 
+@pytest.mark.parametrize(
+    ("declared", "largest", "white"),
+    [(12, 1000, 4095), (14, 8000, 16383), (16, 4095, 4095), (10, 4095, 4095), (0, 255, 255)],
+)
+def test_white_of_a_voi_lut_is_what_its_bits_declare_where_they_can(
+    declared: int, largest: int, white: int
+) -> None:
+    curve = np.linspace(0, largest, 4096).astype(np.uint16)
+    found = gray(dicom(TWELVE, bits=12, VOILUTSequence=lut(4096, 0, declared, curve)))
+    assert np.abs(found - curve[TWELVE] / white * 255).max() <= 0.51
+
+
+def test_a_voi_lut_that_is_none_leaves_the_window() -> None:
+    window = {"WindowCenter": 2000, "WindowWidth": 3000}
+    for broken in ([Dataset()], lut(4096, 0, 12, TWELVE[0][:0])):
+        assert np.array_equal(
+            gray(dicom(TWELVE, bits=12, VOILUTSequence=broken, **window)),
+            gray(dicom(TWELVE, bits=12, **window)),
+        )
+
+
+def test_a_rescale_beyond_all_numbers_is_none() -> None:
+    assert np.array_equal(
+        gray(dicom(TWELVE, bits=12, RescaleSlope=1e308, RescaleIntercept=0)), gray(dicom(TWELVE, bits=12))
+    )
+
+
 def test_modality_lut() -> None:
     curve = (60_000 * (np.arange(4096) / 4095) ** 2).astype(np.uint16)
     more = {"ModalityLUTSequence": lut(4096, 0, 16, curve), "WindowCenter": 30_000, "WindowWidth": 60_000}
@@ -368,7 +395,24 @@ def test_a_deflated_bomb_stops_where_the_image_ends() -> None:
     assert np.array_equal(gray(data[:meta] + bomb), gray(data))
     header_bomb = zlib.compressobj(9, wbits=-15)
     endless = header_bomb.compress(inflated[:100] + bytes(50_000_000)) + header_bomb.flush()
-    assert refusal(data[:meta] + endless)[0] in ("corrupt", "skipped")
+    assert refusal(data[:meta] + endless)[0] == "unsupported"  # of too many elements
+
+
+@pytest.mark.parametrize("length", ["defined", "undefined"])
+@pytest.mark.parametrize("tag", [b"\x09\0\x02\x10", b"\x28\0\x10\x30"])  # a private one, VOILUTSequence
+def test_a_header_of_a_million_items(tag: bytes, length: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would become an object; the limits are lowered so that the test is quick."""
+    monkeypatch.setattr(dicom_header._Source, "_left", 2000)
+    data = dicom(TWELVE, bits=12)
+    items = b"\xfe\xff\0\xe0\0\0\0\0" * 3000
+    size = len(items) if length == "defined" else 0xFFFFFFFF
+    end = b"" if length == "defined" else b"\xfe\xff\xdd\xe0\0\0\0\0"
+    place = data.find(b"\x10\0\x10\0" if tag[0] == 9 else b"\xe0\x7f\x10\0", 132)
+    bomb = data[:place] + tag + b"SQ\0\0" + struct.pack("<I", size) + items + end + data[place:]
+    if (tag[0], length) == (9, "defined"):  # jumped over
+        assert np.array_equal(gray(bomb), gray(data))
+    else:
+        assert refusal(bomb)[0] in ("unsupported", "corrupt")
 
 
 def test_no_header_value_in_any_error() -> None:

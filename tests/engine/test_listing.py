@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from engine.errors import UsageError
 from engine.listing import Listing, list_place, skipped_of
 from engine.storage import local
 from tests.conftest import Command, run_module, write_images
@@ -96,6 +97,13 @@ def test_globs(tmp_path: Path) -> None:
         "x/y/a.png",
     ]
     assert listed(tmp_path, include=["*.PNG"])[0] == []
+
+
+@pytest.mark.parametrize("glob", ["!", "", "#1/*"])
+@pytest.mark.parametrize("kind", ["include", "exclude"])
+def test_a_glob_that_is_none(tmp_path: Path, glob: str, kind: str) -> None:
+    with pytest.raises(UsageError, match="not globs"):
+        listed(write(tmp_path, {"a.png": PNG}), **{kind: ["*.png", glob]})
 
 
 def test_a_folder_that_can_not_be_read_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,11 @@ def test_wrong_options(
     for options, words in cases:
         done = engine_run(hospital, "-b", bundle, "-o", "out", *options)
         assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+    since = engine_run(hospital, "-b", bundle, "-o", "out", "--redact", "--since", "earlier")
+    assert (since.returncode, "--since with --redact" in since.stderr) == (2, True)
+    (hospital.parent / "other" / "DOE JANE").mkdir(parents=True)
+    output = engine_run(hospital, "-b", bundle, "-o", hospital.parent / "other", "--redact")
+    assert (output.returncode, "not empty" in output.stderr, "DOE" in output.stderr) == (2, True, False)
     folder = engine_run(hospital.parent, "-b", bundle, "-o", "out", "--redact")
     assert (folder.returncode, "engine.manifest" in folder.stderr, "DOE" in folder.stderr) == (2, True, False)
     monkeypatch.setenv("ENGINE_SALT", "short")
@@ -178,6 +183,7 @@ def test_a_line_of_the_log_without_paths() -> None:
             "its first line is 'DOE JANE.jpg'; add a line 'path'",
             "its first line is [path]; add a line 'path'",
         ),
+        ('error: output DOE: not empty ("DOE\'s")', "error: output ROOT: not empty ([value])"),
         ("cpu: onnx, fp32, 2 threads (no GPU here)", None),
     ):
         assert scrubbed(text, known) == (expected or text)

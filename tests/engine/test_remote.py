@@ -257,11 +257,12 @@ def test_each_failure_has_its_status_and_a_plain_text(
         ),
         "file://elsewhere/x": (
             Status.UNREADABLE,
-            "a file URL of the host 'elsewhere'; write file:///folder/name for a local file",
+            "a file URL with a host; write file:///folder/name for a local file",
         ),
         "ftp://host/x.png": (
             Status.UNSUPPORTED,
-            "ftp:// is not read; allowed are a local path, file://, s3://, gs://, az://, abfs://, https:// or http://",
+            "URLs of this scheme are not read; allowed are a local path, file://, s3://, gs://, az://, "
+            "abfs://, https:// or http://",
         ),
     }
     found = read(list(expected))
@@ -453,7 +454,7 @@ def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("ftp://host/m.csv",), "ftp://...: ftp:// is not read; allowed are a local path"),
+        (("ftp://host/m.csv",), "ftp://...: URLs of this scheme are not read; allowed are a local path"),
         (
             ("m.csv", "-o", "https://host/results"),
             "results https://host/results: a web server takes no files",
@@ -463,14 +464,19 @@ def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
             ("m.csv", "--root", "https://host/x?sig=secret"),
             "--root https://host/x?...: a folder has no query",
         ),
-        (("m.csv", "-o", "file://host/x"), "file://...: a file URL of the host 'host'"),
+        (("m.csv", "-o", "file://host/x"), "file://...: a file URL with a host"),
         (("s3://archive/lists/nowhere.csv",), "manifest s3://archive/lists/nowhere.csv: no such object"),
         (("m.csv", "-o", "s3://archive/knees"), "output s3://archive/knees: it is not empty ("),
         (("s3://archive/knees/image-00.png",), "manifest s3://archive/knees/image-00.png: this is an image"),
+        (
+            ("s3://archive/lists/k.zip", "--redact"),
+            "manifest s3://archive/lists/k.zip: a folder or archive, whose listing names paths",
+        ),
     ],
 )
 def test_wrong_places_are_told_in_one_line(
     proxy: Proxy,
+    client: Any,
     bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -479,6 +485,8 @@ def test_wrong_places_are_told_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.csv").write_bytes(csv(["a.png"]))
+    client.put_object(Bucket="archive", Key="lists/k.zip", Body=b"PK\5\6" + bytes(18))
+    monkeypatch.setenv("ENGINE_SALT", "a salt of sixteen bytes and more")
     with pytest.raises(UsageError) as raised:
         screen(settings_from([*arguments, "-b", str(bundle)]))
     said = str(raised.value)
@@ -572,6 +580,7 @@ def test_a_local_run_pays_for_none_of_it() -> None:
             "https://h:8/",
             "https://h:8/m%201.csv/a%20b.png",
         ),
+        ("https://h/%2e%2e%2fetc%2fm.csv", "%2e%2e%2fetc%2fm.csv", "m.csv", "https://h/", None),
     ],
 )
 def test_urls_are_taken_apart(text: str, key: str, name: str, parent: str, below: str | None) -> None:
@@ -583,6 +592,8 @@ def test_urls_are_taken_apart(text: str, key: str, name: str, parent: str, below
         assert str(url / "a b.png") == below
     assert str(Url("s3", "b", "/lists") / "../knees/./x") == "s3://b/knees/x"
     assert str(Url("s3", "b", "/lists") / "../../../x") == "s3://b/x"
+    assert str(Url("s3", "b", "/a") / "../k.tar::../x//y z") == "s3://b/k.tar::../x//y z"
+    assert str(Url("https", "h", "/a") / "k 1.tar::b c") == "https://h/a/k%201.tar::b c"
 
 
 def test_google_and_azure_are_opened_as_their_own_tools_would(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -634,7 +645,7 @@ def test_google_cloud_storage_holds_images_and_results(
 
 
 def test_locations_outside_the_command_line() -> None:
-    with pytest.raises(UsageError, match=r"ftp://\.\.\.: ftp:// is not read"):
+    with pytest.raises(UsageError, match=r"ftp://\.\.\.: URLs of this scheme"):
         parse_location("ftp://user:password@host/x")
     assert parse_location("file:///a%20b") == Path("/a b")
     assert parse_location("a/b://c") == Path("a/b://c")

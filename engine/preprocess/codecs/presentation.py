@@ -7,6 +7,7 @@ pixel.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,18 @@ def _modality(numbers: Values, dataset: Any) -> Values:
     slope, intercept = _first(dataset, "RescaleSlope"), _first(dataset, "RescaleIntercept")
     if slope is None or intercept is None or slope == 0:
         return numbers
-    return numbers * slope + intercept
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = numbers * slope + intercept
+    return values if np.isfinite(values).all() and np.ptp(values) > 0 else numbers
 
 
 def _voi(values: Values, dataset: Any) -> Values | None:
     """Black as 0, white as 1: PS3.3 C.11.2. None where the file has no proper VOI LUT or window."""
     if dataset.get("VOILUTSequence"):
-        found = _table(values, dataset.VOILUTSequence[0], dataset)
-        depth = next((bits for bits in DEPTHS if found.max() < 1 << bits), DEPTHS[-1])
-        return found / ((1 << depth) - 1)
+        with suppress(ValueError, TypeError, AttributeError):  # a LUT that is none; there may be a window
+            item = dataset.VOILUTSequence[0]
+            found = _table(values, item, dataset)
+            return found / _white(int(item.LUTDescriptor[2]), int(found.max()))
     centre, width = _first(dataset, "WindowCenter"), _first(dataset, "WindowWidth")
     if centre is None or width is None or width < 1:
         return None
@@ -73,6 +77,14 @@ def _voi(values: Values, dataset: Any) -> Values | None:
     if function == "LINEAR_EXACT":
         return (values - centre) / width + 0.5
     return (values - (centre - 0.5)) / max(width - 1, 1e-9) + 0.5
+
+
+def _white(declared: int, largest: int) -> int:
+    """White of a VOI LUT by the bits that it declares, unless its entries can't be of that many."""
+    white = (1 << declared) - 1
+    if declared in range(8, 17) and white >= largest > white // 8:  # 12 bits declared as 16 show black
+        return white
+    return next((1 << bits) - 1 for bits in DEPTHS if largest < 1 << bits)
 
 
 def levels_for(
