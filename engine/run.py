@@ -276,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     _hush_libraries()
     log = _Log(redact="--redact" in arguments)
-    console = Console(file=cast(TextIO, log))
+    console = Console(file=cast(TextIO, log), emoji=False)
     try:
         settings = settings_from(arguments)
         log.known = _places(settings)
