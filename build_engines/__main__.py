@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def _share(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build and report. Returns the exit status."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     try:
         options = Options(**vars(_parser().parse_args(arguments)))
         from build_engines.build import build  # seconds of imports: after --help and wrong arguments
@@ -136,4 +137,5 @@ def _failed(console: Console, reason: str, status: int) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from engine import bundle as bundles
 from engine import plans
 from engine.bundle import Bundle, Member
 from engine.ensemble import softmax
-from engine.errors import UsageError
+from engine.errors import EngineError, UsageError
 from engine.gpu import machine
 from engine.lock import hold
 from engine.plans import Gpu, Parity, Passport, Plan, Profile
@@ -56,6 +56,7 @@ class _Session:
     phases: Phases
     pixels: npt.NDArray[np.uint8]  # [N, 1, H, W], to compare on
     calibration: str  # where they are from
+    references: dict[str, Floats] = field(default_factory=dict)  # float32 logits [N, C], by member
 
 
 def build(options: Options, phases: Phases, say: Say = lambda _: None) -> tuple[Path, list[Built]]:
@@ -64,8 +65,8 @@ def build(options: Options, phases: Phases, say: Say = lambda _: None) -> tuple[
     Raises UsageError, EngineError (a build failed) or ParityError; then nothing is replaced.
     """
     bundle = bundles.load(options.bundle)
+    gpu = None if options.target == "onnx" else _gpu_for(options)
     backend = None if options.target == "onnx" else Backend(options.target)
-    gpu = _gpu_for(options) if backend else None
     folder = bundle.path / plans.PLANS
     folder.mkdir(exist_ok=True)
     try:
@@ -75,7 +76,7 @@ def build(options: Options, phases: Phases, say: Say = lambda _: None) -> tuple[
     try:
         session = _Session(bundle, options, say, phases, *parity.calibration_pixels(bundle, options))
         if backend is None:
-            return bundle.path, [_build_graph(session, member) for member in bundle.members]
+            return bundle.path, _build_graphs(session)
         return _build_plans(session, backend, gpu)
     finally:
         os.close(lock)
@@ -83,18 +84,28 @@ def build(options: Options, phases: Phases, say: Say = lambda _: None) -> tuple[
 
 def _gpu_for(options: Options) -> Gpu | None:
     """The GPU here. There may be none where TensorRT for RTX builds ahead of time for others."""
+    if options.target == "tensorrt_rtx":
+        without = "without one, name the GPUs to build for: --compute-capability sm86,sm89"
+    else:
+        without = "without one: --target tensorrt_rtx --compute-capability sm86,sm89, for RTX GPUs"
     try:
-        return machine.gpu()
+        return machine.gpu(without=without)
     except UsageError:
         if options.compute_capabilities:
             return None
         raise
 
 
-def _build_graph(session: _Session, member: Member) -> Built:
-    graph = _graph(session, member)
-    found = _gate_graph(session, member, graph)
-    return Built(member.name, _install_graph(session, member, graph), len(graph), 0.0, found)
+def _build_graphs(session: _Session) -> list[Built]:
+    """FP16 graphs of all members, written once all are accepted."""
+    made = []
+    for member in session.bundle.members:
+        graph = _graph(session, member)
+        made.append((member, graph, _gate_graph(session, member, graph)))
+    return [
+        Built(member.name, _install_graph(session, member, graph), len(graph), 0.0, found)
+        for member, graph, found in made
+    ]
 
 
 def _graph(session: _Session, member: Member) -> bytes:
@@ -106,10 +117,12 @@ def _graph(session: _Session, member: Member) -> bytes:
     return half_graph(reference)
 
 
+def _half_name(member: Member) -> str:
+    return f"{member.name}.fp16.onnx"
+
+
 def _install_graph(session: _Session, member: Member, graph: bytes) -> Path:
-    if session.options.precision == "fp32":
-        return member.files["onnx"].path
-    file = session.bundle.path / f"{member.name}.fp16.onnx"
+    file = session.bundle.path / _half_name(member)
     with atomic(file) as temporary:
         temporary.write_bytes(graph)
     return file
@@ -126,6 +139,8 @@ def _build_plans(session: _Session, backend: Backend, gpu: Gpu | None) -> tuple[
             _build_plan(session, member, backend, gpu, unfinished, target)
             for member in session.bundle.members
         ]
+        for graph in unfinished.glob("*.onnx"):  # all members are accepted
+            graph.replace(session.bundle.path / graph.name)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     finally:
@@ -154,15 +169,23 @@ def _build_plan(
     runs_here = gpu is not None and gpu.capability in _capabilities(options, gpu)
     found = None if runs_here else _gate_graph(session, member, graph)
     session.say(f"{member.name}: building the plan for {target}")
-    compiled = _compiled(session, member, backend, graph)
-    passport = _passport(session, member, backend, gpu, target, graph, compiled, found)
-    plan = Plan(folder / passport.plan, passport)
-    plan.path.write_bytes(compiled.plan)
-    if runs_here:
-        plan = _executed(session, member, backend, plan)
+    try:
+        compiled = _compiled(session, member, backend, graph)
+        passport = _passport(session, member, backend, gpu, target, graph, compiled, found)
+        plan = Plan(folder / passport.plan, passport)
+        plan.path.write_bytes(compiled.plan)
+        if runs_here:
+            plan = _executed(session, member, backend, plan)
+    except (RuntimeError, EngineError) as error:
+        if not machine.is_shortage(error):
+            raise
+        raise EngineError(
+            f"{member.name}: out of GPU memory with batches of {options.batch_size}; free some, or give a "
+            f"smaller --batch-size or --workspace ({' '.join(str(error).split())[:160]})"
+        ) from None
     plans.write(folder, plan.passport)
-    if options.frontend == "onnx":
-        _install_graph(session, member, graph)
+    if passport.source == _half_name(member):
+        (folder / passport.source).write_bytes(graph)
     return Built(member.name, plan.path, len(compiled.plan), compiled.build_s, plan.passport.parity)
 
 
@@ -187,18 +210,25 @@ def _gate_graph(session: _Session, member: Member, graph: bytes) -> Parity:
 
 
 def _executed(session: _Session, member: Member, backend: Backend, plan: Plan) -> Plan:
-    """Run the plan on the GPU here: its passport says how it agrees, and what the inspector sees."""
+    """Run the plan on the GPU here: its passport says how it agrees, and what the inspector sees.
+
+    Each profile has kernels of its own: the one that agrees least counts.
+    """
     session.say(f"{member.name}: comparing the plan with float32, on the GPU")
+    classes = len(session.bundle.classes)
     with TensorRTRunner(member, session.bundle, plan) as runner:
-        found = parity.on_gpu(runner, session.pixels, plan.passport.max_batch, len(session.bundle.classes))
-    agreement = _compared(session, member, found, "its plan", executed=True)
+        found = [parity.on_gpu(runner, session.pixels, batch, classes) for batch in session.options.batches]
+    agreements = [_compared(session, member, logits, "its plan", executed=True) for logits in found]
+    agreement = max(agreements, key=lambda one: one.max)
     layers = inspect(backend, plan.read(), session.options)
     return plan.with_facts(parity=agreement, layers=layers, layers_from="engine inspector")
 
 
 def _reference(session: _Session, member: Member) -> Floats:
-    with OnnxRunner(member, session.bundle) as runner:
-        return parity.in_batches(runner.infer, session.pixels)
+    if member.name not in session.references:
+        with OnnxRunner(member, session.bundle) as runner:
+            session.references[member.name] = parity.in_batches(runner.infer, session.pixels)
+    return session.references[member.name]
 
 
 def _compared(session: _Session, member: Member, logits: Floats, what: str, *, executed: bool) -> Parity:
@@ -236,7 +266,7 @@ def _passport(
         frontend=options.frontend,
         precision=options.precision,
         reference_sha256=member.files["onnx"].sha256,
-        source=f"{member.name}.fp16.onnx" if converted else file.path.name,
+        source=_half_name(member) if converted else file.path.name,
         source_sha256=hashlib.sha256(graph).hexdigest() if converted else file.sha256,
         plan=f"{member.name}.plan",
         plan_sha256=hashlib.sha256(compiled.plan).hexdigest(),

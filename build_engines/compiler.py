@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from build_engines.options import Options
 from build_engines.progress import Phases, monitor_for
 from engine.errors import EngineError
 from engine.runners.tensorrt import Backend, deserialize
+from engine.store import atomic
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -45,15 +48,36 @@ def compile_graph(
         problems = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise EngineError(f"{backend.name} {backend.version} can't parse the graph: {problems[:1]}")
     config = _configured(backend, builder, network, options, size)
-    config.progress_monitor = monitor_for(backend, phases)
     start = time.perf_counter()
-    plan = bytes(checked(builder.build_serialized_network(network, config), "building the plan"))
+    serialized = _interruptibly(backend, builder, network, config, phases)
+    plan = bytes(checked(serialized, "building the plan"))
     build_s = time.perf_counter() - start
     _keep_timing_cache(config, options)
     layers = list(_network_layers(backend, network))
     if options.precision == "fp16":
         _refuse_wide(layers, api.DataType.HALF.name)
     return Compiled(plan, layers, "network", build_s)
+
+
+def _interruptibly(
+    backend: Backend,
+    builder: trt.Builder,
+    network: trt.INetworkDefinition,
+    config: trt.IBuilderConfig,
+    phases: Phases,
+) -> trt.IHostMemory | None:
+    """Build, which may take minutes, in a thread of its own, so that Ctrl-C is heard here.
+
+    Inside TensorRT's callbacks its bindings would swallow it.
+    """
+    stop = threading.Event()
+    config.progress_monitor = monitor_for(backend, phases, stop)
+    with ThreadPoolExecutor(1, thread_name_prefix="build") as worker:
+        try:
+            return worker.submit(builder.build_serialized_network, network, config).result()
+        except KeyboardInterrupt:
+            stop.set()  # and wait for the builder, which ends at its next step
+            raise
 
 
 def _configured(
@@ -115,7 +139,8 @@ def _load_timing_cache(backend: Backend, config: trt.IBuilderConfig, options: Op
 
 def _keep_timing_cache(config: trt.IBuilderConfig, options: Options) -> None:
     if options.timing_cache and (cache := config.get_timing_cache()):
-        options.timing_cache.write_bytes(bytes(cache.serialize()))
+        with atomic(options.timing_cache) as temporary:
+            temporary.write_bytes(bytes(cache.serialize()))
 
 
 def _network_layers(backend: Backend, network: trt.INetworkDefinition) -> Iterator[dict[str, Any]]:

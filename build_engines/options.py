@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UsageError
+from engine.plans import RTX_CAPABILITIES
 
 TARGETS = ("tensorrt", "tensorrt_rtx", "onnx")
 FRONTENDS = ("onnx", "torch-tensorrt")
 PRECISIONS = ("fp16", "fp32")
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 SMALL_BATCH = 8  # largest batch of the second profile
 LIMIT, AGREEMENT = 5e-3, 0.999
 
@@ -50,13 +50,21 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, targets in _ONLY_FOR.items():
-            if getattr(self, name) not in (None, False, ()) and self.target not in targets:
+            value = getattr(self, name)
+            given = value is not None and value is not False and value != ()  # 0 is a value too
+            if given and self.target not in targets:
                 option = "--" + name.replace("ies", "y").replace("_", "-")
                 raise UsageError(f"{option} is for --target {' or '.join(targets)}, not {self.target}")
         if self.frontend == "torch-tensorrt" and self.target != "tensorrt":
             raise UsageError(f"--frontend torch-tensorrt is for --target tensorrt, not {self.target}")
+        if self.frontend == "torch-tensorrt" and self.batch_size == 1:
+            raise UsageError(
+                "--frontend torch-tensorrt makes plans for 1 to N images: --batch-size 2 or more"
+            )
         if self.frontend == "torch-tensorrt" and self.timing_cache:
             raise UsageError("--timing-cache is for --frontend onnx; Torch-TensorRT keeps its own")
+        if self.timing_cache and not self.timing_cache.absolute().parent.is_dir():
+            raise UsageError(f"--timing-cache {self.timing_cache}: its folder does not exist")
         if self.target == "onnx" and self.precision == "fp32":
             raise UsageError("--target onnx --precision fp32 is the bundle's own graph: nothing to build")
 

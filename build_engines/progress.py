@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -68,8 +69,11 @@ def shown(console: Console) -> Iterator[Phases]:
         yield Bars(progress)
 
 
-def monitor_for(backend: Backend, phases: Phases) -> trt.IProgressMonitor:
-    """A TensorRT progress monitor that tells `phases`; its class exists only once TensorRT is imported."""
+def monitor_for(backend: Backend, phases: Phases, stop: threading.Event) -> trt.IProgressMonitor:
+    """A TensorRT progress monitor that tells `phases`, and ends the build soon after `stop` is set.
+
+    Its class exists only once TensorRT is imported.
+    """
     if TYPE_CHECKING:
         import tensorrt as trt
     else:
@@ -84,7 +88,7 @@ def monitor_for(backend: Backend, phases: Phases) -> trt.IProgressMonitor:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             phases.step(phase_name, step)
-            return True  # go on
+            return not stop.is_set()  # whether to go on
 
         def phase_finish(self, phase_name: str) -> None:
             phases.finish(phase_name)

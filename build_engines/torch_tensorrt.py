@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from build_engines.compiler import Compiled
 from build_engines.options import Options
 from engine.bundle import Bundle, Member
 from engine.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 def compile_module(bundle: Bundle, member: Member, options: Options) -> Compiled:
@@ -23,18 +27,12 @@ def compile_module(bundle: Bundle, member: Member, options: Options) -> Compiled
         reason = " ".join(f"{error}".split())[:160]
         raise UsageError(
             f"Torch-TensorRT can't be imported ({reason}); install it with: "
-            "pip install '.[gpu]' --extra-index-url https://pypi.nvidia.com"
+            "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https://pypi.nvidia.com"
         ) from None
-    from engine.network import in_precision
-
-    dtype = torch.float16 if options.precision == "fp16" else torch.float32
-    module = in_precision(member, bundle, dtype).to("cuda")
     shape = (1, *bundle.size)
-    example = torch.zeros((2, *shape), dtype=torch.uint8, device="cuda")
-    batch = torch.export.Dim("N", min=1, max=options.batch_size)
     start = time.perf_counter()
     try:
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+        program = exported(bundle, member, options, "cuda")
         plan = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
             program,
             arg_inputs=[
@@ -52,7 +50,26 @@ def compile_module(bundle: Bundle, member: Member, options: Options) -> Compiled
             optimization_level=options.optimization_level,
             max_aux_streams=options.max_aux_streams,
         )
+    except EngineError:
+        raise
     except Exception as error:  # torch.export and the converters raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise EngineError(f"Torch-TensorRT can't convert {member.name}: {reason}") from None
     return Compiled(bytes(plan), [], "none", time.perf_counter() - start)
+
+
+def exported(bundle: Bundle, member: Member, options: Options, device: str) -> ExportedProgram:
+    """uint8 [N, 1, H, W] to float32 logits [N, C] in the precision asked for, N from 1 to the batch size.
+
+    Not channels-last: pooling would restride by as_strided, which Torch-TensorRT can't convert for a dynamic
+    N. TensorRT chooses layouts itself.
+    """
+    import torch
+
+    from engine.network import in_precision
+
+    dtype = torch.float16 if options.precision == "fp16" else torch.float32
+    module = in_precision(member, bundle, dtype, torch.contiguous_format).to(device)
+    example = torch.zeros((2, 1, *bundle.size), dtype=torch.uint8, device=device)
+    batch = torch.export.Dim("N", min=1, max=options.batch_size)
+    return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))

@@ -132,23 +132,30 @@ def with_fused_norms(network: Network | OneChannel) -> Network | OneChannel:
 class InPrecision(nn.Module):
     """A network for inference: float32 up to the first convolution, where gray levels over 255 are exact."""
 
-    def __init__(self, network: Network | OneChannel, dtype: torch.dtype) -> None:
+    def __init__(
+        self, network: Network | OneChannel, dtype: torch.dtype, layout: torch.memory_format
+    ) -> None:
         super().__init__()
-        self.network, self._dtype = network, dtype
+        self.network, self._dtype, self._layout = network, dtype, layout
         network.base.to(dtype)
         network.head.to(dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [N, 1, H, W] to float32 logits [N, C]."""
-        planes = self.network.planes(pixels).to(self._dtype, memory_format=torch.channels_last)
+        planes = self.network.planes(pixels).to(self._dtype, memory_format=self._layout)
         logits: Tensor = self.network.head(self.network.base(planes)).float()
         return logits
 
 
-def in_precision(member: Member, bundle: Bundle, dtype: torch.dtype) -> InPrecision:
-    """A member of a bundle, fused and channels-last, on the CPU. Raises UsageError."""
+def in_precision(
+    member: Member,
+    bundle: Bundle,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.channels_last,
+) -> InPrecision:
+    """A member of a bundle, fused, on the CPU. Raises UsageError."""
     network = with_fused_norms(folded(load(member, bundle)))
-    return InPrecision(network, dtype).eval().to(memory_format=torch.channels_last)
+    return InPrecision(network, dtype, layout).eval().to(memory_format=layout)
 
 
 def head(features: int, classes: int) -> nn.Sequential:

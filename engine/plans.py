@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
@@ -17,10 +18,18 @@ from engine.store import write_json
 
 FORMAT = 1
 PLANS = "plans"
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT for RTX builds for
 _TEXTS = (
     *("member", "target", "backend", "frontend", "precision", "reference_sha256"),
     *("source", "source_sha256", "plan", "plan_sha256", "version"),
 )
+_WORDS: dict[str, tuple[object, ...]] = {
+    "backend": ("tensorrt", "tensorrt_rtx"),
+    "frontend": ("onnx", "torch-tensorrt"),
+    "precision": ("fp16", "fp32"),
+    "hardware_compatible": (True, False),
+    "version_compatible": (True, False),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +119,28 @@ class Passport:
     def max_batch(self) -> int:
         return max(profile.max for profile in self.profiles)
 
-    def rebuild(self, bundle: Path) -> str:
-        """What to do about a plan that does not fit."""
-        precision = "" if self.precision == "fp16" else f" --precision {self.precision}"
-        return f"build it again with: python -m build_engines {bundle} --target {self.backend}{precision}"
+    def rebuild(
+        self,
+        bundle: Path,
+        *,
+        precision: str | None = None,
+        batch_size: int | None = None,
+        capability: str | None = None,
+    ) -> str:
+        """What to do about a plan that does not fit a run of `precision` and `batch_size` on this GPU."""
+        hopeless = self.backend == "tensorrt_rtx" and capability not in (None, *RTX_CAPABILITIES)
+        target = "tensorrt" if hopeless else self.backend
+        words = ["python -m build_engines", shlex.quote(str(bundle)), "--target", target]
+        words += ["--precision", precision or self.precision]
+        words += ["--batch-size", str(max(batch_size or 0, self.max_batch))]
+        words += ["--frontend", self.frontend] * (self.frontend != "onnx")
+        words += ["--hardware-compatible"] * self.hardware_compatible
+        words += ["--version-compatible"] * self.version_compatible
+        return f"build it again with: {' '.join(words)}"
 
     def problem(self, member: Member, gpu: Gpu, version: str | None) -> str | None:
         """Why the plan can't run `member` on `gpu` under `version` of its backend; None when it can."""
-        if self.reference_sha256 != member.files["onnx"].sha256:
+        if self.member != member.name or self.reference_sha256 != member.files["onnx"].sha256:
             return "it was made from another model"
         if version is None:
             return f"{self.backend} is not installed"
@@ -206,21 +229,23 @@ def _check(passport: Passport) -> None:
     """Raise ValueError for a value that can't be."""
     for name in _TEXTS:
         text = getattr(passport, name)
-        if not (isinstance(text, str) and 0 < len(text) <= 128 and text.isprintable()):
-            raise ValueError(f"{name} {text!r}"[:120])
-    if not re.fullmatch(r"\d+(\.\d+){2,3}", passport.version):
-        raise ValueError(f"version {passport.version!r}")
-    if Path(passport.plan).name != passport.plan:
-        raise ValueError(f"plan {passport.plan!r} is not the name of a file beside the passport")
-    if passport.backend not in ("tensorrt", "tensorrt_rtx") or not passport.profiles:
-        raise ValueError(f"backend {passport.backend!r}, profiles {passport.profiles!r}")
-    if not all(type(size) is int for profile in passport.profiles for size in astuple(profile)):
-        raise ValueError(f"profiles {passport.profiles!r}"[:120])
+        _expect(isinstance(text, str) and 0 < len(text) <= 128 and text.isprintable(), name, text)
+    for name, allowed in _WORDS.items():
+        _expect(getattr(passport, name) in allowed, name, getattr(passport, name))
+    _expect(bool(re.fullmatch(r"\d+(\.\d+){2,3}", passport.version)), "version", passport.version)
+    beside = Path(passport.plan).name == passport.plan
+    _expect(beside, "plan", f"{passport.plan} is not the name of a file beside the passport")
+    sizes = [size for profile in passport.profiles for size in astuple(profile)]
+    _expect(bool(sizes) and all(type(size) is int for size in sizes), "profiles", passport.profiles)
     for number in (passport.parity.limit, passport.parity.max, passport.parity.agreement):
-        if type(number) not in (int, float):
-            raise ValueError(f"{number!r} is not a number")
-    if not all(isinstance(text, str) and text.count(".") == 1 for text in passport.compute_capabilities):
-        raise ValueError(f"compute capabilities {passport.compute_capabilities!r}")
+        _expect(type(number) in (int, float), "parity", number)
+    for text in passport.compute_capabilities:
+        _expect(bool(re.fullmatch(r"\d{1,3}\.\d", text)), "compute_capabilities", text)
+
+
+def _expect(condition: bool, name: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} {value!r}"[:120])
 
 
 def passports(bundle: Bundle) -> Iterator[tuple[str, list[Path]]]:

@@ -91,7 +91,8 @@ def defaults(choice: Choice) -> tuple[int, int]:
     """Batch size and rows a part where the user names none."""
     if choice.device == "cpu":
         return CPU_BATCH, CPU_PART_ROWS
-    return min([GPU_BATCH, *(plan.passport.max_batch for plan in choice.plans)]), GPU_PART_ROWS
+    largest = [plan.passport.max_batch for plan in choice.plans]
+    return min(largest, default=GPU_BATCH), GPU_PART_ROWS
 
 
 def processor_name() -> str:

@@ -281,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     hush_libraries()
     log = _Log(redact="--redact" in arguments)
-    console = Console(file=cast(TextIO, log))
+    console = Console(file=cast(TextIO, log), emoji=False)
 
     def work() -> int:
         settings = settings_from(arguments)

@@ -186,7 +186,7 @@ class _Steps:
     """Progress on stderr: bars on a terminal, one line per finished step elsewhere."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -225,7 +225,7 @@ class _Steps:
 def _show(evaluation: dict[str, Any], options: Options) -> None:
     """The table and the next command, on stdout."""
     width = max(LEAST_COLUMNS, shutil.get_terminal_size().columns)
-    console = Console(highlight=False, soft_wrap=True, width=width)
+    console = Console(highlight=False, soft_wrap=True, width=width, emoji=False)
     table = Table(box=None)
     for header in ("", "weight"):
         table.add_column(header, no_wrap=True)

@@ -10,6 +10,7 @@ from engine.errors import UsageError
 from engine.gpu import machine
 from engine.plans import Gpu, Plan
 from engine.runners import Choice
+from engine.runners.tensorrt import INSTALL
 
 _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
@@ -51,7 +52,14 @@ def fitting_plans(
         problem = _problem(bundle, found, gpu, precision, batch_size)
         if problem is None:
             return tuple(found), ""
-        reason = f"plans/{target}: {problem}; {found[0].passport.rebuild(bundle.path)}"
+        passport = found[0].passport
+        if installed_version(passport.backend) is None:
+            way_out = f"install it with: {INSTALL[passport.backend]}"
+        else:
+            way_out = passport.rebuild(
+                bundle.path, precision=precision, batch_size=batch_size, capability=gpu.capability
+            )
+        reason = f"plans/{target}: {problem}; {way_out}"
     return (), reason
 
 

@@ -16,15 +16,22 @@ _INSTALL = "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https:
 _CPU = "the CPU does it too: --device cpu"
 
 
-def gpu(index: int = 0) -> Gpu:
-    """GPU number `index`. Raises UsageError without PyTorch, CUDA, a driver new enough, or the GPU."""
-    cuda = _torch().cuda
+# how PyTorch, Triton, cuBLAS, cuDNN and TensorRT say it
+_SHORTAGE = re.compile(r"out ?of ?memory|alloc_failed|unable to find an engine", re.IGNORECASE)
+
+
+def gpu(index: int = 0, *, without: str = _CPU) -> Gpu:
+    """GPU number `index`. Raises UsageError without PyTorch, CUDA, a driver new enough, or the GPU.
+
+    `without` is what can be done without one, for people.
+    """
+    cuda = _torch(without).cuda
     try:
         cuda.init()
     except (RuntimeError, AssertionError) as error:  # no driver, one that is too old, no device
         reason = " ".join(str(error).split(". ")[0].split())[:200]
         raise UsageError(
-            f"no GPU: {reason} (driver: {driver() or 'none'}, needed: r580 or newer); {_CPU}"
+            f"no GPU: {reason} (driver: {driver() or 'none'}, needed: r580 or newer); {without}"
         ) from None
     count = cuda.device_count()
     if index >= count:
@@ -37,6 +44,11 @@ def gpu(index: int = 0) -> Gpu:
         capability=f"{found.major}.{found.minor}",
         driver=driver() or "unknown",
     )
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether what failed is out of memory."""
+    return bool(_SHORTAGE.search(f"{type(error).__name__}: {error}"))
 
 
 def present() -> bool:
@@ -63,15 +75,16 @@ def driver() -> str | None:
     return found[1] if found else None
 
 
-def _torch() -> ModuleType:
+def _torch(without: str) -> ModuleType:
     try:
         import torch
     except ImportError as error:
         raise UsageError(
-            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: {_INSTALL}; {_CPU}"
+            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: {_INSTALL}; {without}"
         ) from None
     if torch.version.cuda is None:
         raise UsageError(
-            f"this PyTorch ({torch.__version__}) is built without CUDA; install it with: {_INSTALL}; {_CPU}"
+            f"this PyTorch ({torch.__version__}) is built without CUDA; install it with: {_INSTALL}; "
+            f"{without}"
         )
     return torch

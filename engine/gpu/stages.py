@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file
 
 from engine.bundle import Bundle
 from engine.errors import EngineError, ParityError, UsageError
-from engine.gpu import tuning
+from engine.gpu import machine, tuning
 from engine.gpu.decode import Decoding, DevicePixels, GpuPreprocess
 from engine.gpu.step import GpuStep
 from engine.overlap import Meter
@@ -28,8 +27,6 @@ from engine.records import Batch, Part
 if TYPE_CHECKING:
     from engine.pipeline import Opening
 
-# how PyTorch, Triton, cuBLAS, cuDNN and TensorRT say it, beside torch.OutOfMemoryError
-_SHORTAGE = re.compile(r"out ?of ?memory|alloc_failed|unable to find an engine", re.IGNORECASE)
 CANARY_LIMIT = 5e-3  # largest difference in probability from the float32 reference
 
 
@@ -63,15 +60,11 @@ def _step_in_memory(stack: ExitStack, opening: Opening) -> GpuStep | None:
     try:
         return _open_step(stack, opening)
     except (RuntimeError, EngineError) as error:
-        if not _is_shortage(error):
+        if not machine.is_shortage(error):
             raise
     gc.collect()  # what the failed step held
     torch.cuda.empty_cache()
     return None
-
-
-def _is_shortage(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or bool(_SHORTAGE.search(str(error)))
 
 
 def _check_triton() -> None:
@@ -101,7 +94,7 @@ def _open_step(stack: ExitStack, opening: Opening) -> GpuStep:
         try:
             tuned["compiled_ms"] = _trial(opening, compiled=True)
         except Exception as error:  # whatever the compiler raises: eager works
-            if _is_shortage(error):
+            if machine.is_shortage(error):
                 raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             opening.say(f"the members can't be compiled, going on without ({reason})")

@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 # TensorRT for RTX has a metapackage on top of its bindings, which can do without it
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
-_INSTALL = {
-    "tensorrt": "pip install '.[gpu]' --extra-index-url https://pypi.nvidia.com",
-    "tensorrt_rtx": "pip install '.[build]'",
+INSTALL = {
+    "tensorrt": "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https://pypi.nvidia.com",
+    "tensorrt_rtx": "pip install -c constraints.txt '.[build]'",
 }
 
 
@@ -69,7 +69,7 @@ def _imported(name: str) -> Any:
             reason = reason or " ".join(f"{error}".split())[:160]
         else:
             return found
-    raise UsageError(f"{name} can't be imported ({reason}); install it with: {_INSTALL[name]}") from None
+    raise UsageError(f"{name} can't be imported ({reason}); install it with: {INSTALL[name]}") from None
 
 
 @cache

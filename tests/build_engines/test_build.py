@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +19,16 @@ import pytest
 from build_engines import compiler, parity
 from build_engines.half import half_graph
 from build_engines.options import Options, parse_capabilities
+from build_engines.progress import Silent
 from engine import bundle as bundles
 from engine import plans
 from engine.errors import EngineError, ParityError, UsageError
 from engine.gpu import choice
 from engine.plans import Gpu
 from engine.preprocess.stage import load_pixels
+from engine.provenance import defaults
+from engine.runners import Choice
+from engine.runners.tensorrt import Backend
 from tests.bundles import REAL_WEIGHTS, write_bundle
 from tests.conftest import run_module, write_images
 
@@ -83,30 +90,54 @@ def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
     bundle = bundles.load(built[0])
     found, _ = choice.fitting_plans(bundle, ADA, "fp16", None)
     assert [plan.passport.member for plan in found] == list(REAL_WEIGHTS)
-    for gpu, precision, batch, complaint in [
-        (HOPPER, "fp16", None, "built for compute capability 8.6, 8.9, this GPU has 9.0"),
-        (ADA, "fp32", None, "it is fp16, not fp32"),
-        (ADA, "fp16", 64, "takes at most 32 images a batch, not 64"),
+    for gpu, precision, batch, complaint, rebuild in [
+        (
+            *(HOPPER, "fp16", None, "built for compute capability 8.6, 8.9, this GPU has 9.0"),
+            "--target tensorrt --precision fp16 --batch-size 32",  # TensorRT for RTX does not know Hopper
+        ),
+        (
+            *(ADA, "fp32", None, "it is fp16, not fp32"),
+            "--target tensorrt_rtx --precision fp32 --batch-size 32",
+        ),
+        (
+            *(ADA, "fp16", 64, "takes at most 32 images a batch, not 64"),
+            "--target tensorrt_rtx --precision fp16 --batch-size 64",
+        ),
     ]:
         found, reason = choice.fitting_plans(bundle, gpu, precision, batch)
         assert not found
         assert complaint in reason
-        assert f"python -m build_engines {bundle.path} --target tensorrt_rtx" in reason
+        assert reason.endswith(f"python -m build_engines {bundle.path} {rebuild}")
     monkeypatch.setattr(choice, "installed_version", lambda backend: "1.6.0.1")
     assert "here is 1.6.0.1" in choice.fitting_plans(bundle, ADA, "fp16", None)[1]
     monkeypatch.setattr(choice, "installed_version", lambda backend: None)
-    assert "not installed" in choice.fitting_plans(bundle, ADA, "fp16", None)[1]
+    reason = choice.fitting_plans(bundle, ADA, "fp16", None)[1]
+    assert "tensorrt_rtx is not installed; install it with: pip install" in reason
+
+
+def test_batches_are_what_the_plans_are_made_for(built):
+    plan = plans.load(built[0] / "plans" / TARGET / "resnet50.json")
+    large = plan.with_facts(profiles=(plans.Profile(min=1, opt=256, max=256),))
+    for made, batch in [((plan,), 32), ((large,), 256), ((plan, large), 32), ((), 128)]:
+        chosen = Choice(runner="tensorrt", device="cuda:0", precision="fp16", reason="", plans=made)
+        assert defaults(chosen)[0] == batch
 
 
 def test_a_plan_over_the_limit_is_not_installed_and_the_old_ones_stay(built, real_bundle):
     bundle = built[0]
-    before = {path: path.stat().st_mtime_ns for path in (bundle / "plans" / TARGET).iterdir()}
+
+    def installed() -> dict[Path, int]:
+        files = [*(bundle / "plans" / TARGET).iterdir(), *bundle.glob("*.fp16.onnx")]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = installed()
+    assert len(before) == 6
     images = ("--calibration", real_bundle.parent / "images", "--calibration-images", 8)
     run = build(bundle, "--target", "tensorrt_rtx", "--compute-capability", "sm86,sm89", *images)
     assert run.returncode == 4
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("error: inception_v3: its graph in fp16 differs from float32 by up to 0.")
-    assert {path: path.stat().st_mtime_ns for path in (bundle / "plans" / TARGET).iterdir()} == before
+    assert installed() == before
     assert [path.name for path in (bundle / "plans").iterdir() if path.name != ".lock"] == [TARGET]
 
 
@@ -122,6 +153,9 @@ def test_an_altered_plan_or_passport_is_refused(built, tmp_path):
         ({"profiles": []}, "profiles"),
         ({"parity": {}}, "missing"),
         ({"extra": 1}, "extra"),
+        ({"compute_capabilities": ["x.y"], "hardware_compatible": True}, "compute_capabilities 'x.y'"),
+        ({"hardware_compatible": "no"}, "hardware_compatible 'no'"),
+        ({"frontend": "pickle"}, "frontend 'pickle'"),
     ]:
         (tmp_path / "resnet50.json").write_text(json.dumps(data | change))
         with pytest.raises(UsageError, match=complaint) as caught:
@@ -134,6 +168,9 @@ def test_other_weights_make_a_plan_stale(built):
     plan = plans.load(built[0] / "plans" / TARGET / "resnet50.json")
     other = next(member for member in bundle.members if member.name != "resnet50")
     assert plan.passport.problem(other, ADA, rtx.__version__) == "it was made from another model"
+    renamed = replace(plan.passport, member=other.name)
+    member = next(member for member in bundle.members if member.name == "resnet50")
+    assert renamed.problem(member, ADA, rtx.__version__) == "it was made from another model"
 
 
 def test_a_version_compatible_plan_runs_under_the_same_and_later_minors(built):
@@ -174,14 +211,17 @@ def test_small_bundles_build_in_both_precisions(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--target", "tensorrt"], "tensorrt can't be imported"),
+        (["--target", "tensorrt"], "without one: --target tensorrt_rtx --compute-capability"),
         (["--compute-capability", "sm86"], "--compute-capability is for --target tensorrt_rtx"),
         (["--target", "tensorrt_rtx", "--hardware-compatible"], "is for --target tensorrt, not"),
         (["--target", "tensorrt_rtx", "--timing-cache", "x"], "is for --target tensorrt, not"),
         (["--target", "tensorrt_rtx", "--compute-capability", "sm90"], "builds for sm75, sm80, sm86"),
         (["--target", "tensorrt_rtx", "--version-compatible"], "is for --target tensorrt, not"),
         (["--target", "tensorrt_rtx", "--frontend", "torch-tensorrt"], "is for --target tensorrt"),
-        (["--target", "tensorrt_rtx"], "no GPU"),
+        (["--target", "tensorrt_rtx"], "without one, name the GPUs to build for: --compute-capability"),
+        (["--target", "onnx", "--max-aux-streams", "0"], "--max-aux-streams is for"),
+        (["--timing-cache", "nowhere/cache"], "its folder does not exist"),
+        (["--frontend", "torch-tensorrt", "--batch-size", "1"], "--batch-size 2 or more"),
         (["--target", "onnx", "--precision", "fp32"], "nothing to build"),
         (["--target", "onnx", "--workspace", "1G"], "--workspace is for"),
         (["--target", "onnx", "--calibration", "nowhere"], "nowhere"),
@@ -198,6 +238,44 @@ def test_wrong_usage_is_one_line_and_status_2(bundle, arguments, complaint):
     assert run.stderr.startswith("error: ")
     assert run.stderr.count("\n") == 1
     assert not (bundle / "plans").exists() or not list((bundle / "plans").glob("*/"))
+
+
+def test_ctrl_c_ends_a_build_at_its_next_step(bundle):
+    """TensorRT's bindings would swallow it inside their callbacks."""
+    backend = Backend("tensorrt_rtx")
+    graph = half_graph((bundle / "member0.onnx").read_bytes())
+    options = Options(bundle=bundle, target="tensorrt_rtx", compute_capabilities=("8.6",))
+
+    class Watching(Silent):
+        def __init__(self, *, interrupts: bool) -> None:
+            self.interrupts, self.phases = interrupts, set[str]()
+
+        def start(self, name: str, steps: int) -> None:
+            self.phases.add(name)
+
+        def step(self, name: str, done: int) -> None:
+            if self.interrupts:
+                self.interrupts = False
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+                time.sleep(0.5)  # until it is heard
+
+    stopped, whole = Watching(interrupts=True), Watching(interrupts=False)
+    with pytest.raises(KeyboardInterrupt):
+        compiler.compile_graph(backend, graph, options, (64, 64), stopped)
+    compiler.compile_graph(backend, graph, options, (64, 64), whole)
+    assert stopped.phases < whole.phases
+
+
+def test_torch_tensorrt_gets_a_program_that_it_can_convert(real_bundle):
+    """It can't be imported without a GPU. Of all that ours could hold, it lacks as_strided with dynamic N."""
+    from build_engines.torch_tensorrt import exported
+
+    bundle = bundles.load(real_bundle)
+    for member in bundle.members:
+        program = exported(bundle, member, Options(bundle=real_bundle, batch_size=16), "cpu")
+        called = [str(node.target) for node in program.run_decompositions().graph.nodes]
+        assert not [name for name in called if "as_strided" in name]
+        assert called.count("aten.convolution.default") == {"resnet50": 53, "inception_v3": 94}[member.name]
 
 
 def test_a_bundle_without_its_files_or_a_graph_that_is_none_is_one_line(tmp_path):

@@ -90,6 +90,7 @@ def test_tensors_are_found_by_their_mode(rtx):
     [
         (["--device", "cuda:0"], "no GPU: "),
         (["--device", "cuda"], "no GPU: "),
+        (["--device", "cuda:x"], "--device cuda:x: allowed"),
         (["--runner", "tensorrt"], "needs a GPU (there is no GPU)"),
         (["--runner", "torch", "--device", "cuda:3"], "no GPU: "),
     ],
@@ -113,6 +114,16 @@ def test_a_gpu_that_can_not_be_used_is_said(bundle, monkeypatch):
     chosen = choose("auto", "auto", bundles.load(bundle), precision=None, batch_size=None)
     assert (chosen.runner, chosen.device) == ("onnx", "cpu")
     assert "the GPU can't be used: no GPU: the driver is too old" in chosen.reason
+
+
+def test_a_shortage_of_memory_is_told_from_other_failures():
+    for error in (
+        torch.OutOfMemoryError("no room"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        EngineError("tensorrt 11.1: making an execution context failed: Error Code 2: OutOfMemory"),
+    ):
+        assert machine.is_shortage(error)
+    assert not machine.is_shortage(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_auto_says_why_there_is_no_plan(bundle, monkeypatch):
