@@ -430,7 +430,7 @@ def _parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     hush_libraries()
 
