@@ -21,8 +21,8 @@ Names = Any  # what argparse's add_subparsers gives
 def throughput_of(names: Names) -> None:
     one = names.add_parser("throughput", help="end to end, each stage's ceiling, their ratio, peak memory")
     _common(one, throughput.main)
-    one.add_argument("--rows", type=int, help="1024, or 200000 with --null")
-    one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    one.add_argument("--rows", type=int, help="2048, or 200000 with --null")
+    one.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
     one.add_argument("--null", action="store_true", help="Python's own cost: nothing decoded, nothing scored")
     one.add_argument("--work", type=Path, help="folder for images and results (a temporary one)")

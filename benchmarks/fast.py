@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from benchmarks.intervals import interval
 from engine import bundle, ensemble, header
 from engine.bundle import DECODES, Bundle, Decode
 from engine.preprocess.codecs import decode
@@ -118,16 +119,11 @@ def seconds(ways: dict[str, Way], images: list[bytes], rounds: int) -> dict[str,
     return found
 
 
-def ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, float]:
+def ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, float | None]:
     """The median of the rounds' ratios, and its 95 % bootstrap interval."""
-    ratios = np.divide(slow, quick)
-    found = {"median": float(np.median(ratios))}
-    if np.ptp(ratios):
-        from scipy.stats import bootstrap  # of the extra "training": only here
-
-        interval = bootstrap((ratios,), np.median, method="percentile", rng=0).confidence_interval
-        found |= {"low": float(interval.low), "high": float(interval.high)}
-    return found
+    ratios: list[float] = np.divide(slow, quick).tolist()
+    low, high = interval(ratios)
+    return {"median": float(np.median(ratios)), "low": low, "high": high}
 
 
 def pixels(exact: Pixels, fast: Pixels) -> dict[str, float]:

@@ -24,12 +24,12 @@ Row = tuple[str, str, str]  # figure, measured, aim
 
 def throughput_rows(found: Json) -> Iterator[Row]:
     efficiency, stages = found["pipeline_efficiency"], found["stages"]
-    rounds = efficiency["rounds"]
+    low, high = efficiency["interval"]
     image = found["work"]["image"].removesuffix(", synthetic")
     yield (
         f"`throughput`, {image}: pipeline efficiency, end-to-end rate / ceiling of the same run",
-        f"{efficiency['median']:.2f} (rounds {min(rounds):.2f} to {max(rounds):.2f})",
-        "0.93",
+        f"{efficiency['median']:.2f}, 95 % {low:.2f} to {high:.2f}",
+        "0.95",
     )
     yield "end to end", f"{found['images_per_s']:.1f} images/s", ""
     ceiling = found["ceiling_images_per_s"]
@@ -41,14 +41,20 @@ def throughput_rows(found: Json) -> Iterator[Row]:
     yield f"{', '.join(stages)} alone", f"{', '.join(costs)} core-ms per image", ""
     total = sum(stage["core_ms_per_image"] for stage in stages.values())
     yield "of that the members", f"{100 * stages['members']['core_ms_per_image'] / total:.0f} %", ""
-    yield "peak memory, all processes", f"{found['peak_memory_mb']:.0f} MB", "1500 MB"
+    yield "peak memory, all processes", f"{found['peak_memory_mb']:.0f} MB", "1200 MB"
 
 
 def null_rows(found: Json) -> Iterator[Row]:
     what = (
         f"`throughput --null`: Python's own cost ({found['work']['rows']:,} rows, nothing decoded or scored)"
     )
-    yield what, f"{found['host_us_per_image']:.0f} us per image", "50 us"
+    for one in found["sizes"].values():
+        yield (
+            f"{what}, batches of {one['batch_size']}",
+            f"{one['host_us_per_image']:.0f} us per image",
+            "20 us",
+        )
+        what = "the same"
 
 
 def peers_rows(found: Json) -> Iterator[Row]:
@@ -96,6 +102,33 @@ def decode_rows(found: Json) -> Iterator[Row]:
     syntaxes = "DICOM uncompressed and JPEG Lossless SV1"
     aim = f"{found['aim']['images_per_s_and_core']:g}"
     yield f"`decode`: {what} on one core, {syntaxes}", f"{rates} images/s (pydicom {theirs})", aim
+
+    fast = found["fast"]
+    beside = fast["fast_against"]["pillow"]
+    levels = fast["gray_levels_from_exact"]["mean"]
+    yield (
+        f"`--decode fast` beside `PIL -> RGB -> resize`, {fast['images']}",
+        f"{beside['median']:.1f} x, 95 % {beside['low']:.1f} to {beside['high']:.1f}; {levels:.1f} gray levels "
+        "from exact on average",
+        f"{fast['aim']['pillow']:g}",
+    )
+
+
+def restart_rows(found: Json) -> Iterator[Row]:
+    first, twice = found["first_batch_s"], found["rows_scored_twice"]
+    yield "`restart`: start to first finished batch", f"{first['median']:.1f} s", f"{first['limit']:g} s"
+    what = f"rows scored twice after `kill -9`, {len(found['kills'])} kills of {found['work']['rows']} rows"
+    yield what, f"{twice['median']:.0f}, at most {twice['most']}", f"a part: {twice['part_rows']}"
+
+
+def scaling_rows(found: Json) -> Iterator[Row]:
+    series = found["series"]
+    line, most = series["rows"]["line"], series["rows"]["points"][-1]["x"]
+    value = f"{line['intercept']:.1f} s + {1e6 * line['slope']:.0f} us a row, R² {line['r2']:.3f}"
+    yield f"`scaling`: run of up to {most:,.0f} rows with null stages", value, "a straight line"
+    line = series["image_size"]["line"]
+    value = f"{line['intercept']:.1f} ms + {line['slope']:.1f} ms a megapixel, R² {line['r2']:.3f}"
+    yield "an image's reading, decoding and resizing", value, "a straight line"
 
 
 def damage_rows(found: Json) -> Iterator[Row]:
@@ -159,6 +192,8 @@ ROWS: dict[str, Callable[[Json], Iterator[Row]]] = {  # by the name of the JSON 
     "peers-cpu": peers_rows,
     "peers-uniform-cpu": peers_rows,
     "decode-cpu": decode_rows,
+    "restart-cpu": restart_rows,
+    "scaling-cpu": scaling_rows,
     "damage-cpu": damage_rows,
     "memory-cpu": memory_rows,
     "fuzz-cpu": fuzz_rows,
@@ -195,6 +230,8 @@ def measured(results: dict[str, Json]) -> str:
     for name in PLOTTED:
         if name in results:
             lines += ["", f"![Rates of the engine and its peers](benchmarks/results/{name}.svg)"]
+    if "scaling-cpu" in results:
+        lines += ["", "![Cost against rows, sizes, threads and parts](benchmarks/results/scaling-cpu.svg)"]
     return "\n".join(lines)
 
 

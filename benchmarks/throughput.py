@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import processes, record
+from benchmarks.intervals import interval
 from benchmarks.null import NullPixels, NullScores
 from benchmarks.processes import core_seconds
 from engine import bundle
@@ -33,7 +34,7 @@ from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter
 from engine.pipeline import READ_THREADS, flow, meters_for
 from engine.preprocess.stage import Preprocess
-from engine.provenance import CPU_BATCH, CPU_PART_ROWS
+from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.reader import Reader
 from engine.records import Batch, Part
 from engine.runners.onnx import OnnxRunner
@@ -43,6 +44,7 @@ from engine.step import CpuStep
 from engine.store import LocalFolder
 
 DISTINCT = 32  # images on disk; the manifest repeats them
+HOST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ def _figures(
         },
         "pipeline_efficiency": {
             "median": median(efficiency for *_, efficiency in taken),
+            "interval": interval([efficiency for *_, efficiency in taken]),
             "rounds": [efficiency for *_, efficiency in taken],
         },
         "images_per_s": median(run.rate for run, *_ in taken),
@@ -276,17 +279,25 @@ def tiny_archive(work: Path, rows: int) -> Path:
 def host_cost(work: Path, rows: int) -> dict[str, Any]:
     """Python's own cost: all stages but decoding and inference, on tiny real files, `rows` rows.
 
-    The figure is process CPU time per row: manifest, file reads, header checks, queues, Parquet.
+    The figure is process CPU time per row: manifest, file reads, header checks, queues, Parquet. Batches and
+    parts as `engine.run` has them on a CPU and on a GPU, whose rates leave Python less time.
     """
-    manifest = tiny_archive(work, rows)
-    opened = open_manifest(manifest)
+    opened = open_manifest(tiny_archive(work, rows))
+    sizes = {"cpu": (CPU_BATCH, CPU_PART_ROWS), "gpu": (GPU_BATCH, GPU_PART_ROWS)}
+    return {
+        "work": {"rows": rows, "image": "16 x 16 PNG"},
+        "sizes": {name: _host_cost(opened, work, *size) for name, size in sizes.items()},
+    }
+
+
+def _host_cost(opened: Manifest, work: Path, batch_size: int, part_rows: int) -> dict[str, float]:
     layout = Layout(("normal", "osteopenia", "osteoporosis"), ("a", "b"), opened.columns, "", uids=False)
-    reader = Reader(opened.root, CPU_BATCH, READ_THREADS, limits=Limits())
+    reader = Reader(opened.root, batch_size, READ_THREADS, limits=Limits())
 
     def run() -> int:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             items = flow(
-                opened.parts(CPU_PART_ROWS),
+                opened.parts(part_rows),
                 reader,
                 NullPixels(),
                 NullScores(2, 3),
@@ -297,15 +308,14 @@ def host_cost(work: Path, rows: int) -> dict[str, Any]:
             with closing(items):  # type: ignore[type-var]
                 return sum(item.rows for item in items if isinstance(item, Batch))
 
-    whole = measure(run)
-    reading = measure(
-        lambda: sum(batch.rows for batch in reader.stage(opened.parts(CPU_PART_ROWS), Meter("")))
-    )
+    costs = [measure(run) for _ in range(HOST_ROUNDS)]
+    reading = measure(lambda: sum(batch.rows for batch in reader.stage(opened.parts(part_rows), Meter(""))))
     return {
-        "work": {"rows": rows, "image": "16 x 16 PNG", "batch_size": CPU_BATCH, "part_rows": CPU_PART_ROWS},
-        "host_us_per_image": 1e6 * whole.core_s_per_image,
+        "batch_size": batch_size,
+        "part_rows": part_rows,
+        "host_us_per_image": 1e6 * statistics.median(cost.core_s_per_image for cost in costs),
         "of_that_reading_us": 1e6 * reading.core_s_per_image,
-        "images_per_s": whole.rate,
+        "images_per_s": statistics.median(cost.rate for cost in costs),
     }
 
 
@@ -324,15 +334,17 @@ def show(console: Console, figures: dict[str, Any], limits: dict[str, str]) -> N
         table.add_row("peak memory, MB", f"{figures['peak_memory_mb']:.0f}", limits["memory"])
         table.add_row("start-up and end, s", f"{figures['start_up_s']:.2f}", "")
     else:
-        table.add_row("host cost, us per image", f"{figures['host_us_per_image']:.1f}", limits["host"])
-        table.add_row("  of that reading", f"{figures['of_that_reading_us']:.1f}", "")
-        table.add_row("rows/s", f"{figures['images_per_s']:.0f}", "")
+        for one in figures["sizes"].values():
+            name = f"host cost, us per image, batches of {one['batch_size']}"
+            table.add_row(name, f"{one['host_us_per_image']:.1f}", limits["host"])
+            table.add_row("  of that reading", f"{one['of_that_reading_us']:.1f}", "")
+            table.add_row("  rows/s", f"{one['images_per_s']:.0f}", "")
     console.print(table)
 
 
 def main(console: Console, options: Any) -> None:
     before = record.machine()
-    limits = {"efficiency": ">= 0.93", "memory": "<= 1500", "host": "<= 50"}
+    limits = {"efficiency": ">= 0.95", "memory": "<= 1200", "host": "<= 20"}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(options.work or scratch).absolute()
         work.mkdir(parents=True, exist_ok=True)
@@ -341,7 +353,7 @@ def main(console: Console, options: Any) -> None:
             name, figures = "throughput-null", host_cost(work, rows)
             command = f"throughput --null --rows {rows}"
         else:
-            rows = options.rows or 1024
+            rows = options.rows or 2048
             name, command = (
                 "throughput",
                 f"throughput --rows {rows} --rounds {options.rounds} --side {options.side}",

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
-from scipy.stats import bootstrap
 
 from benchmarks import archive, processes, record
+from benchmarks.intervals import interval
 from benchmarks.peers import gate
 from benchmarks.peers.job import MARK
 from benchmarks.tables import show_peers
@@ -186,19 +186,7 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def interval(ratios: Sequence[float], *, seed: int) -> tuple[float | None, float | None]:
-    """95 % of the median, by bootstrap over the rounds."""
-    if len(ratios) < 2:
-        return None, None
-    if min(ratios) == max(ratios):
-        return ratios[0], ratios[0]
-    found = bootstrap(
-        (np.asarray(ratios),), np.median, confidence_level=0.95, method="percentile", rng=seed
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def figures_of(taken: dict[str, list[Run | str]], *, seed: int) -> dict[str, Any]:
+def figures_of(taken: dict[str, list[Run | str]]) -> dict[str, Any]:
     """Each contender's figures over the rounds, and the engine's rate beside its own, round by round."""
     ours = taken[REFERENCE]
     found: dict[str, Any] = {}
@@ -223,7 +211,7 @@ def figures_of(taken: dict[str, list[Run | str]], *, seed: int) -> dict[str, Any
             }
         if name != REFERENCE and one["not_counted"] is None:
             pairs = [a.rate / b.rate for a, b in zip(ours, outcomes, strict=True) if _both(a, b)]
-            ends = interval(pairs, seed=seed)
+            ends = interval(pairs)
             one["engine_beside_it"] = {
                 "median": float(np.median(pairs)),
                 "interval": ends,
@@ -326,7 +314,7 @@ def contest(
             "engine_batch_size": CPU_BATCH,
         },
         "limits": {"probability": gate.MAX_DIFFERENCE, "agreement": gate.FLOAT32.agreement},
-        "contenders": figures_of(taken, seed=options.seed),
+        "contenders": figures_of(taken),
         "left_out": left_out,
     }
     return figures, names
