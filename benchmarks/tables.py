@@ -105,11 +105,10 @@ def decode_rows(found: Json) -> Iterator[Row]:
 
     fast = found["fast"]
     beside = fast["fast_against"]["pillow"]
-    levels = fast["gray_levels_from_exact"]["mean"]
+    levels = f"{fast['gray_levels_from_exact']['mean']:.1f} gray levels from exact on average"
     yield (
         f"`--decode fast` beside `PIL -> RGB -> resize`, {fast['images']}",
-        f"{beside['median']:.1f} x, 95 % {beside['low']:.1f} to {beside['high']:.1f}; {levels:.1f} gray levels "
-        "from exact on average",
+        f"{beside['median']:.1f} x, 95 % {beside['low']:.1f} to {beside['high']:.1f}; {levels}",
         f"{fast['aim']['pillow']:g}",
     )
 
