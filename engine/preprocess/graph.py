@@ -126,7 +126,7 @@ class Graph:
         lengths = np.array([image.shape for image in images], np.float32)  # [N, axis]
         start, end = beyond[:, :, 0], lengths - beyond[:, :, 1]
         rows, columns = (np.array(one, np.float32) for one in ([1, 0], [0, 1]))
-        fed = {
+        fed = {  # a pair of lines is resized along them only: across, all of it is its region
             "images": (images, start, end),
             "rows": ([image[[0, -1]] for image in images], start * columns, end * columns + 2 * rows),
             "columns": ([image[:, [0, -1]] for image in images], start * rows, end * rows + 2 * columns),

@@ -103,6 +103,23 @@ def test_nodes_and_numpy_take_the_same_repeats_out(graph: Graph) -> None:
     assert np.array_equal(graph.run(images), np.array(output.as_tensor()))
 
 
+@pytest.mark.parametrize(
+    "margins", [((0, 0.75), (0, 0.25)), ((0.5, 0), (0.875, 0)), ((0.1, 0.2), (0.3, 0.4))]
+)
+@pytest.mark.parametrize(("height", "width"), [(250, 304), (448, 700), (1001, 333)])
+def test_margins_are_left_out_as_pillow_does(
+    graph: Graph, height: int, width: int, margins: tuple[tuple[float, float], tuple[float, float]]
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
+    image[0], image[:, -1], image[-1], image[:, 0] = 255, 255, 0, 0
+    (top, bottom), (left, right) = margins
+    box = (left, top, width - right, height - bottom)
+    expected = np.asarray(Image.fromarray(image).resize(SIZE, Image.Resampling.BILINEAR, box=box))
+    apart = np.abs(graph.run([image], [margins])[0, 0].astype(int) - expected)
+    assert apart.mean() <= PIXEL_MEAN
+    assert apart.max() <= 4
+
+
 def test_twenty_megapixels(graph: Graph) -> None:
     mean, largest = difference(graph, encode(Image.fromarray(smooth(5000, 4000)), "JPEG"))
     assert mean <= PIXEL_MEAN

@@ -40,7 +40,7 @@ def decode(data: bytes, header: Header, least: tuple[int, int] | None) -> tuple[
         if not str(error).startswith(_HARMLESS):
             raise
         space, scale = "GRAYSCALE" if space == "GRAY" else space, 1
-        samples = codec.run(imagecodecs.jpeg8_decode, data, outcolorspace=space)
+        samples = codec.run(imagecodecs.jpeg8_decode, data, outcolorspace=space)  # it can only decode in full
         flags = ["decoder_warning"]
     if layout.channels == 4:
         return _from_cmyk(samples, inverted=layout.adobe), flags, scale
