@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks import archive, processes
 from benchmarks.peers import contest, gate
+from engine import bundle as bundles
 from tests.bundles import CLASSES
 from tests.conftest import run_module
 
@@ -162,7 +163,7 @@ def test_ratios_are_of_the_rounds_pairs() -> None:
 
 
 def test_a_command_that_hangs_is_ended_with_all_it_started() -> None:
-    done = processes.run(["sh", "-c", "echo begun; sleep 60 & sleep 60"], timeout_s=0.5)
+    done = processes.run(["sh", "-c", "echo begun; sleep 60 & sleep 60"], timeout_s=2)
     assert (done.status, done.output) == (-9, "begun\n")
     assert done.wall_s < 20
 
@@ -181,6 +182,18 @@ def test_a_contest_from_its_command_to_its_json(tmp_path: Path, bundle: Path) ->
         assert one["peak_memory_mb"] > 50
     assert len(found["contenders"]["onnx-loop"]["engine_beside_it"]["rounds"]) == 1
     assert {"onnxruntime", "pillow", "numpy"} <= found["versions"].keys()
+
+
+def test_what_is_not_installed_is_left_out(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "_version", lambda name: None if name in ("ray", "openvino") else "1")
+    names, left_out = contest.chosen(None, bundles.load(bundle))
+    assert names == ["engine", "torch-loader", "torch-compiled", "onnx-loop", "onnx-prefetch", "spdl"]
+    assert left_out == {
+        "engine-int8": "the bundle has no INT8 graphs",
+        "openvino": "not installed: openvino",
+        "ray-data": "not installed: ray",
+    }
+    assert contest.chosen(["openvino", "spdl"], bundles.load(bundle))[0] == ["engine", "spdl"]
 
 
 def test_an_unknown_contender_is_a_line(tmp_path: Path) -> None:

@@ -121,12 +121,15 @@ class Contest:
         self.kinds = Counter(row["kind"] for row in rows if not row["damage"])
         self.corrupt = [row["path"] for row in rows if row["damage"]]
         self.reference = self._rows(REFERENCE)[1]
-        scored = self.reference.set_index("path").loc[self.corrupt, "confidence"].notna()
-        assert not scored.any(), "the engine scored a corrupt file"
+        assert list(self.reference["path"]) == [row["path"] for row in rows], "the engine lost or moved rows"
+        scored = self.reference["path"][self.reference["confidence"].notna()]
+        assert set(scored) == {row["path"] for row in rows if not row["damage"]}, (
+            "the engine scored wrong files"
+        )
 
     def run(self, name: str) -> Run | str:
         """A line that says why, where the contender does not come to its end."""
-        done, rows, seconds = self._rows(name, may_fail=True)
+        done, rows, seconds = self._rows(name, may_fail=name != REFERENCE)
         if seconds is None:
             return f"{'killed' if done.status < 0 else 'failed'}: {_last_line(done)}"
         limits = gate.INT8 if CONTENDERS[name].precision == "int8" else gate.FLOAT32
@@ -188,7 +191,7 @@ def _version(distribution: str) -> str | None:
 
 def figures_of(taken: dict[str, list[Run | str]]) -> dict[str, Any]:
     """Each contender's figures over the rounds, and the engine's rate beside its own, round by round."""
-    ours = taken[REFERENCE]
+    ours = [run for run in taken[REFERENCE] if isinstance(run, Run)]
     found: dict[str, Any] = {}
     for name, outcomes in taken.items():
         contender = CONTENDERS[name]
@@ -210,7 +213,7 @@ def figures_of(taken: dict[str, list[Run | str]]) -> dict[str, Any]:
                 "least_agreement": min((run.verdict.agreement or 0.0 for run in runs), default=None),
             }
         if name != REFERENCE and one["not_counted"] is None:
-            pairs = [a.rate / b.rate for a, b in zip(ours, outcomes, strict=True) if _both(a, b)]
+            pairs = [our.rate / their.rate for our, their in zip(ours, runs, strict=True)]
             ends = interval(pairs)
             one["engine_beside_it"] = {
                 "median": float(np.median(pairs)),
@@ -220,10 +223,6 @@ def figures_of(taken: dict[str, list[Run | str]]) -> dict[str, Any]:
             }
         found[name] = one
     return found
-
-
-def _both(ours: Run | str, theirs: Run | str) -> bool:
-    return isinstance(ours, Run) and isinstance(theirs, Run)
 
 
 def _largest(values: Any) -> float | None:
@@ -295,10 +294,8 @@ def contest(
     taken: dict[str, list[Run | str]] = {name: [] for name in names}
     for number in range(options.rounds):
         for name in rng.sample(names, len(names)):
-            earlier = taken[name][-1] if taken[name] else None
-            outcome = (
-                earlier if isinstance(earlier, str) else arena.run(name)
-            )  # what failed once is not run again
+            failed = [outcome for outcome in taken[name] if isinstance(outcome, str)]  # once is enough
+            outcome = failed[0] if failed else arena.run(name)
             taken[name].append(outcome)
             console.print(f"round {number + 1}, {name}: {_told(outcome)}", highlight=False, markup=False)
     figures = {
