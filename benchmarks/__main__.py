@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks import damage, decode, memory, throughput, training
 from benchmarks.record import ROOT
-from engine.errors import EngineError
+from engine.errors import EngineError, UsageError
 
+INSTALL = (
+    "pip install -c constraints.txt '.[training,dev]', or on a GPU machine "
+    "pip install -c constraints-gpu.txt -c constraints.txt '.[gpu,training,proof]' "
+    "--extra-index-url https://pypi.nvidia.com"
+)
 SECTIONS = ("members", "decode", "end to end", "peers", "tensorrt")
 Names = Any  # what argparse's add_subparsers gives
 
 
 def throughput_of(names: Names) -> None:
     one = names.add_parser("throughput", help="end to end, each stage's ceiling, their ratio, peak memory")
-    _common(one, throughput.main)
+    _common(one, "throughput")
     one.add_argument("--rows", type=int, help="1024, or 200000 with --null")
     one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
@@ -30,7 +34,7 @@ def throughput_of(names: Names) -> None:
 
 def damage_of(names: Names) -> None:
     one = names.add_parser("damage", help="the rate with none, 1 %% and 20 %% of the images damaged")
-    _common(one, damage.main)
+    _common(one, "damage")
     one.add_argument("--rows", type=int, default=800, help="(%(default)s)")
     one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
@@ -42,12 +46,12 @@ def decode_of(names: Names) -> None:
     one.add_argument("--width", type=int, default=2140, help="pixels (%(default)s)")
     one.add_argument("--height", type=int, default=1760, help="pixels (%(default)s)")
     one.add_argument("--seconds", type=float, default=1.0, help="a figure (%(default)s)")
-    _output(one, decode.main)
+    _output(one, "decode")
 
 
 def memory_of(names: Names) -> None:
     one = names.add_parser("memory", help="peak memory of a long run beside that of a short one")
-    _common(one, memory.main)
+    _common(one, "memory")
     one.add_argument("--rows", type=int, default=2_000_000, help="(%(default)s)")
 
 
@@ -58,7 +62,7 @@ def training_of(names: Names) -> None:
     one.add_argument("--data", type=Path, required=True, help="what python -m training takes")
     one.add_argument("--name", required=True, help="of the JSON: training-NAME.json")
     one.add_argument("--arguments", default="", help="further ones of python -m training, in one string")
-    _output(one, training.main)
+    _output(one, "training")
 
 
 def gpu_of(names: Names) -> None:
@@ -73,21 +77,18 @@ def gpu_of(names: Names) -> None:
     one.add_argument("--timed", type=float, default=1.0, help="seconds a decoding figure (%(default)s)")
     one.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
     one.add_argument("--work", type=Path, help="folder for images and results (a temporary one)")
-    _output(one, _gpu)
+    _output(one, "gpu.proof")
 
 
-def _gpu(console: Console, options: argparse.Namespace) -> None:
-    from benchmarks.gpu import proof  # torch: only here
-
-    proof.main(console, options)
-
-
-def _common(one: argparse.ArgumentParser, run: Callable[[Console, Any], None]) -> None:
+def _common(one: argparse.ArgumentParser, module: str) -> None:
     one.add_argument("-b", "--bundle", type=Path, default=Path("demo/bundle"), help="(%(default)s)")
-    _output(one, run)
+    _output(one, module)
 
 
-def _output(one: argparse.ArgumentParser, run: Callable[[Console, Any], None]) -> None:
+def _output(one: argparse.ArgumentParser, module: str) -> None:
+    def run(console: Console, options: argparse.Namespace) -> None:
+        importlib.import_module(f"benchmarks.{module}").main(console, options)  # each needs its own packages
+
     folder = ROOT / "benchmarks" / "results"
     one.add_argument("-o", "--output", type=Path, default=folder, help="folder of the JSON")
     one.set_defaults(run=run)
@@ -112,6 +113,9 @@ def main() -> int:
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; install what benchmarks need with: {INSTALL}", file=sys.stderr)
+        return UsageError.exit_status
     return 0
 
 
