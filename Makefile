@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# on a GPU machine: any Python that has what the extra gpu lists
+# on a GPU machine: any Python that has what the extras gpu, training and proof list
 GPU_PYTHON ?= python3
 
 .PHONY: run test lint benchmarks peers gpu-proof fuzz clean

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from benchmarks import damage, decode, memory, restart, scaling, tables, throughput, training
 from benchmarks.record import ROOT
-from engine.errors import EngineError
+from engine.errors import EngineError, UsageError
 
+INSTALL = (
+    "pip install -c constraints.txt '.[training,dev]', or on a GPU machine "
+    "pip install -c constraints-gpu.txt -c constraints.txt '.[gpu,training,proof]' "
+    "--extra-index-url https://pypi.nvidia.com"
+)
 SECTIONS = ("members", "decode", "end to end", "peers", "tensorrt")
 Names = Any  # what argparse's add_subparsers gives
 
 
 def throughput_of(names: Names) -> None:
     one = names.add_parser("throughput", help="end to end, each stage's ceiling, their ratio, peak memory")
-    _common(one, throughput.main)
+    _common(one, "throughput")
     one.add_argument("--rows", type=int, help="2048, or 200000 with --null")
     one.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
     one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
@@ -30,7 +34,7 @@ def throughput_of(names: Names) -> None:
 
 def damage_of(names: Names) -> None:
     one = names.add_parser("damage", help="the rate with none, 1 %% and 20 %% of the images damaged")
-    _common(one, damage.main)
+    _common(one, "damage")
     one.add_argument("--rows", type=int, default=800, help="(%(default)s)")
     one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
@@ -46,12 +50,12 @@ def decode_of(names: Names) -> None:
     one.add_argument("--images", type=int, default=16, help="synthetic ones for these (%(default)s)")
     one.add_argument("--radiographs", type=Path, metavar="DIR", help="JPEGs in their place")
     one.add_argument("-b", "--bundle", type=Path, help="whose scores on fast and exact pixels are compared")
-    _output(one, decode.main)
+    _output(one, "decode")
 
 
 def memory_of(names: Names) -> None:
     one = names.add_parser("memory", help="peak memory of a long run beside that of a short one")
-    _common(one, memory.main)
+    _common(one, "memory")
     one.add_argument("--rows", type=int, default=2_000_000, help="(%(default)s)")
 
 
@@ -59,7 +63,7 @@ def scaling_of(names: Names) -> None:
     one = names.add_parser(
         "scaling", help="cost against rows, image size, batch, threads, parts and bad files, with a plot"
     )
-    _common(one, scaling.main)
+    _common(one, "scaling")
     one.add_argument("--rows", type=int, default=2_000_000, help="at most (%(default)s)")
     one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     one.add_argument("--images", type=int, help="of a run with members (64 a core)")
@@ -71,7 +75,7 @@ def scaling_of(names: Names) -> None:
 
 def restart_of(names: Names) -> None:
     one = names.add_parser("restart", help="start-up to the first finished batch; rows redone after a kill")
-    _common(one, restart.main)
+    _common(one, "restart")
     one.add_argument("--rows", type=int, default=512, help="(%(default)s)")
     one.add_argument("--part-rows", type=int, default=64, help="(%(default)s)")
     one.add_argument("--rounds", type=int, default=5, help="starts, and kills (%(default)s)")
@@ -85,7 +89,7 @@ def training_of(names: Names) -> None:
     one.add_argument("--data", type=Path, required=True, help="what python -m training takes")
     one.add_argument("--name", required=True, help="of the JSON: training-NAME.json")
     one.add_argument("--arguments", default="", help="further ones of python -m training, in one string")
-    _output(one, training.main)
+    _output(one, "training")
 
 
 def peers_of(names: Names) -> None:
@@ -99,18 +103,12 @@ def peers_of(names: Names) -> None:
     one.add_argument("--seed", type=int, default=1, help="of archive and order (%(default)s)")
     one.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, and the engine")
     one.add_argument("--work", type=Path, help="folder for images, bundle and results (a temporary one)")
-    _output(one, _peers)
-
-
-def _peers(console: Console, options: argparse.Namespace) -> None:
-    from benchmarks.peers import contest  # pandas, SciPy: only here
-
-    contest.main(console, options)
+    _output(one, "peers.contest")
 
 
 def tables_of(names: Names) -> None:
     one = names.add_parser("tables", help="README's table and the plots, from the JSON files")
-    _output(one, tables.main)
+    _output(one, "tables")
 
 
 def gpu_of(names: Names) -> None:
@@ -125,21 +123,18 @@ def gpu_of(names: Names) -> None:
     one.add_argument("--timed", type=float, default=1.0, help="seconds a decoding figure (%(default)s)")
     one.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
     one.add_argument("--work", type=Path, help="folder for images and results (a temporary one)")
-    _output(one, _gpu)
+    _output(one, "gpu.proof")
 
 
-def _gpu(console: Console, options: argparse.Namespace) -> None:
-    from benchmarks.gpu import proof  # torch: only here
-
-    proof.main(console, options)
-
-
-def _common(one: argparse.ArgumentParser, run: Callable[[Console, Any], None]) -> None:
+def _common(one: argparse.ArgumentParser, module: str) -> None:
     one.add_argument("-b", "--bundle", type=Path, default=Path("demo/bundle"), help="(%(default)s)")
-    _output(one, run)
+    _output(one, module)
 
 
-def _output(one: argparse.ArgumentParser, run: Callable[[Console, Any], None]) -> None:
+def _output(one: argparse.ArgumentParser, module: str) -> None:
+    def run(console: Console, options: argparse.Namespace) -> None:
+        importlib.import_module(f"benchmarks.{module}").main(console, options)  # each needs its own packages
+
     folder = ROOT / "benchmarks" / "results"
     one.add_argument("-o", "--output", type=Path, default=folder, help="folder of the JSON")
     one.set_defaults(run=run)
@@ -168,6 +163,9 @@ def main() -> int:
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; install what benchmarks need with: {INSTALL}", file=sys.stderr)
+        return UsageError.exit_status
     return 0
 
 

@@ -11,7 +11,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from benchmarks.throughput import make_archive
 from engine import bundle as bundles
 from engine.errors import EngineError
 from engine.gpu import machine
+from engine.gpu.choice import installed_version
+from engine.provenance import versions
 from engine.runners import Choice, choose
+from engine.runners.tensorrt import INSTALL
 from engine.settings import available_cpus
 
 ABLATIONS = {
@@ -50,6 +55,15 @@ def main(console: Console, options: argparse.Namespace) -> None:
     console.print(f"written: {options.output / proof.name}")
 
 
+def _of_the_gpu_packages() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "torchvision", "triton", "torch-tensorrt", "onnxruntime"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    found |= {name: here for name in INSTALL if (here := installed_version(name))}
+    return found
+
+
 class Proof:
     """What the sections share; `figures` is the JSON."""
 
@@ -61,6 +75,7 @@ class Proof:
         self.on_gpu = options.device != "cpu"
         self.figures: dict[str, Any] = {"images": {"side": options.side, "rows": options.rows}}
         kind = "cpu"
+        self.figures["versions"] = versions() | _of_the_gpu_packages()
         if self.on_gpu:
             found = machine.gpu()
             self.figures["gpu"] = asdict(found) | {"cuda": machine.cuda_version()}
