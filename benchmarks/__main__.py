@@ -19,6 +19,7 @@ INSTALL = (
     "--extra-index-url https://pypi.nvidia.com"
 )
 SECTIONS = ("members", "decode", "end to end", "peers", "tensorrt")
+SERIES = ("rows", "image_size", "batch_size", "threads", "part_size", "bad_files")
 Names = Any  # what argparse's add_subparsers gives
 
 
@@ -69,8 +70,7 @@ def scaling_of(names: Names) -> None:
     one.add_argument("--images", type=int, help="of a run with members (64 a core)")
     one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
     one.add_argument("--quick", action="store_true", help="small settings, to see that it works")
-    names_of = scaling.SERIES
-    one.add_argument("--series", nargs="+", choices=names_of, default=list(names_of), metavar="NAME")
+    one.add_argument("--series", nargs="+", choices=SERIES, default=list(SERIES), metavar="NAME")
 
 
 def restart_of(names: Names) -> None:

@@ -38,7 +38,6 @@ SIDES = (256, 512, 1024, 1536, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32)
 PART_ROWS = (64, 128, 256, 1024, 16_384)
 SHARES = (0.0, 0.01, 0.1, 0.25, 0.5)
-SERIES = ("rows", "image_size", "batch_size", "threads", "part_size", "bad_files")
 QUICK = {"rows": 10_000, "rounds": 1, "images": 32, "side": 256}
 
 
