@@ -109,7 +109,7 @@ def processor_name() -> str:
 def versions() -> dict[str, str]:
     """Of the engine and of what decides the pixels and the files."""
     found = {"engine": __version__, "python": platform.python_version()}
-    for package in ("nvidia-dali-cuda130", "imagecodecs", "numpy", "pyarrow", "pydicom"):
+    for package in ("nvidia-dali-cuda130", "imagecodecs", "simplejpeg", "numpy", "pyarrow", "pydicom"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -27,7 +27,7 @@ CPU_BATCHES = (1, 2, 4, 8, 16, 32)
 GPU_BATCHES = (16, 32, 64, 128, 256, 512)
 MOST_BYTES = 1 << 20
 # what decides the speed, and its versions: of the CPU's runner, and of a GPU's
-_DECIDES = ("engine", "python", "nvidia-dali-cuda130", "imagecodecs", "numpy")
+_DECIDES = ("engine", "python", "nvidia-dali-cuda130", "imagecodecs", "simplejpeg", "numpy")
 _RUNNERS = ("onnxruntime", "onnxruntime-gpu", "torch", "tensorrt-cu13", "tensorrt-rtx-cu13")
 _DECODING = {  # the fields of engine.gpu.decode.Decoding, and their highest values
     "hw_decoder_load": 1.0,

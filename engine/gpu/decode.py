@@ -45,12 +45,12 @@ class Decoding:
     hybrid_huffman_threshold: int = 1_000_000  # pixels
     width_hint: int = 0
     height_hint: int = 0
-    cpu_share: float = 0.0  # of the JPEGs, by the length of the file
+    cpu_share: float = 0.0  # of the JPEGs, by the length of the file; 1: of every image
 
     def on_gpu(self, data: bytes, header: Header) -> bool:
         """Whether DALI decodes the image: a function of its bytes alone."""
         if header.format == "dicom":
-            return frames.decodes(header)
+            return self.cpu_share < 1 and frames.decodes(header)
         if header.format != "jpeg" or header.layout.channels == 4:
             return False
         if (len(data) * 40_503) % SHARES < self.cpu_share * SHARES:  # Knuth's multiplicative hash

@@ -58,6 +58,10 @@ def test_the_header_decides(pacs: Path) -> None:
         *("jpeg2000.dcm", "htj2k.dcm", "htj2k-rpcl.dcm", "jpeg-p14.dcm", "jpeg-sv1.dcm"),
         *("no-window", "inverted", "signed", "eight", "another-size", "picture"),
     }
+    every_image_on_the_cpu = Decoding(cpu_share=1.0)
+    for name in routes:
+        data = (pacs / name).read_bytes()
+        assert not every_image_on_the_cpu.on_gpu(data, parse(data, 1_000_000)), name
 
 
 @pytest.mark.parametrize("batch_size", [3, 16])
