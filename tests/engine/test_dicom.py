@@ -146,6 +146,27 @@ def test_palette_colour() -> None:
     assert np.abs(found.astype(int) - (255 - samples)).max() <= 1
 
 
+@pytest.mark.parametrize("syntax", ["explicit", "big-endian"])
+def test_a_palette_in_segments(syntax: str) -> None:
+    def segmented(*words: int) -> dict[str, Any]:
+        order = ">" if syntax == "big-endian" else "<"
+        return {
+            f"{name}PaletteColorLookupTable{part}": value
+            for colour in ("Red", "Green", "Blue")
+            for name, part, value in (
+                (colour, "Descriptor", [256, 0, 16]),
+                (f"Segmented{colour}", "Data", struct.pack(f"{order}{len(words)}H", *words)),
+            )
+        } | {"PhotometricInterpretation": "PALETTE COLOR"}
+
+    samples = smooth(40, 40)
+    # one discrete entry, then 255 on a line; a segment that repeats others, which may repeat others
+    found = gray(dicom(samples, syntax, **segmented(0, 1, 0, 1, 255, 65535)))
+    assert np.abs(found.astype(int) - samples).max() <= 1
+    for bomb in ((0, 1, 0, 2, 60000, 0, 0), (0, 1, 0, *(1, 65535, 9) * 9)):
+        assert refusal(dicom(samples, syntax, **segmented(*bomb)))[0] == "unsupported"
+
+
 def windowed(samples: npt.NDArray[Any], **more: Any) -> npt.NDArray[np.float64]:
     """pydicom's modality and VOI steps on every pixel, scaled to 0..255 by the range they say they have."""
     data = pydicom.dcmread(io.BytesIO(dicom(samples, bits=12, **more)))
