@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -26,7 +27,9 @@ from pathspec import PathSpec
 
 from engine import header
 from engine.errors import EngineError, UsageError
-from engine.storage import ReadError, archive
+from engine.settings import parse_location
+from engine.storage import ReadError, Url, archive
+from engine.storage.location import HTTP_SCHEMES
 from engine.store import atomic
 
 PATH, SIZE, MODIFIED = "path", "file_size", "file_mtime"
@@ -243,7 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
         epilog="example: python -m engine.manifest /archive -o manifest.parquet --exclude 'backup/**'",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="or a .zip or .tar")
+    parser.add_argument(
+        "folder", type=parse_location, metavar="FOLDER", help="or a .zip or .tar, here or in an object store"
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("manifest.parquet"), help="(%(default)s)")
     add_globs(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
@@ -269,17 +274,32 @@ def add_globs(parser: argparse.ArgumentParser) -> None:
 
 def _made(options: argparse.Namespace) -> str:
     """Write the list; paths in it are relative if it lies in the folder itself, else absolute."""
-    folder, output = options.folder, options.output
-    if not folder.is_dir() and not folder.is_file():
-        raise UsageError(f"{folder}: no such folder or archive")
+    place, output = options.folder, options.output
     if output.exists() and not options.overwrite:
         raise UsageError(f"{output}: it exists; give --overwrite, or another -o")
-    base = folder if folder.is_dir() else folder.parent
-    absolute = "" if output.parent.resolve() == base.resolve() else f"{base.absolute()}/"
-    listing = Listing(options.include, options.exclude)
-    entries = listing.folder(folder, output) if folder.is_dir() else listing.archive(folder, output.parent)
+    if isinstance(place, Url):
+        from engine.storage import remote
+
+        if place.scheme in HTTP_SCHEMES or not place.name:
+            raise UsageError(
+                f"{place}: it can't be listed; give a local folder, or an archive in an object store"
+            )
+        with TemporaryDirectory(prefix="engine-") as scratch:
+            copy = remote.fetched_manifest(place, Path(scratch))
+            return _listed(copy, f"{place}".removesuffix(place.name), options)
+    if not place.is_dir() and not place.is_file():
+        raise UsageError(f"{place}: no such folder or archive")
+    base = place if place.is_dir() else place.parent
+    return _listed(place, "" if output.parent.resolve() == base.resolve() else f"{base.absolute()}/", options)
+
+
+def _listed(place: Path, before: str, options: argparse.Namespace) -> str:
+    if not place.is_dir() and not archive.is_archive(place):
+        raise UsageError(f"{options.folder}: neither a folder nor an archive")
+    listing, output = Listing(options.include, options.exclude), options.output
+    entries = listing.folder(place, output) if place.is_dir() else listing.archive(place, output.parent)
     try:
-        rows = write((entry._replace(path=absolute + entry.path) for entry in entries), listing, output)
+        rows = write((entry._replace(path=before + entry.path) for entry in entries), listing, output)
     except ReadError as error:
-        raise UsageError(f"{folder}: {error}") from None
+        raise UsageError(f"{options.folder}: {error}") from None
     return in_words(rows, listing.skipped)

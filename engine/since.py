@@ -21,7 +21,7 @@ from engine.manifest import Manifest
 from engine.records import Status
 from engine.run_folder import RunFolder, parts_of
 from engine.sink import part_name
-from engine.storage.location import Place, parse
+from engine.storage.location import Place, is_url, parse
 from engine.store import atomic
 
 # result options whose change makes old scores worthless
@@ -124,8 +124,9 @@ def _keys(root: str, *columns: pa.ChunkedArray[Any]) -> Keys:
 def _hashes(root: str, rows: Iterable[tuple[str | None, int | None, int | None]]) -> Iterator[bytes]:
     """A row without path, size or time is like no other."""
     for number, (path, size, time) in enumerate(rows):
-        whole = path is not None and size is not None and time is not None
-        place = os.path.join(root, path or "") if whole else os.urandom(8).hex()
-        text = f"{place}\0{size}\0{time}\0{'' if whole else number}"
+        if path is None or size is None or time is None:
+            text = f"{number} {os.urandom(8).hex()}"
+        else:
+            text = f"{path if is_url(path) else os.path.join(root, path)}\0{size}\0{time}"
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         yield digest[:-1] + bytes([digest[-1] | 1])  # NumPy's byte strings don't end in zeros

@@ -25,6 +25,7 @@ MAX_FRAGMENTS = 200_000
 MAX_READS = (
     200_000  # two or three for each element: pydicom makes an object of 0.7 kB of each sequence's item
 )
+MAX_PALETTE = 1 << 16
 MAX_TABLES, MAX_ITEMS = 4 << 20, 1000  # bytes and items of a sequence of LUTs, which is taken apart later
 _LAST_FIRST, _LONGEST_FIRST = 0x0100, 1024  # element number and bytes of what a file may begin with
 # fmt: off
@@ -166,6 +167,8 @@ def _parse(data: bytes, limit: Limit) -> Header:
     if photometric not in _GRAY + _COLOUR:
         raise unsupported(f"DICOM photometric interpretation; supported: {', '.join(_GRAY + _COLOUR)}")
     layout = _samples(dataset, photometric, layout._replace(frames=frames))
+    if photometric == "PALETTE COLOR":
+        _check_palette(dataset, layout.big_endian)
     stored = _number(dataset, "BitsStored")
     layout = layout._replace(span=_span(tail, layout, width * height), words=tail.vr == b"OW")
     return Header(
@@ -294,6 +297,24 @@ def _samples(dataset: Any, photometric: str, layout: Layout) -> Layout:
     shift = high + 1 - stored if stored <= high + 1 <= allocated else 0
     signed = _number(dataset, "PixelRepresentation", 0) == 1
     return layout._replace(channels=channels, allocated=allocated, shift=shift, signed=signed)
+
+
+def _check_palette(dataset: Any, big_endian: bool) -> None:
+    """A palette in segments, PS3.3 C.7.9.2, may not grow beyond what a palette has, nor repeat itself."""
+    refusal = unsupported(f"DICOM palette in segments that repeat, or of more than {MAX_PALETTE} entries")
+    for colour in ("Red", "Green", "Blue"):
+        stored = dataset.get(f"Segmented{colour}PaletteColorLookupTableData") or b""
+        if len(stored) > 4 * MAX_PALETTE:
+            raise refusal
+        wide = dataset.get("RedPaletteColorLookupTableDescriptor", [0, 0, 16])[2] != 8
+        words = struct.unpack_from(f"{'<>'[big_endian]}{len(stored) // 2}H", stored) if wide else stored
+        entries = position = 0
+        while position + 1 < len(words):
+            kind, length = words[position], words[position + 1]
+            entries += length
+            if kind > 1 or entries > MAX_PALETTE:
+                raise refusal
+            position += 2 + (length if kind == 0 else 1)
 
 
 def _span(tail: _Tail, layout: Layout, pixels: int) -> tuple[int, int]:

@@ -106,6 +106,13 @@ def exists(url: Url) -> bool:
         return bool(filesystem(url).get_file_info(path_of(url)).type == fs.FileType.File)
 
 
+def modified_ns(url: Url) -> int | None:
+    """When an object was written, in nanoseconds since 1970, where the storage tells. Raises ReadError."""
+    with named_errors():
+        found = filesystem(url).get_file_info(path_of(url)).mtime_ns
+        return None if found is None else int(found)
+
+
 def probe(url: Url) -> None:
     """Raises ReadError where the bucket can't be listed.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +57,10 @@ def _url(text: str) -> Url:
 
 
 def fetched_manifest(url: Url, folder: Path) -> Path:
-    """The file at `url`, copied into `folder` under its own name. Raises UsageError."""
+    """The file at `url`, copied into `folder` with its name and, where it is known, its time of change.
+
+    Raises UsageError.
+    """
     place = http if url.scheme in HTTP_SCHEMES else objects
     target = folder / (url.name or "manifest")
 
@@ -71,6 +75,8 @@ def fetched_manifest(url: Url, folder: Path) -> Path:
 
     try:
         retrying(copy)
+        if place is objects and (changed := retrying(lambda: objects.modified_ns(url))) is not None:
+            os.utime(target, ns=(changed, changed))
     except ReadError as error:
         hint = "; a folder of images must be local: give a list" if error.status == Status.MISSING else ""
         raise UsageError(f"manifest {url}: {error}{hint}") from None

@@ -135,15 +135,40 @@ def test_lossy_colour_is_its_luma() -> None:
     assert flags(dicom(colour)) == ["colour"]
 
 
-def test_palette_colour() -> None:
-    ramp = np.arange(256, dtype=np.uint16)
+@pytest.mark.parametrize("syntax", ["explicit", "big-endian"])
+@pytest.mark.parametrize(("bits", "depth"), [(8, 8), (8, 16), (12, 8), (12, 16)])
+def test_palette_colour(bits: int, depth: int, syntax: str) -> None:
+    order = ">" if syntax == "big-endian" else "<"
+    ramp = np.arange(1 << bits)[::-1] >> bits - 8
+    entries = (ramp * 257).astype(f"{order}u2") if depth == 16 else ramp.astype(np.uint8)
     tables = {}
     for name in ("Red", "Green", "Blue"):
-        tables[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
-        tables[f"{name}PaletteColorLookupTableData"] = ((255 - ramp) * 257).astype("<u2").tobytes()
+        tables[f"{name}PaletteColorLookupTableDescriptor"] = [1 << bits, 0, depth]
+        tables[f"{name}PaletteColorLookupTableData"] = entries.tobytes()
+    samples = smooth(40, 40) if bits == 8 else smooth(40, 40).astype(np.uint16) << 4
+    found = gray(dicom(samples, syntax, bits=bits, PhotometricInterpretation="PALETTE COLOR", **tables))
+    assert np.abs(found.astype(int) - (255 - smooth(40, 40))).max() <= 1
+
+
+@pytest.mark.parametrize("syntax", ["explicit", "big-endian"])
+def test_a_palette_in_segments(syntax: str) -> None:
+    def segmented(*words: int) -> dict[str, Any]:
+        order = ">" if syntax == "big-endian" else "<"
+        return {
+            f"{name}PaletteColorLookupTable{part}": value
+            for colour in ("Red", "Green", "Blue")
+            for name, part, value in (
+                (colour, "Descriptor", [256, 0, 16]),
+                (f"Segmented{colour}", "Data", struct.pack(f"{order}{len(words)}H", *words)),
+            )
+        } | {"PhotometricInterpretation": "PALETTE COLOR"}
+
     samples = smooth(40, 40)
-    found = gray(dicom(samples, PhotometricInterpretation="PALETTE COLOR", **tables))
-    assert np.abs(found.astype(int) - (255 - samples)).max() <= 1
+    # one discrete entry, then 255 on a line; a segment that repeats others, which may repeat others
+    found = gray(dicom(samples, syntax, **segmented(0, 1, 0, 1, 255, 65535)))
+    assert np.abs(found.astype(int) - samples).max() <= 1
+    for bomb in ((0, 1, 0, 2, 60000, 0, 0), (0, 1, 0, *(1, 65535, 9) * 9)):
+        assert refusal(dicom(samples, syntax, **segmented(*bomb)))[0] == "unsupported"
 
 
 def windowed(samples: npt.NDArray[Any], **more: Any) -> npt.NDArray[np.float64]:

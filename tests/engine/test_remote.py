@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import boto3
 import numpy as np
@@ -37,7 +38,7 @@ from engine.settings import Limits, parse_location
 from engine.storage import ReadError, Storage, common, objects
 from engine.storage.location import Url
 from engine.store import ObjectFolder, StoreError
-from tests.conftest import ROOT, Command, write_images
+from tests.conftest import ROOT, Command, run_module, write_images
 from tests.engine.servers import Proxy, web_server
 
 DUMMY = {
@@ -416,6 +417,23 @@ def test_a_local_folder_screened_into_s3_keeps_its_listing_there(
     finally:
         (images / "new.png").unlink()
     assert stored_rows(client, "listed/").equals(local)
+
+
+def test_an_archive_in_s3_is_listed_and_known_again_by_the_objects_time(
+    proxy: Proxy, client: Any, images: Path, bundle: Path, engine_run: Command, tmp_path: Path
+) -> None:
+    with ZipFile(tmp_path / "k.zip", "w") as packed:
+        packed.writestr("a/../b.png", (images / "image-00.png").read_bytes())
+    client.upload_file(str(tmp_path / "k.zip"), "archive", "packed/k.zip")
+    place = "s3://archive/packed/k.zip"
+    listed = run_module("engine.manifest", [place, "-o", "list.parquet"], folder=tmp_path, timeout_s=60)
+    assert listed.returncode == 0, listed.stderr
+    assert pq.read_table(tmp_path / "list.parquet")["path"].to_pylist() == [f"{place}::a/../b.png"]
+    assert engine_run(place, "-b", bundle, "-o", "first").returncode == 0
+    assert pq.read_table(tmp_path / "first" / "part-00000.parquet")["status"].to_pylist() == ["ok"]
+    for manifest in (place, "list.parquet"):
+        done = engine_run(manifest, "-b", bundle, "-o", "second", "--since", "first")
+        assert "nothing is new" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("size", [1000, 12_000_000])

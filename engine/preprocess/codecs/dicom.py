@@ -11,8 +11,8 @@ from pydicom.pixels.processing import apply_color_lut
 from engine.header import Header
 from engine.header.dicom import Layout, inflated
 from engine.preprocess.codecs import frames
-from engine.preprocess.codecs.gray import Gray, Samples, to_gray
-from engine.preprocess.codecs.presentation import presented
+from engine.preprocess.codecs.gray import Gray, Samples, looked_up, to_gray
+from engine.preprocess.codecs.presentation import presented, through_lut
 
 
 def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:
@@ -62,6 +62,22 @@ def _luma(samples: Samples, photometric: str, header: Header, layout: Layout) ->
     """Colour to gray by its luma, which YBR stores first."""
     white = (1 << header.bits) - 1
     if photometric == "PALETTE COLOR":
-        colours = apply_color_lut(samples, layout.dataset)
-        return to_gray(colours, white=int(np.iinfo(colours.dtype).max))
+        return _palette(samples, layout.dataset)
     return to_gray(samples[:, :, :1] if photometric.startswith("YBR") else samples, white=white)
+
+
+def _palette(samples: Samples, dataset: Any) -> Gray:
+    """Indexes [H, W] to gray."""
+    if not dataset.get("RedPaletteColorLookupTableData"):
+        colours = apply_color_lut(samples, dataset)  # in segments, which pydicom expands
+        return to_gray(colours, white=int(np.iinfo(colours.dtype).max))
+    # not by pydicom, which takes big-endian entries for little-endian and 12-bit indexes for 8-bit ones
+    indexes = np.arange(1 << 8 * samples.dtype.itemsize, dtype=np.float64)
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    found = [
+        through_lut(indexes, dataset[f"{name}Descriptor"].value, dataset[f"{name}Data"].value, dataset)
+        for name in names
+    ]
+    table = np.stack([values for values, _ in found], -1).astype(np.uint16)
+    white = 65535 if found[0][1] else 255
+    return looked_up(samples, to_gray(table[None], white=white)[0])

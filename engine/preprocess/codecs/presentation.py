@@ -125,21 +125,27 @@ def _padding(dtype: npt.DTypeLike, layout: Layout) -> npt.NDArray[np.bool_]:
 
 
 def _table(values: Values, item: Any, dataset: Any) -> Values:
-    """`values` through a modality or VOI LUT: PS3.3 C.11.1.1, C.11.2.1.1."""
-    entries, first, _ = (int(number) for number in item.LUTDescriptor)
-    entries, stored = entries & 0xFFFF or 1 << 16, item.LUTData
+    """`values` through a modality or VOI LUT."""
+    return through_lut(values, item.LUTDescriptor, item.LUTData, dataset)[0]
+
+
+def through_lut(values: Values, descriptor: Any, stored: Any, dataset: Any) -> tuple[Values, bool]:
+    """`values` through a LUT, and if its entries have 16 bits: PS3.3 C.11.1.1, C.11.2.1.1, C.7.6.3.1.5."""
+    entries, first, _ = (int(number) for number in descriptor)
+    entries, wide = entries & 0xFFFF or 1 << 16, True
     if first > 0x7FFF and values.min() < 0:  # signed, and read as if it weren't
         first -= 1 << 16
     if isinstance(stored, bytes):
         order = "<" if dataset.original_encoding[1] is not False else ">"
-        table = np.frombuffer(stored, np.uint8 if len(stored) < 2 * entries else f"{order}u2")
+        wide = len(stored) >= 2 * entries
+        table = np.frombuffer(stored, f"{order}u2" if wide else np.uint8)
     else:
         table = np.asarray(stored, np.int64).reshape(-1)
     entries = min(entries, len(table))
     if not entries:
         raise ValueError("a LUT without entries")
     place = np.clip(np.floor(values) - first, 0, entries - 1).astype(np.intp)
-    return np.asarray(table[place], np.float64)
+    return np.asarray(table[place], np.float64), wide
 
 
 def _first(dataset: Any, keyword: str) -> float | None:
