@@ -216,7 +216,7 @@ class Stages:
         reader = opening.reader(self.preprocess.on_gpu)
         overlap = opening.settings.overlap
         items = flow(parts, reader, self.preprocess, self.step, sink, self.meters, overlap=overlap)
-        progress.started = time.monotonic()
+        progress.started, progress.meters = time.monotonic(), self.meters
         drain(items, progress, watch, stop, part_rows=opening.run["result_options"]["part_rows"])
 
 
