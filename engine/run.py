@@ -66,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see python -m engine.run --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def option_parser() -> argparse.ArgumentParser:
     defaults = Settings(manifest=Path())
     parser = _Parser(
         prog="python -m engine.run",
@@ -217,7 +217,7 @@ def _seconds(text: str) -> float:
 
 def settings_from(arguments: list[str]) -> Settings:
     """Raises UsageError, and SystemExit for --help."""
-    parser = _parser()
+    parser = option_parser()
     given: dict[str, Any] = vars(parser.parse_args(arguments))
     if given["only_errors"]:
         _take_from_run(given, {name for name in given if given[name] != parser.get_default(name)})
