@@ -54,7 +54,7 @@ class Options(TypedDict, total=False):
     decoder: Literal["auto", "cpu"]
     slots: int
     streams: int | None
-    cuda_graph: bool
+    cuda_graph: bool | None
     metrics_file: str | os.PathLike[str] | None
     serial: bool
 

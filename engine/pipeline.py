@@ -32,6 +32,7 @@ from engine.sink import Done, Layout, Sink
 from engine.step import CpuStep
 from engine.storage import Url
 from engine.storage.location import Place, absolute
+from engine.tuned import advise
 
 READ_THREADS = 16
 GRACE_S = 5.0  # a part that ends within is finished before the run stops
@@ -83,14 +84,8 @@ def screen(
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     models = bundle.load(settings.bundle)
-    choice = choose(
-        settings.runner,
-        settings.device,
-        models,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-    )
-    _check_paths(settings)
+    choice = choice_of(settings, models)
+    check_paths(settings)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
         earlier = Earlier(settings.since) if settings.since else None
@@ -103,6 +98,10 @@ def screen(
             manifest = manifest.only(settings.redaction.keep)
         layout = Layout.of(models, manifest, settings)
         recorded = None if settings.overwrite else folder.recorded()
+        advice = advise(settings, models, choice, recorded=recorded)
+        if advice.settings != settings:
+            settings = advice.settings
+            choice = choice_of(settings, models)
         run = describe(
             settings,
             recorded,
@@ -111,6 +110,8 @@ def screen(
             choice,
             since=f"{earlier.run_id} of {absolute(settings.manifest)}" if earlier else None,
         )
+        run["profile"] = advice.recorded
+        run["tuning"] |= advice.tuning or {}
         opening = Opening(
             settings, models, run, choice, say, manifest.root, resumed=recorded is not None, manifest=manifest
         )
@@ -120,6 +121,8 @@ def screen(
         if folder.succeeded() and len(done) == parts_of(run):
             return summary_of(folder.path, run, done.values(), Progress(manifest.rows), {}, 0)
         say(choice.reason)
+        if advice.line:
+            say(advice.line)
         if recorded is None and manifest.skipped:
             say(in_words(manifest.rows, manifest.skipped))
         folder.withdraw()
@@ -131,6 +134,16 @@ def screen(
         parts = manifest.parts(run["result_options"]["part_rows"], wanted)
         stages.run(parts, Sink(folder.files, layout, run), progress, watch, stop)
         return close_ledger(folder, run, progress, stages)
+
+
+def choice_of(settings: Settings, models: Bundle) -> Choice:
+    return choose(
+        settings.runner,
+        settings.device,
+        models,
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+    )
 
 
 @dataclass(frozen=True)
@@ -324,7 +337,7 @@ def _list_new(
         raise NothingNew(f"nothing is new since {earlier.place}; nothing was written")
 
 
-def _check_paths(settings: Settings) -> None:
+def check_paths(settings: Settings) -> None:
     """A wrong manifest or root must not leave an output folder behind."""
     manifest, root = settings.manifest, settings.root
     if isinstance(root, Url) and root.query:

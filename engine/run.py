@@ -61,14 +61,14 @@ _OPERATING = frozenset(
 MAX_BATCH, MAX_PART_ROWS, MAX_WORKERS = 4096, 1_000_000, 1024
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see python -m engine.run --help")
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def option_parser() -> argparse.ArgumentParser:
     defaults = Settings(manifest=Path())
-    parser = _Parser(
+    parser = Parser(
         prog="python -m engine.run",
         description="Screen a list of bone radiographs: one row of class probabilities per image.",
         epilog=f"{EXAMPLE}\n\n{NOTICE}",
@@ -197,7 +197,7 @@ def _count(most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def _number(text: str, low: float, high: float) -> float:
+def number(text: str, low: float, high: float) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -208,11 +208,11 @@ def _number(text: str, low: float, high: float) -> float:
 
 
 def _share(text: str) -> float:
-    return _number(text, 0, 1)
+    return number(text, 0, 1)
 
 
 def _seconds(text: str) -> float:
-    return _number(text, 0.1, 86_400)
+    return number(text, 0.1, 86_400)
 
 
 def settings_from(arguments: list[str]) -> Settings:
@@ -254,22 +254,34 @@ def _take_from_run(given: dict[str, Any], changed: set[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    _hush_libraries()
+    hush_libraries()
     log = Log(redact="--redact" in arguments, as_json="--log-json" in arguments)
     console = Console(file=cast(TextIO, log), force_terminal=False if log.as_json else None)
-    try:
+
+    def work() -> int:
         settings = settings_from(arguments)
         log.known = _places(settings)
-        stop = _stop_on_signal(console, settings.finish_by)
+        stop = stop_on_signal(console, settings.finish_by)
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        with JsonDisplay(log) if log.as_json else Display(console) as display:
-            summary = run(settings, watch=display, say=say, stop=stop)
+        try:
+            with JsonDisplay(log) if log.as_json else Display(console) as display:
+                summary = run(settings, watch=display, say=say, stop=stop)
+        except ErrorRateError as error:
+            _report(console, error.summary, settings)
+            raise
+        _report(console, summary, settings)
+        return 0
+
+    return answered(console, work)
+
+
+def answered(console: Console, work: Callable[[], int]) -> int:
+    """The exit status that `work` returns, or that of its error, which is told in one line."""
+    try:
+        return work()
     except NothingNew as nothing:
         console.print(str(nothing), markup=False, highlight=False, soft_wrap=True)
         return 0
-    except ErrorRateError as error:
-        _report(console, error.summary, settings)
-        return _failed(console, str(error), error.exit_status)
     except EngineError as error:
         return _failed(console, str(error), error.exit_status)
     except OSError as error:  # a full disk, a folder that went away
@@ -280,11 +292,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _failed(console, f"internal: {text} (ENGINE_DEBUG=1 shows where)", 1)
-    _report(console, summary, settings)
-    return 0
 
 
-def _hush_libraries() -> None:
+def hush_libraries() -> None:
     """What libraries say of single files may hold paths and header values."""
     warnings.simplefilter("ignore")
     logging.lastResort = None
@@ -331,7 +341,7 @@ def _report(console: Console, summary: Summary, settings: Settings) -> None:
         )
 
 
-def _stop_on_signal(console: Console, finish_by: datetime | None) -> threading.Event:
+def stop_on_signal(console: Console, finish_by: datetime | None) -> threading.Event:
     """The first signal, or the deadline, asks the run to stop; a second signal ends the process."""
     stop = threading.Event()
 

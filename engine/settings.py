@@ -76,7 +76,7 @@ class Settings:
     decoder: str = "auto"  # "cpu": every image gets libjpeg's strict look, also where there is a GPU
     slots: int = 3  # batches in flight on the GPU
     streams: int | None = None  # 1: members one after the other, 2: at once; None: whatever is faster
-    cuda_graph: bool = True
+    cuda_graph: bool | None = None  # None: as tuned for this machine, else yes
     metrics_file: Path | None = None  # Prometheus text, written every few seconds
 
 

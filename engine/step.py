@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -26,13 +26,16 @@ class CpuStep:
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
         """Fill `members` and `probabilities`; the pixels are dropped."""
         in_flight: deque[Future[Batch]] = deque()
-        with meter.upstream(batches) as source:
-            for batch in source:
-                in_flight.append(self.enqueue(batch, meter))
-                if len(in_flight) > self._lanes + 1 or not self._lanes:
+        try:
+            with meter.upstream(batches) as source:
+                for batch in source:
+                    in_flight.append(self.enqueue(batch, meter))
+                    if len(in_flight) > self._lanes + 1 or not self._lanes:
+                        yield in_flight.popleft().result()
+                while in_flight:
                     yield in_flight.popleft().result()
-            while in_flight:
-                yield in_flight.popleft().result()
+        finally:
+            wait([one for one in in_flight if not one.cancel()])  # where the consumer has stopped
 
     def enqueue(self, batch: Batch, meter: Meter) -> Future[Batch]:
         """Start a batch; the result is the same batch, scored."""

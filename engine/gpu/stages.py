@@ -134,7 +134,8 @@ def _step(stack: ExitStack, opening: Opening, *, compiled: bool) -> GpuStep:
         device=choice.device,
         slots=settings.slots if settings.overlap else 1,
         concurrent=recorded if settings.streams is None else settings.streams > 1,
-        graphs=settings.cuda_graph and choice.runner != "onnx",  # ONNX Runtime has a stream of its own
+        graphs=settings.cuda_graph is not False
+        and choice.runner != "onnx",  # ONNX Runtime has a stream of its own
     )
     stack.callback(step.close)
     return step
