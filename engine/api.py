@@ -17,7 +17,7 @@ from engine.pipeline import Say, Watch
 from engine.storage import Url
 from engine.store import reason
 
-NOT_HERE = frozenset(("help", "log_json"))  # of the command line alone
+NOT_HERE = frozenset(("help", "log_json", "dry_run"))  # of the command line alone
 AnyPlace = str | os.PathLike[str] | Url
 
 

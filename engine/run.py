@@ -56,6 +56,7 @@ _OPERATING = frozenset(
         "cuda_graph",
         "metrics_file",
         "log_json",
+        "dry_run",
     )
 )
 MAX_BATCH, MAX_PART_ROWS, MAX_WORKERS = 4096, 1_000_000, 1024
@@ -66,12 +67,18 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def option_parser() -> argparse.ArgumentParser:
+def option_parser(
+    prog: str = "python -m engine.run",
+    description: str = "Screen a list of bone radiographs: one row of class probabilities per image.",
+    example: str = EXAMPLE,
+    *,
+    needs_manifest: bool = True,
+) -> argparse.ArgumentParser:
     defaults = Settings(manifest=Path())
     parser = Parser(
-        prog="python -m engine.run",
-        description="Screen a list of bone radiographs: one row of class probabilities per image.",
-        epilog=f"{EXAMPLE}\n\n{NOTICE}",
+        prog=prog,
+        description=description,
+        epilog=f"{example}\n\n{NOTICE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # what is asked for stands on the command line in full
     )
@@ -79,6 +86,7 @@ def option_parser() -> argparse.ArgumentParser:
     add(
         "manifest",
         type=parse_location,
+        nargs=None if needs_manifest else "?",
         metavar="MANIFEST",
         help="CSV, Parquet, text list, folder, zip or tar",
     )
@@ -178,6 +186,7 @@ def option_parser() -> argparse.ArgumentParser:
     )
     add("--metrics-file", type=Path, metavar="FILE", help="Prometheus text, written anew every few seconds")
     add("--log-json", action="store_true", help="one JSON object a line on stderr")
+    add("--dry-run", action="store_true", help="only say what the run would do, as python -m engine.doctor")
     add(
         "--serial",
         action="store_true",
@@ -228,7 +237,7 @@ def settings_from(arguments: list[str]) -> Settings:
     )
     if given["finish_by"]:
         given["finish_by"] = parse_moment(given["finish_by"], datetime.now(UTC))
-    del given["log_json"]
+    del given["log_json"], given["dry_run"]
     given["include"], given["exclude"] = tuple(given["include"]), tuple(given["exclude"])
     return Settings(limits=limits, overlap=not given.pop("serial"), redaction=_redaction(given), **given)
 
@@ -260,9 +269,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int:
         settings = settings_from(arguments)
-        log.known = _places(settings)
+        log.known = places(settings)
         stop = stop_on_signal(console, settings.finish_by)
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        if "--dry-run" in arguments:
+            from engine.doctor import report_to
+
+            return report_to(sys.stdout, settings, manifest=True, say=say, stop=stop)
         try:
             with JsonDisplay(log) if log.as_json else Display(console) as display:
                 summary = run(settings, watch=display, say=say, stop=stop)
@@ -300,7 +313,7 @@ def hush_libraries() -> None:
     logging.lastResort = None
 
 
-def _places(settings: Settings) -> list[tuple[str, str]]:
+def places(settings: Settings) -> list[tuple[str, str]]:
     """What the user named, as it may turn up on the log."""
     named = {
         "MANIFEST": settings.manifest,
