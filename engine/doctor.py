@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -45,6 +46,7 @@ SHOWN = (
     "tensorrt-cu13",
     "tensorrt-rtx-cu13",
 )
+IMPORTED = ("onnxruntime", "nvidia.dali", "imagecodecs")  # metadata say nothing of a broken library
 _INSTEAD = {"--runner": "auto", "--precision": "fp32", "--device": "cpu"}
 MODELS_TAKE = 3  # times the size of their float32 graphs, while they run
 
@@ -167,6 +169,12 @@ def _packages(report: Report) -> None:
     rest = [extra for extra in by_extra if extra and extra not in complete]
     text = f"complete: {', '.join(complete) or 'none'}; not complete: {', '.join(rest) or 'none'}"
     report.line("extras", text)
+    for module in IMPORTED:
+        try:
+            import_module(module)
+        except Exception as error:  # of a library that is broken, anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            report.problem(f"{module} can't be imported: {reason}", installed.command(installed.CORE))
     for clash in installed.clashes():
         report.problem(clash, installed.command("gpu" if "gpu" in needed else installed.CORE))
     if "gpu" in needed:

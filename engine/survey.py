@@ -93,7 +93,7 @@ def survey(report: Report, found: tuple[Bundle, Choice] | None, say: Say, stop: 
             report.line("rows", str(nothing))
             return
         except EngineError as error:
-            report.problem(str(error), f"python -m engine.run {_mended(report, str(error), where)}")
+            report.problem(str(error), _mended(report, str(error)))
             return
         report.line("rows", str(manifest.rows))
         if manifest.skipped:
@@ -120,16 +120,17 @@ def _manifest(settings: Settings, found: tuple[Bundle, Choice] | None, listing: 
     return manifest_of(settings, listing, since=since)
 
 
-def _mended(report: Report, error: str, where: str) -> str:
-    for words, option in (
-        ("--root", f"{where} --root FOLDER"),
-        ("--path-column", f"{where} --path-column NAME"),
-        ("--keep", f"{where} --redact"),
-        ("--include", where),
-    ):
-        if words in error:
-            return option
-    return "MANIFEST"
+def _mended(report: Report, error: str) -> str:
+    """The command for a manifest that can't be opened."""
+    where = report.place(report.settings.manifest, "MANIFEST")
+    _, installs, command = error.partition("install it with: ")
+    if installs:
+        return command
+    if "python -m engine.manifest" in error:
+        return f"python -m engine.manifest {where} -o list.parquet"
+    options = {"--root": "--root FOLDER", "--path-column": "--path-column NAME", "--keep": "--redact"}
+    option = next((option for name, option in options.items() if name in error), None)
+    return f"python -m engine.run {where} {option}" if option else "python -m engine.run MANIFEST"
 
 
 def _look(report: Report, manifest: Manifest, where: str) -> None:
@@ -239,7 +240,7 @@ def _forecast(
         report.problem(str(error), installed.command("gpu" if choice.gpu else installed.CORE))
         return
     reading = sampled.rows / sampled.elapsed_s
-    if reading < rate:
+    if reading < rate and sampled.elapsed_s > 1:  # not for threads that have only just begun
         rate, source = reading, f"what reading gave ({source}, but for that: {rate:.1f})"
     left = manifest.rows - done
     took = timedelta(seconds=left / rate)
