@@ -27,6 +27,8 @@ benchmarks: .venv/training.stamp demo/bundle/ensemble.json
 	$(BIN)/python -m benchmarks throughput -b demo/bundle --null
 	$(BIN)/python -m benchmarks memory -b demo/bundle
 	$(BIN)/python -m benchmarks damage -b demo/bundle
+	$(BIN)/python -m benchmarks scaling -b demo/bundle
+	$(BIN)/python -m benchmarks restart -b demo/bundle
 
 # no test may skip for want of a GPU; the JSON goes to benchmarks/results
 gpu-proof:

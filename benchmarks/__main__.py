@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import damage, decode, memory, throughput, training
+from benchmarks import damage, decode, memory, restart, scaling, throughput, training
 from benchmarks.record import ROOT
 from engine.errors import EngineError
 
@@ -49,6 +49,29 @@ def memory_of(names: Names) -> None:
     one = names.add_parser("memory", help="peak memory of a long run beside that of a short one")
     _common(one, memory.main)
     one.add_argument("--rows", type=int, default=2_000_000, help="(%(default)s)")
+
+
+def scaling_of(names: Names) -> None:
+    one = names.add_parser(
+        "scaling", help="cost against rows, image size, batch, threads, parts and bad files, with a plot"
+    )
+    _common(one, scaling.main)
+    one.add_argument("--rows", type=int, default=2_000_000, help="at most (%(default)s)")
+    one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    one.add_argument("--images", type=int, help="of a run with members (64 a core)")
+    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add_argument("--quick", action="store_true", help="small settings, to see that it works")
+    names_of = scaling.SERIES
+    one.add_argument("--series", nargs="+", choices=names_of, default=list(names_of), metavar="NAME")
+
+
+def restart_of(names: Names) -> None:
+    one = names.add_parser("restart", help="start-up to the first finished batch; rows redone after a kill")
+    _common(one, restart.main)
+    one.add_argument("--rows", type=int, default=512, help="(%(default)s)")
+    one.add_argument("--part-rows", type=int, default=64, help="(%(default)s)")
+    one.add_argument("--rounds", type=int, default=5, help="starts, and kills (%(default)s)")
+    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
 
 
 def training_of(names: Names) -> None:
@@ -104,6 +127,8 @@ def main() -> int:
     damage_of(names)
     decode_of(names)
     memory_of(names)
+    scaling_of(names)
+    restart_of(names)
     training_of(names)
     gpu_of(names)
     options = parser.parse_args()

@@ -180,6 +180,7 @@ class EndToEnd:
 def run_engine(manifest: Path, models: Path, folder: Path, *, errors_expected: int = 0) -> EndToEnd:
     output = folder / f"results-{time.time_ns()}"
     command = [sys.executable, "-m", "engine.run", str(manifest), "-b", str(models), "-o", str(output)]
+    command += ["--batch-size", str(CPU_BATCH), "--workers", str(available_cpus())]  # whatever was tuned here
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None

@@ -105,7 +105,7 @@ def option_parser(
         "--batch-size",
         type=_count(MAX_BATCH),
         metavar="N",
-        help=f"images a batch ({CPU_BATCH} on a CPU, {GPU_BATCH} or the plan's on a GPU)",
+        help=f"images a batch (as tuned; else {CPU_BATCH} on a CPU, {GPU_BATCH} or the plan's on a GPU)",
     )
     add(
         "--part-rows",
@@ -117,7 +117,10 @@ def option_parser(
     add("--column-prefix", default=defaults.column_prefix, metavar="TEXT", help="put before manifest columns")
     add("--root", type=parse_location, help="folder of relative paths (the manifest's own)")
     add(
-        "--workers", type=_count(MAX_WORKERS), metavar="N", help="CPU threads (all that this process may use)"
+        "--workers",
+        type=_count(MAX_WORKERS),
+        metavar="N",
+        help="CPU threads (as tuned; else all that this process may use)",
     )
     add("--memory", default="1GiB", metavar="SIZE", help="for images in flight (%(default)s)")
     pixels = defaults.limits.max_pixels

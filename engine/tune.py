@@ -97,7 +97,8 @@ def search(
 ) -> Found:
     """The fastest of `others`, candidates beside the defaults that differ in one knob each.
 
-    `rows_of`: how many images the shortest visit of a candidate takes.
+    `rows_of`: how many images the shortest visit of a candidate takes. Raises UsageError when there is
+    too little time for any.
     """
     default, found, began = Knobs(), Found(), clock()
 
@@ -109,6 +110,12 @@ def search(
     first = visit(default, seconds / 20)  # warms up
     left = [knobs for knobs in others if rows_of(knobs) <= LONGEST * seconds * first]
     found.left_out = [knobs for knobs in others if knobs not in left]
+    if others and not left:
+        enough = math.ceil(min(map(rows_of, others)) / (LONGEST * first))
+        raise UsageError(
+            f"--seconds {seconds:g} is too short to try anything beside the defaults, "
+            f"at {first:.1f} images/s; give {enough} or more"
+        )
     ratios: dict[Knobs, list[float]] = {knobs: [] for knobs in left}
     for number_of, end in enumerate(ROUNDS_END):
         if not left:
@@ -383,8 +390,12 @@ def _in_words(found: Found, choice: Choice) -> str:
             f"{best}: {found.rate(best):.1f} images/s, {found.gain:.0%} more than the defaults "
             f"({own}: {found.rate(default):.1f})"
         )
-    change = f"{abs(100 * found.gain):.1f} % {'faster' if found.gain > 0 else 'slower'}"
-    beside = f"; the best beside them, {best}, was {change}" if found.pairs else ""
+    change = f"was {abs(100 * found.gain):.1f} % {'faster' if found.gain > 0 else 'slower'}"
+    if not found.pairs:
+        change = "was clearly slower"
+    elif len(found.pairs) < PAIRS:
+        change += ", in too short a time to tell"
+    beside = f"; the best beside them, {best}, {change}" if best.named else ""
     return f"the defaults ({own}) stay: {found.rate(default):.1f} images/s{beside}"
 
 

@@ -174,8 +174,9 @@ def advise(
     `choice` is what runs the members by `settings` alone. A run that is resumed keeps the result options that
     are `recorded` for it. A profile that does not fit or can't be read is ignored, with a line.
     """
-    if recorded is not None and recorded.get("profile") and settings.runner == "auto":
-        settings = replace(settings, runner=recorded["result_options"]["runner"])
+    began_with = ((recorded and recorded.get("profile")) or {}).get("knobs", {})
+    if "runner" in began_with and settings.runner == "auto":
+        settings = replace(settings, runner=began_with["runner"])
     folder = folder_of(models.path)
     machine = machine_of(models, choice)
     path = path_of(models.path, machine)

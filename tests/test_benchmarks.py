@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from benchmarks.scaling import line_through
 from tests.conftest import run_module
 
 
@@ -22,6 +25,34 @@ def test_decode_knows_every_format(tmp_path: Path) -> None:
     assert all(one["engine"] > 0 for one in rates.values())
     assert rates["DICOM explicit"]["pydicom"] > 0
     assert rates["DICOM jpeg-sv1"]["pydicom"] is None, "what the engine adds to pydicom is not plain pydicom"
+
+
+def test_scaling_fits_lines_and_draws_them(tmp_path: Path, bundle: Path) -> None:
+    quick = ("--quick", "--series", "rows", "bad_files")
+    found = figures(tmp_path, "scaling-cpu", "scaling", *quick, "-b", bundle)["series"]
+    assert [one["x"] for one in found["rows"]["points"]] == [1000, 10_000]
+    assert found["rows"]["line"] is None, "two points are always on a line"
+    assert len(found["bad_files"]["points"]) == 5
+    assert found["bad_files"]["line"]["r2"] <= 1
+    assert "<svg" in (tmp_path / "scaling-cpu.svg").read_text()
+
+
+def test_a_line_is_found() -> None:
+    line = line_through([(x, 3 + 2 * x) for x in (5, 1, 2)])
+    assert line == pytest.approx({"slope": 2, "intercept": 3, "r2": 1})
+    bent = line_through([(x, x**2) for x in range(10)])
+    assert bent is not None
+    assert bent["r2"] < 0.95
+
+
+def test_a_kill_costs_no_more_than_the_parts_that_were_open(tmp_path: Path, bundle: Path) -> None:
+    small = ("--rows", "3000", "--part-rows", "256", "--rounds", "1", "--side", "64")
+    found = figures(tmp_path, "restart-cpu", "restart", *small, "-b", bundle)
+    (kill,) = found["kills"]
+    assert 0 < found["first_batch_s"]["median"] < 60
+    assert 600 <= kill["scored_before_the_kill"] < 3000
+    assert kill["rows_kept"] + kill["rows_after_it"] == 3000
+    assert 0 <= kill["rows_scored_twice"] <= 2 * 256, "one part open, and at most the start of the next"
 
 
 def test_host_cost(tmp_path: Path, bundle: Path) -> None:

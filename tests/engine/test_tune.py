@@ -19,6 +19,7 @@ import pytest
 
 from engine import bundle as bundles
 from engine import tuned
+from engine.errors import UsageError
 from engine.pipeline import choice_of
 from engine.settings import Settings
 from engine.tune import Found, search
@@ -86,6 +87,8 @@ def test_what_takes_too_long_is_left_out() -> None:
     )
     assert found.left_out == [Knobs(batch_size=16), Knobs(batch_size=32), Knobs(workers=1)]
     assert Knobs(batch_size=32) not in machine.spent
+    with pytest.raises(UsageError, match="give 9 or more"):
+        search(OTHERS, machine.visit, seconds=1, rows_of=lambda knobs: 25, clock=lambda: machine.now)
 
 
 @pytest.fixture
@@ -231,6 +234,9 @@ def test_what_a_gpu_has_settled_is_handed_on_but_not_to_a_resumed_run(own_bundle
     assert new.tuning == {"compiled": True, "decoding": decoding}
     resumed = tuned.advise(settings, models, choice, recorded={"result_options": {"runner": "onnx"}})
     assert resumed.tuning == {}
+    assert resumed.settings.runner == "auto"
+    began_with = {"result_options": {"runner": "torch"}, "profile": {"knobs": {"runner": "torch"}}}
+    assert tuned.advise(settings, models, choice, recorded=began_with).settings.runner == "torch"
 
 
 @pytest.mark.parametrize(

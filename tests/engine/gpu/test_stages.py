@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from engine import bundle as bundles
+from engine import tune
 from engine.errors import ParityError
 from engine.gpu.decode import Decoding, GpuPreprocess
 from engine.gpu.stages import CANARY_LIMIT, check_canaries
 from engine.gpu.step import GpuStep
+from engine.manifest import open_manifest
 from engine.pipeline import Stages, screen
+from engine.plans import Gpu
 from engine.preprocess.stage import Preprocess
+from engine.runners import Choice
 from engine.runners.onnx import OnnxRunner
 from engine.settings import Settings
 from tests.conftest import write_images
@@ -70,6 +75,34 @@ def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
     png = expected.path.str.endswith(".png")
     assert np.allclose(found[png][scores], expected[png][scores], atol=1e-6, equal_nan=True)
     assert np.allclose(found[scores], expected[scores], atol=0.02, equal_nan=True)  # two JPEG decoders
+
+
+def test_tuning_visits_one_candidate_after_the_other(tmp_path, bundle, monkeypatch):
+    archive = write_images(tmp_path / "archive", 12)
+    gpu = Gpu(name="stand-in", uuid="GPU-0", capability="9.0", driver="580")
+    choice = Choice(runner="torch", device="cuda:0", precision="fp32", reason="stand-in", gpu=gpu)
+    monkeypatch.setattr(tune, "choice_of", lambda settings, models: choice)
+    settings = Settings(manifest=archive, bundle=bundle, slots=1)
+    assert tune.Knobs(cuda_graph=False) in tune.candidates(choice, settings)
+    manifest = open_manifest(archive, listing=tmp_path / "listing.parquet").only(())
+    (tmp_path / "parts").mkdir()
+    said = []
+    with StandIn(3) as cuda:
+        monkeypatch.setattr(tune, "Stages", stages_on(cuda))
+        with tune.Trials(
+            settings,
+            bundles.load(bundle),
+            choice,
+            manifest,
+            scratch=tmp_path / "parts",
+            say=said.append,
+            stop=Event(),
+        ) as trials:
+            for size in (4, 2):
+                assert trials.visit(tune.Knobs(batch_size=size), 0) > 0
+    assert said[0].startswith("batch 4: ")
+    assert trials.by_status.keys() == {"ok"}
+    assert trials.by_status["ok"] >= 3 * (4 + 2)
 
 
 def test_canaries_that_differ_stop_the_run_before_anything_is_scored(tmp_path, bundle):

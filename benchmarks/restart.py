@@ -1,0 +1,153 @@
+"""`python -m benchmarks restart`: how soon the first batch is finished, and what a kill costs.
+
+Runs are `engine.run` in processes of their own. Start-up: from the start of the process to the first batch
+with scores, with files and libraries in the page cache. Kills: `kill -9` somewhere between a fifth and four
+fifths of the run, and the same command again; its rows have to be those of a run that nobody disturbed.
+Batches that were with the members at that moment, at most two more than workers, are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from benchmarks.throughput import make_archive
+from engine.errors import EngineError
+
+LIMIT_S = 4.0  # to the first finished batch
+# the command line itself, but each finished batch writes how many rows are through
+_TELLING = """
+import sys
+from engine import run
+
+class Display(run.Display):
+    def __call__(self, progress):
+        print(progress.rows_done, flush=True)
+        super().__call__(progress)
+
+run.Display = Display
+sys.exit(run.main())
+"""
+
+
+class Run:
+    """One start of a run."""
+
+    def __init__(self, arguments: list[object], errors: Path) -> None:
+        self.rows = 0  # with scores so far
+        self._errors = errors
+        self._began = time.perf_counter()
+        with errors.open("w") as log:
+            command = [sys.executable, "-c", _TELLING, *map(str, arguments)]
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+
+    def until(self, rows: int) -> float:
+        """Wait until so many rows have scores; seconds since the start."""
+        assert self._process.stdout is not None
+        while self.rows < rows:
+            line = self._process.stdout.readline()
+            if not line:
+                raise EngineError(f"engine.run ended early: {self._errors.read_text()[-300:]}")
+            self.rows = int(line)
+        return time.perf_counter() - self._began
+
+    def kill(self) -> int:
+        """As `kill -9` does. Returns how many rows had scores."""
+        self._process.kill()
+        told, _ = self._process.communicate()
+        return max([self.rows, *(int(line) for line in told.split() if line.isdigit())])
+
+    def end(self) -> None:
+        self._process.communicate()
+        if self._process.returncode:
+            raise EngineError(f"engine.run failed: {self._errors.read_text()[-300:]}")
+
+
+def table_of(output: Path) -> pa.Table:
+    return ds.dataset(sorted(output.glob("part-*.parquet"))).to_table().replace_schema_metadata(None)
+
+
+def start_up(arguments: list[object], work: Path, rounds: int) -> list[float]:
+    """Seconds to the first finished batch."""
+    found = []
+    for number in range(rounds + 1):
+        run = Run([*arguments, "-o", work / f"start-{number}"], work / "errors.txt")
+        found.append(run.until(1))
+        run.kill()
+    return found[1:]  # the first fills the page cache
+
+
+def kill_and_resume(
+    arguments: list[object], work: Path, number: int, rows: int, expected: pa.Table
+) -> dict[str, Any]:
+    output = work / f"killed-{number}"
+    command = [*arguments, "-o", output]
+    first = Run(command, work / "errors.txt")
+    first.until(round(rows * random.uniform(0.2, 0.8)))
+    scored = first.kill()
+    if (output / "_SUCCESS").exists():
+        raise EngineError(f"the run of {rows} rows was over before it was killed; give more --rows")
+    kept = ds.dataset(sorted(output.glob("part-*.parquet"))).count_rows()
+    Run(command, work / "errors.txt").end()
+    success = json.loads((output / "_SUCCESS").read_text())
+    if success["rows"] != rows or not table_of(output).equals(expected):
+        raise EngineError(f"the rows differ from those of an undisturbed run, killed after {scored} rows")
+    second = success["last_start"]
+    return {
+        "scored_before_the_kill": scored,
+        "rows_kept": kept,
+        "rows_after_it": second["rows"],
+        "rows_scored_twice": scored + second["rows"] - rows,
+        "seconds_lost": (scored - kept) * second["elapsed_s"] / second["rows"],
+    }
+
+
+def main(console: Console, options: Any) -> None:
+    before = record.machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        manifest = make_archive(work, options.rows, options.side)
+        arguments = [manifest, "-b", options.bundle, "--part-rows", options.part_rows, "--device", "cpu"]
+        starts = start_up(arguments, work, options.rounds)
+        Run([*arguments, "-o", work / "undisturbed"], work / "errors.txt").end()
+        expected = table_of(work / "undisturbed")
+        kills = [
+            kill_and_resume(arguments, work, number, options.rows, expected)
+            for number in range(options.rounds)
+        ]
+    twice = [kill["rows_scored_twice"] for kill in kills]
+    table = Table("figure", "measured", "limit", box=None, pad_edge=False)
+    table.add_row("start to first batch, s", f"{statistics.median(starts):.2f}", f"<= {LIMIT_S:g}")
+    table.add_row("rows scored twice, of a kill", f"{statistics.median(twice):g}", "a part")
+    table.add_row("  at most", f"{max(twice)}", f"a part: {options.part_rows}")
+    console.print(table)
+    target = options.output / "restart-cpu.json"
+    command = (
+        f"restart --rows {options.rows} --part-rows {options.part_rows} --rounds {options.rounds} "
+        f"--side {options.side}"
+    )
+    figures = {
+        "work": {"rows": options.rows, "image": f"{options.side} x {options.side} gray JPEG, quality 90"},
+        "first_batch_s": {"median": statistics.median(starts), "rounds": starts, "limit": LIMIT_S},
+        "rows_scored_twice": {
+            "median": statistics.median(twice),
+            "most": max(twice),
+            "part_rows": options.part_rows,
+        },
+        "kills": kills,
+    }
+    record.write(target, command, figures, before=before)
+    console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,244 @@
+"""`python -m benchmarks scaling`: cost against rows, image size, batch size, threads, parts and bad files.
+
+Every point is a whole run, the points of a series in random order, `rounds` times; a figure is the median. A
+straight line is fitted to each series: slope, intercept, R^2. `draw` makes the plot from the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import record
+from benchmarks.damage import make_manifest
+from benchmarks.memory import null_run
+from benchmarks.null import NullScores, NullStages
+from benchmarks.throughput import make_archive, tiny_archive
+from engine.errors import UsageError
+from engine.pipeline import Stages, screen
+from engine.settings import Settings, available_cpus
+
+ROWS = (1_000, 10_000, 100_000, 500_000, 2_000_000)
+ONCE_ROWS = 200_000  # longer runs are done once
+SIDES = (256, 512, 1024, 1536, 2048)
+BATCHES = (1, 2, 4, 8, 16, 32)
+PART_ROWS = (64, 128, 256, 1024, 16_384)
+SHARES = (0.0, 0.01, 0.1, 0.25, 0.5)
+SERIES = ("rows", "image_size", "batch_size", "threads", "part_size", "bad_files")
+QUICK = {"rows": 10_000, "rounds": 1, "images": 32, "side": 256}
+
+
+class DecodeStages(Stages):
+    """A whole run that decodes, and scores nothing."""
+
+    def open(self, stack: ExitStack) -> None:
+        super().open(stack)
+        models = self.opening.models
+        self.step = NullScores(len(models.members), len(models.classes))
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points to be measured: x to a run that returns its seconds, which `cost` turns into y."""
+
+    title: str
+    x: str
+    y: str
+    runs: dict[float, Callable[[], float]]
+    cost: Callable[[float, float], float] = lambda x, seconds: seconds
+
+
+def seconds_of(stages: type[Stages] | None, manifest: Path, bundle: Path, **options: Any) -> float:
+    """A run in this process, without opening and closing its stages."""
+    with tempfile.TemporaryDirectory(dir=manifest.parent) as scratch:
+        settings = Settings(manifest=manifest, bundle=bundle, output=Path(scratch, "out"), **options)
+        summary = screen(settings, stages_of=stages)
+    assert summary.rows_done == summary.rows
+    return summary.elapsed_s
+
+
+def _null_seconds(rows: int, bundle: Path, work: Path) -> float:
+    """A run with null stages in a process of its own, from its manifest to its end."""
+    manifest = tiny_archive(work, rows)
+    with (
+        tempfile.TemporaryDirectory(dir=work) as scratch,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh,
+    ):
+        return fresh.submit(null_run, manifest, bundle, Path(scratch, "out")).result()[1]
+
+
+def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[str, Callable[[], Series]]:
+    """Each makes the archives it needs; `worker` does the runs."""
+    cores, images, side = available_cpus(), options.images, options.side
+    null_rows = min(options.rows, 2 * PART_ROWS[-1])
+
+    def run(stages: type[Stages] | None, manifest: Path, **settings: Any) -> Callable[[], float]:
+        # whatever was tuned for this machine, each run has the settings that stand here
+        given = {"device": "cpu", "batch_size": 8, "workers": cores} | settings
+        return lambda: worker.submit(seconds_of, stages, manifest, options.bundle, **given).result()
+
+    def rows() -> Series:
+        counts = [count for count in ROWS if count <= options.rows]
+        runs = {count: partial(_null_seconds, count, options.bundle, work) for count in counts}
+        return Series("rows, nothing decoded or scored", "rows", "s", runs)
+
+    def image_size() -> Series:
+        sides = [one for one in SIDES if one <= 2 * side]
+        runs = {
+            one * one / 1e6: run(DecodeStages, make_archive(work / str(one), 4 * images, one))
+            for one in sides
+        }
+        title = "image size, nothing scored"
+        return Series(title, "megapixels", "ms an image", runs, lambda _, s: 1000 * s / (4 * images))
+
+    def batch_size() -> Series:
+        manifest = make_archive(work, images, side)
+        runs = {size: run(None, manifest, batch_size=size) for size in BATCHES}
+        return Series(
+            "batch size",
+            "images a batch",
+            "core-ms a batch",
+            runs,
+            lambda size, s: 1000 * cores * s * size / images,
+        )
+
+    def threads() -> Series:
+        manifest = make_archive(work, images, side)
+        counts = sorted({2**power for power in range(cores.bit_length()) if 2**power <= cores} | {cores})
+        runs = {count: run(None, manifest, workers=count) for count in counts}
+        return Series("threads", "workers", "images/s", runs, lambda _, s: images / s)
+
+    def part_size() -> Series:
+        manifest = tiny_archive(work, null_rows)
+        runs = {-(-null_rows // size): run(NullStages, manifest, part_rows=size) for size in PART_ROWS}
+        return Series(f"parts of {null_rows} rows, nothing decoded or scored", "parts", "s", runs)
+
+    def bad_files() -> Series:
+        folder = work / "bad"
+        runs = {share: run(None, make_manifest(folder, images, side, share)[0]) for share in SHARES}
+        return Series("damaged images", "share", "ms a row", runs, lambda _, s: 1000 * s / images)
+
+    return {
+        "rows": rows,
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "threads": threads,
+        "part_size": part_size,
+        "bad_files": bad_files,
+    }
+
+
+def measured(series: Series, rounds: int) -> dict[str, Any]:
+    """Medians of `rounds` rounds, and the line through them."""
+    taken: dict[float, list[float]] = {x: [] for x in series.runs}
+    for number in range(rounds):
+        for x in random.sample(list(series.runs), len(series.runs)):
+            if number == 0 or series.x != "rows" or x <= ONCE_ROWS:
+                taken[x].append(series.cost(x, series.runs[x]()))
+    points = [
+        {"x": x, "y": statistics.median(rounds_of), "rounds": rounds_of} for x, rounds_of in taken.items()
+    ]
+    return {
+        "title": series.title,
+        "x": series.x,
+        "y": series.y,
+        "points": points,
+        "line": line_through([(one["x"], one["y"]) for one in points]),
+    }
+
+
+def line_through(points: Iterable[tuple[float, float]]) -> dict[str, float] | None:
+    """Slope, intercept and R^2 by least squares; None for fewer than three points."""
+    x, y = np.array(sorted(points)).T
+    if len(x) < 3:
+        return None
+    slope, intercept = np.polyfit(x, y, 1)
+    rest, spread = float(((y - slope * x - intercept) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
+    return {"slope": float(slope), "intercept": float(intercept), "r2": 1 - rest / spread if spread else 1.0}
+
+
+def draw(source: Path) -> Path:
+    """A small plot of every series, beside the JSON it is made from."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UsageError("the plot needs matplotlib; install it with: pip install matplotlib") from None
+    figures = json.loads(source.read_text())
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "scaling", "font.size": 8}):
+        figure, axes = pyplot.subplots(2, 3, figsize=(10, 5.5), layout="constrained")
+        for axis in axes.flat[len(figures["series"]) :]:
+            axis.remove()
+        for axis, series in zip(axes.flat, figures["series"].values(), strict=False):
+            x, y = np.array([(one["x"], one["y"]) for one in series["points"]]).T
+            axis.plot(x, y, "o", color="#1f6fb4", markersize=4)
+            title, line = series["title"], series["line"]
+            if line:
+                ends = np.array([0, x.max()])
+                axis.plot(ends, line["slope"] * ends + line["intercept"], color="#999999", linewidth=1)
+                title += f"\n{line['intercept']:.3g} {line['slope']:+.3g} x, R² {line['r2']:.3f}"
+            axis.set(title=title, xlabel=series["x"], ylabel=series["y"])
+            axis.set_xlim(left=0)
+            axis.set_ylim(bottom=0)
+        machine = figures["machine"]
+        figure.suptitle(f"{machine['cores']} cores, {machine['processor']}; {figures['taken'][:10]}")
+        target = source.with_suffix(".svg")
+        figure.savefig(target, metadata={"Date": None})
+        pyplot.close(figure)
+    return target
+
+
+def main(console: Console, options: Any) -> None:
+    before = record.machine()
+    if options.quick:
+        vars(options).update(QUICK)
+    options.images = options.images or 64 * available_cpus()
+    found = {}
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker,
+    ):
+        makers = all_series(options, Path(scratch), worker)
+        for name in options.series:
+            found[name] = measured(makers[name](), options.rounds)
+            _show(console, found[name])
+    target = options.output / "scaling-cpu.json"
+    command = (
+        f"scaling --rows {options.rows} --rounds {options.rounds} --images {options.images} "
+        f"--side {options.side} --series {' '.join(options.series)}"
+    )
+    work = {
+        "image": f"{options.side} x {options.side} gray JPEG, quality 90, synthetic",
+        "images": options.images,
+        "image_size_images": 4 * options.images,
+    }
+    record.write(target, command, {"work": work, "series": found}, before=before)
+    console.print(f"written: {target} and {draw(target).name}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(console: Console, series: dict[str, Any]) -> None:
+    console.print(f"\n{series['title']}", highlight=False)
+    table = Table(series["x"], series["y"], box=None, pad_edge=False)
+    for one in series["points"]:
+        table.add_row(f"{one['x']:g}", f"{one['y']:.4g}")
+    console.print(table)
+    if line := series["line"]:
+        console.print(
+            f"{line['intercept']:.4g} {line['slope']:+.4g} x, R^2 {line['r2']:.4f}", highlight=False
+        )
