@@ -151,6 +151,11 @@ def test_what_can_not_stand_side_by_side(screened: Screen, tmp_path: Path, capsy
     assert merging.main([str(monday), str(other), "-o", str(tmp_path / "merged")]) == 2
     assert "the bundle differ" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
+    (tmp_path / "salt").write_text("a salt of sixteen bytes and more")
+    hidden = [screened(name, names(2), redact=True, salt_file=tmp_path / "salt") for name in ("h1", "h2")]
+    with pytest.raises(UsageError, match="the salt of paths differ"):
+        merge([monday, hidden[0]], tmp_path / "merged")
+    assert merge(hidden, tmp_path / "hidden").dropped == 2
     clash = screened("clash", names(2), columns={"run_id": ["a", "b"]})
     with pytest.raises(UsageError, match="'run_id'"):
         merge([monday, clash], tmp_path / "merged")
@@ -193,9 +198,9 @@ def test_what_the_readme_shows(
 def test_memory_does_not_grow_with_the_rows(
     screened: Screen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """400,000 rows in 20 parts: what Arrow holds is a few parts and never half of them."""
+    """160,000 rows in 20 parts: what Arrow holds is a few parts and never half of them."""
     template = screened("monday", names(1))
-    rows, parts = 20_000, 20
+    rows, parts = 8_000, 20
     part = many_rows(template, rows, parts)
     pool = pa.default_memory_pool()
     before, peak = pool.bytes_allocated(), 0
@@ -208,7 +213,7 @@ def test_memory_does_not_grow_with_the_rows(
             yield found
 
     monkeypatch.setattr(merging, "_copied", watched)
-    monkeypatch.setattr(merging, "PART_ROWS", 10_000)
+    monkeypatch.setattr(merging, "PART_ROWS", 4_000)
     assert merge([template], tmp_path / "merged").rows == rows * parts
     assert part < peak < 0.5 * parts * part
 
