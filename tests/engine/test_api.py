@@ -56,6 +56,7 @@ def test_a_run_from_a_thread(archive: Path, bundle: Path, tmp_path: Path) -> Non
                 include=["*.png"],
                 finish_by=pd.Timestamp.now(tz="UTC") + pd.Timedelta(hours=1),
                 metrics_file=tmp_path / "a.prom",
+                device="cpu",
                 cuda_graph=False,
                 progress=progress,
                 say=said.append,

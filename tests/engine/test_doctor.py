@@ -56,7 +56,7 @@ def manifest(archive: Path) -> Path:
 
 
 def test_one_screen_that_is_true(engine_run: Command, manifest: Path, bundle: Path, tmp_path: Path) -> None:
-    arguments = [manifest, "-b", bundle, "-o", "out", "--finish-by", "23:59"]
+    arguments = [manifest, "-b", bundle, "-o", "out", "--device", "cpu", "--finish-by", "23:59"]
     done = run_module("engine.doctor", arguments, folder=tmp_path, timeout_s=60)
     assert done.returncode == 0, done.stderr
     said = done.stdout
@@ -66,7 +66,7 @@ def test_one_screen_that_is_true(engine_run: Command, manifest: Path, bundle: Pa
         "missing              1 of all 42",
         "42 rows: 40 ok, 1 missing, 1 truncated",
         "20 jpeg, 20 png",
-        "runs on              ONNX Runtime on the CPU: there is no GPU",
+        "runs on              ONNX Runtime on the CPU: asked for",
         "measured just now on a sample",
         "for 42 rows",
         "of it are done",
@@ -80,12 +80,12 @@ def test_one_screen_that_is_true(engine_run: Command, manifest: Path, bundle: Pa
     assert [line[:22] for line in dry.stdout.splitlines()] == labels
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == [manifest.parent]
-    bare = run_module("engine.doctor", ["-b", bundle], folder=tmp_path, timeout_s=60)
+    bare = run_module("engine.doctor", ["-b", bundle, "--device", "cpu"], folder=tmp_path, timeout_s=60)
     assert (bare.returncode, "\nmanifest\n" in bare.stdout) == (0, False)
 
 
 def test_the_size_of_results_is_about_what_a_run_writes(manifest: Path, bundle: Path, tmp_path: Path) -> None:
-    settings = Settings(manifest=manifest, bundle=bundle, output=tmp_path / "out")
+    settings = Settings(device="cpu", manifest=manifest, bundle=bundle, output=tmp_path / "out")
     told = lines_of(asked(settings))["results"]
     engine.screen(manifest, bundle=bundle, output=tmp_path / "out")
     real = (tmp_path / "out" / "part-00000.parquet").stat().st_size / 1000
@@ -98,7 +98,7 @@ def test_the_size_of_results_is_about_what_a_run_writes(manifest: Path, bundle: 
 
 
 def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp_path: Path) -> None:
-    good = Settings(manifest=manifest, bundle=bundle, output=tmp_path / "out")
+    good = Settings(device="cpu", manifest=manifest, bundle=bundle, output=tmp_path / "out")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "letter.txt").touch()
@@ -122,7 +122,7 @@ def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp
         ({"output": tmp_path / "other"}, "another run: max_pixels was 5000", "-o FOLDER"),
         ({"runner": "tensorrt"}, "needs a GPU", "--runner auto"),
         ({"precision": "fp16"}, "needs a GPU", "--precision fp32"),
-        ({"device": "cuda:0"}, "GPU", "--device cpu"),
+        ({"device": "cuda:99"}, "GPU", "--device cpu"),
     ):
         report = asked(replace(good, **changes))
         found = [problem for problem in report.problems if problem.grave and re.search(words, problem.text)]
@@ -145,6 +145,7 @@ def test_no_path_is_shown_with_redact(
     manifest.parent.rename(secret)
     for place, status in ((secret / "manifest.csv", 0), (secret / "DOE.csv", 2), (secret, 2)):
         options = [str(place), "-b", str(bundle), "-o", str(secret / "out"), "--redact"]
+        options += ["--device", "cpu"]
         assert doctor.main(options) == status
         said = capfd.readouterr()
         for word in ("DOE", "JANE", "image-0", str(tmp_path)):
@@ -156,7 +157,7 @@ def test_no_path_is_shown_with_redact(
 
 def test_a_narrow_terminal_and_hostile_names(manifest: Path, tmp_path: Path) -> None:
     odd = write_bundle(tmp_path / "odd", classes=("[red]normal", "thin bones " * 5))
-    report = asked(Settings(manifest=manifest, bundle=odd))
+    report = asked(Settings(device="cpu", manifest=manifest, bundle=odd))
     report.line("odd", "a\x1b[31m\nname")
     narrow = shown(report, 40).split("note: ")[0]
     assert max(map(len, narrow.splitlines())) <= 40
@@ -175,11 +176,11 @@ def test_the_rate_of_a_tuned_machine_is_taken(manifest: Path, bundle: Path, tmp_
         {"knobs": {"batch_size": 4}, "images_per_s": [7.0, 9.0, 8.0]},
     ]
     kept = tuned.keep(copy, tuned.machine_of(models, choice), knobs, {"tried": tried})
-    found = lines_of(asked(Settings(manifest=manifest, bundle=copy, output=tmp_path / "out")))
+    found = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
     assert found["rate"] == f"8.0 images/s, as engine.tune measured here (bundle.tuning/{kept.name})"
     assert "batch 4" in found["tuned"]
     kept.write_text("{}")
-    found = lines_of(asked(Settings(manifest=manifest, bundle=copy, output=tmp_path / "out")))
+    found = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
     assert "measured just now" in found["rate"]
 
 
@@ -204,7 +205,7 @@ def test_packages_are_held_against_the_metadata(
         (folder / "METADATA").write_text("\n".join([*head, *lines]) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
-    report = asked(Settings(manifest=Path(), bundle=bundle), manifest=False)
+    report = asked(Settings(device="cpu", manifest=Path(), bundle=bundle), manifest=False)
     told = {problem.text: problem for problem in report.problems}
     here = installed.installed("numpy")
     assert told[f"packages: numpy {here} is none of >=99"].mend == "pip install -c constraints.txt ."
