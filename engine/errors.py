@@ -1,5 +1,12 @@
 """The errors a user can meet. Each is one line and carries the exit status of the command line."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.ledger import Summary
+
 
 class EngineError(Exception):
     """Something went wrong that the user should read as one line, not as a traceback."""
@@ -17,6 +24,16 @@ class ParityError(EngineError):
     """Two forms of one model disagree by more than the limit."""
 
     exit_status = 4
+
+
+class ErrorRateError(EngineError):
+    """A run is finished, and more of its rows failed than was allowed."""
+
+    exit_status = 3
+
+    def __init__(self, text: str, summary: Summary) -> None:
+        super().__init__(text)
+        self.summary = summary
 
 
 class NothingNew(EngineError):  # noqa: N818 - not a failure

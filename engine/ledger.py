@@ -26,6 +26,7 @@ class Progress:
     by_class: Counter[str] = field(default_factory=Counter)  # of finished parts
     finish_by: datetime | None = None
     started: float = field(default_factory=time.monotonic)
+    meters: dict[str, Meter] = field(default_factory=dict)  # of the stages, once they run
 
     def add(self, batch: Batch) -> None:
         self.rows_done += batch.rows

@@ -92,8 +92,8 @@ def screen(
         earlier = Earlier(settings.since) if settings.since else None
         listing = folder.listing()
         if earlier and not listing.exists():
-            _list_new(settings, earlier, models, choice, listing, say)
-        manifest = _manifest(settings, listing, since=earlier is not None)
+            list_new(settings, earlier, models, choice, listing, say)
+        manifest = manifest_of(settings, listing, since=earlier is not None)
         folder.keep_listing()
         if settings.redaction:
             manifest = manifest.only(settings.redaction.keep)
@@ -231,7 +231,7 @@ class Stages:
         reader = opening.reader(self.preprocess.on_gpu)
         overlap = opening.settings.overlap
         items = flow(parts, reader, self.preprocess, self.step, sink, self.meters, overlap=overlap)
-        progress.started = time.monotonic()
+        progress.started, progress.meters = time.monotonic(), self.meters
         drain(items, progress, watch, stop, part_rows=opening.run["result_options"]["part_rows"])
 
 
@@ -309,7 +309,7 @@ def _so_far(progress: Progress) -> str:
     )
 
 
-def _manifest(settings: Settings, listing: Path, *, since: bool) -> Manifest:
+def manifest_of(settings: Settings, listing: Path, *, since: bool) -> Manifest:
     return open_manifest(
         settings.manifest,
         path_column=settings.path_column,
@@ -321,12 +321,12 @@ def _manifest(settings: Settings, listing: Path, *, since: bool) -> Manifest:
     )
 
 
-def _list_new(
+def list_new(
     settings: Settings, earlier: Earlier, models: Bundle, choice: Choice, listing: Path, say: Say
 ) -> None:
     """Freeze what is to be screened since an earlier run. Raises NothingNew."""
     with TemporaryDirectory(prefix="engine-") as scratch:
-        whole = _manifest(settings, Path(scratch, listing.name), since=False)
+        whole = manifest_of(settings, Path(scratch, listing.name), since=False)
         options = {"bundle_sha256": models.sha256, "precision": choice.precision, "decode": models.decode}
         if changed := earlier.differs(options):
             say(f"{changed} has changed since {earlier.place}: all {whole.rows} rows are screened")

@@ -12,7 +12,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -22,18 +21,19 @@ from typing import Any, NoReturn, TextIO, cast
 from rich.console import Console
 
 from engine.bundle import DECODES
-from engine.errors import EngineError, NothingNew, Stopped, UsageError
+from engine.errors import EngineError, ErrorRateError, NothingNew, Stopped, UsageError
 from engine.ledger import Summary
 from engine.listing import add_globs
-from engine.pipeline import GRACE_S, screen
-from engine.privacy import Redaction, read_salt, scrubbed
+from engine.log import Log, nowhere
+from engine.pipeline import GRACE_S
+from engine.privacy import Redaction, read_salt
 from engine.progress import Display, show_summary
 from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
-from engine.retry import retry
 from engine.run_folder import recorded_bundle
 from engine.runners import PRECISIONS, RUNNERS
 from engine.settings import Limits, Settings, parse_bytes, parse_location, parse_moment
 from engine.storage import Url
+from engine.watching import JsonDisplay, run
 
 NOTICE = "Research use only; not a medical device. The output is a work list for people, not a diagnosis."
 EXAMPLE = "example: python -m engine.run manifest.csv -b bundle -o results"
@@ -55,6 +55,9 @@ _OPERATING = frozenset(
         "slots",
         "streams",
         "cuda_graph",
+        "metrics_file",
+        "log_json",
+        "dry_run",
     )
 )
 MAX_BATCH, MAX_PART_ROWS, MAX_WORKERS = 4096, 1_000_000, 1024
@@ -65,12 +68,18 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def option_parser(
+    prog: str = "python -m engine.run",
+    description: str = "Screen a list of bone radiographs: one row of class probabilities per image.",
+    example: str = EXAMPLE,
+    *,
+    needs_manifest: bool = True,
+) -> argparse.ArgumentParser:
     defaults = Settings(manifest=Path())
     parser = Parser(
-        prog="python -m engine.run",
-        description="Screen a list of bone radiographs: one row of class probabilities per image.",
-        epilog=f"{EXAMPLE}\n\n{NOTICE}",
+        prog=prog,
+        description=description,
+        epilog=f"{example}\n\n{NOTICE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # what is asked for stands on the command line in full
     )
@@ -78,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "manifest",
         type=parse_location,
+        nargs=None if needs_manifest else "?",
         metavar="MANIFEST",
         help="CSV, Parquet, text list, folder, zip or tar",
     )
@@ -179,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.cuda_graph,
         help="replay each batch's step as one graph",
     )
+    add("--metrics-file", type=Path, metavar="FILE", help="Prometheus text, written anew every few seconds")
+    add("--log-json", action="store_true", help="one JSON object a line on stderr")
+    add("--dry-run", action="store_true", help="only say what the run would do, as python -m engine.doctor")
     add(
         "--serial",
         action="store_true",
@@ -218,7 +231,7 @@ def _seconds(text: str) -> float:
 
 def settings_from(arguments: list[str]) -> Settings:
     """Raises UsageError, and SystemExit for --help."""
-    parser = _parser()
+    parser = option_parser()
     given: dict[str, Any] = vars(parser.parse_args(arguments))
     if given["only_errors"]:
         _take_from_run(given, {name for name in given if given[name] != parser.get_default(name)})
@@ -229,6 +242,7 @@ def settings_from(arguments: list[str]) -> Settings:
     )
     if given["finish_by"]:
         given["finish_by"] = parse_moment(given["finish_by"], datetime.now(UTC))
+    del given["log_json"], given["dry_run"]
     given["include"], given["exclude"] = tuple(given["include"]), tuple(given["exclude"])
     return Settings(limits=limits, overlap=not given.pop("serial"), redaction=_redaction(given), **given)
 
@@ -252,46 +266,29 @@ def _take_from_run(given: dict[str, Any], changed: set[str]) -> None:
         given["bundle"] = recorded_bundle(given["manifest"])
 
 
-def _nowhere() -> TextIO:
-    return open(os.devnull, "w")
-
-
-class _Log:
-    """Standard error, but a full disk or a closed pipe behind it does not end the run."""
-
-    def __init__(self, *, redact: bool) -> None:
-        self._stream: TextIO = sys.stderr or _nowhere()  # None where it was closed
-        self._redact = redact
-        self.known: list[tuple[str, str]] = []  # paths, and what stands for them
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(scrubbed(text, self.known) if self._redact else text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     hush_libraries()
-    log = _Log(redact="--redact" in arguments)
-    console = Console(file=cast(TextIO, log), emoji=False)
+    log = Log(redact="--redact" in arguments, as_json="--log-json" in arguments)
+    console = Console(file=cast(TextIO, log), emoji=False, force_terminal=False if log.as_json else None)
 
     def work() -> int:
         settings = settings_from(arguments)
-        log.known = _places(settings)
+        log.known = places(settings)
         stop = stop_on_signal(console, settings.finish_by)
-        with Display(console) as display:
-            work = retry if settings.only_errors else screen
-            say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-            summary = work(settings, watch=display, say=say, stop=stop)
-        return _report(console, summary, settings)
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+        if "--dry-run" in arguments:
+            from engine.doctor import report_to
+
+            return report_to(sys.stdout, settings, manifest=True, say=say, stop=stop)
+        try:
+            with JsonDisplay(log) if log.as_json else Display(console) as display:
+                summary = run(settings, watch=display, say=say, stop=stop)
+        except ErrorRateError as error:
+            _report(console, error.summary, settings)
+            raise
+        _report(console, summary, settings)
+        return 0
 
     return answered(console, work)
 
@@ -321,7 +318,7 @@ def hush_libraries() -> None:
     logging.lastResort = None
 
 
-def _places(settings: Settings) -> list[tuple[str, str]]:
+def places(settings: Settings) -> list[tuple[str, str]]:
     """What the user named, as it may turn up on the log."""
     named = {
         "MANIFEST": settings.manifest,
@@ -344,23 +341,22 @@ def _failed(console: Console, reason: str, exit_status: int) -> int:
     return exit_status
 
 
-def _report(console: Console, summary: Summary, settings: Settings) -> int:
+def _report(console: Console, summary: Summary, settings: Settings) -> None:
     if not summary.rows_done:
         hint = "no row failed" if settings.only_errors else "--overwrite starts again"
-        console.print(f"{summary.output} is finished already; {hint}", markup=False)
-    show_summary(console, summary)
+        console.print(f"{summary.output} is finished already; {hint}", markup=False, soft_wrap=True)
+    if isinstance(console.file, Log) and console.file.as_json:
+        console.file.event("summary", **summary.as_json())
+    else:
+        show_summary(console, summary)
     try:
         print(summary.output, flush=True)
     except OSError:  # the results are safe, whoever wanted to read this
-        sys.stdout = _nowhere()
+        sys.stdout = nowhere()
     if summary.by_status.get("missing") == summary.rows:
-        console.print("not one of the files is there; do relative paths start elsewhere? see --root")
-    if summary.errors > settings.max_error_rate * summary.rows:
         console.print(
-            f"error: {summary.errors} of {summary.rows} rows failed, more than --max-error-rate allows"
+            "not one of the files is there; do relative paths start elsewhere? see --root", soft_wrap=True
         )
-        return 3
-    return 0
 
 
 def stop_on_signal(console: Console, finish_by: datetime | None) -> threading.Event:

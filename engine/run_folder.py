@@ -43,7 +43,7 @@ class RunFolder:
 
     def __enter__(self) -> Self:
         try:
-            self._refuse_foreign()
+            self.refuse_foreign()
             self.files.lock()
             if self._overwrite:
                 self.files.delete(LISTING)  # the folder is listed again; the rest goes in begin()
@@ -64,7 +64,8 @@ class RunFolder:
                 self.files.delete(LISTING)
         self.files.unlock(leave_no_trace=nothing_begun)
 
-    def _refuse_foreign(self) -> None:
+    def refuse_foreign(self) -> None:
+        """Raises UsageError for a file, and for a folder that holds something else."""
         if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output {self.path}: this is a file; give a folder with -o")
         names = self.files.names()
@@ -107,6 +108,11 @@ class RunFolder:
         if recorded is None:
             self._write(RUN, run)
             return run
+        self.check_same(recorded, run)
+        return recorded
+
+    def check_same(self, recorded: dict[str, Any], run: dict[str, Any]) -> None:
+        """Raises UsageError when the run that is recorded has other result options than `run`."""
         old, new = recorded["result_options"], run["result_options"]
         changed = [
             f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
@@ -118,7 +124,6 @@ class RunFolder:
                 f"output {self.path}: it holds another run: {'; '.join(changed)}; "
                 "give another -o, or --overwrite to delete that run"
             )
-        return recorded
 
     def withdraw(self) -> None:
         """The run is not finished, or not any more."""

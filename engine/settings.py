@@ -79,6 +79,7 @@ class Settings:
     slots: int = 3  # batches in flight on the GPU
     streams: int | None = None  # 1: members one after the other, 2: at once; None: whatever is faster
     cuda_graph: bool | None = None  # None: as tuned for this machine, else yes
+    metrics_file: Path | None = None  # Prometheus text, written every few seconds
 
 
 def available_cpus() -> int:

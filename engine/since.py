@@ -25,7 +25,7 @@ from engine.storage.location import Place, is_url, parse
 from engine.store import atomic
 
 # result options whose change makes old scores worthless
-_DECISIVE = {"bundle_sha256": "the bundle", "precision": "the precision", "decode": "the decoding"}
+DECISIVE = {"bundle_sha256": "the bundle", "precision": "the precision", "decode": "the decoding"}
 
 Keys = npt.NDArray[np.bytes_]  # 128-bit hashes of place, size and time of change
 
@@ -49,7 +49,7 @@ class Earlier:
 
     def differs(self, options: dict[str, str]) -> str | None:
         """What makes its scores worthless beside those of a run with `options`, if anything does."""
-        changed = [words for name, words in _DECISIVE.items() if self.options.get(name) != options[name]]
+        changed = [words for name, words in DECISIVE.items() if self.options.get(name) != options[name]]
         return changed[0] if changed else None
 
     def keys(self, options: dict[str, str]) -> Keys:

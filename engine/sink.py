@@ -32,7 +32,7 @@ ROW_GROUP = 65_536
 FOOTERS_AT_ONCE = 16
 _LABELS = np.array([status.label for status in Status])
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
-_METADATA = b"engine"
+METADATA = b"engine"
 UIDS = ("study_uid", "series_uid", "sop_uid")
 
 
@@ -237,7 +237,7 @@ class Sink:
             )
             facts = {"part": index, "by_status": done.by_status, "by_class": done.by_class}
             table = table.replace_schema_metadata(
-                {_METADATA: self._provenance, b"part": json.dumps(facts).encode()}
+                {METADATA: self._provenance, b"part": json.dumps(facts).encode()}
             )
             self._folder.write(
                 name, partial(pq.write_table, table, compression="zstd", row_group_size=ROW_GROUP)
@@ -299,7 +299,7 @@ def finished(folder: Folder, run_id: str) -> dict[int, Done]:
 
 def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:
     metadata = footer.metadata or {}
-    facts, owner = json.loads(metadata[b"part"]), json.loads(metadata[_METADATA])["run_id"]
+    facts, owner = json.loads(metadata[b"part"]), json.loads(metadata[METADATA])["run_id"]
     if owner != run_id:
         raise ValueError(f"it belongs to run {owner}")
     if facts["part"] != index:

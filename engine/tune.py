@@ -217,7 +217,7 @@ class Trials:
         self._manifest, self._say, self._stop = manifest, say, stop
         self._folder = LocalFolder(scratch)
         self._layout = Layout.of(models, manifest, settings)
-        self.paths = _sample(manifest)
+        self.paths = sample(manifest)
         self._at = 0
         self._opened: dict[object, Stages] = {}
         self.by_status: Counter[str] = Counter()
@@ -301,7 +301,7 @@ class Trials:
         return Stages(opening)
 
 
-def _sample(manifest: Manifest) -> list[str | None]:
+def sample(manifest: Manifest) -> list[str | None]:
     """Paths spread over the whole manifest, in random order: every visit sees the same mixture."""
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(manifest.rows, min(manifest.rows, SAMPLE_ROWS), replace=False))

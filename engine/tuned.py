@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from engine.bundle import Bundle
@@ -208,6 +209,20 @@ def advise(
         {"file": path.name, "knobs": used.named},
         knobs.for_gpu,
     )
+
+
+def rate_of(models: Bundle, choice: Choice) -> tuple[float, str] | None:
+    """Images/s that `engine.tune` measured here with what it chose, and the name of the profile."""
+    machine = machine_of(models, choice)
+    path = path_of(models.path, machine)
+    try:
+        knobs = _read(path, machine).named
+        compared = {name: value for name, value in knobs.items() if name not in ("compiled", "decoding")}
+        tried = json.loads(path.read_bytes())["tried"]
+        rates = next(one["images_per_s"] for one in tried if one["knobs"] == compared)
+        return float(median(rates)), f"{path.parent.name}/{path.name}"
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError):
+        return None
 
 
 def _read(path: Path, machine: Mapping[str, Any]) -> Knobs:

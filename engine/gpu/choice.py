@@ -49,8 +49,8 @@ def fitting_plans(
         except UsageError as error:
             reason = str(error)
             continue
-        problem = _problem(bundle, found, gpu, precision, batch_size)
-        if problem is None:
+        why_not = problem(bundle, found, gpu, precision, batch_size)
+        if why_not is None:
             return tuple(found), ""
         passport = found[0].passport
         if installed_version(passport.backend) is None:
@@ -59,19 +59,20 @@ def fitting_plans(
             way_out = passport.rebuild(
                 bundle.path, precision=precision, batch_size=batch_size, capability=gpu.capability
             )
-        reason = f"plans/{target}: {problem}; {way_out}"
+        reason = f"plans/{target}: {why_not}; {way_out}"
     return (), reason
 
 
-def _problem(
+def problem(
     bundle: Bundle, found: list[Plan], gpu: Gpu, precision: str, batch_size: int | None
 ) -> str | None:
+    """Why plans, one a member, can't run there; None when they can."""
     for member, plan in zip(bundle.members, found, strict=True):
         passport = plan.passport
         if passport.precision != precision:
             return f"it is {passport.precision}, not {precision}"
-        if problem := passport.problem(member, gpu, installed_version(passport.backend)):
-            return problem
+        if why_not := passport.problem(member, gpu, installed_version(passport.backend)):
+            return why_not
         if batch_size and batch_size > passport.max_batch:
             return f"it takes at most {passport.max_batch} images a batch, not {batch_size}"
     return None

@@ -12,7 +12,8 @@ from engine.plans import Gpu
 if TYPE_CHECKING:
     from types import ModuleType
 
-_INSTALL = "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https://pypi.nvidia.com"
+INSTALL = "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https://pypi.nvidia.com"
+MIN_DRIVER = 580  # its branch, for CUDA 13
 _CPU = "the CPU does it too: --device cpu"
 
 
@@ -31,7 +32,7 @@ def gpu(index: int = 0, *, without: str = _CPU) -> Gpu:
     except (RuntimeError, AssertionError) as error:  # no driver, one that is too old, no device
         reason = " ".join(str(error).split(". ")[0].split())[:200]
         raise UsageError(
-            f"no GPU: {reason} (driver: {driver() or 'none'}, needed: r580 or newer); {without}"
+            f"no GPU: {reason} (driver: {driver() or 'none'}, needed: r{MIN_DRIVER} or newer); {without}"
         ) from None
     count = cuda.device_count()
     if index >= count:
@@ -80,11 +81,10 @@ def _torch(without: str) -> ModuleType:
         import torch
     except ImportError as error:
         raise UsageError(
-            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: {_INSTALL}; {without}"
+            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: {INSTALL}; {without}"
         ) from None
     if torch.version.cuda is None:
         raise UsageError(
-            f"this PyTorch ({torch.__version__}) is built without CUDA; install it with: {_INSTALL}; "
-            f"{without}"
+            f"this PyTorch ({torch.__version__}) is built without CUDA; install it with: {INSTALL}; {without}"
         )
     return torch

@@ -22,13 +22,15 @@ from build_engines.options import Options, parse_capabilities
 from build_engines.progress import Silent
 from engine import bundle as bundles
 from engine import plans
+from engine.doctor import examine
 from engine.errors import EngineError, ParityError, UsageError
-from engine.gpu import choice
+from engine.gpu import choice, machine
 from engine.plans import Gpu
 from engine.preprocess.stage import load_pixels
 from engine.provenance import defaults
 from engine.runners import Choice
 from engine.runners.tensorrt import Backend
+from engine.settings import Settings
 from tests.bundles import REAL_WEIGHTS, write_bundle
 from tests.conftest import run_module, write_images
 
@@ -121,6 +123,34 @@ def test_batches_are_what_the_plans_are_made_for(built):
     for made, batch in [((plan,), 32), ((large,), 256), ((plan, large), 32), ((), 128)]:
         chosen = Choice(runner="tensorrt", device="cuda:0", precision="fp16", reason="", plans=made)
         assert defaults(chosen)[0] == batch
+
+
+def test_the_doctor_says_which_plans_fit(built, monkeypatch):
+    bundle, _ = built
+    settings = Settings(manifest=Path(), bundle=bundle)
+
+    def told() -> tuple[dict[str, str], list[str]]:
+        report = examine(settings, manifest=False, say=lambda _: None)
+        lines = {label: text for _, lines in report.sections for label, text in lines}
+        return lines, [problem.mend for problem in report.problems if TARGET in problem.text]
+
+    lines, commands = told()
+    assert lines[f"plans/{TARGET}"].endswith("for compute capability 8.6, 8.9, no GPU here")
+    assert not commands
+    monkeypatch.setattr(machine, "present", lambda: True)
+    monkeypatch.setattr(machine, "gpu", lambda index=0: ADA)
+    lines, commands = told()
+    assert lines["runs on"] == f"TensorRT on NVIDIA L4: plans/{TARGET} fits"
+    assert lines[f"plans/{TARGET}"].endswith("up to 32 a batch: fits")
+    assert not commands
+    monkeypatch.setattr(machine, "gpu", lambda index=0: HOPPER)
+    lines, commands = told()
+    assert "this GPU has 9.0" in lines[f"plans/{TARGET}"]
+    assert commands == [f"python -m build_engines {bundle} --target tensorrt_rtx"]
+    (bundle / "plans" / "tensorrt-old").mkdir()
+    lines, _ = told()
+    assert lines["plans/tensorrt-old"].startswith("incomplete")
+    (bundle / "plans" / "tensorrt-old").rmdir()
 
 
 def test_a_plan_over_the_limit_is_not_installed_and_the_old_ones_stay(built, real_bundle):

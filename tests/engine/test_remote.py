@@ -28,7 +28,9 @@ from gcp_storage_emulator.server import create_server
 from moto.server import ThreadedMotoServer
 from werkzeug.serving import WSGIRequestHandler
 
+import engine
 from engine.errors import EngineError, UsageError
+from engine.merge import merge
 from engine.overlap import Meter
 from engine.pipeline import screen
 from engine.reader import Reader
@@ -669,3 +671,22 @@ def test_locations_outside_the_command_line() -> None:
     assert parse_location("a/b://c") == Path("a/b://c")
     assert Storage(Path("/")).where("s3://bucket/key") == "s3://bucket"
     assert pd.notna(Storage(Path("/")).exists("tmp"))
+
+
+def test_results_there_are_read_and_merged(
+    proxy: Proxy, images: Path, names: list[str], bundle: Path
+) -> None:
+    for run, first in (("one", 0), ("two", 2)):
+        manifest = images.parent / f"{run}.csv"
+        manifest.write_bytes(csv(names[first : first + 4]))
+        engine.screen(manifest, root=images, bundle=bundle, output=f"s3://archive/{run}", part_rows=3)
+    merged = merge(
+        [parse_location(f"s3://archive/{run}") for run in ("one", "two")],
+        parse_location("s3://archive/merged"),
+    )
+    assert (merged.rows, merged.dropped) == (6, 2)
+    frame = engine.read_results("s3://archive/merged")
+    assert sorted(frame.path) == names[:6]
+    assert frame.run_id.nunique() == len(frame.attrs["provenance"]["runs"]) == 2
+    dataset = engine.open_results("s3://archive/one")
+    assert dataset.to_table(columns=["row"]).column("row").to_pylist() == [0, 1, 2, 3]

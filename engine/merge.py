@@ -1,0 +1,270 @@
+"""`python -m engine.merge RESULTS... -o merged`: one row per image out of several runs, the newest score.
+
+Two passes over the runs. The first writes a key of each row, the hash of its image's place, to buckets on the
+disk; in each bucket the row that is kept is found for every key. The second copies these rows. Memory holds
+one bucket and one part, however many rows there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.errors import EngineError, UsageError
+from engine.listing import PATH
+from engine.records import Status
+from engine.results import MERGED, Results, opened
+from engine.run_folder import SUCCESS
+from engine.settings import parse_location
+from engine.since import DECISIVE
+from engine.sink import METADATA, ROW_GROUP, part_name
+from engine.storage.location import Place, is_url
+from engine.store import as_json, open_folder, reason
+
+PART_ROWS = 65_536
+BUCKET_ROWS, MAX_BUCKETS = 1 << 20, 256
+RUN_ID, RUN_ROW = "run_id", "run_row"
+_OK = np.uint64(1 << 63)
+_AGES = 1 << 15  # runs
+_ENTRY = np.dtype([("key", "<u8", 2), ("worth", "<u8"), ("place", "<u8")])
+Entries = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    rows: int
+    dropped: int  # for another row of the same image
+    by_status: dict[str, int]
+
+
+def merge(sources: Sequence[Place], output: Place) -> Outcome:
+    """Join the results in the folders `sources`, merged ones among them, into the folder `output`.
+
+    Of the rows of one image (the same path below the same root) the newest that has scores is kept, else the
+    newest: that of the run begun last, within a run the last. Columns are those of all runs, null where a run
+    has none; `row` is numbered anew, `run_id` and `run_row` say where a row is from. One without path stays.
+    Raises UsageError for unfinished runs and for runs that can't stand beside each other: of another bundle,
+    precision or decoding, or with paths hashed by another salt.
+    """
+    found = [opened(place, unfinished=False) for place in sources]
+    runs = {run_id: run for one in found for run_id, run in one.runs.items()}
+    _check_alike(found, runs)
+    schema = _schema(found)
+    folder = open_folder(output)
+    try:
+        if names := folder.names():
+            raise UsageError(f"output {output}: it is not empty ({names[0]!r}); give another -o")
+        folder.lock()
+    except OSError as error:
+        raise UsageError(f"output {output}: {reason(error)}") from None
+    try:
+        with tempfile.TemporaryDirectory(prefix="engine-") as scratch:
+            kept = _kept(found, _ages(runs), Path(scratch))
+            rows, parts, by_status = 0, 0, Counter[str]()
+            origin = {"format": 1, "merged": datetime.now(UTC).isoformat(timespec="seconds"), "runs": runs}
+            about = {METADATA: json.dumps(origin).encode()}
+            for table in _cut(_copied(found, kept, schema), PART_ROWS):
+                table = table.set_column(0, "row", pa.array(np.arange(rows, rows + table.num_rows)))
+                by_status.update(map(str, table.column("status").to_pylist()))
+                whole = table.replace_schema_metadata(about)
+                write = partial(pq.write_table, whole, compression="zstd", row_group_size=ROW_GROUP)
+                folder.write(part_name(parts), write)
+                rows, parts = rows + table.num_rows, parts + 1
+        origin |= {"rows": rows, "parts": parts, "by_status": dict(by_status)}
+        folder.write(MERGED, lambda temporary: temporary.write_text(as_json(origin)))
+        folder.write(SUCCESS, lambda temporary: temporary.write_text(as_json({"rows": rows})))
+    except OSError as error:
+        raise EngineError(f"output {output}: {reason(error)}; delete it and merge again") from None
+    finally:
+        folder.unlock(leave_no_trace=True)
+    return Outcome(rows, sum(one.rows for one in found) - rows, dict(by_status))
+
+
+def _check_alike(found: Sequence[Results], runs: dict[str, dict[str, Any]]) -> None:
+    if len(runs) >= _AGES:
+        raise UsageError(f"{len(runs)} runs; allowed: up to {_AGES - 1}; merge some of them first")
+    first = found[0]
+    for one in found:
+        ours, theirs = (_decisive(source) for source in (first, one))
+        for name, words in {**DECISIVE, "classes": "the classes", "redacted_by": "the salt of paths"}.items():
+            if ours[name] != theirs[name]:
+                raise UsageError(
+                    f"results {one.place}: {words} differ from those of {first.place}; such scores can't be "
+                    "compared, keep them apart"
+                )
+
+
+def _decisive(source: Results) -> dict[str, Any]:
+    """What the runs of one folder have in common."""
+    run = next(iter(source.runs.values()))
+    return {**dict.fromkeys((*DECISIVE, "redacted_by")), **run["result_options"], "classes": run["classes"]}
+
+
+def _schema(found: Sequence[Results]) -> pa.Schema:
+    schemas = []
+    for one in found:
+        schema = one.schema()
+        clash = {RUN_ID, RUN_ROW} & set(schema.names)
+        if clash and "runs" not in one.run:
+            raise UsageError(
+                f"results {one.place}: a manifest column has the name {min(clash)!r}, which merging "
+                "gives to one of its own; run it with --column-prefix manifest_"
+            )
+        schemas.append(schema)
+    try:
+        whole = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UsageError(f"a column is of two types in the runs: {' '.join(str(error).split())}") from None
+    rest: list[pa.Field[Any]] = [field for field in whole if field.name not in (RUN_ID, RUN_ROW)]
+    return pa.schema([*rest, pa.field(RUN_ID, pa.string()), pa.field(RUN_ROW, pa.int64())])
+
+
+def _ages(runs: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """The runs by id, the one that was begun last with the highest number."""
+    order = sorted(runs, key=lambda run_id: datetime.fromisoformat(runs[run_id]["started"]))
+    return {run_id: age for age, run_id in enumerate(order)}
+
+
+def _tables(source: Results, wanted: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Row groups, in order, with `run_id` and `run_row`."""
+
+    def group(number: int, file: pa.NativeFile) -> tuple[int, pa.Table]:
+        opened = pq.ParquetFile(file)
+        columns = [name for name in wanted or opened.schema_arrow.names if name in opened.schema_arrow.names]
+        return opened.num_row_groups, opened.read_row_group(number, columns)
+
+    for name in source.parts:
+        number, groups = 0, 1
+        while number < groups:
+            groups, table = source.files.read(name, partial(group, number))
+            number += 1
+            table = table.replace_schema_metadata(None)
+            if "runs" not in source.run:
+                (run_id,) = source.runs
+                table = table.append_column(RUN_ID, pa.array([run_id] * table.num_rows, pa.string()))
+                table = table.append_column(RUN_ROW, table.column("row"))
+            yield table
+
+
+def _kept(found: Sequence[Results], ages: dict[str, int], scratch: Path) -> npt.NDArray[np.bool_]:
+    """For every row of all folders, in order, whether it stays; on the disk."""
+    total = sum(one.rows for one in found)
+    buckets = min(MAX_BUCKETS, 1 + total // BUCKET_ROWS)
+    with ExitStack() as stack:
+        files = [stack.enter_context((scratch / f"{number}").open("w+b")) for number in range(buckets)]
+        place = 0
+        for source in found:
+            for table in _tables(source, ["row", PATH, "status", RUN_ID, RUN_ROW]):
+                _spill(_entries(source, table, ages, place), files)
+                place += table.num_rows
+        if place != total:
+            raise EngineError(f"{place} rows in the parts, {total} in their footers; a run goes on there")
+        kept = np.memmap(scratch / "kept", np.bool_, "w+", shape=(max(1, total),))
+        for file in files:
+            file.seek(0)
+            entries = np.frombuffer(file.read(), _ENTRY)
+            order = np.lexsort((entries["place"], entries["worth"], *entries["key"].T))
+            keys = entries["key"][order]
+            last = np.append((keys[1:] != keys[:-1]).any(axis=1), True)[: len(keys)]
+            kept[entries["place"][order[last]]] = True
+    return kept
+
+
+def _entries(source: Results, table: pa.Table, ages: dict[str, int], place: int) -> Entries:
+    ids = [str(run_id) for run_id in table.column(RUN_ID).to_pylist()]
+    roots = {run_id: run["result_options"]["root"] for run_id, run in source.runs.items()}
+    entries = np.empty(table.num_rows, _ENTRY)
+    keys = b"".join(
+        _key(roots[run_id], path) for run_id, path in zip(ids, table.column(PATH).to_pylist(), strict=True)
+    )
+    entries["key"] = np.frombuffer(keys, "<u8").reshape(-1, 2)
+    entries["worth"] = [ages[run_id] for run_id in ids]
+    entries["worth"][table.column("status").to_numpy() == Status.OK.label] |= _OK
+    entries["place"] = np.arange(place, place + table.num_rows)
+    return entries
+
+
+def _key(root: str, path: str | None) -> bytes:
+    """Of an image's place; a row without path is like no other."""
+    if not path:
+        return os.urandom(16)
+    place = path if is_url(path) else os.path.join(root, path)
+    place = place if is_url(place) else os.path.normpath(place)
+    return hashlib.blake2b(place.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _spill(entries: Entries, files: Sequence[BinaryIO]) -> None:
+    bucket = entries["key"][:, 0] % np.uint64(len(files))
+    for number, file in enumerate(files):
+        file.write(entries[bucket == number].tobytes())
+
+
+def _copied(found: Sequence[Results], kept: npt.NDArray[np.bool_], schema: pa.Schema) -> Iterator[pa.Table]:
+    place = 0
+    for source in found:
+        for table in _tables(source):
+            chosen = table.filter(pa.array(kept[place : place + table.num_rows]))
+            place += table.num_rows
+            columns = [
+                chosen.column(field.name).cast(field.type)
+                if field.name in chosen.column_names
+                else pa.nulls(chosen.num_rows, field.type)
+                for field in schema
+            ]
+            yield pa.table(columns, schema=schema)
+
+
+def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `rows`, the last one shorter."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        while sum(one.num_rows for one in held) >= rows:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, rows)
+            held = [whole.slice(rows)]
+    rest = pa.concat_tables(held)
+    if rest.num_rows:
+        yield rest
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.merge",
+        description="Join the results of several runs: one row per image, the newest score. The runs have to "
+        "be finished and of one bundle.",
+        epilog="example: python -m engine.merge monday tuesday -o merged",
+    )
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="folder, s3://, gs:// or az://")
+    parser.add_argument("-o", "--output", required=True, help="a new folder, or s3://, gs://, az://")
+    given = parser.parse_args(arguments)
+    try:
+        outcome = merge([parse_location(one) for one in given.results], parse_location(given.output))
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(outcome.by_status.items()))
+    print(f"{outcome.rows} rows ({counts}); {outcome.dropped} older ones left out", file=sys.stderr)
+    print(given.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

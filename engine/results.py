@@ -1,0 +1,139 @@
+"""The results of a run, or of several that were merged, with where they come from: pandas or Arrow."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from engine.errors import EngineError, UsageError
+from engine.run_folder import SUCCESS, RunFolder, parts_of
+from engine.settings import parse_location
+from engine.sink import METADATA, part_name
+from engine.storage import Url
+from engine.storage.location import Place
+from engine.store import Folder, open_folder, reason
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MERGED = "_merged.json"
+
+
+def read_results(
+    path: str | os.PathLike[str], *, columns: Sequence[str] | None = None, unfinished: bool = False
+) -> pd.DataFrame:
+    """The rows of a results folder, a local one or in an object store, in manifest order.
+
+    `columns` names those that are wanted. `frame.attrs["provenance"]` is what `_run.json` says: run id,
+    bundle, plans, weights, versions, machine, options (for merged results, `_merged.json`: each run's).
+    Raises UsageError for a folder without results, a run that is not finished (unless `unfinished`, which
+    reads the parts that are there) and where pandas is missing; EngineError when storage fails.
+    """
+    try:
+        import pandas  # noqa: F401 - to_pandas needs it
+    except ImportError:
+        raise UsageError(
+            "read_results needs pandas; install it with: pip install -c constraints.txt pandas; "
+            "open_results does without"
+        ) from None
+    dataset = open_results(path, unfinished=unfinished)
+    wanted = list(columns) if columns is not None else None
+    if unknown := sorted(set(wanted or ()) - set(dataset.schema.names)):
+        known = ", ".join(dataset.schema.names)
+        raise UsageError(f"results {path}: no column {unknown[0]!r}; it has {known}")
+    try:
+        frame = dataset.to_table(columns=wanted).to_pandas()
+    except OSError as error:
+        raise EngineError(f"results {path}: {reason(error)}") from None
+    frame.attrs["provenance"] = provenance(dataset)
+    return frame
+
+
+def open_results(path: str | os.PathLike[str], *, unfinished: bool = False) -> ds.Dataset:
+    """The same rows as an Arrow dataset, of which nothing is read yet: to filter, or more than memory holds.
+
+    Its provenance is JSON in `dataset.schema.metadata[b"engine"]`. Raises as `read_results` does.
+    """
+    found = opened(parse_location(os.fspath(path)), unfinished=unfinished)
+    if not found.parts:
+        raise UsageError(f"results {path}: no part is finished yet")
+    return found.dataset()
+
+
+def provenance(dataset: ds.Dataset) -> dict[str, Any]:
+    return dict(json.loads(dataset.schema.metadata[METADATA]))
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results folder that was looked through."""
+
+    place: Place
+    files: Folder
+    run: dict[str, Any]  # `_run.json`, or `_merged.json`
+    parts: tuple[str, ...]  # names, in order
+    rows: int
+
+    @property
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """`_run.json` of each run that rows are from, by run id."""
+        return self.run["runs"] if "runs" in self.run else {self.run["run_id"]: self.run}
+
+    def schema(self) -> pa.Schema:
+        """Without provenance; there has to be a part."""
+        schema: pa.Schema = self.files.read(self.parts[0], pq.read_schema)
+        return schema.remove_metadata()
+
+    def dataset(self) -> ds.Dataset:
+        schema = self.schema().with_metadata({METADATA: json.dumps(self.run).encode()})
+        files, names = None, [str(self.place / name) for name in self.parts]
+        if isinstance(self.place, Url):
+            from engine.storage import objects
+
+            files = objects.filesystem(self.place)
+            names = [objects.path_of(self.place / name) for name in self.parts]
+        return ds.dataset(names, schema=schema, format="parquet", filesystem=files)
+
+
+def opened(place: Place, *, unfinished: bool) -> Results:
+    """Look through a results folder, footers included. Raises UsageError and EngineError."""
+    try:
+        files = open_folder(place)
+        return _merged(place, files) if files.exists(MERGED) else _of_run(place, unfinished=unfinished)
+    except OSError as error:
+        raise EngineError(f"results {place}: {reason(error)}") from None
+
+
+def _of_run(place: Place, *, unfinished: bool) -> Results:
+    folder = RunFolder.existing(place)
+    run = folder.recorded()
+    assert run is not None
+    done = folder.finished(run)
+    rows = sum(part.rows for part in done.values())
+    if not unfinished and not (folder.succeeded() and len(done) == parts_of(run)):
+        raise UsageError(
+            f"results {place}: the run is not finished, {rows} of {run['rows']} rows are there; give its own "
+            "command again (in Python, unfinished=True reads what there is)"
+        )
+    return Results(place, folder.files, run, tuple(map(part_name, sorted(done))), rows)
+
+
+def _merged(place: Place, files: Folder) -> Results:
+    if not files.exists(SUCCESS):
+        raise UsageError(f"results {place}: merging was not finished; give its own command again")
+    try:
+        run: dict[str, Any] = files.read(MERGED, lambda opened: json.loads(opened.read()))
+        names = tuple(map(part_name, range(int(run["parts"]))))
+        rows = sum(files.read(name, pq.read_metadata).num_rows for name in names)
+        if rows != run["rows"] or not all(isinstance(one, dict) for one in run["runs"].values()):
+            raise ValueError(f"{rows} rows in the parts, {run['rows']} in {MERGED}")
+    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+        raise UsageError(f"results {place}: {MERGED}: {' '.join(str(error).split())[:200]}") from None
+    return Results(place, files, run, names, rows)
