@@ -3,6 +3,7 @@
 Runs are `engine.run` in processes of their own. Start-up: from the start of the process to the first batch
 with scores, with files and libraries in the page cache. Kills: `kill -9` somewhere between a fifth and four
 fifths of the run, and the same command again; its rows have to be those of a run that nobody disturbed.
+Batches that were with the members at that moment, at most two more than workers, are not counted.
 """
 
 from __future__ import annotations

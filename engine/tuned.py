@@ -173,7 +173,7 @@ def advise(
     `choice` is what runs the members by `settings` alone. A run that is resumed keeps the result options that
     are `recorded` for it. A profile that does not fit or can't be read is ignored, with a line.
     """
-    began_with = (recorded and recorded.get("profile") or {}).get("knobs", {})
+    began_with = ((recorded and recorded.get("profile")) or {}).get("knobs", {})
     if "runner" in began_with and settings.runner == "auto":
         settings = replace(settings, runner=began_with["runner"])
     folder = folder_of(models.path)
