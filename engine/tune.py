@@ -395,6 +395,8 @@ def _in_words(found: Found, choice: Choice) -> str:
         change = "was clearly slower"
     elif len(found.pairs) < PAIRS:
         change += ", in too short a time to tell"
+    elif 1 + found.gain >= WORTH:
+        change += ", but not steadily"
     beside = f"; the best beside them, {best}, {change}" if best.named else ""
     return f"the defaults ({own}) stay: {found.rate(default):.1f} images/s{beside}"
 
