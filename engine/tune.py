@@ -117,7 +117,7 @@ def search(
             f"at {first:.1f} images/s; give {enough} or more"
         )
     ratios: dict[Knobs, list[float]] = {knobs: [] for knobs in left}
-    for number_of, end in enumerate(ROUNDS_END):
+    for index, end in enumerate(ROUNDS_END):
         if not left:
             break
         visit_s = max(0.0, began + end * seconds - clock()) / (len(left) + 1)
@@ -127,7 +127,7 @@ def search(
         for knobs in left:
             ratios[knobs].append(round_of[knobs] / round_of[default])
         left.sort(key=lambda knobs: statistics.median(ratios[knobs]), reverse=True)
-        last = number_of == len(ROUNDS_END) - 1
+        last = index == len(ROUNDS_END) - 1
         kept = left[: 1 if last else math.ceil(len(left) / 2)]
         joined = None if last else _joined({knobs: ratios[knobs][0] for knobs in left})
         if joined and joined not in kept and rows_of(joined) <= LONGEST * seconds * first:
@@ -137,7 +137,7 @@ def search(
     if left and statistics.median(ratios[left[0]]) > 1 / WORTH:
         found.best = left[0]
         visit_s = max(0.0, began + seconds - clock()) / (2 * PAIRS_WANTED)
-        while clock() - began < (OVERTIME if len(found.pairs) < PAIRS else 1) * seconds:
+        while not found.pairs or clock() - began < (OVERTIME if len(found.pairs) < PAIRS else 1) * seconds:
             order = [default, found.best] if len(found.pairs) % 2 else [found.best, default]
             rates = {knobs: measured(knobs, visit_s) for knobs in order}
             found.pairs.append(rates[found.best] / rates[default])
@@ -395,6 +395,8 @@ def _in_words(found: Found, choice: Choice) -> str:
         change = "was clearly slower"
     elif len(found.pairs) < PAIRS:
         change += ", in too short a time to tell"
+    elif 1 + found.gain >= WORTH:
+        change += ", but not steadily"
     beside = f"; the best beside them, {best}, {change}" if best.named else ""
     return f"the defaults ({own}) stay: {found.rate(default):.1f} images/s{beside}"
 
