@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, Literal, TypedDict, Unpack
 
 from engine import run, watching
+from engine.bundle import Decode
 from engine.errors import EngineError
 from engine.ledger import Summary
 from engine.pipeline import Say, Watch
@@ -29,6 +30,7 @@ class Options(TypedDict, total=False):
     device: str
     runner: Literal["auto", "tensorrt", "torch", "onnx"]
     precision: str | None
+    decode: Decode | None
     batch_size: int | None
     part_rows: int | None
     path_column: str | None

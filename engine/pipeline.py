@@ -84,7 +84,6 @@ def screen(
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     models = bundle.load(settings.bundle)
-    _check_decode(settings, models)
     choice = choice_of(settings, models)
     check_paths(settings)
     with ExitStack() as stack:
@@ -138,6 +137,8 @@ def screen(
 
 
 def choice_of(settings: Settings, models: Bundle) -> Choice:
+    """What runs the members. Raises UsageError for what can't be had here, or not of this bundle."""
+    _check_decode(settings, models)
     return choose(
         settings.runner,
         settings.device,
