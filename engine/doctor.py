@@ -206,8 +206,9 @@ def _models(report: Report) -> tuple[Bundle, Choice] | None:
     try:
         choice = choice_of(settings, models)
     except UsageError as error:
-        option = next((option for option in _INSTEAD if str(error).startswith(option)), "--device")
-        report.problem(str(error), f"add to the run: {option} {_INSTEAD[option]}")
+        instead = _INSTEAD | {"--decode": models.decode}
+        option = next((option for option in instead if str(error).startswith(option)), "--device")
+        report.problem(str(error), f"add to the run: {option} {instead[option]}")
         return None
     report.line("runs on", choice.reason)
     if _gpu_wanted(settings) and not choice.gpu:
