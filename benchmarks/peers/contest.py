@@ -274,7 +274,7 @@ def chosen(only: Sequence[str] | None, models: bundle.Bundle) -> tuple[list[str]
     left_out = {
         name: "not installed: " + ", ".join(one.missing) for name, one in CONTENDERS.items() if one.missing
     }
-    if not any(models.path.rglob("*int8*.onnx")):
+    if not any(models.path.rglob("*int8*")):
         left_out["engine-int8"] = "the bundle has no INT8 graphs"
     asked = [name for name in CONTENDERS if not only or name in only or name == REFERENCE]
     return [name for name in asked if name not in left_out], {
