@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from engine.bundle import Bundle
+from engine.bundle import Bundle, load_canaries
 from engine.errors import EngineError, ParityError, UsageError
 from engine.gpu import machine, tuning
 from engine.gpu.decode import Decoding, DevicePixels, GpuPreprocess
@@ -138,13 +136,7 @@ def check_canaries(models: Bundle, step: GpuStep) -> float:
 
     Raises ParityError when it is over the limit: a plan that was never executed, or another precision.
     """
-    try:
-        arrays = load_file(models.canaries.path)
-        pixels, expected = arrays["pixels"], arrays["probabilities"]
-    except (SafetensorError, KeyError, OSError) as error:
-        raise UsageError(
-            f"bundle {models.path}: its canaries can't be read ({error}); train it again"
-        ) from None
+    pixels, expected = load_canaries(models)
     worst = 0.0
     for batch in _canary_batches(pixels, step.batch_size):
         for scored in step.stage(iter([batch]), Meter("canaries")):
