@@ -44,13 +44,22 @@ def open_gpu(stack: ExitStack, opening: Opening) -> tuple[GpuPreprocess, GpuStep
         opening.say(f"out of GPU memory with batches of {asked}: going on with {asked // 2}")
         step = _step_in_memory(stack, opening)
     if step is None:
-        name = opening.choice.gpu.name if opening.choice.gpu else opening.choice.device
-        raise EngineError(
-            f"{name} is out of memory with batches of {options['batch_size']}; free some, or give a smaller "
-            "--batch-size"
-        )
+        raise _too_large(opening)
     tuned.setdefault("canaries", check_canaries(opening.models, step))
-    return _open_preprocess(stack, opening), step
+    try:
+        return _open_preprocess(stack, opening), step
+    except RuntimeError as error:  # as DALI says it
+        if not machine.is_shortage(error):
+            raise
+        raise _too_large(opening) from None
+
+
+def _too_large(opening: Opening) -> EngineError:
+    name = opening.choice.gpu.name if opening.choice.gpu else opening.choice.device
+    batch_size = opening.run["result_options"]["batch_size"]
+    return EngineError(
+        f"{name} is out of memory with batches of {batch_size}; free some, or give a smaller --batch-size"
+    )
 
 
 def _step_in_memory(stack: ExitStack, opening: Opening) -> GpuStep | None:

@@ -358,10 +358,13 @@ def test_a_convolution_in_another_precision_is_refused():
         compiler._refuse_wide(wide, "HALF")
     for kind, tensors in [("CaskConvolution", "Row major linear FP32"), ("gemm", "Float")]:
         with pytest.raises(EngineError, match="stem"):
-            compiler._refuse_wide_engine([{"name": "stem", "type": kind, "input": tensors}])
+            compiler._refuse_wide_engine(
+                [{"name": "stem", "type": kind, "input": tensors, "weights": "Float"}]
+            )
     fine = [
         {"name": "stem", "type": "CaskConvolution", "input": "Channel major FP16 format"},
         {"name": "cast", "type": "Reformat", "input": "Row major linear FP32"},
+        {"name": "both", "type": "CaskConvolution", "input": "Row major linear FP32", "weights": "Half"},
     ]
     compiler._refuse_wide_engine(fine)
 
