@@ -191,7 +191,7 @@ def inspect(backend: Backend, plan: bytes, options: Options) -> list[dict[str, A
                 "type": layer.get("LayerType"),
                 "input": ", ".join(map(str, tensors["Inputs"])),
                 "output": ", ".join(map(str, tensors["Outputs"])),
-                "weights": _weights(layer),
+                **_weights(layer),
             }
         )
     if options.precision == "fp16":
@@ -199,9 +199,9 @@ def inspect(backend: Backend, plan: bytes, options: Options) -> list[dict[str, A
     return layers
 
 
-def _weights(layer: dict[str, Any]) -> str | None:
+def _weights(layer: dict[str, Any]) -> dict[str, Any]:
     weights = layer.get("Weights")
-    return weights.get("Type") if isinstance(weights, dict) else None
+    return {"weights": weights.get("Type")} if isinstance(weights, dict) else {}
 
 
 def _refuse_wide_engine(layers: list[dict[str, Any]]) -> None:
