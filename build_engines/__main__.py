@@ -107,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed(console, "stopped; nothing was installed", 130)
     except OSError as error:  # a full disk, a bundle that can't be written to
-        return _failed(console, f"{error.filename or ''}: {error.strerror or error}", EngineError.exit_status)
+        where = error.filename or "writing the plans"
+        return _failed(console, f"{where}: {error.strerror or error}", EngineError.exit_status)
     except Exception as error:
         if os.environ.get("ENGINE_DEBUG"):
             raise

@@ -110,6 +110,7 @@ def _build_graphs(session: _Session) -> list[Built]:
 
 def _graph(session: _Session, member: Member) -> bytes:
     """What is compiled: the float32 graph, or its FP16 form."""
+    _reference(session, member)  # first: ONNX Runtime says best what is wrong with a graph
     reference = member.files["onnx"].path.read_bytes()
     if session.options.precision == "fp32":
         return reference

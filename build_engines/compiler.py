@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -169,7 +170,7 @@ def inspect(backend: Backend, plan: bytes, options: Options) -> list[dict[str, A
     """The layers of a plan as the engine inspector sees them on this GPU.
 
     Raises EngineError when it can't be loaded, or when FP16 was asked for and a convolution or matrix product
-    does not read FP16.
+    is not in FP16.
     """
     api = backend.trt
     engine = deserialize(backend, plan, version_compatible=options.version_compatible)
@@ -190,6 +191,7 @@ def inspect(backend: Backend, plan: bytes, options: Options) -> list[dict[str, A
                 "type": layer.get("LayerType"),
                 "input": ", ".join(map(str, tensors["Inputs"])),
                 "output": ", ".join(map(str, tensors["Outputs"])),
+                **_weights(layer),
             }
         )
     if options.precision == "fp16":
@@ -197,14 +199,22 @@ def inspect(backend: Backend, plan: bytes, options: Options) -> list[dict[str, A
     return layers
 
 
+def _weights(layer: dict[str, Any]) -> dict[str, Any]:
+    weights = layer.get("Weights")
+    return {"weights": weights.get("Type")} if isinstance(weights, dict) else {}
+
+
 def _refuse_wide_engine(layers: list[dict[str, Any]]) -> None:
-    """The inspector names the kind of kernel and, of each tensor, a format: "Row major linear FP16"."""
+    """The inspector names the kind of kernel and, of each tensor, a format: "Row major linear FP16".
+
+    A kernel with FP16 weights computes in FP16, also when it reads float32: a cast went into it.
+    """
     kinds = ("conv", "gemm", "matrix_multiply", "matmul")
     wide = [
         layer["name"]
         for layer in layers
         if any(kind in str(layer.get("type")).lower() for kind in kinds)
-        and not any(half in layer["input"].lower() for half in ("fp16", "half"))
+        and not re.search("fp16|half", f"{layer['input']} {layer.get('weights')}", re.IGNORECASE)
     ]
     if wide:
         raise EngineError(f"FP16 was asked for, but the plan runs {', '.join(wide[:5])} in another precision")

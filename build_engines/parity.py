@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import load_file
 
 from build_engines.options import Options
-from engine.bundle import Bundle
+from engine.bundle import Bundle, load_canaries
 from engine.errors import ParityError, UsageError
 from engine.manifest import open_manifest
 from engine.plans import Parity
@@ -33,7 +32,7 @@ def calibration_pixels(bundle: Bundle, options: Options) -> tuple[Pixels, str]:
     images, which are synthetic.
     """
     if options.calibration is None:
-        canaries = load_file(bundle.canaries.path)["pixels"]
+        canaries, _ = load_canaries(bundle)
         return np.concatenate([canaries, canaries[..., ::-1], canaries[:, :, ::-1]]), "synthetic canaries"
     if not options.calibration.exists():
         raise UsageError(f"--calibration {options.calibration}: no such file or folder")

@@ -10,9 +10,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from engine.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FORMAT = 1
 DESCRIPTION = "ensemble.json"
@@ -160,6 +164,29 @@ def _file(bundle: Path, entry: dict[str, Any]) -> BundleFile:
     inside = not relative.is_absolute() and ".." not in relative.parts and relative.parts
     _expect(bool(inside), f"file {name!r} is outside the bundle")
     return BundleFile(bundle / relative, sha256)
+
+
+def load_canaries(bundle: Bundle) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Pixels uint8 [N, 1, H, W] and their reference probabilities float32 [N, C]. Raises UsageError."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        arrays = load_file(bundle.canaries.path)
+        pixels, expected = arrays["pixels"], arrays["probabilities"]
+    except (SafetensorError, KeyError, OSError) as error:
+        problem = _one_line(str(error))
+        raise UsageError(
+            f"bundle {bundle.path}: its canaries can't be read ({problem}); train it again"
+        ) from None
+    found = [(str(array.dtype), array.shape) for array in (pixels, expected)]
+    rows = len(pixels)
+    if not rows or found != [
+        ("uint8", (rows, 1, *bundle.size)),
+        ("float32", (rows, len(bundle.classes))),
+    ]:
+        raise UsageError(f"bundle {bundle.path}: its canaries are {found}; train it again")
+    return pixels, expected
 
 
 def _check_hashes(bundle: Bundle) -> None:

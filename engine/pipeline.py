@@ -14,7 +14,8 @@ from typing import Any, Protocol, Self
 
 from engine import bundle
 from engine.bundle import Bundle
-from engine.errors import NothingNew, Stopped, UsageError
+from engine.errors import EngineError, NothingNew, Stopped, UsageError
+from engine.gpu import machine
 from engine.header import Header
 from engine.ledger import Progress, Summary, summary_of
 from engine.listing import in_words
@@ -233,7 +234,14 @@ class Stages:
         overlap = opening.settings.overlap
         items = flow(parts, reader, self.preprocess, self.step, sink, self.meters, overlap=overlap)
         progress.started, progress.meters = time.monotonic(), self.meters
-        drain(items, progress, watch, stop, part_rows=opening.run["result_options"]["part_rows"])
+        try:
+            drain(items, progress, watch, stop, part_rows=opening.run["result_options"]["part_rows"])
+        except RuntimeError as error:  # others use the GPU too
+            if opening.choice.gpu and machine.is_shortage(error):
+                raise EngineError(
+                    f"{opening.choice.gpu.name} ran out of memory; free some, and the same command goes on"
+                ) from None
+            raise
 
 
 def open_members(stack: ExitStack, opening: Opening, *, compiled: bool = False) -> list[Runner]:

@@ -41,13 +41,15 @@ def _fuse_row(  # type: ignore[no-untyped-def]
         raw = tl.load(logits + (member * rows + row) * classes + column, mask=real, other=float("-inf"))
         wrong = real & ((raw != raw) | (tl.abs(raw) == float("inf")))
         odd += wrong.to(tl.int32)
-        scaled = tl.where(wrong, 0.0, raw) / tl.load(temperatures + member)
+        # rounded as NumPy does it: `/` is good to 2 ulp on a GPU, which after exp is more than 1e-6
+        scaled = tl.div_rn(tl.where(wrong, 0.0, raw), tl.load(temperatures + member))
         grown = tl.exp(scaled - tl.max(scaled, 0))
         share = grown / tl.sum(grown, 0)
         tl.store(out + member * classes + column, share, mask=real)
         total += tl.load(weights + member) * share
     if sharpen:
-        logs = tl.where(real, tl.log(tl.maximum(total, 1.1754943508222875e-38)), float("-inf")) / temperature
+        logs = tl.div_rn(tl.log(tl.maximum(total, 1.1754943508222875e-38)), temperature)
+        logs = tl.where(real, logs, float("-inf"))
         grown = tl.exp(logs - tl.max(logs, 0))
         total = grown / tl.sum(grown, 0)
     tl.store(out + members * classes + column, total, mask=real)

@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from engine.bundle import Bundle
+from engine.bundle import Bundle, load_canaries
 from engine.errors import EngineError, ParityError, UsageError
 from engine.gpu import machine, tuning
 from engine.gpu.decode import Decoding, DevicePixels, GpuPreprocess
@@ -46,13 +44,22 @@ def open_gpu(stack: ExitStack, opening: Opening) -> tuple[GpuPreprocess, GpuStep
         opening.say(f"out of GPU memory with batches of {asked}: going on with {asked // 2}")
         step = _step_in_memory(stack, opening)
     if step is None:
-        name = opening.choice.gpu.name if opening.choice.gpu else opening.choice.device
-        raise EngineError(
-            f"{name} is out of memory with batches of {options['batch_size']}; free some, or give a smaller "
-            "--batch-size"
-        )
+        raise _too_large(opening)
     tuned.setdefault("canaries", check_canaries(opening.models, step))
-    return _open_preprocess(stack, opening), step
+    try:
+        return _open_preprocess(stack, opening), step
+    except RuntimeError as error:  # as DALI says it
+        if not machine.is_shortage(error):
+            raise
+        raise _too_large(opening) from None
+
+
+def _too_large(opening: Opening) -> EngineError:
+    name = opening.choice.gpu.name if opening.choice.gpu else opening.choice.device
+    batch_size = opening.run["result_options"]["batch_size"]
+    return EngineError(
+        f"{name} is out of memory with batches of {batch_size}; free some, or give a smaller --batch-size"
+    )
 
 
 def _step_in_memory(stack: ExitStack, opening: Opening) -> GpuStep | None:
@@ -139,13 +146,7 @@ def check_canaries(models: Bundle, step: GpuStep) -> float:
 
     Raises ParityError when it is over the limit: a plan that was never executed, or another precision.
     """
-    try:
-        arrays = load_file(models.canaries.path)
-        pixels, expected = arrays["pixels"], arrays["probabilities"]
-    except (SafetensorError, KeyError, OSError) as error:
-        raise UsageError(
-            f"bundle {models.path}: its canaries can't be read ({error}); train it again"
-        ) from None
+    pixels, expected = load_canaries(models)
     worst = 0.0
     for batch in _canary_batches(pixels, step.batch_size):
         for scored in step.stage(iter([batch]), Meter("canaries")):

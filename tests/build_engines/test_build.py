@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from safetensors.numpy import save
 
 from build_engines import compiler, parity
 from build_engines.half import half_graph
@@ -311,13 +312,43 @@ def test_torch_tensorrt_gets_a_program_that_it_can_convert(real_bundle):
 def test_a_bundle_without_its_files_or_a_graph_that_is_none_is_one_line(tmp_path):
     bundle = write_bundle(tmp_path / "bundle")
     graph = bundle / "member0.onnx"
+    good = graph.read_bytes()
     graph.write_bytes(b"not a graph")
     run = build(bundle, "--target", "onnx")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "altered" in run.stderr
+    graph.write_bytes(good)
+    _replace(bundle, "member0.onnx", b"not a graph")
+    run = build(bundle, "--target", "onnx")
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "member0: ONNX Runtime refuses it" in run.stderr
     for wrong in (b"", b"not a graph", b"\x08\x0a"):
         with pytest.raises(EngineError):
             half_graph(wrong)
+
+
+def test_canaries_that_are_none_are_one_line(tmp_path):
+    bundle = write_bundle(tmp_path / "bundle")
+    pixels, expected = np.zeros((4, 1, 64, 64), np.uint8), np.zeros((4, 3), np.float32)
+    for wrong, complaint in [
+        (b"nothing", "can't be read"),
+        (save({"pixels": pixels}), "can't be read ('probabilities')"),
+        (save({"pixels": pixels[:0], "probabilities": expected[:0]}), "its canaries are"),
+        (save({"pixels": pixels[..., :32], "probabilities": expected}), "its canaries are"),
+    ]:
+        _replace(bundle, "canaries/canaries.safetensors", wrong)
+        with pytest.raises(UsageError) as caught:
+            bundles.load_canaries(bundles.load(bundle))
+        assert complaint in str(caught.value)
+
+
+def _replace(bundle: Path, name: str, data: bytes) -> None:
+    """A file of a bundle, and its hash."""
+    before = hashlib.sha256((bundle / name).read_bytes()).hexdigest()
+    (bundle / name).write_bytes(data)
+    description = bundle / "ensemble.json"
+    after = hashlib.sha256(data).hexdigest()
+    description.write_text(description.read_text().replace(before, after))
 
 
 def test_calibration_images_are_read_as_screening_reads_them(tmp_path):
@@ -362,10 +393,13 @@ def test_a_convolution_in_another_precision_is_refused():
         compiler._refuse_wide(wide, "HALF")
     for kind, tensors in [("CaskConvolution", "Row major linear FP32"), ("gemm", "Float")]:
         with pytest.raises(EngineError, match="stem"):
-            compiler._refuse_wide_engine([{"name": "stem", "type": kind, "input": tensors}])
+            compiler._refuse_wide_engine(
+                [{"name": "stem", "type": kind, "input": tensors, "weights": "Float"}]
+            )
     fine = [
         {"name": "stem", "type": "CaskConvolution", "input": "Channel major FP16 format"},
         {"name": "cast", "type": "Reformat", "input": "Row major linear FP32"},
+        {"name": "both", "type": "CaskConvolution", "input": "Row major linear FP32", "weights": "Half"},
     ]
     compiler._refuse_wide_engine(fine)
 

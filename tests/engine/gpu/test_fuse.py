@@ -75,6 +75,7 @@ signature = {{**types, **{{name: "constexpr" for name in fixed}}}}
 target = GPUTarget("cuda", {capability}, 32)
 built = triton.compile(ASTSource(kernel, signature, constexprs=fixed), target=target)
 assert len(built.asm["cubin"]) > 1000
+assert built.asm["ptx"].count("div.rn.f32") >= 3, "temperatures are divided by as NumPy does it"
 """
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")

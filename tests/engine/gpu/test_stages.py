@@ -11,11 +11,12 @@ from threading import Event
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from engine import bundle as bundles
 from engine import tune
-from engine.errors import ParityError
+from engine.errors import EngineError, ParityError
 from engine.gpu import stages
 from engine.gpu.decode import Decoding, GpuPreprocess
 from engine.gpu.stages import CANARY_LIMIT, check_canaries
@@ -36,14 +37,16 @@ from tests.images import encode, smooth
 pytestmark = pytest.mark.usefixtures("launched_fusion")
 
 
-def stages_on(cuda: StandIn) -> type[Stages]:
+def stages_on(cuda: StandIn, kind: type[Member] = Member, *, graphs: bool = True) -> type[Stages]:
     class StandInStages(Stages):
         def open(self, stack: ExitStack) -> None:
             opening = self.opening
             batch_size = opening.run["result_options"]["batch_size"]
             models = opening.models
-            members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
-            self.step = GpuStep(models, members, batch_size=batch_size, device="cpu", cuda=cuda)
+            members = [kind(OnnxRunner(member, models), cuda) for member in models.members]
+            self.step = GpuStep(
+                models, members, batch_size=batch_size, device="cpu", graphs=graphs, cuda=cuda
+            )
             check_canaries(models, self.step)
             cpu = Preprocess(size=models.size, batch_size=8, threads=2, decoding_bytes=1 << 28)
             stack.enter_context(cpu)
@@ -162,3 +165,27 @@ def test_canaries_that_differ_stop_the_run_before_anything_is_scored(tmp_path, b
                 continue
             with pytest.raises(ParityError, match=f"allowed: {CANARY_LIMIT}"):
                 check_canaries(models, step)
+
+
+def test_memory_that_others_take_while_it_runs_is_one_line(tmp_path, bundle):
+    class Short(Member):
+        def enqueue(self, pixels, logits, stream):
+            if self.name in crowded:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            super().enqueue(pixels, logits, stream)
+
+    crowded: set[str] = set()
+    gpu = Gpu(name="NVIDIA H100", uuid="GPU-0", capability="9.0", driver="580")
+    archive = write_images(tmp_path / "archive", 20)
+    with StandIn(2) as cuda:
+        stages = stages_on(cuda, Short, graphs=False)
+
+        class Crowded(stages):
+            def open(self, stack: ExitStack) -> None:
+                super().open(stack)
+                self.opening = replace(self.opening, choice=replace(self.opening.choice, gpu=gpu))
+                crowded.add("member1")
+
+        settings = Settings(manifest=archive, bundle=bundle, output=tmp_path / "out", batch_size=8)
+        with pytest.raises(EngineError, match="NVIDIA H100 ran out of memory; free some, and the same"):
+            screen(settings, stages_of=Crowded)

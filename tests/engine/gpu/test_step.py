@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -146,6 +147,22 @@ def test_a_batch_without_any_pixels_goes_through(models, pixels):
         batch.index, batch.device_pixels = np.empty(0, np.intp), DevicePixels([], pixels[:0])
         (done,) = step.stage(iter([batch]), Meter("members"))
         assert (done.members.shape, done.probabilities.shape) == ((2, 0, 3), (0, 3))
+        step.close()
+
+
+def test_what_is_copied_from_lives_until_the_results_are_there(models, pixels):
+    """DALI takes its buffer back with the last reference to it, and knows nothing of our streams."""
+    cuda = StandIn(0)
+    with cuda:
+        members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
+        step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
+        (batch,) = list(batches(pixels))[:1]
+        buffer = weakref.ref(batch.device_pixels)
+        work = step.enqueue(batch)
+        assert batch.device_pixels is None
+        assert buffer() is not None
+        step.finish(work, Meter("members"))
+        assert buffer() is None
         step.close()
 
 
