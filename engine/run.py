@@ -90,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
     add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
-    add("--precision", choices=PRECISIONS, help="of the members (fp16 on a GPU, fp32 on a CPU)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the members (fp16 on a GPU, fp32 on a CPU; int8: on a CPU, from build_engines)",
+    )
     add(
         "--batch-size",
         type=_count(MAX_BATCH),

@@ -21,6 +21,8 @@ def on_gpu(runner: str, index: int, bundle: Bundle, precision: str | None, batch
     """The choice for GPU number `index`. Raises UsageError when what was asked for can't be had there."""
     gpu = machine.gpu(index)
     precision = precision or "fp16"
+    if precision == "int8":
+        raise UsageError("--precision int8 is for the CPU: give --device cpu too")
     device = f"cuda:{index}"
     found, reason = fitting_plans(bundle, gpu, precision, batch_size)
     if runner == "tensorrt" and not found:
@@ -43,6 +45,8 @@ def fitting_plans(
     """The newest target whose plans all fit, or none and one line that says why."""
     reason = f"the bundle has no plans; build them with: python -m build_engines {bundle.path}"
     for target, paths in plans.passports(bundle):
+        if target == plans.INT8:
+            continue
         try:
             found = [plans.load(path) for path in paths]
         except UsageError as error:
