@@ -76,8 +76,9 @@ def _quantized(
     model = onnx.load(prepared)
     for number, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{number}"  # what is left out is told by its name
-    onnx.save(model, prepared)
     weighted = [node for node in model.graph.node if node.op_type in _WEIGHTED]
+    _pool_by_convolution(model)
+    onnx.save(model, prepared)
     tries = [first for first in FIRST if first + HEAD < len(weighted)]
     if not tries:
         raise EngineError(f"of its {len(weighted)} layers none is between the first one and the head")
@@ -108,6 +109,27 @@ def _quantized(
         for node in weighted
     ]
     return Quantized(graph, layers)
+
+
+def _pool_by_convolution(model: onnx.ModelProto) -> None:
+    """Average pooling of one step becomes the same depthwise convolution: in INT8, several times as fast."""
+    values = onnx.shape_inference.infer_shapes(model).graph.value_info
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in values}
+    for node in model.graph.node:
+        given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        padded = any(given.get("pads", [])) and not given.get("count_include_pad")
+        strange = padded or given.get("ceil_mode") or given.get("auto_pad", b"NOTSET") != b"NOTSET"
+        shape = shapes.get(node.input[0], ()) if node.op_type == "AveragePool" else ()
+        if strange or len(shape) != 4 or not shape[1].dim_value:
+            continue
+        channels, kernel = shape[1].dim_value, given["kernel_shape"]
+        means = np.full((channels, 1, *kernel), 1 / np.prod(kernel), np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(means, f"{node.name}.means"))
+        kept = {
+            name: given[name] for name in ("kernel_shape", "pads", "strides", "dilations") if name in given
+        }
+        inputs = [node.input[0], f"{node.name}.means"]
+        node.CopyFrom(helper.make_node("Conv", inputs, node.output, name=node.name, group=channels, **kept))
 
 
 def _before(model: onnx.ModelProto, layer: onnx.NodeProto) -> set[str]:
