@@ -13,7 +13,16 @@ from typing import NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from build_engines.options import FRONTENDS, PRECISIONS, TARGETS, Options, parse_capabilities
+from build_engines.options import (
+    AGREEMENT,
+    FRONTENDS,
+    INT8_AGREEMENT,
+    LIMIT,
+    PRECISIONS,
+    TARGETS,
+    Options,
+    parse_capabilities,
+)
 from engine.errors import EngineError, UsageError
 from engine.settings import parse_bytes
 
@@ -23,8 +32,12 @@ examples:
   python -m build_engines bundle --target tensorrt_rtx --compute-capability sm86,sm89
                                                                             ahead of time, without a GPU
   python -m build_engines bundle --calibration images/                      compare on your own images
+  python -m build_engines bundle --target onnx --precision int8 --calibration images/
+                                                        INT8 on the CPU, for engine.run --precision int8
 
-A plan that differs from the float32 reference by more than --limit is not installed: exit status 4."""
+A plan that differs from the float32 reference by more than --limit is not installed: exit status 4. INT8 is
+calibrated on some of the images and compared on the others; --agreement and --auc-limit judge each member
+and the ensemble. Class folders, or a column with labels, say what is true; without them float32 does."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     defaults = Options(bundle=Path())
     parser = _Parser(
         prog="python -m build_engines",
-        description="Compile the members of a bundle into TensorRT plans, each compared with its reference.",
+        description="Compile the members of a bundle into TensorRT plans, or quantize them for the CPU; "
+        "each is compared with its reference.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workspace", type=parse_bytes, metavar="SIZE", help="most scratch memory, such as 2GiB")
     add("--optimization-level", type=_whole(0, 5), metavar="0..5", help="the builder's effort")
     add("--max-aux-streams", type=_whole(0, 16), metavar="N", help="streams inside one member")
-    add("--calibration", type=Path, metavar="DIR", help="images to compare on (synthetic ones)")
+    add("--calibration", type=Path, metavar="DIR", help="images to calibrate and compare on (synthetic ones)")
     add(
         "--calibration-images",
         type=_whole(1, 100_000),
@@ -68,8 +82,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="(%(default)s)",
     )
-    add("--limit", type=_share, default=defaults.limit, metavar="P", help="in probability (%(default)g)")
-    add("--agreement", type=_share, default=defaults.agreement, metavar="F", help="(%(default)g)")
+    add("--limit", type=_share, metavar="P", help=f"in probability ({LIMIT:g}; int8: any)")
+    add(
+        "--agreement",
+        type=_share,
+        metavar="F",
+        help=f"of the class ({AGREEMENT:g}; int8: {INT8_AGREEMENT:g})",
+    )
+    add(
+        "--auc-limit", type=_share, default=defaults.auc_limit, metavar="D", help="int8: in AUC (%(default)g)"
+    )
     return parser
 
 
@@ -114,16 +136,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return _failed(console, f"internal: {text} (ENGINE_DEBUG=1 shows where)", EngineError.exit_status)
-    table = Table("member", "built in", "size", "largest difference", "same class", "compared")
+    int8 = options.precision == "int8"
+    table = Table(
+        "member", "built in", "size", "largest difference", "same class", "AUC" if int8 else "compared"
+    )
     for one in built:
-        compared = "on the GPU" if one.parity.executed else "its graph, on ONNX Runtime"
+        found = one.parity
+        compared = "on the GPU" if found.executed else "its graph, on ONNX Runtime"
         table.add_row(
             one.member,
             f"{one.build_s:.1f} s",
             f"{one.size / 1e6:.1f} MB",
-            f"{one.parity.max:.2g}",
-            f"{one.parity.agreement:.2%} of {one.parity.counted}" if one.parity.counted else "no clear call",
-            compared,
+            f"{found.max:.2g}",
+            f"{found.agreement:.2%} of {found.counted}" if found.counted else "no clear call",
+            f"{found.auc:.4f} (float32: {found.auc_reference:.4f})" if int8 else compared,
         )
     console.print(table)
     if not all(one.parity.executed for one in built) and options.target != "onnx":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,18 @@ from build_engines import parity
 from build_engines.compiler import Compiled, compile_graph, inspect
 from build_engines.half import half_graph
 from build_engines.options import Options
+from build_engines.parity import Images
 from build_engines.progress import Phases
+from build_engines.quantize import RECIPE, Quantized, int8_graph
 from engine import bundle as bundles
 from engine import plans
 from engine.bundle import Bundle, Member
-from engine.ensemble import softmax
+from engine.ensemble import fuse, softmax
 from engine.errors import EngineError, UsageError
 from engine.gpu import machine
 from engine.lock import hold
 from engine.plans import Gpu, Parity, Passport, Plan, Profile
+from engine.provenance import processor_name
 from engine.runners.onnx import OnnxRunner
 from engine.runners.tensorrt import Backend, TensorRTRunner
 from engine.store import atomic
@@ -54,8 +60,7 @@ class _Session:
     options: Options
     say: Say
     phases: Phases
-    pixels: npt.NDArray[np.uint8]  # [N, 1, H, W], to compare on
-    calibration: str  # where they are from
+    images: Images  # to compare on
     references: dict[str, Floats] = field(default_factory=dict)  # float32 logits [N, C], by member
 
 
@@ -74,7 +79,9 @@ def build(options: Options, phases: Phases, say: Say = lambda _: None) -> tuple[
     except BlockingIOError:
         raise UsageError(f"{folder}: another process builds there; wait for it") from None
     try:
-        session = _Session(bundle, options, say, phases, *parity.calibration_pixels(bundle, options))
+        session = _Session(bundle, options, say, phases, parity.calibration_images(bundle, options))
+        if options.precision == "int8":
+            return _build_quantized(session)
         if backend is None:
             return bundle.path, _build_graphs(session)
         return _build_plans(session, backend, gpu)
@@ -132,21 +139,136 @@ def _install_graph(session: _Session, member: Member, graph: bytes) -> Path:
 def _build_plans(session: _Session, backend: Backend, gpu: Gpu | None) -> tuple[Path, list[Built]]:
     target = _target_name(session.options, backend, gpu)
     folder = session.bundle.path / plans.PLANS / target
-    unfinished = folder.with_name(f".{target}.new")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
+    with _replacing(folder) as unfinished:
         built = [
             _build_plan(session, member, backend, gpu, unfinished, target)
             for member in session.bundle.members
         ]
         for graph in unfinished.glob("*.onnx"):  # all members are accepted
             graph.replace(session.bundle.path / graph.name)
+    return folder, built
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `folder` at the end, if there is no error."""
+    unfinished = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder, built
+
+
+def _build_quantized(session: _Session) -> tuple[Path, list[Built]]:
+    """The INT8 graph of each member, held against float32 alone and as an ensemble."""
+    bundle, folder = session.bundle, session.bundle.path / plans.PLANS / plans.INT8
+    calibrating, comparing = session.images.split()
+    session.say(
+        f"calibrating on {len(calibrating.pixels)}, comparing on {len(comparing.pixels)} images: "
+        f"{comparing.origin}, {'with' if comparing.labels is not None else 'without'} labels"
+    )
+    session = replace(session, images=comparing, references={})
+    bits = 8 if plans.has_vnni() else 7
+    made, references, candidates = [], [], []
+    for member in bundle.members:
+        start = time.perf_counter()
+        session.say(f"{member.name}: quantizing, weights in {bits} bits")
+        graph = _int8_graph(session, member, calibrating.pixels, bits)
+        build_s = time.perf_counter() - start
+        kept = sum(layer["precision"] == "FLOAT" for layer in graph.layers)
+        session.say(
+            f"{member.name}: {kept} of {len(graph.layers)} layers stay in float32; "
+            "comparing it with float32, on ONNX Runtime"
+        )
+        references.append(_reference(session, member))
+        candidates.append(_logits(session, member, graph.graph))
+        found = _compared(session, member, candidates[-1], "its graph", executed=True)
+        made.append((member, graph, found, build_s))
+    together = _gate(
+        session, _fused(bundle, references), _fused(bundle, candidates), "the ensemble", executed=True
+    )
+    facts = {
+        "recipe": RECIPE,
+        "weight_bits": bits,
+        "calibration_images": len(calibrating.pixels),
+        "calibration_sha256": hashlib.sha256(calibrating.pixels.tobytes()).hexdigest(),
+        "onnx": metadata.version("onnx"),
+        "processor": processor_name(),
+    }
+    built = []
+    with _replacing(folder) as unfinished:
+        for member, graph, found, build_s in made:
+            passport = _int8_passport(member, graph, found, together, build_s, facts)
+            (unfinished / passport.plan).write_bytes(graph.graph)
+            plans.write(unfinished, passport)
+            built.append(Built(member.name, folder / passport.plan, len(graph.graph), build_s, found))
+    size, build_s = sum(one.size for one in built), sum(one.build_s for one in built)
+    return folder, [*built, Built("ensemble", folder, size, build_s, together)]
+
+
+def _int8_graph(session: _Session, member: Member, pixels: parity.Pixels, bits: int) -> Quantized:
+    """Fine is what agrees twice as well as it has to on the images it is calibrated on."""
+    wanted = _logits(session, member, None, pixels).argmax(axis=1)
+    enough = (1 + session.options.limits[1]) / 2
+
+    def fine(graph: bytes) -> bool:
+        return bool((_logits(session, member, graph, pixels).argmax(axis=1) == wanted).mean() >= enough)
+
+    try:
+        return int8_graph(member.files["onnx"].path.read_bytes(), pixels, fine, bits=bits)
+    except EngineError as error:
+        raise type(error)(f"{member.name}: {error}") from None
+
+
+def _fused(bundle: Bundle, logits: list[Floats]) -> Floats:
+    temperatures = [member.temperature for member in bundle.members]
+    _, probabilities = fuse(
+        np.stack(logits), weights=bundle.weights, temperatures=temperatures, temperature=bundle.temperature
+    )
+    return probabilities
+
+
+def _int8_passport(
+    member: Member,
+    graph: Quantized,
+    found: Parity,
+    together: Parity,
+    build_s: float,
+    facts: dict[str, Any],
+) -> Passport:
+    reference = member.files["onnx"]
+    return Passport(
+        format=plans.FORMAT,
+        member=member.name,
+        target=plans.INT8,
+        backend="onnx",
+        frontend="onnx",
+        precision="int8",
+        reference_sha256=reference.sha256,
+        source=reference.path.name,
+        source_sha256=reference.sha256,
+        plan=f"{member.name}.onnx",
+        plan_sha256=hashlib.sha256(graph.graph).hexdigest(),
+        plan_bytes=len(graph.graph),
+        version=metadata.version("onnxruntime"),
+        cuda=None,
+        gpu=None,
+        compute_capabilities=(),
+        hardware_compatible=False,
+        version_compatible=True,
+        profiles=(),
+        options=facts,
+        layers=graph.layers,
+        layers_from="graph",
+        build_s=round(build_s, 3),
+        built=datetime.now(UTC).isoformat(timespec="seconds"),
+        parity=found,
+        ensemble=together,
+    )
 
 
 def _target_name(options: Options, backend: Backend, gpu: Gpu | None) -> str:
@@ -203,8 +325,7 @@ def _gate_graph(session: _Session, member: Member, graph: bytes) -> Parity:
     options = session.options
     if options.precision == "fp16":
         session.say(f"{member.name}: comparing the FP16 graph with float32, on ONNX Runtime")
-        with OnnxRunner(member, session.bundle, graph=graph) as runner:
-            found = parity.in_batches(runner.infer, session.pixels)
+        found = _logits(session, member, graph)
     else:
         found = _reference(session, member)
     return _compared(session, member, found, "its graph", executed=False)
@@ -218,7 +339,9 @@ def _executed(session: _Session, member: Member, backend: Backend, plan: Plan) -
     session.say(f"{member.name}: comparing the plan with float32, on the GPU")
     classes = len(session.bundle.classes)
     with TensorRTRunner(member, session.bundle, plan) as runner:
-        found = [parity.on_gpu(runner, session.pixels, batch, classes) for batch in session.options.batches]
+        found = [
+            parity.on_gpu(runner, session.images.pixels, batch, classes) for batch in session.options.batches
+        ]
     agreements = [_compared(session, member, logits, "its plan", executed=True) for logits in found]
     agreement = max(agreements, key=lambda one: one.max)
     layers = inspect(backend, plan.read(), session.options)
@@ -227,21 +350,35 @@ def _executed(session: _Session, member: Member, backend: Backend, plan: Plan) -
 
 def _reference(session: _Session, member: Member) -> Floats:
     if member.name not in session.references:
-        with OnnxRunner(member, session.bundle) as runner:
-            session.references[member.name] = parity.in_batches(runner.infer, session.pixels)
+        session.references[member.name] = _logits(session, member, None)
     return session.references[member.name]
+
+
+def _logits(
+    session: _Session, member: Member, graph: bytes | None, pixels: parity.Pixels | None = None
+) -> Floats:
+    """Of `graph` in place of the member's own, on ONNX Runtime."""
+    with OnnxRunner(member, session.bundle, graph=graph) as runner:
+        return parity.in_batches(runner.infer, session.images.pixels if pixels is None else pixels)
 
 
 def _compared(session: _Session, member: Member, logits: Floats, what: str, *, executed: bool) -> Parity:
     temperature = np.float32(member.temperature)
+    reference, candidate = softmax(_reference(session, member) / temperature), softmax(logits / temperature)
+    return _gate(session, reference, candidate, f"{member.name}: {what}", executed=executed)
+
+
+def _gate(session: _Session, reference: Floats, candidate: Floats, what: str, *, executed: bool) -> Parity:
+    """Compare probabilities [N, C]. Raises ParityError."""
     found = parity.compare(
-        softmax(_reference(session, member) / temperature),
-        softmax(logits / temperature),
+        reference,
+        candidate,
         executed=executed,
-        calibration=session.calibration,
+        calibration=session.images.origin,
         options=session.options,
+        labels=session.images.labels,
     )
-    parity.require(found, f"{member.name}: {what} in {session.options.precision}")
+    parity.require(found, what, session.options.precision)
     return found
 
 
@@ -284,7 +421,7 @@ def _passport(
         layers_from=compiled.layers_from,
         build_s=round(compiled.build_s, 3),
         built=datetime.now(UTC).isoformat(timespec="seconds"),
-        parity=found or Parity.pending(options.limit, options.agreement),
+        parity=found or Parity.pending(*options.limits),
     )
 
 

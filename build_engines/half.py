@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 
-import onnx
-from google.protobuf.message import DecodeError
-from onnx import TensorProto
-
 from engine.errors import EngineError, UsageError
+
+try:
+    import onnx
+    from google.protobuf.message import DecodeError
+    from onnx import TensorProto
+except ImportError as error:
+    raise UsageError(f"ONNX can't be imported ({error}); install it with: pip install '.[int8]'") from None
 
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 _LARGEST = 65_504.0

@@ -11,9 +11,11 @@ from engine.plans import RTX_CAPABILITIES
 
 TARGETS = ("tensorrt", "tensorrt_rtx", "onnx")
 FRONTENDS = ("onnx", "torch-tensorrt")
-PRECISIONS = ("fp16", "fp32")
+PRECISIONS = ("fp16", "fp32", "int8")
 SMALL_BATCH = 8  # largest batch of the second profile
+# the gate: largest difference of a probability, smallest agreement; INT8: any difference, and one of AUC
 LIMIT, AGREEMENT = 5e-3, 0.999
+INT8_LIMIT, INT8_AGREEMENT, AUC_LIMIT = 1.0, 0.99, 0.002
 
 # options that only some targets know, with those targets
 _ONLY_FOR = {
@@ -45,8 +47,9 @@ class Options:
     max_aux_streams: int | None = None
     calibration: Path | None = None
     calibration_images: int = 256
-    limit: float = LIMIT
-    agreement: float = AGREEMENT
+    limit: float | None = None  # None: the precision's own
+    agreement: float | None = None
+    auc_limit: float = AUC_LIMIT  # int8
 
     def __post_init__(self) -> None:
         for name, targets in _ONLY_FOR.items():
@@ -67,6 +70,18 @@ class Options:
             raise UsageError(f"--timing-cache {self.timing_cache}: its folder does not exist")
         if self.target == "onnx" and self.precision == "fp32":
             raise UsageError("--target onnx --precision fp32 is the bundle's own graph: nothing to build")
+
+        if self.precision == "int8" and self.target != "onnx":
+            raise UsageError(f"--precision int8 is for --target onnx (on the CPU), not {self.target}")
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Of the gate: largest difference of a probability, smallest agreement."""
+        limit, agreement = (INT8_LIMIT, INT8_AGREEMENT) if self.precision == "int8" else (LIMIT, AGREEMENT)
+        return (
+            limit if self.limit is None else self.limit,
+            agreement if self.agreement is None else self.agreement,
+        )
 
     @property
     def batches(self) -> tuple[int, ...]:

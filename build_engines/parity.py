@@ -1,10 +1,20 @@
-"""The parity gate: a plan, or the graph it is made from, beside the float32 reference."""
+"""The parity gate: a plan, or the graph it is made from, beside the float32 reference.
+
+FP16 rounds: every probability has to be near, and the class the same unless it was a close call. INT8 does
+more than round, and what counts is the work list: the class of 99 % of the images, close calls included,
+and the AUC (one class against the rest, mean over the classes) within 0.002. AUC needs the truth. Where the
+images are in class folders, or in a table with labels, that is the truth; else it is the reference's own
+class, and the AUC tells only whether INT8 puts the images in the order that float32 does, not how good
+either is. What was used is in the passport. INT8 is compared on images that it was not calibrated on, where
+there are enough.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +28,49 @@ from engine.plans import Parity
 from engine.preprocess.stage import load_pixels
 from engine.runners import Runner
 from engine.settings import available_cpus
+from training.listing import list_images
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
 
 _BATCH = 8
+_ENOUGH = 32  # images: with fewer to calibrate on, or to compare on, all are for both
+_MOST = 128  # images to calibrate on; more change nothing and take seconds each
 
 
-def calibration_pixels(bundle: Bundle, options: Options) -> tuple[Pixels, str]:
-    """Images to compare on, uint8 [N, 1, H, W], and where they are from.
+@dataclass(frozen=True)
+class Images:
+    """What to compare on, and to calibrate on."""
+
+    pixels: Pixels  # [N, 1, H, W]
+    origin: str
+    labels: Labels | None = None  # [N], positions in the bundle's classes; None where they are not known
+
+    def split(self) -> tuple[Images, Images]:
+        """Those to calibrate on and those to compare on: apart if there are enough, else all and all."""
+        count = len(self.pixels)
+        if count < 2 * _ENOUGH:
+            again = f"{self.origin}, calibrated on too"
+            return self, replace(self, origin=again)
+        first = np.arange(count) % max(2, -(-count // _MOST)) == 0
+        return self._only(first), self._only(~first)
+
+    def _only(self, chosen: npt.NDArray[np.bool_]) -> Images:
+        labels = None if self.labels is None else self.labels[chosen]
+        return replace(self, pixels=self.pixels[chosen], labels=labels)
+
+
+def calibration_images(bundle: Bundle, options: Options) -> Images:
+    """Images to compare on.
 
     From `--calibration`, spread evenly over the list or folder; else the bundle's canaries and their mirror
     images, which are synthetic.
     """
     if options.calibration is None:
         canaries, _ = load_canaries(bundle)
-        return np.concatenate([canaries, canaries[..., ::-1], canaries[:, :, ::-1]]), "synthetic canaries"
+        pixels = np.concatenate([canaries, canaries[..., ::-1], canaries[:, :, ::-1]])
+        return Images(pixels, "synthetic canaries")
     if not options.calibration.exists():
         raise UsageError(f"--calibration {options.calibration}: no such file or folder")
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,7 +84,19 @@ def calibration_pixels(bundle: Bundle, options: Options) -> tuple[Pixels, str]:
         raise UsageError(
             f"--calibration {options.calibration}: no image can be read; the first is {status}: {error}"
         )
-    return loaded.pixels, "images given"  # a folder's name may be a patient's
+    labels = _labels(options.calibration, bundle, [chosen[number] for number in loaded.index])
+    return Images(loaded.pixels, "images given", labels)  # a folder's name may be a patient's
+
+
+def _labels(source: Path, bundle: Bundle, paths: list[Path]) -> Labels | None:
+    """As training reads them, if all of `paths` have one."""
+    try:
+        listing = list_images(source, classes=bundle.classes)
+    except UsageError:  # neither class folders nor a column with labels
+        return None
+    known = {path.absolute(): label for path, label in zip(listing.paths, listing.labels, strict=True)}
+    found = [known.get(path.absolute()) for path in paths]
+    return None if None in found else np.array(found, np.int64)
 
 
 def in_batches(infer: Callable[[Pixels], Floats], pixels: Pixels) -> Floats:
@@ -76,14 +125,25 @@ def on_gpu(runner: Runner, pixels: Pixels, batch_size: int, classes: int) -> Flo
 
 
 def compare(
-    reference: Floats, candidate: Floats, *, executed: bool, calibration: str, options: Options
+    reference: Floats,
+    candidate: Floats,
+    *,
+    executed: bool,
+    calibration: str,
+    options: Options,
+    labels: Labels | None = None,
 ) -> Parity:
-    """How probabilities [N, C] agree. A call closer than twice the limit counts for no agreement."""
+    """How probabilities [N, C] agree. In FP16, a call closer than twice the limit counts for no agreement.
+
+    `labels` [N] are for INT8's AUC.
+    """
+    int8 = options.precision == "int8"
+    limit, agreement = options.limits
     difference = np.abs(reference - candidate)
     best = np.sort(reference, axis=1)
-    clear = best[:, -1] - best[:, -2] >= 2 * options.limit
+    clear = best[:, -1] - best[:, -2] >= (0 if int8 else 2 * limit)
     same = reference.argmax(axis=1) == candidate.argmax(axis=1)
-    return Parity(
+    found = Parity(
         executed=executed,
         images=len(reference),
         calibration=calibration,
@@ -91,17 +151,49 @@ def compare(
         mean=float(difference.mean()),
         agreement=float(same[clear].mean()) if clear.any() else 1.0,
         counted=int(clear.sum()),
-        limit=options.limit,
-        agreement_limit=options.agreement,
+        limit=limit,
+        agreement_limit=agreement,
+    )
+    if not int8:
+        return found
+    truth = reference.argmax(axis=1) if labels is None else labels
+    return replace(
+        found,
+        auc=macro_auc(truth, candidate),
+        auc_reference=macro_auc(truth, reference),
+        auc_limit=options.auc_limit,
+        labels="the reference's own classes" if labels is None else "labels of the images",
     )
 
 
-def require(parity: Parity, what: str) -> None:
+def macro_auc(labels: Labels, probabilities: Floats) -> float:
+    """Mean over the classes of the area under the curve of one [N] against the rest; ties count half.
+
+    A class that all or none of the images have gives none; 1 if that is so of all.
+    """
+    found = []
+    for index, scores in enumerate(probabilities.T):
+        positive = labels == index
+        count, others = int(positive.sum()), int((~positive).sum())
+        if count and others:
+            _, place, ties = np.unique(scores, return_inverse=True, return_counts=True)
+            ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
+            found.append((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+    return float(np.mean(found)) if found else 1.0
+
+
+def require(parity: Parity, what: str, precision: str) -> None:
     """Raise ParityError unless it passed."""
-    if not parity.passed:
-        raise ParityError(
-            f"{what} differs from float32 by up to {parity.max:.2g} in probability (allowed: "
-            f"{parity.limit:g}), same class in {parity.agreement:.2%} of {parity.counted} clear calls "
-            f"(allowed: {parity.agreement_limit:.2%}) on {parity.images} images; it is not installed "
-            "(--precision fp32 rounds nothing)"
-        )
+    if parity.passed:
+        return
+    auc = (
+        f", AUC {parity.auc:.4f} against {parity.auc_reference:.4f} (allowed: within {parity.auc_limit:g})"
+        if parity.auc is not None
+        else ""
+    )
+    raise ParityError(
+        f"{what} in {precision} differs from float32 by up to {parity.max:.2g} in probability (allowed: "
+        f"{parity.limit:g}), same class in {parity.agreement:.2%} of {parity.counted} "
+        f"{'images' if auc else 'clear calls'} (allowed: {parity.agreement_limit:.2%}){auc} on "
+        f"{parity.images} images; it is not installed (--precision fp32 rounds nothing)"
+    )

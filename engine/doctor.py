@@ -250,6 +250,16 @@ def _plan(
     report: Report, models: Bundle, target: str, found: list[plans.Plan], choice: Choice, gpu: Gpu | None
 ) -> None:
     passport = found[0].passport
+    where = Path("BUNDLE") if report.settings.redaction else models.path
+    if target == plans.INT8:
+        made = f"int8, {passport.backend} {passport.version}, for --precision int8 on a CPU"
+        members = zip(models.members, found, strict=True)
+        problem = next(filter(None, (plan.passport.cpu_problem(member) for member, plan in members)), None)
+        report.line(f"plans/{target}", f"{made}: {problem or 'fits'}")
+        if problem:
+            mend = passport.rebuild(where).partition(": ")[2]
+            report.problem(f"plans/{target}: {problem}", mend, grave=False)
+        return
     made = f"{passport.precision}, {passport.backend} {passport.version}, up to {passport.max_batch} a batch"
     if gpu is None:
         capabilities = ", ".join(passport.compute_capabilities)
@@ -258,7 +268,6 @@ def _plan(
     problem = gpu_choice.problem(models, found, gpu, choice.precision, report.settings.batch_size)
     report.line(f"plans/{target}", f"{made}: {problem or 'fits'}")
     if problem:
-        where = Path("BUNDLE") if report.settings.redaction else models.path
         mend = passport.rebuild(where).partition(": ")[2]
         report.problem(f"plans/{target}: {problem}", mend, grave=False)
 

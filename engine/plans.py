@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 import re
 import shlex
 from collections.abc import Iterator
@@ -19,14 +20,15 @@ from engine.store import write_json
 FORMAT = 1
 PLANS = "plans"
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT for RTX builds for
+INT8 = "onnx-int8"  # the target of INT8 graphs for the CPU
 _TEXTS = (
     *("member", "target", "backend", "frontend", "precision", "reference_sha256"),
     *("source", "source_sha256", "plan", "plan_sha256", "version"),
 )
 _WORDS: dict[str, tuple[object, ...]] = {
-    "backend": ("tensorrt", "tensorrt_rtx"),
+    "backend": ("tensorrt", "tensorrt_rtx", "onnx"),
     "frontend": ("onnx", "torch-tensorrt"),
-    "precision": ("fp16", "fp32"),
+    "precision": ("fp16", "fp32", "int8"),
     "hardware_compatible": (True, False),
     "version_compatible": (True, False),
 }
@@ -64,10 +66,18 @@ class Parity:
     counted: int
     limit: float
     agreement_limit: float
+    # int8 only: macro one-vs-rest AUC, and the classes it was measured against
+    auc: float | None = None
+    auc_reference: float | None = None
+    auc_limit: float | None = None
+    labels: str | None = None
 
     @property
     def passed(self) -> bool:
-        return self.max <= self.limit and self.agreement >= self.agreement_limit  # False for NaN
+        fine = self.max <= self.limit and self.agreement >= self.agreement_limit  # False for NaN
+        if self.auc is None or self.auc_reference is None or self.auc_limit is None:
+            return fine
+        return fine and abs(self.auc - self.auc_reference) <= self.auc_limit
 
     @classmethod
     def pending(cls, limit: float, agreement_limit: float) -> Parity:
@@ -92,9 +102,9 @@ class Passport:
     format: int
     member: str
     target: str  # name of the folder
-    backend: str  # "tensorrt" or "tensorrt_rtx"
+    backend: str  # "tensorrt", "tensorrt_rtx" or "onnx"
     frontend: str  # "onnx" or "torch-tensorrt"
-    precision: str  # "fp16" or "fp32"
+    precision: str  # "fp16", "fp32" or "int8"
     reference_sha256: str  # of the member's float32 graph, as ensemble.json has it
     source: str  # the file that was compiled, in the bundle
     source_sha256: str
@@ -110,10 +120,11 @@ class Passport:
     profiles: tuple[Profile, ...]
     options: dict[str, Any]
     layers: list[dict[str, Any]]  # name, type and precision of each
-    layers_from: str  # "network" or "engine inspector"
+    layers_from: str  # "network", "engine inspector" or "graph"
     build_s: float
     built: str  # ISO 8601, UTC
     parity: Parity
+    ensemble: Parity | None = None  # of all members' INT8 graphs together
 
     @property
     def max_batch(self) -> int:
@@ -132,7 +143,8 @@ class Passport:
         target = "tensorrt" if hopeless else self.backend
         words = ["python -m build_engines", shlex.quote(str(bundle)), "--target", target]
         words += ["--precision", precision or self.precision]
-        words += ["--batch-size", str(max(batch_size or 0, self.max_batch))]
+        if self.profiles:
+            words += ["--batch-size", str(max(batch_size or 0, self.max_batch))]
         words += ["--frontend", self.frontend] * (self.frontend != "onnx")
         words += ["--hardware-compatible"] * self.hardware_compatible
         words += ["--version-compatible"] * self.version_compatible
@@ -152,6 +164,25 @@ class Passport:
             return None
         capabilities = ", ".join(self.compute_capabilities)
         return f"it was built for compute capability {capabilities}, this GPU has {gpu.capability}"
+
+    def cpu_problem(self, member: Member) -> str | None:
+        """Why the INT8 graph can't run `member` on the CPU here; None when it can."""
+        if self.member != member.name or self.reference_sha256 != member.files["onnx"].sha256:
+            return "it was made from another model"
+        if self.options.get("weight_bits") != 7 and not has_vnni():
+            return "it was built for a CPU with VNNI, which this one has not"
+        return None
+
+
+def has_vnni() -> bool:
+    """Whether products of 8-bit numbers can be summed here without overflow: on x86 only with VNNI."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_vnni", "avx_vnni"})
 
 
 def _runs_under(built: str, here: str) -> bool:
@@ -189,6 +220,13 @@ class Plan:
             )
         return data
 
+    def usable(self, bundle: Path) -> bytes:
+        """As `read`; the error says how to build it again."""
+        try:
+            return self.read()
+        except UsageError as error:
+            raise UsageError(f"{error}; {self.passport.rebuild(bundle)}") from None
+
 
 def write(folder: Path, passport: Passport) -> None:
     write_json(folder / f"{passport.member}.json", asdict(passport))
@@ -210,7 +248,7 @@ def load(path: Path) -> Plan:
 
 def _parse(data: dict[str, Any]) -> Passport:
     known = {field.name for field in fields(Passport)}
-    if set(data) != known:
+    if set(data) | {"ensemble"} != known:
         raise ValueError(f"fields {', '.join(sorted(set(data) ^ known))} are missing or unknown")
     passport = Passport(
         **data
@@ -219,6 +257,7 @@ def _parse(data: dict[str, Any]) -> Passport:
             "profiles": tuple(Profile(**profile) for profile in data["profiles"]),
             "compute_capabilities": tuple(data["compute_capabilities"]),
             "parity": Parity(**data["parity"]),
+            "ensemble": Parity(**data["ensemble"]) if data.get("ensemble") else None,
         }
     )
     _check(passport)
@@ -236,7 +275,10 @@ def _check(passport: Passport) -> None:
     beside = Path(passport.plan).name == passport.plan
     _expect(beside, "plan", f"{passport.plan} is not the name of a file beside the passport")
     sizes = [size for profile in passport.profiles for size in astuple(profile)]
-    _expect(bool(sizes) and all(type(size) is int for size in sizes), "profiles", passport.profiles)
+    compiled = passport.backend != "onnx"
+    _expect(
+        bool(sizes) == compiled and all(type(size) is int for size in sizes), "profiles", passport.profiles
+    )
     for number in (passport.parity.limit, passport.parity.max, passport.parity.agreement):
         _expect(type(number) in (int, float), "parity", number)
     for text in passport.compute_capabilities:
@@ -258,6 +300,23 @@ def passports(bundle: Bundle) -> Iterator[tuple[str, list[Path]]]:
         paths = [target / f"{member.name}.json" for member in bundle.members]
         if all(path.is_file() for path in paths):
             yield target.name, paths
+
+
+def quantized(bundle: Bundle) -> tuple[Plan, ...]:
+    """The INT8 graph of each member, for the CPU. Raises UsageError with the command that builds them."""
+    build = f"python -m build_engines {bundle.path} --target onnx --precision int8"
+    folder = bundle.path / PLANS / INT8
+    paths = [folder / f"{member.name}.json" for member in bundle.members]
+    if not all(path.is_file() for path in paths):
+        raise UsageError(f"--precision int8: the bundle has no INT8 graphs; build them with: {build}")
+    try:
+        found = tuple(load(path) for path in paths)
+    except UsageError as error:
+        raise UsageError(f"{error}; build it again with: {build}") from None
+    for member, plan in zip(bundle.members, found, strict=True):
+        if problem := plan.passport.cpu_problem(member):
+            raise UsageError(f"plan {plan.path}: {problem}; build it again with: {build}")
+    return found
 
 
 def _age(path: Path) -> float:

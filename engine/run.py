@@ -101,7 +101,11 @@ def option_parser(
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
     add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
-    add("--precision", choices=PRECISIONS, help="of the members (fp16 on a GPU, fp32 on a CPU)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="of the members (fp16 on a GPU, fp32 on a CPU; int8: on a CPU, from build_engines)",
+    )
     add("--decode", choices=DECODES, help="of JPEG, as the bundle was trained (its own); another is refused")
     add(
         "--batch-size",

@@ -22,6 +22,8 @@ def on_gpu(runner: str, index: int, bundle: Bundle, precision: str | None, batch
     """The choice for GPU number `index`. Raises UsageError when what was asked for can't be had there."""
     gpu = machine.gpu(index)
     precision = precision or "fp16"
+    if precision == "int8":
+        raise UsageError("--precision int8 is for the CPU: give --device cpu too")
     device = f"cuda:{index}"
     found, reason = fitting_plans(bundle, gpu, precision, batch_size)
     if runner == "tensorrt" and not found:
@@ -49,6 +51,8 @@ def fitting_plans(
         except UsageError as error:
             reason = str(error)
             continue
+        if any(plan.passport.backend not in _DISTRIBUTIONS for plan in found):
+            continue  # INT8 graphs for the CPU
         why_not = problem(bundle, found, gpu, precision, batch_size)
         if why_not is None:
             return tuple(found), ""

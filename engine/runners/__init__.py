@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from engine.plans import Gpu, Plan
 
 RUNNERS = ("tensorrt", "torch", "onnx")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 
 
 class Runner(Protocol):
@@ -50,7 +50,7 @@ class Choice:
     precision: str
     reason: str  # one line, for the log
     gpu: Gpu | None = None
-    plans: tuple[Plan, ...] = ()  # one a member, for the runner "tensorrt"
+    plans: tuple[Plan, ...] = ()  # one a member: TensorRT's, or INT8 graphs on the CPU
 
     @property
     def plan_hashes(self) -> dict[str, str] | None:
@@ -73,7 +73,7 @@ def choose(
     if runner not in ("auto", *RUNNERS):
         raise UsageError(f"--runner {runner}: allowed: {', '.join(('auto', *RUNNERS))}")
     if device == "cpu":
-        return _on_cpu(runner, precision, "asked for")
+        return _on_cpu(runner, precision, bundle, "asked for")
     if device == "auto":
         return _wherever(runner, bundle, precision, batch_size)
     prefix, _, number = device.partition(":")
@@ -88,19 +88,24 @@ def _wherever(runner: str, bundle: Bundle, precision: str | None, batch_size: in
     from engine.gpu import choice, machine
 
     if not machine.present():
-        return _on_cpu(runner, precision, "there is no GPU")
+        return _on_cpu(runner, precision, bundle, "there is no GPU")
     try:
         machine.gpu()
     except UsageError as error:
-        return _on_cpu(runner, precision, f"the GPU can't be used: {error}")
+        return _on_cpu(runner, precision, bundle, f"the GPU can't be used: {error}")
     return choice.on_gpu(runner, 0, bundle, precision, batch_size)
 
 
-def _on_cpu(runner: str, precision: str | None, reason: str) -> Choice:
+def _on_cpu(runner: str, precision: str | None, bundle: Bundle, reason: str) -> Choice:
     if runner not in ("auto", "onnx"):
         raise UsageError(f"--runner {runner} needs a GPU ({reason}); on the CPU: --runner onnx")
+    if precision == "int8":
+        from engine.plans import quantized
+
+        text = f"ONNX Runtime on the CPU, INT8: {reason}"
+        return Choice(runner="onnx", device="cpu", precision="int8", reason=text, plans=quantized(bundle))
     if precision not in (None, "fp32"):
-        raise UsageError(f"--precision {precision} needs a GPU ({reason}); on the CPU: fp32")
+        raise UsageError(f"--precision {precision} needs a GPU ({reason}); on the CPU: fp32 or int8")
     return Choice(runner="onnx", device="cpu", precision="fp32", reason=f"ONNX Runtime on the CPU: {reason}")
 
 
@@ -109,10 +114,11 @@ def open_runner(choice: Choice, bundle: Bundle, member: Member, *, compiled: boo
 
     `compiled` is for the runner "torch": compile the module for its batch size.
     """
+    plan = next((plan for plan in choice.plans if plan.passport.member == member.name), None)
     if choice.runner == "tensorrt":
         from engine.runners.tensorrt import TensorRTRunner
 
-        (plan,) = (plan for plan in choice.plans if plan.passport.member == member.name)
+        assert plan
         return TensorRTRunner(member, bundle, plan)
     if choice.runner == "torch":
         from engine.runners.torch import TorchRunner
@@ -126,4 +132,4 @@ def open_runner(choice: Choice, bundle: Bundle, member: Member, *, compiled: boo
         return CudaOnnxRunner(member, bundle, device=choice.device, half=choice.precision == "fp16")
     from engine.runners.onnx import OnnxRunner
 
-    return OnnxRunner(member, bundle)
+    return OnnxRunner(member, bundle, graph=plan.usable(bundle.path) if plan else None)

@@ -1,4 +1,4 @@
-"""The ONNX Runtime back end: float32 on the CPU; on a GPU where its CUDA build is installed."""
+"""The ONNX Runtime back end: float32 or INT8 on the CPU; on a GPU where its CUDA build is installed."""
 
 from __future__ import annotations
 

@@ -356,7 +356,7 @@ def test_calibration_images_are_read_as_screening_reads_them(tmp_path):
     images = write_images(tmp_path / "images", 20)
     (images / "image-03.jpg").write_bytes(b"bad")
     options = Options(bundle=bundle.path, target="onnx", calibration=images, calibration_images=10)
-    pixels, _ = parity.calibration_pixels(bundle, options)
+    pixels = parity.calibration_images(bundle, options).pixels
     assert pixels.shape == (10, 1, 64, 64)
     fast = bundles.load(write_bundle(tmp_path / "fast", size=(16, 16), decode="fast"))
     pixels, _ = parity.calibration_pixels(fast, replace(options, calibration_images=100))
@@ -365,7 +365,7 @@ def test_calibration_images_are_read_as_screening_reads_them(tmp_path):
     for path in images.iterdir():
         path.write_bytes(b"bad")
     with pytest.raises(UsageError, match="no image can be read"):
-        parity.calibration_pixels(bundle, options)
+        parity.calibration_images(bundle, options)
 
 
 def test_the_gate_counts_clear_calls_only_and_refuses_what_is_no_number():
@@ -384,7 +384,7 @@ def test_the_gate_counts_clear_calls_only_and_refuses_what_is_no_number():
     for bad in (wrong, compare(np.full_like(reference, np.nan))):
         assert not bad.passed
         with pytest.raises(ParityError, match="not installed"):
-            parity.require(bad, "its plan")
+            parity.require(bad, "its plan", "fp16")
 
 
 def test_a_convolution_in_another_precision_is_refused():
