@@ -268,8 +268,8 @@ def _plan(
     problem = gpu_choice.problem(models, found, gpu, choice.precision, report.settings.batch_size)
     report.line(f"plans/{target}", f"{made}: {problem or 'fits'}")
     if problem:
-        mend = passport.rebuild(where).partition(": ")[2]
-        report.problem(f"plans/{target}: {problem}", mend, grave=False)
+        words = gpu_choice.way_out(passport, where, gpu, choice.precision, report.settings.batch_size)
+        report.problem(f"plans/{target}: {problem}", words.partition(": ")[2], grave=False)
 
 
 def show(report: Report, console: Console) -> None:

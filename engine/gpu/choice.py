@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from engine import plans
 from engine.bundle import Bundle
 from engine.errors import UsageError
 from engine.gpu import machine
-from engine.plans import Gpu, Plan
+from engine.plans import Gpu, Passport, Plan
 from engine.runners import Choice
 from engine.runners.tensorrt import INSTALL
 
@@ -56,15 +57,16 @@ def fitting_plans(
         why_not = problem(bundle, found, gpu, precision, batch_size)
         if why_not is None:
             return tuple(found), ""
-        passport = found[0].passport
-        if installed_version(passport.backend) is None:
-            way_out = f"install it with: {INSTALL[passport.backend]}"
-        else:
-            way_out = passport.rebuild(
-                bundle.path, precision=precision, batch_size=batch_size, capability=gpu.capability
-            )
-        reason = f"plans/{target}: {why_not}; {way_out}"
+        mend = way_out(found[0].passport, bundle.path, gpu, precision, batch_size)
+        reason = f"plans/{target}: {why_not}; {mend}"
     return (), reason
+
+
+def way_out(passport: Passport, bundle: Path, gpu: Gpu, precision: str, batch_size: int | None) -> str:
+    """What to do about a plan that does not fit, in words that end in a command."""
+    if installed_version(passport.backend) is None:
+        return f"install it with: {INSTALL[passport.backend]}"
+    return passport.rebuild(bundle, precision=precision, batch_size=batch_size, capability=gpu.capability)
 
 
 def problem(

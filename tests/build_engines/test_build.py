@@ -147,7 +147,9 @@ def test_the_doctor_says_which_plans_fit(built, monkeypatch):
     monkeypatch.setattr(machine, "gpu", lambda index=0: HOPPER)
     lines, commands = told()
     assert "this GPU has 9.0" in lines[f"plans/{TARGET}"]
-    assert commands == [f"python -m build_engines {bundle} --target tensorrt_rtx"]
+    assert commands == [
+        f"python -m build_engines {bundle} --target tensorrt --precision fp16 --batch-size 32"
+    ], "TensorRT for RTX has no plans for Hopper"
     (bundle / "plans" / "tensorrt-old").mkdir()
     lines, _ = told()
     assert lines["plans/tensorrt-old"].startswith("incomplete")
@@ -359,7 +361,7 @@ def test_calibration_images_are_read_as_screening_reads_them(tmp_path):
     pixels = parity.calibration_images(bundle, options).pixels
     assert pixels.shape == (10, 1, 64, 64)
     fast = bundles.load(write_bundle(tmp_path / "fast", size=(16, 16), decode="fast"))
-    pixels, _ = parity.calibration_pixels(fast, replace(options, calibration_images=100))
+    pixels = parity.calibration_images(fast, replace(options, calibration_images=100)).pixels
     expected = load_pixels(sorted(images.iterdir()), size=(16, 16), decode="fast").pixels
     assert np.array_equal(pixels, expected)
     for path in images.iterdir():
