@@ -148,7 +148,7 @@ def test_ratios_are_of_the_rounds_pairs() -> None:
         "openvino": [*runs([10.0, 10.0]), *runs([10.0], wrong)],
         "spdl": ["failed: no wheel"] * 3,
     }
-    found = contest.figures_of(taken, seed=1)
+    found = contest.figures_of(taken)
     assert found["onnx-loop"]["engine_beside_it"]["rounds"] == [2.0, 2.0, 1.5]
     assert found["onnx-loop"]["engine_beside_it"]["median"] == 2.0
     low, high = found["onnx-loop"]["engine_beside_it"]["interval"]

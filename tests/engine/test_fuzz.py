@@ -145,7 +145,10 @@ def test_memory_counts_all_descendants() -> None:
     command = ["sh", "-c", "sleep 60 & setsid sleep 60 & wait"]
     with subprocess.Popen(command, start_new_session=True) as shell:
         deadline = time.monotonic() + 10
-        while len(found := tree(shell.pid)) < 3 and time.monotonic() < deadline:
+        while time.monotonic() < deadline:
+            found = tree(shell.pid)
+            if len(found) == 3 and all(process.resident_bytes for process in found.values()):
+                break  # all are there, and none is just starting
             time.sleep(0.01)
         for process in found:
             subprocess.run(["kill", str(process)], check=True)
