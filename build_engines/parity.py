@@ -1,12 +1,12 @@
 """The parity gate: a plan, or the graph it is made from, beside the float32 reference.
 
 FP16 rounds: every probability has to be near, and the class the same unless it was a close call. INT8 does
-more than round, and what counts is the work list: the class of 99 % of the images, close calls included,
-and the AUC (one class against the rest, mean over the classes) within 0.002. AUC needs the truth. Where the
-images are in class folders, or in a table with labels, that is the truth; else it is the reference's own
-class, and the AUC tells only whether INT8 puts the images in the order that float32 does, not how good
-either is. What was used is in the passport. INT8 is compared on images that it was not calibrated on, where
-there are enough.
+more than round, and what counts is the work list: the class of 99 % of the images, those apart whose two best
+classes are as close as a close call in FP16, and the AUC (one class against the rest, mean over the classes)
+within 0.002. AUC needs the truth. Where the images are in class folders, or in a table with labels, that is
+the truth; else it is the reference's own class, and the AUC tells only whether INT8 puts the images in the
+order that float32 does, not how good either is. What was used is in the passport. INT8 is compared on images
+that it was not calibrated on, where there are enough.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from build_engines.options import Options
+from build_engines.options import LIMIT, Options
 from engine.bundle import Bundle, load_canaries
 from engine.errors import ParityError, UsageError
 from engine.manifest import open_manifest
@@ -133,7 +133,8 @@ def compare(
     options: Options,
     labels: Labels | None = None,
 ) -> Parity:
-    """How probabilities [N, C] agree. In FP16, a call closer than twice the limit counts for no agreement.
+    """How probabilities [N, C] agree. A call closer than twice the limit counts for no agreement; in INT8,
+    whose probabilities have none, twice FP16's.
 
     `labels` [N] are for INT8's AUC.
     """
@@ -141,7 +142,7 @@ def compare(
     limit, agreement = options.limits
     difference = np.abs(reference - candidate)
     best = np.sort(reference, axis=1)
-    clear = best[:, -1] - best[:, -2] >= (0 if int8 else 2 * limit)
+    clear = best[:, -1] - best[:, -2] >= 2 * (LIMIT if int8 else limit)
     same = reference.argmax(axis=1) == candidate.argmax(axis=1)
     found = Parity(
         executed=executed,
@@ -194,6 +195,6 @@ def require(parity: Parity, what: str, precision: str) -> None:
     raise ParityError(
         f"{what} in {precision} differs from float32 by up to {parity.max:.2g} in probability (allowed: "
         f"{parity.limit:g}), same class in {parity.agreement:.2%} of {parity.counted} "
-        f"{'images' if auc else 'clear calls'} (allowed: {parity.agreement_limit:.2%}){auc} on "
+        f"clear calls (allowed: {parity.agreement_limit:.2%}){auc} on "
         f"{parity.images} images; it is not installed (--precision fp32 rounds nothing)"
     )

@@ -267,9 +267,9 @@ def test_labels_are_those_of_training_and_the_images_are_held_apart(bundle, tmp_
     assert few[1].origin == "images given, calibrated on too"
 
 
-def test_int8_is_judged_by_class_and_auc_on_all_images():
+def test_int8_is_judged_by_class_and_auc():
     labels = np.array([0, 0, 0, 1, 1, 1])
-    reference = np.array([0.9, 0.8, 0.501, 0.499, 0.3, 0.1], np.float32)
+    reference = np.array([0.9, 0.8, 0.52, 0.48, 0.3, 0.1], np.float32)
     reference = np.stack([reference, 1 - reference], axis=1)
     options = Options(bundle=Path(), target="onnx", precision="int8", agreement=0.8)
 
@@ -277,7 +277,7 @@ def test_int8_is_judged_by_class_and_auc_on_all_images():
         found = parity.compare(
             reference, candidate, executed=True, calibration="", options=options, labels=truth
         )
-        assert found.counted == 6  # close calls too
+        assert found.counted == 6
         return found
 
     assert judged(reference, labels).auc == 1
@@ -296,3 +296,8 @@ def test_int8_is_judged_by_class_and_auc_on_all_images():
     assert not found.passed
     with pytest.raises(ParityError, match=r"AUC 0\.8889 against 1\.0000"):
         parity.require(found, "its graph", "int8")
+    reference[2] = [0.504, 0.496]  # a close call
+    other = reference.copy()
+    other[2] = [0.496, 0.504]
+    found = parity.compare(reference, other, executed=True, calibration="", options=options, labels=labels)
+    assert (found.counted, found.agreement) == (5, 1.0)
