@@ -68,7 +68,10 @@ def peers_rows(found: Json) -> Iterator[Row]:
         if one["not_counted"]:
             yield figure, f"not counted: {one['not_counted']}", ""
             continue
-        aim = one["engine_beside_it"]["aim"]
+        own = "beside_the_engine" in one
+        if own:
+            figure = f"{one['title']}, its rate beside float32"
+        aim = one["beside_the_engine" if own else "engine_beside_it"]["aim"]
         rate = f"{one['images_per_s']['median']:.1f} images/s"
         yield figure, f"{_ratio(one)} ({rate})", "" if aim is None else f"{aim:g}"
     if "corrupt_files" in found:
@@ -78,10 +81,10 @@ def peers_rows(found: Json) -> Iterator[Row]:
 
 
 def _ratio(one: Json) -> str:
-    """Of the engine's rate to that of a peer, or nothing where it has none."""
-    if "engine_beside_it" not in one:
+    """Of the engine's rate to that of a peer, of its INT8 to its float32, or nothing where there is none."""
+    beside = one.get("engine_beside_it") or one.get("beside_the_engine")
+    if not beside:
         return ""
-    beside = one["engine_beside_it"]
     low, high = beside["interval"]
     return f"{beside['median']:.2f} x" + ("" if low is None else f", 95 % {low:.2f} to {high:.2f}")
 

@@ -48,7 +48,9 @@ class Contender:
     needs: tuple[str, ...]  # distributions, whose versions are recorded
     module: str | None = None  # of benchmarks.peers; None is the engine itself
     precision: str = "fp32"
-    aim: float | None = None  # the engine's rate beside this one's, lower end of the interval
+    # the engine's rate beside this one's, or that of the engine's other precision beside it; the lower end of
+    # the interval
+    aim: float | None = None
 
     @property
     def missing(self) -> list[str]:
@@ -66,7 +68,7 @@ class Contender:
 
 CONTENDERS = {
     REFERENCE: Contender("this engine", ()),
-    "engine-int8": Contender("this engine, INT8", (), precision="int8"),
+    "engine-int8": Contender("this engine, INT8", (), precision="int8", aim=1.8),
     "torch-loader": Contender(
         "PyTorch eager, DataLoader, Pillow", ("torch", "torchvision", "pillow"), "torch_loader", aim=2.0
     ),
@@ -213,11 +215,14 @@ def figures_of(taken: dict[str, list[Run | str]]) -> dict[str, Any]:
                 "least_agreement": min((run.verdict.agreement or 0.0 for run in runs), default=None),
             }
         if name != REFERENCE and one["not_counted"] is None:
-            pairs = [our.rate / their.rate for our, their in zip(ours, runs, strict=True)]
-            ends = interval(pairs)
-            one["engine_beside_it"] = {
+            own = contender.module is None
+            pairs = [
+                their.rate / our.rate if own else our.rate / their.rate
+                for our, their in zip(ours, runs, strict=True)
+            ]
+            one["beside_the_engine" if own else "engine_beside_it"] = {
                 "median": float(np.median(pairs)),
-                "interval": ends,
+                "interval": interval(pairs),
                 "rounds": pairs,
                 "aim": contender.aim,
             }

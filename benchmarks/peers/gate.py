@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from build_engines.parity import macro_auc
+
 MAX_DIFFERENCE = 5e-3  # of a probability
 NEARLY_TIED = 2 * MAX_DIFFERENCE  # between the two best classes: either may win
 
@@ -18,10 +20,11 @@ NEARLY_TIED = 2 * MAX_DIFFERENCE  # between the two best classes: either may win
 class Limits:
     difference: float | None  # of any probability; None: not compared
     agreement: float  # share of the rows, those nearly tied left out, with the same arg max
+    auc: float | None = None  # largest difference of the AUC against the reference's classes; None: as above
 
 
 FLOAT32 = Limits(MAX_DIFFERENCE, 0.999)
-INT8 = Limits(None, 0.99)
+INT8 = Limits(None, 0.99, auc=0.002)
 
 
 @dataclass(frozen=True)
@@ -93,4 +96,8 @@ def _compared(
         why_not = f"{over} rows are off by more than {limits.difference:g}, {far}"
     elif agreement < limits.agreement:
         why_not = f"the same class in {agreement:.4f} of the rows, not in {limits.agreement:g}"
+    elif limits.auc is not None:
+        theirs, ours = (macro_auc(wanted.argmax(axis=1), scores) for scores in (found, wanted))
+        if abs(theirs - ours) > limits.auc:
+            why_not = f"an AUC of {theirs:.4f}, not within {limits.auc:g} of {ours:.4f}"
     return Verdict(why_not, float(differences[worst]), agreement)
