@@ -29,9 +29,11 @@ benchmarks: .venv/training.stamp demo/bundle/ensemble.json
 	$(BIN)/python -m benchmarks damage -b demo/bundle
 	$(BIN)/python -m benchmarks scaling -b demo/bundle
 	$(BIN)/python -m benchmarks restart -b demo/bundle
+	$(BIN)/python -m benchmarks decode -b demo/bundle
+	$(BIN)/python -m benchmarks tables
 
 # the engine beside what people write instead; its bundle is its own, since a random one tells no right row from a wrong
-peers: .venv/peers.stamp demo/contest/ensemble.json
+peers: .venv/peers.stamp demo/contest/plans/onnx-int8/resnet50.json
 	$(BIN)/python -m benchmarks peers -b demo/contest
 	$(BIN)/python -m benchmarks tables
 
@@ -70,6 +72,13 @@ demo/bundle/ensemble.json: demo/images/normal
 
 demo/contest/ensemble.json: | .venv/training.stamp
 	$(BIN)/python -m benchmarks.peers.bundle demo/contest
+
+demo/contest/plans/onnx-int8/resnet50.json: demo/contest/ensemble.json demo/calibration/manifest.csv
+	$(BIN)/python -m build_engines demo/contest --target onnx --precision int8 --calibration demo/calibration \
+	  --calibration-images 400
+
+demo/calibration/manifest.csv: | .venv/training.stamp
+	$(BIN)/python -m training.synthetic demo/calibration --count 400 --seed 3 --size 400 1400
 
 demo/archive/manifest.csv: | .venv/training.stamp
 	$(BIN)/python -m training.synthetic demo/archive --count 96 --seed 2 --size 400 1400
