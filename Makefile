@@ -22,7 +22,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-benchmarks: .venv/training.stamp demo/bundle/ensemble.json
+benchmarks: .venv/dev.stamp demo/bundle/ensemble.json
 	$(BIN)/python -m benchmarks throughput -b demo/bundle
 	$(BIN)/python -m benchmarks throughput -b demo/bundle --null
 	$(BIN)/python -m benchmarks memory -b demo/bundle
