@@ -212,11 +212,13 @@ def _build_quantized(session: _Session) -> tuple[Path, list[Built]]:
 
 def _int8_graph(session: _Session, member: Member, pixels: parity.Pixels, bits: int) -> Quantized:
     """Fine is what agrees twice as well as it has to on the images it is calibrated on."""
-    wanted = _logits(session, member, None, pixels).argmax(axis=1)
+    reference = softmax(_logits(session, member, None, pixels))
     enough = (1 + session.options.limits[1]) / 2
 
     def fine(graph: bytes) -> bool:
-        return bool((_logits(session, member, graph, pixels).argmax(axis=1) == wanted).mean() >= enough)
+        candidate = softmax(_logits(session, member, graph, pixels))
+        found = parity.compare(reference, candidate, executed=True, calibration="", options=session.options)
+        return found.agreement >= enough
 
     try:
         return int8_graph(member.files["onnx"].path.read_bytes(), pixels, fine, bits=bits)
