@@ -27,9 +27,9 @@ from engine.records import Batch, Part, Status
 from engine.settings import Limits
 from engine.storage import ReadError, Storage, Url
 
-# One more batch is read ahead for each of these that reading a batch takes on average: files in the page
-# cache need one thread, and more would only fight for the interpreter lock; slow storage gets all of them.
-AHEAD_EVERY_S = 0.001
+# One more thread reads for each of these that a file takes on average: files in the page cache need one thread,
+# and more would only fight for the interpreter lock, which each system call gives up; slow storage gets all.
+SLOW_FILE_S = 0.000125
 REMOTE_FILES = (64, 256)  # in flight where each takes a network's round trips, at least and at most
 PATIENCE_S = 1.0  # a batch whose file takes longer is set aside
 MAX_HUNG = 64  # reads given up on that have not come back; more, and the storage is down
@@ -94,6 +94,7 @@ class _Job:
     paths: list[str | None]  # of the batch
     position: int  # of the file that is read now
     stop: int  # position behind the last one
+    files: int  # from first to last
     pieces: _Pieces
     attempt: _Attempt = field(default_factory=_Attempt)
     held: int = 0  # bytes of the budget
@@ -133,15 +134,17 @@ class _Reading:
         self._reader, self._meter = reader, meter
         self._storage = Storage(reader.root)
         self._budget = _Budget(reader.limits.encoded_bytes)
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending: deque[_Job] = deque()  # in manifest order
+        self._waiting: deque[_Job] = deque()  # those of them that no thread has taken
+        self._given: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # to threads that rest
+        self._reading = 0  # threads that do not rest, but for those whose batch was set aside
         self._aside: list[_Job] = []
         self._witnesses: deque[str] = deque(maxlen=WITNESSES)
         self._remote, self._at_once = False, reader.threads  # jobs
         self._denied = 0  # reads that were refused before any went well
         self._hung = 0
         self._closed = False
-        self._latency_s = 0.0  # running mean over batches
+        self._latency_s = 0.0  # of a file, running mean over batches
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -149,11 +152,16 @@ class _Reading:
             self._add_thread()
 
     @property
-    def ahead(self) -> float:
-        """How many jobs may be in flight beyond the one that is handed on next."""
-        if self._remote:
+    def _wanted(self) -> int:
+        """How many threads are worth it."""
+        if self._remote or not self._reader.ahead:
             return self._at_once
-        return min(self._at_once, 1 + self._latency_s / AHEAD_EVERY_S) if self._reader.ahead else 0
+        return min(self._at_once, 1 + int(self._latency_s / SLOW_FILE_S))
+
+    @property
+    def ahead(self) -> int:
+        """How many jobs may be in flight beyond the one that is handed on next."""
+        return 1 + self._wanted if self._reader.ahead else 0
 
     def _go_remote(self) -> None:
         """From here on a job is one file, and as many are in flight as two batches have."""
@@ -181,9 +189,25 @@ class _Reading:
         step = 1 if self._remote else rows
         pieces = _Pieces(-(-rows // step))
         for position in range(0, rows, step):
-            job = _Job(batch, paths, position, position + step, pieces)
+            job = _Job(batch, paths, position, position + step, step, pieces)
             self._pending.append(job)
-            self._jobs.put(job)
+            self._waiting.append(job)
+        self._wake()
+
+    def _wake(self) -> None:
+        """Give what waits to threads that rest, as many as are worth it."""
+        with self._changed:
+            while self._waiting and self._reading < self._wanted:
+                self._reading += 1
+                self._given.put(self._waiting.popleft())
+
+    def _next(self) -> _Job | None:
+        """What the calling thread reads next without a rest; None where it may have one."""
+        with self._changed:
+            if self._waiting and self._reading <= self._wanted:
+                return self._waiting.popleft()
+            self._reading -= 1
+            return None
 
     def finished(self, leave: float) -> Iterator[Batch]:
         """Batches that are read, until at most `leave` are in flight; waits for them."""
@@ -211,7 +235,7 @@ class _Reading:
     def _hand_on(self, job: _Job) -> Iterator[Batch]:
         """The batch of `job` if that was all of it that was left to be read."""
         self._meter.add(job.busy_s)
-        self._latency_s += (job.busy_s - self._latency_s) / 16
+        self._latency_s += (job.busy_s / job.files - self._latency_s) / 16
         pieces = job.pieces
         pieces.left -= 1
         pieces.held += job.held
@@ -244,10 +268,16 @@ class _Reading:
 
     def _set_aside(self, job: _Job) -> None:
         """Let the batches behind `job` pass; its thread ends with it, so another takes its place."""
-        job.aside = True
+        with job.lock:
+            if job.done:
+                return
+            job.aside = True
         self._pending.remove(job)
         self._aside.append(job)
+        with self._changed:
+            self._reading -= 1
         self._add_thread()
+        self._wake()
 
     def _give_up(self, job: _Job) -> None:
         """Take the batch from the thread that hangs; the file it hangs on is lost, the rest goes on."""
@@ -266,7 +296,7 @@ class _Reading:
                 f"{timeout_s:g} s; the same command goes on when it answers again"
             )
         self._add_thread()
-        self._jobs.put(job)
+        self._given.put(job)
 
     def _add_thread(self) -> None:
         # daemons: a read that never comes back must not keep the process
@@ -275,14 +305,17 @@ class _Reading:
         thread.start()
 
     def _work(self) -> None:
-        goes_on = True
-        while goes_on and (job := self._jobs.get()) is not None:
-            try:
-                goes_on = self._read_batch(job)
-            except BaseException as error:  # handed to the consumer, which raises it
-                self._error, goes_on = error, False
-            with self._changed:
-                self._changed.notify_all()
+        while (job := self._given.get()) is not None:
+            while job is not None:
+                try:
+                    goes_on = self._read_batch(job)
+                except BaseException as error:  # handed to the consumer, which raises it
+                    self._error, goes_on = error, False
+                with self._changed:
+                    self._changed.notify_all()
+                if not goes_on:
+                    return
+                job = self._next()
 
     @nvtx.annotate("read")  # type: ignore[untyped-decorator,unused-ignore]
     def _read_batch(self, job: _Job) -> bool:
@@ -350,7 +383,9 @@ class _Reading:
                 raise ReadError(Status.TOO_LARGE, f"{size} bytes; --max-file-size allows {most}")
             attempt.since = None  # waiting for room is not the storage's fault
             if size > admitted:
+                began = time.perf_counter()
                 self._budget.acquire(size - admitted, job)
+                job.busy_s -= time.perf_counter() - began
                 admitted = size
             attempt.since = time.monotonic()
 
@@ -395,8 +430,10 @@ class _Reading:
     def close(self) -> None:
         self._closed = True
         self._budget.close()
+        with self._changed:
+            self._waiting.clear()
         for _ in self._threads:
-            self._jobs.put(None)
+            self._given.put(None)
         deadline = time.monotonic() + 2 * PATIENCE_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
