@@ -26,6 +26,8 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.throughput import make_archive
 from engine.errors import EngineError
+from engine.provenance import CPU_BATCH
+from engine.settings import available_cpus
 
 LIMIT_S = 4.0  # to the first finished batch
 # the command line itself, but each finished batch writes how many rows are through
@@ -121,6 +123,7 @@ def main(console: Console, options: Any) -> None:
         work = Path(scratch)
         manifest = make_archive(work, options.rows, options.side)
         arguments = [manifest, "-b", options.bundle, "--part-rows", options.part_rows, "--device", "cpu"]
+        arguments += ["--batch-size", CPU_BATCH, "--workers", available_cpus()]  # whatever was tuned here
         starts = start_up(arguments, work, options.rounds)
         Run([*arguments, "-o", work / "undisturbed"], work / "errors.txt").end()
         expected = table_of(work / "undisturbed")

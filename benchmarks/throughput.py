@@ -182,7 +182,8 @@ class EndToEnd:
 def run_engine(manifest: Path, models: Path, folder: Path, *, errors_expected: int = 0) -> EndToEnd:
     output = folder / f"results-{time.time_ns()}"
     command = [sys.executable, "-m", "engine.run", str(manifest), "-b", str(models), "-o", str(output)]
-    command += ["--batch-size", str(CPU_BATCH), "--workers", str(available_cpus())]  # whatever was tuned here
+    # whatever was tuned here, and where there is a GPU too
+    command += ["--device", "cpu", "--batch-size", str(CPU_BATCH), "--workers", str(available_cpus())]
     done = processes.run(command)
     if done.status:
         raise RuntimeError(f"engine.run ended with status {done.status}: {done.errors[-500:]}")

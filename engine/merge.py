@@ -26,11 +26,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
 
 from engine.errors import EngineError, UsageError
 from engine.listing import PATH
 from engine.records import Status
 from engine.results import MERGED, Results, opened
+from engine.run import answered
 from engine.run_folder import SUCCESS
 from engine.settings import parse_location
 from engine.since import DECISIVE
@@ -92,6 +94,9 @@ def merge(sources: Sequence[Place], output: Place) -> Outcome:
         folder.write(SUCCESS, lambda temporary: temporary.write_text(as_json({"rows": rows})))
     except OSError as error:
         raise EngineError(f"output {output}: {reason(error)}; delete it and merge again") from None
+    except pa.ArrowException as error:
+        why = " ".join(str(error).split())[:200]
+        raise EngineError(f"a part of the results can't be read: {why}; delete {output}") from None
     finally:
         folder.unlock(leave_no_trace=True)
     return Outcome(rows, sum(one.rows for one in found) - rows, dict(by_status))
@@ -222,13 +227,20 @@ def _copied(found: Sequence[Results], kept: npt.NDArray[np.bool_], schema: pa.Sc
         for table in _tables(source):
             chosen = table.filter(pa.array(kept[place : place + table.num_rows]))
             place += table.num_rows
-            columns = [
-                chosen.column(field.name).cast(field.type)
-                if field.name in chosen.column_names
-                else pa.nulls(chosen.num_rows, field.type)
-                for field in schema
-            ]
-            yield pa.table(columns, schema=schema)
+            yield pa.table([_as_field(chosen, field) for field in schema], schema=schema)
+
+
+def _as_field(table: pa.Table, field: pa.Field[Any]) -> pa.ChunkedArray[Any] | pa.Array[Any]:
+    if field.name not in table.column_names:
+        return pa.nulls(table.num_rows, field.type)
+    column = table.column(field.name)
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid:  # whose words repeat a cell
+        raise UsageError(
+            f"column {field.name!r} is {column.type} in one run and {field.type} in another, which does not "
+            "hold all of its values; what was written is of no use"
+        ) from None
 
 
 def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
@@ -255,15 +267,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", metavar="RESULTS", help="folder, s3://, gs:// or az://")
     parser.add_argument("-o", "--output", required=True, help="a new folder, or s3://, gs://, az://")
     given = parser.parse_args(arguments)
+
+    def work() -> int:
+        _tell(merge([parse_location(one) for one in given.results], parse_location(given.output)))
+        print(given.output)
+        return 0
+
     try:
-        outcome = merge([parse_location(one) for one in given.results], parse_location(given.output))
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+        return answered(Console(stderr=True, emoji=False), work)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _tell(outcome: Outcome) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in sorted(outcome.by_status.items()))
     print(f"{outcome.rows} rows ({counts}); {outcome.dropped} older ones left out", file=sys.stderr)
-    print(given.output)
-    return 0
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ class Passport:
         """Why the INT8 graph can't run `member` on the CPU here; None when it can."""
         if self.member != member.name or self.reference_sha256 != member.files["onnx"].sha256:
             return "it was made from another model"
+        if (self.backend, self.precision) != ("onnx", "int8"):
+            return f"it is {self.precision} for {self.backend}, and no INT8 graph"
         if self.options.get("weight_bits") != 7 and not has_vnni():
             return "it was built for a CPU with VNNI, which this one has not"
         return None
@@ -281,6 +283,7 @@ def _check(passport: Passport) -> None:
     )
     for number in (passport.parity.limit, passport.parity.max, passport.parity.agreement):
         _expect(type(number) in (int, float), "parity", number)
+    _expect(isinstance(passport.options, dict), "options", passport.options)
     for text in passport.compute_capabilities:
         _expect(bool(re.fullmatch(r"\d{1,3}\.\d", text)), "compute_capabilities", text)
 
@@ -304,7 +307,7 @@ def passports(bundle: Bundle) -> Iterator[tuple[str, list[Path]]]:
 
 def quantized(bundle: Bundle) -> tuple[Plan, ...]:
     """The INT8 graph of each member, for the CPU. Raises UsageError with the command that builds them."""
-    build = f"python -m build_engines {bundle.path} --target onnx --precision int8"
+    build = f"python -m build_engines {shlex.quote(str(bundle.path))} --target onnx --precision int8"
     folder = bundle.path / PLANS / INT8
     paths = [folder / f"{member.name}.json" for member in bundle.members]
     if not all(path.is_file() for path in paths):

@@ -27,8 +27,9 @@ from engine.records import Batch, Part, Status
 from engine.settings import Limits
 from engine.storage import ReadError, Storage, Url
 
-# One more thread reads for each of these that a file takes on average: files in the page cache need one thread,
-# and more would only fight for the interpreter lock, which each system call gives up; slow storage gets all.
+# One more thread reads for each of these that a file takes on average: files in the page cache need one
+# thread, and more would only fight for the interpreter lock, which each system call gives up; slow
+# storage gets all.
 SLOW_FILE_S = 0.000125
 REMOTE_FILES = (64, 256)  # in flight where each takes a network's round trips, at least and at most
 PATIENCE_S = 1.0  # a batch whose file takes longer is set aside

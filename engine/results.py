@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -132,8 +133,14 @@ def _merged(place: Place, files: Folder) -> Results:
         run: dict[str, Any] = files.read(MERGED, lambda opened: json.loads(opened.read()))
         names = tuple(map(part_name, range(int(run["parts"]))))
         rows = sum(files.read(name, pq.read_metadata).num_rows for name in names)
-        if rows != run["rows"] or not all(isinstance(one, dict) for one in run["runs"].values()):
+        if rows != run["rows"]:
             raise ValueError(f"{rows} rows in the parts, {run['rows']} in {MERGED}")
+        needed = [  # by merging again
+            (datetime.fromisoformat(one["started"]), one["classes"], one["result_options"]["root"])
+            for one in run["runs"].values()
+        ]
+        if not needed:
+            raise ValueError("no runs")
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UsageError(f"results {place}: {MERGED}: {' '.join(str(error).split())[:200]}") from None
     return Results(place, files, run, names, rows)

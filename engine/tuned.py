@@ -80,6 +80,12 @@ class Knobs:
         """What goes into the tuning that a run on a GPU records."""
         return {name: self.named[name] for name in ("compiled", "decoding") if name in self.named}
 
+    @property
+    def for_cpu(self) -> bool:
+        """Whether a run on the CPU can take them."""
+        sizes = (None, *CPU_BATCHES)
+        return self.named.keys() <= {"batch_size", "workers"} and self.batch_size in sizes
+
     def on(self, settings: Settings) -> Settings:
         """`settings` with these where the user named nothing."""
         return replace(
@@ -186,6 +192,8 @@ def advise(
             line = f"{folder.name}: no profile there is for this machine, bundle and versions: ignored"
             return Advice(settings, line if others else None)
         knobs = _read(path, machine)
+        if not choice.gpu and not knobs.for_cpu:
+            raise ValueError("it has entries for a GPU, and there is none")
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return Advice(settings, f"{folder.name}/{path.name} is ignored: {reason}")

@@ -57,11 +57,12 @@ class Contender:
         return [name for name in self.needs if not _version(name)]
 
     def command(self, manifest: Path, models: Path, output: Path) -> list[str]:
-        python = [sys.executable, "-m"]
+        python, threads = [sys.executable, "-m"], str(available_cpus())
         if self.module is None:
             given = [str(manifest), "-b", str(models), "-o", str(output), "--precision", self.precision]
+            # whatever was tuned here, and where there is a GPU too
+            given += ["--device", "cpu", "--batch-size", str(CPU_BATCH), "--workers", threads]
             return [*python, "engine.run", *given, "--max-error-rate", "1"]
-        threads = str(available_cpus())
         module = f"benchmarks.peers.{self.module}"
         return [*python, module, str(manifest), str(models), str(output), "--threads", threads]
 

@@ -165,10 +165,20 @@ def test_what_can_not_stand_side_by_side(screened: Screen, tmp_path: Path, capsy
     numbers = screened("numbers", names(2), columns={"age": [1, 2]})
     with pytest.raises(UsageError, match="of two types"):
         merge([texts, numbers], tmp_path / "merged")
+    rounded = screened("rounded", names(2), columns={"age": [0.5, 1.5]})
+    exact = screened("exact", names(2), columns={"age": [1, 2**53 + 1]})
+    with pytest.raises(UsageError, match="'age' is int64 in one run and double in another"):
+        merge([rounded, exact], tmp_path / "both")
     assert merging.main([str(monday), "-o", str(tmp_path / "merged")]) == 0
     captured = capsys.readouterr()
     assert captured.out.strip() == str(tmp_path / "merged")
     assert "2 rows (2 ok); 0 older" in captured.err
+    origin = tmp_path / "merged" / "_merged.json"
+    about = json.loads(origin.read_text())
+    for runs in ({}, {"a": {}}, {"a": []}, {"a": {"started": "soon"}}):
+        origin.write_text(json.dumps(about | {"runs": runs}))
+        assert merging.main([str(tmp_path / "merged"), "-o", str(tmp_path / "again")]) == 2
+        assert "_merged.json: " in capsys.readouterr().err
     (tmp_path / "merged" / "_SUCCESS").unlink()
     with pytest.raises(UsageError, match="merging was not finished"):
         engine.read_results(tmp_path / "merged")
