@@ -232,7 +232,8 @@ def _copied(found: Sequence[Results], kept: npt.NDArray[np.bool_], schema: pa.Sc
 
 def _as_field(table: pa.Table, field: pa.Field[Any]) -> pa.ChunkedArray[Any] | pa.Array[Any]:
     if field.name not in table.column_names:
-        return pa.nulls(table.num_rows, field.type)
+        nulls: pa.Array[Any] = pa.nulls(table.num_rows, field.type)
+        return nulls
     column = table.column(field.name)
     try:
         return column.cast(field.type)
