@@ -230,7 +230,8 @@ def _copied(found: Sequence[Results], kept: npt.NDArray[np.bool_], schema: pa.Sc
             yield pa.table([_as_field(chosen, field) for field in schema], schema=schema)
 
 
-def _as_field(table: pa.Table, field: pa.Field[Any]) -> pa.ChunkedArray[Any] | pa.Array[Any]:
+def _as_field(table: pa.Table, field: pa.Field[Any]) -> Any:
+    """The column of that name, cast; nulls where there is none."""
     if field.name not in table.column_names:
         nulls: pa.Array[Any] = pa.nulls(table.num_rows, field.type)
         return nulls
