@@ -171,6 +171,8 @@ class Passport:
             return "it was made from another model"
         if (self.backend, self.precision) != ("onnx", "int8"):
             return f"it is {self.precision} for {self.backend}, and no INT8 graph"
+        if not (self.parity.passed and self.ensemble and self.ensemble.passed):
+            return "it did not pass the gate"
         if self.options.get("weight_bits") != 7 and not has_vnni():
             return "it was built for a CPU with VNNI, which this one has not"
         return None

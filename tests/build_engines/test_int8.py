@@ -219,9 +219,19 @@ def test_missing_altered_or_foreign_graphs_are_refused_with_the_command(built, t
         if plans.load(folder / "plans/onnx-int8/member0.json").passport.options["weight_bits"] == 8:
             refused("built for a CPU with VNNI")
     graph = folder / "plans" / "onnx-int8" / "member1.onnx"
+    passport = graph.with_suffix(".json")
+    text = passport.read_text()
+    for changed, why in (
+        ({"precision": "fp16"}, "no INT8 graph"),
+        ({"parity": json.loads(text)["parity"] | {"agreement": 0.5}}, "did not pass the gate"),
+        ({"ensemble": None}, "did not pass the gate"),
+        ({"options": []}, "options []"),
+    ):
+        passport.write_text(json.dumps(json.loads(text) | changed))
+        refused(why)
+    passport.write_text(text)
     graph.write_bytes(graph.read_bytes() + b"\0")
     refused("altered")
-    passport = graph.with_suffix(".json")
     passport.write_text(passport.read_text().replace(bundle.members[1].files["onnx"].sha256, "0" * 64))
     refused("made from another model")
     passport.unlink()

@@ -21,6 +21,7 @@ from engine import bundle as bundles
 from engine import tuned
 from engine.errors import UsageError
 from engine.pipeline import choice_of
+from engine.plans import Gpu
 from engine.settings import Settings
 from engine.tune import Found, search
 from engine.tuned import Knobs
@@ -225,10 +226,16 @@ def test_what_a_gpu_has_settled_is_handed_on_but_not_to_a_resumed_run(own_bundle
         "height_hint": 1700,
         "cpu_share": 0.1,
     }
-    write_profile(own_bundle, Knobs(cuda_graph=False, compiled=True, decoding=decoding))
     settings = Settings(manifest=Path(), bundle=own_bundle)
     models = bundles.load(own_bundle)
-    choice = choice_of(settings, models)
+    on_cpu = choice_of(settings, models)
+    choice = replace(on_cpu, gpu=Gpu(name="stand-in", uuid="GPU-0", capability="9.0", driver="580"))
+    knobs = Knobs(cuda_graph=False, compiled=True, decoding=decoding)
+    for machine in (tuned.machine_of(models, one) for one in (choice, on_cpu)):
+        tuned.keep(own_bundle, machine, knobs, {})
+    refused = tuned.advise(settings, models, on_cpu, recorded=None)
+    assert refused.settings == settings
+    assert "entries for a GPU" in (refused.line or "")
     new = tuned.advise(settings, models, choice, recorded=None)
     assert new.settings == replace(settings, cuda_graph=False)
     assert new.tuning == {"compiled": True, "decoding": decoding}
