@@ -35,6 +35,7 @@ benchmarks: .venv/dev.stamp demo/bundle/ensemble.json
 # the engine beside what people write instead; its bundle is its own, since a random one tells no right row from a wrong
 peers: .venv/peers.stamp demo/contest/plans/onnx-int8/resnet50.json
 	$(BIN)/python -m benchmarks peers -b demo/contest
+	$(BIN)/python -m benchmarks peers -b demo/contest --archive uniform
 	$(BIN)/python -m benchmarks tables
 
 # no test may skip for want of a GPU; the JSON goes to benchmarks/results
