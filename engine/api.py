@@ -13,8 +13,8 @@ from typing import Any, Literal, TypedDict, Unpack
 from engine import run, watching
 from engine.bundle import Decode
 from engine.errors import EngineError
+from engine.job import Say, Watch
 from engine.ledger import Summary
-from engine.pipeline import Say, Watch
 from engine.storage import Url
 from engine.store import reason
 

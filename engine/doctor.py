@@ -28,8 +28,8 @@ from engine.errors import UsageError
 from engine.findings import Report, size
 from engine.gpu import choice as gpu_choice
 from engine.gpu import machine
+from engine.job import Say, choice_of
 from engine.log import Log
-from engine.pipeline import Say, choice_of
 from engine.plans import Gpu
 from engine.provenance import processor_name
 from engine.run import answered, hush_libraries, option_parser, places, settings_from

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -108,7 +108,7 @@ def summary_of(
     run: dict[str, Any],
     parts: Iterable[Done],
     progress: Progress,
-    meters: dict[str, Meter],
+    meters: Mapping[str, Meter],
     decoder_restarts: int = 0,
     decoder_refusals: int = 0,
 ) -> Summary:

@@ -8,39 +8,30 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol, Self
 
-from engine import bundle
 from engine.bundle import Bundle
-from engine.errors import EngineError, NothingNew, Stopped, UsageError
+from engine.errors import EngineError, Stopped
 from engine.gpu import machine
 from engine.header import Header
-from engine.ledger import Progress, Summary, summary_of
-from engine.listing import in_words
-from engine.manifest import Manifest, open_manifest
+from engine.job import Job, Say, Watch, close_ledger, prepare
+from engine.ledger import Progress, Summary
+from engine.manifest import Manifest
 from engine.overlap import Meter, prefetch
 from engine.preprocess.stage import Preprocess
-from engine.provenance import describe
 from engine.reader import Reader
 from engine.records import Batch, Part
-from engine.run_folder import RunFolder, parts_of
-from engine.runners import Choice, Runner, choose, open_runner
+from engine.run_folder import RunFolder
+from engine.runners import Choice, Runner, open_runner
 from engine.settings import Settings, available_cpus
-from engine.since import Earlier, write_new
-from engine.sink import Done, Layout, Sink
+from engine.sink import Done, Sink
 from engine.step import CpuStep
-from engine.storage import Url
-from engine.storage.location import Place, absolute
-from engine.tuned import advise
+from engine.storage.location import Place
 
 READ_THREADS = 16
 GRACE_S = 5.0  # a part that ends within is finished before the run stops
 STAGES = ("read", "preprocess", "members", "write")
 
-Watch = Callable[[Progress], None]
-Say = Callable[[str], None]
 OnGpu = Callable[[bytes, Header], bool]
 
 
@@ -84,69 +75,13 @@ def screen(
     `stages_of` replaces the stages, for benchmarks.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
-    models = bundle.load(settings.bundle)
-    choice = choice_of(settings, models)
-    check_paths(settings)
-    with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
-        earlier = Earlier(settings.since) if settings.since else None
-        listing = folder.listing()
-        if earlier and not listing.exists():
-            list_new(settings, earlier, models, choice, listing, say)
-        manifest = manifest_of(settings, listing, since=earlier is not None)
-        folder.keep_listing()
-        if settings.redaction:
-            manifest = manifest.only(settings.redaction.keep)
-        layout = Layout.of(models, manifest, settings)
-        recorded = None if settings.overwrite else folder.recorded()
-        advice = advise(settings, models, choice, recorded=recorded)
-        if advice.settings != settings:
-            settings = advice.settings
-            choice = choice_of(settings, models)
-        run = describe(
-            settings,
-            recorded,
-            manifest,
-            models,
-            choice,
-            since=f"{earlier.run_id} of {absolute(settings.manifest)}" if earlier else None,
-        )
-        run["profile"] = advice.recorded
-        run["tuning"] |= advice.tuning or {}
-        opening = Opening(
-            settings, models, run, choice, say, manifest.root, resumed=recorded is not None, manifest=manifest
-        )
-        stages = stack.enter_context((stages_of or Stages)(opening))
-        run = folder.begin(run)
-        done = folder.finished(run)
-        if folder.succeeded() and len(done) == parts_of(run):
-            return summary_of(folder.path, run, done.values(), Progress(manifest.rows), {}, 0)
-        say(choice.reason)
-        if advice.line:
-            say(advice.line)
-        if recorded is None and manifest.skipped:
-            say(in_words(manifest.rows, manifest.skipped))
-        folder.withdraw()
-        progress = Progress(manifest.rows, finish_by=settings.finish_by)
-        for part in done.values():
-            progress.rows_before += part.rows
-            progress.by_status.update(part.by_status)
-        wanted = set(range(parts_of(run))) - set(done)
-        parts = manifest.parts(run["result_options"]["part_rows"], wanted)
-        stages.run(parts, Sink(folder.files, layout, run), progress, watch, stop)
-        return close_ledger(folder, run, progress, stages)
-
-
-def choice_of(settings: Settings, models: Bundle) -> Choice:
-    """What runs the members. Raises UsageError for what can't be had here, or not of this bundle."""
-    _check_decode(settings, models)
-    return choose(
-        settings.runner,
-        settings.device,
-        models,
-        precision=settings.precision,
-        batch_size=settings.batch_size,
-    )
+    with prepare(settings, say) as job, (stages_of or Stages)(Opening.of(job)) as stages:
+        job.begin()
+        if job.is_finished:
+            return job.summary()
+        progress = job.progress()
+        stages.run(job.parts(), job.sink(), progress, watch, stop)
+        return stages.close_ledger(job.folder, job.run, progress)
 
 
 @dataclass(frozen=True)
@@ -162,6 +97,19 @@ class Opening:
     _: KW_ONLY
     resumed: bool
     manifest: Manifest | None = None  # None for a retry, which has been tuned
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        return cls(
+            job.settings,
+            job.models,
+            job.run,
+            job.choice,
+            job.say,
+            job.manifest.root,
+            resumed=job.resumed,
+            manifest=job.manifest,
+        )
 
     @property
     def workers(self) -> int:
@@ -243,6 +191,16 @@ class Stages:
                 ) from None
             raise
 
+    def close_ledger(self, folder: RunFolder, run: dict[str, Any], progress: Progress) -> Summary:
+        return close_ledger(
+            folder,
+            run,
+            progress,
+            self.meters,
+            decoder_restarts=self.preprocess.crashes,
+            decoder_refusals=self.preprocess.refusals,
+        )
+
 
 def open_members(stack: ExitStack, opening: Opening, *, compiled: bool = False) -> list[Runner]:
     """A runner for each member; their versions go into the run."""
@@ -316,74 +274,3 @@ def _so_far(progress: Progress) -> str:
         f"{progress.rows_before + progress.rows_done} of {progress.rows} rows were through; "
         "the same command goes on"
     )
-
-
-def manifest_of(settings: Settings, listing: Path, *, since: bool) -> Manifest:
-    return open_manifest(
-        settings.manifest,
-        path_column=settings.path_column,
-        root=settings.root,
-        listing=None if settings.redaction else listing,  # which names paths
-        include=settings.include,
-        exclude=settings.exclude,
-        since=since,
-    )
-
-
-def list_new(
-    settings: Settings, earlier: Earlier, models: Bundle, choice: Choice, listing: Path, say: Say
-) -> None:
-    """Freeze what is to be screened since an earlier run. Raises NothingNew."""
-    with TemporaryDirectory(prefix="engine-") as scratch:
-        whole = manifest_of(settings, Path(scratch, listing.name), since=False)
-        options = {"bundle_sha256": models.sha256, "precision": choice.precision, "decode": models.decode}
-        if changed := earlier.differs(options):
-            say(f"{changed} has changed since {earlier.place}: all {whole.rows} rows are screened")
-            rows = whole.copy_to(listing)
-        else:
-            rows = write_new(whole, earlier, options, listing)
-            say(f"{rows} of {whole.rows} rows are new or changed since {earlier.place}")
-    if not rows:
-        listing.unlink()
-        raise NothingNew(f"nothing is new since {earlier.place}; nothing was written")
-
-
-def _check_decode(settings: Settings, models: Bundle) -> None:
-    """Scores are for pixels like those that the bundle was trained on."""
-    if settings.decode not in (None, models.decode):
-        raise UsageError(
-            f"--decode {settings.decode}: bundle {models.path} was trained with {models.decode}; leave the "
-            f"option out, or train one with: python -m training DATA -o BUNDLE --decode {settings.decode}"
-        )
-
-
-def check_paths(settings: Settings) -> None:
-    """A wrong manifest or root must not leave an output folder behind."""
-    manifest, root = settings.manifest, settings.root
-    if settings.redaction and settings.since:
-        raise UsageError("--since with --redact: the list of what is new would put paths into the results")
-    if isinstance(root, Url) and root.query:
-        raise UsageError(f"--root {root}?...: a folder has no query; give it without")
-    if isinstance(manifest, Url):
-        if manifest.path.endswith("/") or not manifest.key:
-            raise UsageError(
-                f"manifest {manifest}: a folder there can't be listed; give a list of its images"
-            )
-        return
-    if not manifest.exists():
-        raise UsageError(f"manifest {manifest}: no such file or folder")
-    if not (manifest.is_file() or manifest.is_dir()):
-        raise UsageError(f"manifest {manifest}: neither a file nor a folder")
-    if isinstance(root, Path) and not root.is_dir():
-        raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")
-
-
-def close_ledger(folder: RunFolder, run: dict[str, Any], progress: Progress, stages: Stages) -> Summary:
-    """Re-read the footers of all parts; only when they add up to the manifest does the run succeed."""
-    parts = folder.complete(run)
-    pixels = stages.preprocess
-    summary = summary_of(
-        folder.path, run, parts.values(), progress, stages.meters, pixels.crashes, pixels.refusals
-    )
-    folder.succeed(summary.as_json())
-    return summary

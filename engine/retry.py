@@ -10,9 +10,10 @@ from typing import Any
 
 from engine import bundle
 from engine.errors import UsageError
+from engine.job import Say, Watch
 from engine.ledger import Progress, Summary, summary_of
 from engine.manifest import Manifest, open_manifest
-from engine.pipeline import Opening, Say, Stages, Watch, close_ledger
+from engine.pipeline import Opening, Stages
 from engine.privacy import Redaction
 from engine.records import Part
 from engine.run_folder import RUN, RunFolder, parts_of
@@ -80,7 +81,7 @@ def retry(
         if manifest:
             parts = _with_paths(parts, manifest.parts(options["part_rows"], failed))
         stages.run(parts, Sink(folder.files, layout, run, fold=True), progress, watch, stop)
-        return close_ledger(folder, run, progress, stages)
+        return stages.close_ledger(folder, run, progress)
 
 
 def _same_redaction(settings: Settings, options: dict[str, Any]) -> Redaction | None:

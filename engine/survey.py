@@ -28,10 +28,11 @@ from engine.bundle import Bundle
 from engine.errors import EngineError, NothingNew, Stopped, UsageError
 from engine.findings import Report, size
 from engine.header import Header
+from engine.job import Say, check_paths, list_new, manifest_of
 from engine.listing import in_words
 from engine.manifest import Manifest
 from engine.overlap import Meter
-from engine.pipeline import READ_THREADS, Say, check_paths, list_new, manifest_of
+from engine.pipeline import READ_THREADS
 from engine.provenance import describe
 from engine.reader import Reader
 from engine.records import Batch, Part, Status

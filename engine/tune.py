@@ -32,9 +32,10 @@ from rich.console import Console
 from engine import bundle
 from engine.bundle import Bundle
 from engine.errors import EngineError, Stopped, UsageError
+from engine.job import Say, check_paths, choice_of
 from engine.ledger import Progress
 from engine.manifest import Manifest, open_manifest
-from engine.pipeline import Opening, Say, Stages, check_paths, choice_of, meters_for
+from engine.pipeline import Opening, Stages, meters_for
 from engine.provenance import defaults, describe
 from engine.records import Part
 from engine.run import Parser, answered, hush_libraries, number, stop_on_signal

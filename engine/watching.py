@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from engine.errors import EngineError, ErrorRateError, UsageError
+from engine.job import Say, Watch
 from engine.ledger import Progress, Summary
 from engine.log import Log
-from engine.pipeline import Say, Watch, screen
+from engine.pipeline import screen
 from engine.progress import LINE_EVERY_S
 from engine.records import Status
 from engine.retry import retry

@@ -20,7 +20,7 @@ import pytest
 from engine import bundle as bundles
 from engine import tuned
 from engine.errors import UsageError
-from engine.pipeline import choice_of
+from engine.job import choice_of
 from engine.plans import Gpu
 from engine.settings import Settings
 from engine.tune import Found, search

@@ -1,0 +1,217 @@
+"""A run before its stages and after them: checked, described, its folder locked; at the end the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from engine import bundle
+from engine.bundle import Bundle
+from engine.errors import NothingNew, UsageError
+from engine.ledger import Progress, Summary, summary_of
+from engine.listing import in_words
+from engine.manifest import Manifest, open_manifest
+from engine.overlap import Meter
+from engine.provenance import describe
+from engine.records import Part
+from engine.run_folder import RunFolder, parts_of
+from engine.runners import Choice, choose
+from engine.settings import Settings
+from engine.since import Earlier, write_new
+from engine.sink import Done, Layout, Sink
+from engine.storage import Url
+from engine.storage.location import absolute
+from engine.tuned import advise
+
+Watch = Callable[[Progress], None]
+Say = Callable[[str], None]
+
+
+@dataclass
+class Job:
+    """One run. Nothing is written before `begin`, which records `run` or takes up what is recorded."""
+
+    settings: Settings  # with what the machine's profile adds
+    models: Bundle
+    choice: Choice
+    folder: RunFolder  # locked
+    manifest: Manifest
+    layout: Layout
+    run: dict[str, Any]  # `_run.json`
+    resumed: bool
+    say: Say
+    opening_lines: list[str]
+    done: dict[int, Done] = field(default_factory=dict)  # parts on disk, when it began
+
+    def begin(self) -> None:
+        """Raises UsageError when the folder holds a run with other result options."""
+        self.run = self.folder.begin(self.run)
+        self.done = self.folder.finished(self.run)
+        if self.is_finished:
+            return
+        for line in self.opening_lines:
+            self.say(line)
+        self.folder.withdraw()
+
+    @property
+    def is_finished(self) -> bool:
+        return self.folder.succeeded() and len(self.done) == parts_of(self.run)
+
+    @property
+    def part_rows(self) -> int:
+        return int(self.run["result_options"]["part_rows"])
+
+    def progress(self) -> Progress:
+        """At the start: what earlier starts have finished."""
+        progress = Progress(self.manifest.rows, finish_by=self.settings.finish_by)
+        for part in self.done.values():
+            progress.rows_before += part.rows
+            progress.by_status.update(part.by_status)
+        return progress
+
+    def parts(self) -> Iterator[Part]:
+        """Those that are not on disk yet, in order."""
+        return self.manifest.parts(self.part_rows, set(range(parts_of(self.run))) - set(self.done))
+
+    def sink(self) -> Sink:
+        return Sink(self.folder.files, self.layout, self.run)
+
+    def summary(self) -> Summary:
+        """Of a run that was finished already."""
+        return summary_of(self.folder.path, self.run, self.done.values(), Progress(self.manifest.rows), {}, 0)
+
+
+@contextmanager
+def prepare(settings: Settings, say: Say) -> Iterator[Job]:
+    """Check everything that can be checked before the stages are opened, and lock the folder.
+
+    Raises UsageError when the manifest, bundle or output folder is wrong, NothingNew for `since`.
+    """
+    models = bundle.load(settings.bundle)
+    choice = choice_of(settings, models)
+    check_paths(settings)
+    with ExitStack() as stack:
+        folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
+        earlier = Earlier(settings.since) if settings.since else None
+        manifest = _listed(settings, folder, earlier, models, choice, say)
+        layout = Layout.of(models, manifest, settings)
+        recorded = None if settings.overwrite else folder.recorded()
+        advice = advise(settings, models, choice, recorded=recorded)
+        if advice.settings != settings:
+            settings = advice.settings
+            choice = choice_of(settings, models)
+        since = f"{earlier.run_id} of {absolute(settings.manifest)}" if earlier else None
+        run = describe(settings, recorded, manifest, models, choice, since=since)
+        run["profile"] = advice.recorded
+        run["tuning"] |= advice.tuning or {}
+        lines = [choice.reason, *([advice.line] if advice.line else [])]
+        if recorded is None and manifest.skipped:
+            lines.append(in_words(manifest.rows, manifest.skipped))
+        resumed = recorded is not None
+        yield Job(settings, models, choice, folder, manifest, layout, run, resumed, say, lines)
+
+
+def _listed(
+    settings: Settings, folder: RunFolder, earlier: Earlier | None, models: Bundle, choice: Choice, say: Say
+) -> Manifest:
+    """The manifest; a folder's listing is frozen at the first start."""
+    listing = folder.listing()
+    if earlier and not listing.exists():
+        list_new(settings, earlier, models, choice, listing, say)
+    manifest = manifest_of(settings, listing, since=earlier is not None)
+    folder.keep_listing()
+    return manifest.only(settings.redaction.keep) if settings.redaction else manifest
+
+
+def choice_of(settings: Settings, models: Bundle) -> Choice:
+    """What runs the members. Raises UsageError for what can't be had here, or not of this bundle."""
+    _check_decode(settings, models)
+    return choose(
+        settings.runner,
+        settings.device,
+        models,
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+    )
+
+
+def manifest_of(settings: Settings, listing: Path, *, since: bool) -> Manifest:
+    return open_manifest(
+        settings.manifest,
+        path_column=settings.path_column,
+        root=settings.root,
+        listing=None if settings.redaction else listing,  # which names paths
+        include=settings.include,
+        exclude=settings.exclude,
+        since=since,
+    )
+
+
+def list_new(
+    settings: Settings, earlier: Earlier, models: Bundle, choice: Choice, listing: Path, say: Say
+) -> None:
+    """Freeze what is to be screened since an earlier run. Raises NothingNew."""
+    with TemporaryDirectory(prefix="engine-") as scratch:
+        whole = manifest_of(settings, Path(scratch, listing.name), since=False)
+        options = {"bundle_sha256": models.sha256, "precision": choice.precision, "decode": models.decode}
+        if changed := earlier.differs(options):
+            say(f"{changed} has changed since {earlier.place}: all {whole.rows} rows are screened")
+            rows = whole.copy_to(listing)
+        else:
+            rows = write_new(whole, earlier, options, listing)
+            say(f"{rows} of {whole.rows} rows are new or changed since {earlier.place}")
+    if not rows:
+        listing.unlink()
+        raise NothingNew(f"nothing is new since {earlier.place}; nothing was written")
+
+
+def _check_decode(settings: Settings, models: Bundle) -> None:
+    """Scores are for pixels like those that the bundle was trained on."""
+    if settings.decode not in (None, models.decode):
+        raise UsageError(
+            f"--decode {settings.decode}: bundle {models.path} was trained with {models.decode}; leave the "
+            f"option out, or train one with: python -m training DATA -o BUNDLE --decode {settings.decode}"
+        )
+
+
+def check_paths(settings: Settings) -> None:
+    """A wrong manifest or root must not leave an output folder behind."""
+    manifest, root = settings.manifest, settings.root
+    if settings.redaction and settings.since:
+        raise UsageError("--since with --redact: the list of what is new would put paths into the results")
+    if isinstance(root, Url) and root.query:
+        raise UsageError(f"--root {root}?...: a folder has no query; give it without")
+    if isinstance(manifest, Url):
+        if manifest.path.endswith("/") or not manifest.key:
+            raise UsageError(
+                f"manifest {manifest}: a folder there can't be listed; give a list of its images"
+            )
+        return
+    if not manifest.exists():
+        raise UsageError(f"manifest {manifest}: no such file or folder")
+    if not (manifest.is_file() or manifest.is_dir()):
+        raise UsageError(f"manifest {manifest}: neither a file nor a folder")
+    if isinstance(root, Path) and not root.is_dir():
+        raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")
+
+
+def close_ledger(
+    folder: RunFolder,
+    run: dict[str, Any],
+    progress: Progress,
+    meters: Mapping[str, Meter],
+    *,
+    decoder_restarts: int,
+    decoder_refusals: int,
+) -> Summary:
+    """Re-read the footers of all parts; only when they add up to the manifest does the run succeed."""
+    parts = folder.complete(run)
+    summary = summary_of(
+        folder.path, run, parts.values(), progress, meters, decoder_restarts, decoder_refusals
+    )
+    folder.succeed(summary.as_json())
+    return summary
