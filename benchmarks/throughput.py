@@ -161,7 +161,7 @@ class Stages:
             batch.drop_encoded()
         scored = list(NullScores(members, classes).stage(NullPixels().stage(held, Meter("")), Meter("")))
         with tempfile.TemporaryDirectory() as folder:
-            sink = Sink(LocalFolder(Path(folder)), self._layout, {})
+            sink = Sink(LocalFolder(Path(folder)), self._layout, {}, {})
             return measure(lambda: sum(1 for _ in sink.stage(scored, Meter("write"))) * 0 + part.rows)
 
 
@@ -302,7 +302,7 @@ def _host_cost(opened: Manifest, work: Path, batch_size: int, part_rows: int) ->
                 reader,
                 NullPixels(),
                 NullScores(2, 3),
-                Sink(LocalFolder(Path(folder)), layout, {}),
+                Sink(LocalFolder(Path(folder)), layout, {}, {}),
                 meters_for(available_cpus()),
                 overlap=True,
             )

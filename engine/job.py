@@ -16,7 +16,7 @@ from engine.ledger import Progress, Summary, summary_of
 from engine.listing import in_words
 from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter
-from engine.provenance import describe
+from engine.provenance import describe, worker
 from engine.records import Part
 from engine.run_folder import RunFolder, parts_of
 from engine.runners import Choice, choose
@@ -78,7 +78,7 @@ class Job:
         return self.manifest.parts(self.part_rows, set(range(parts_of(self.run))) - set(self.done))
 
     def sink(self) -> Sink:
-        return Sink(self.folder.files, self.layout, self.run)
+        return Sink(self.folder.files, self.layout, self.run, worker(self.choice))
 
     def summary(self) -> Summary:
         """Of a run that was finished already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -71,6 +72,7 @@ class Summary:
     rows: int
     by_status: dict[str, int]
     by_class: dict[str, int]
+    scored_by: list[dict[str, Any]]  # workers, with how many parts and rows each wrote
     rows_done: int  # by this start; 0 when the run was finished already
     elapsed_s: float
     stages: dict[str, dict[str, float]]  # seconds busy, starved and blocked, and occupancy, of this start
@@ -92,6 +94,7 @@ class Summary:
             "errors": self.errors,
             "by_status": self.by_status,
             "by_class": self.by_class,
+            "scored_by": self.scored_by,
             "last_start": {
                 "rows": self.rows_done,
                 "elapsed_s": self.elapsed_s,
@@ -114,9 +117,12 @@ def summary_of(
 ) -> Summary:
     """Add up the parts of a complete run."""
     by_status, by_class = Counter[str](), Counter[str]()
+    workers: dict[str, dict[str, Any]] = {}
     for part in parts:
         by_status.update(part.by_status)
         by_class.update(part.by_class)
+        found = workers.setdefault(json.dumps(part.by), {**part.by, "parts": 0, "rows": 0})
+        found["parts"], found["rows"] = found["parts"] + 1, found["rows"] + part.rows
     elapsed = progress.elapsed_s
     stages = {
         name: {
@@ -133,6 +139,7 @@ def summary_of(
         run["rows"],
         dict(by_status),
         dict(by_class),
+        list(workers.values()),
         progress.rows_done,
         round(elapsed, 3),
         stages,

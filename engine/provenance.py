@@ -95,6 +95,17 @@ def defaults(choice: Choice) -> tuple[int, int]:
     return min(largest, default=GPU_BATCH), GPU_PART_ROWS
 
 
+def worker(choice: Choice) -> dict[str, Any]:
+    """Who scores a part, as its footer and `_SUCCESS` name it."""
+    return {
+        "host": platform.node(),
+        "device": choice.device,
+        "gpu": choice.gpu.name if choice.gpu else None,
+        "runner": choice.runner,
+        "precision": choice.precision,
+    }
+
+
 def processor_name() -> str:
     """The processor's marketing name where Linux tells it."""
     try:

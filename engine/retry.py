@@ -15,6 +15,7 @@ from engine.ledger import Progress, Summary, summary_of
 from engine.manifest import Manifest, open_manifest
 from engine.pipeline import Opening, Stages
 from engine.privacy import Redaction
+from engine.provenance import worker
 from engine.records import Part
 from engine.run_folder import RUN, RunFolder, parts_of
 from engine.runners import choose
@@ -80,7 +81,7 @@ def retry(
         parts = failed_rows(folder.files, sorted(failed), layout)
         if manifest:
             parts = _with_paths(parts, manifest.parts(options["part_rows"], failed))
-        stages.run(parts, Sink(folder.files, layout, run, fold=True), progress, watch, stop)
+        stages.run(parts, Sink(folder.files, layout, run, worker(choice), fold=True), progress, watch, stop)
         return stages.close_ledger(folder, run, progress)
 
 

@@ -183,6 +183,7 @@ class Done:
     rows: int
     by_status: dict[str, int]
     by_class: dict[str, int]
+    by: dict[str, Any]  # who scored it: see `provenance.worker`; empty in results of older versions
 
     @property
     def errors(self) -> int:
@@ -190,15 +191,21 @@ class Done:
 
 
 class Sink:
-    """Writes the parts of one run into `folder`. `provenance` goes into each file.
+    """Writes the parts of one run into `folder`. Each file holds `provenance`, and `by` whom it was scored.
 
     With `fold` the rows replace those of the same numbers in a part that is there already.
     """
 
     def __init__(
-        self, folder: Folder, layout: Layout, provenance: dict[str, Any], *, fold: bool = False
+        self,
+        folder: Folder,
+        layout: Layout,
+        provenance: dict[str, Any],
+        by: dict[str, Any],
+        *,
+        fold: bool = False,
     ) -> None:
-        self._folder, self._layout, self._fold = folder, layout, fold
+        self._folder, self._layout, self._by, self._fold = folder, layout, by, fold
         self._provenance = json.dumps(provenance).encode()
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch | Done]:
@@ -234,8 +241,14 @@ class Sink:
                 table.num_rows,
                 _counts(table, "status"),
                 _counts(table, "prediction"),
+                self._by,
             )
-            facts = {"part": index, "by_status": done.by_status, "by_class": done.by_class}
+            facts = {
+                "part": index,
+                "by_status": done.by_status,
+                "by_class": done.by_class,
+                "by": done.by,
+            }
             table = table.replace_schema_metadata(
                 {METADATA: self._provenance, b"part": json.dumps(facts).encode()}
             )
@@ -306,7 +319,7 @@ def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:
         raise ValueError(f"it is part {facts['part']}")
     row, prediction = _statistics(footer, "row"), _statistics(footer, "prediction")
     first, last = min(group.min for group in row), max(group.max for group in row)
-    done = Done(index, first, footer.num_rows, facts["by_status"], facts["by_class"])
+    done = Done(index, first, footer.num_rows, facts["by_status"], facts["by_class"], facts.get("by", {}))
     if last - first + 1 != done.rows:
         raise ValueError(f"rows {first} to {last} in {done.rows} rows")
     if sum(done.by_status.values()) != done.rows:

@@ -358,7 +358,7 @@ def _bytes_a_row(
     )
     output = scratch / "written"
     output.mkdir()
-    for _ in Sink(LocalFolder(output), layout, run).stage([batch], Meter("write")):
+    for _ in Sink(LocalFolder(output), layout, run, {}).stage([batch], Meter("write")):
         pass
     return (output / part_name(0)).stat().st_size / rows
 

@@ -255,7 +255,7 @@ class Trials:
         window, progress = _Window(self._lanes(knobs), seconds, self._stop), Progress(sys.maxsize)
         parts = self._parts(run["result_options"]["part_rows"])
         with suppress(_Enough):
-            stages.run(parts, Sink(self._folder, self._layout, run), progress, window, None)
+            stages.run(parts, Sink(self._folder, self._layout, run, {}), progress, window, None)
         self._at += progress.rows_done + 8 * batch_size  # behind what was read ahead
         self.by_status += progress.by_status
         busiest = max(stages.meters.values(), key=lambda meter: meter.occupancy(progress.elapsed_s))

@@ -90,6 +90,8 @@ def test_files_say_where_they_come_from(engine_run: Command, archive: Path, bund
     output = archive.parent / "out"
     run = json.loads((output / "_run.json").read_text())
     success = json.loads((output / "_SUCCESS").read_text())
+    [worker] = success["scored_by"]
+    assert (worker["device"], worker["runner"], worker["rows"]) == ("cpu", "onnx", success["rows"])
     part = pq.read_schema(output / "part-00000.parquet")
     inside = json.loads(part.metadata[b"engine"])
     assert inside["run_id"] == run["run_id"] == success["run_id"]
