@@ -197,6 +197,8 @@ def _correct_biases(quantized: onnx.GraphProto, original: onnx.GraphProto, means
         pair = [made_by.get(name) for name in node.input[1:3]] if node.op_type == "Conv" else []
         if len(pair) < 2 or not all(one and one.op_type == "DequantizeLinear" for one in pair):
             continue  # in float32, or without a bias
+        if weights.get(node.name) not in exact:
+            continue  # weights that the graph computes
         rounded, scale, steps, step = (
             numpy_helper.to_array(tensors[name]) for one in pair if one for name in one.input[:2]
         )

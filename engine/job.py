@@ -157,7 +157,12 @@ def list_new(
     """Freeze what is to be screened since an earlier run. Raises NothingNew."""
     with TemporaryDirectory(prefix="engine-") as scratch:
         whole = manifest_of(settings, Path(scratch, listing.name), since=False)
-        options = {"bundle_sha256": models.sha256, "precision": choice.precision, "decode": models.decode}
+        options = {
+            "bundle_sha256": models.sha256,
+            "precision": choice.precision,
+            "plans": choice.plan_hashes,
+            "decode": models.decode,
+        }
         if changed := earlier.differs(options):
             say(f"{changed} has changed since {earlier.place}: all {whole.rows} rows are screened")
             rows = whole.copy_to(listing)

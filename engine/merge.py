@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -35,10 +35,10 @@ from engine.results import MERGED, Results, opened
 from engine.run import answered
 from engine.run_folder import SUCCESS
 from engine.settings import parse_location
-from engine.since import DECISIVE
+from engine.since import DECISIVE, decisive
 from engine.sink import METADATA, ROW_GROUP, part_name
 from engine.storage.location import Place, is_url
-from engine.store import as_json, open_folder, reason
+from engine.store import Folder, as_json, open_folder, reason
 
 PART_ROWS = 65_536
 BUCKET_ROWS, MAX_BUCKETS = 1 << 20, 256
@@ -92,14 +92,24 @@ def merge(sources: Sequence[Place], output: Place) -> Outcome:
         origin |= {"rows": rows, "parts": parts, "by_status": dict(by_status)}
         folder.write(MERGED, lambda temporary: temporary.write_text(as_json(origin)))
         folder.write(SUCCESS, lambda temporary: temporary.write_text(as_json({"rows": rows})))
-    except OSError as error:
-        raise EngineError(f"output {output}: {reason(error)}; delete it and merge again") from None
-    except pa.ArrowException as error:
-        why = " ".join(str(error).split())[:200]
-        raise EngineError(f"a part of the results can't be read: {why}; delete {output}") from None
+    except BaseException as error:
+        with suppress(OSError):
+            _clear(folder)
+        if isinstance(error, OSError):
+            raise EngineError(f"output {output}: {reason(error)}") from None
+        if isinstance(error, pa.ArrowException):
+            why = " ".join(str(error).split())[:200]
+            raise EngineError(f"a part of the results can't be read: {why}") from None
+        raise
     finally:
         folder.unlock(leave_no_trace=True)
     return Outcome(rows, sum(one.rows for one in found) - rows, dict(by_status))
+
+
+def _clear(folder: Folder) -> None:
+    for name in folder.names():
+        if name == MERGED or name.startswith("part-"):
+            folder.delete(name)
 
 
 def _check_alike(found: Sequence[Results], runs: dict[str, dict[str, Any]]) -> None:
@@ -119,7 +129,8 @@ def _check_alike(found: Sequence[Results], runs: dict[str, dict[str, Any]]) -> N
 def _decisive(source: Results) -> dict[str, Any]:
     """What the runs of one folder have in common."""
     run = next(iter(source.runs.values()))
-    return {**dict.fromkeys((*DECISIVE, "redacted_by")), **run["result_options"], "classes": run["classes"]}
+    options = run["result_options"]
+    return decisive(options) | {"redacted_by": options.get("redacted_by"), "classes": run["classes"]}
 
 
 def _schema(found: Sequence[Results]) -> pa.Schema:

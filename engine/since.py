@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,23 @@ from engine.storage.location import Place, is_url, parse
 from engine.store import atomic
 
 # result options whose change makes old scores worthless
-DECISIVE = {"bundle_sha256": "the bundle", "precision": "the precision", "decode": "the decoding"}
+DECISIVE = {
+    "bundle_sha256": "the bundle",
+    "precision": "the precision",
+    "int8_graphs": "the INT8 graphs",
+    "decode": "the decoding",
+}
 
 Keys = npt.NDArray[np.bytes_]  # 128-bit hashes of place, size and time of change
+
+
+def decisive(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's result options decides its scores, by the names in DECISIVE.
+
+    Plans of a GPU may be built anew, each passed the gate; INT8 graphs depend on what calibrated them.
+    """
+    graphs = options.get("plans") if options.get("precision") == "int8" else None
+    return {name: options.get(name) for name in DECISIVE} | {"int8_graphs": graphs}
 
 
 class Earlier:
@@ -47,12 +61,13 @@ class Earlier:
         if self.options.get("redacted_by"):
             raise UsageError(f"--since {results}: its paths are hashed, so nothing can be compared")
 
-    def differs(self, options: dict[str, str]) -> str | None:
+    def differs(self, options: Mapping[str, Any]) -> str | None:
         """What makes its scores worthless beside those of a run with `options`, if anything does."""
-        changed = [words for name, words in DECISIVE.items() if self.options.get(name) != options[name]]
+        ours, theirs = decisive(self.options), decisive(options)
+        changed = [words for name, words in DECISIVE.items() if ours[name] != theirs[name]]
         return changed[0] if changed else None
 
-    def keys(self, options: dict[str, str]) -> Keys:
+    def keys(self, options: Mapping[str, Any]) -> Keys:
         """Of the rows that need no second look, sorted; 16 bytes each.
 
         What this run left out because of one before it counts too, while that one is still there.
@@ -86,7 +101,7 @@ class Earlier:
             yield _keys(self.options["root"], *table.columns[:3])
 
 
-def write_new(manifest: Manifest, earlier: Earlier, options: dict[str, str], target: Path) -> int:
+def write_new(manifest: Manifest, earlier: Earlier, options: Mapping[str, Any], target: Path) -> int:
     """Write what is new or changed in `manifest` since `earlier`; returns its rows. Raises UsageError."""
     columns = manifest.columns
     if not pa.types.is_timestamp(_type(columns, MODIFIED)) or not pa.types.is_integer(_type(columns, SIZE)):

@@ -135,15 +135,14 @@ def search(
             kept.append(joined)
             ratios[joined] = []
         left = kept
-    if left and statistics.median(ratios[left[0]]) > 1 / WORTH:
+    if left:
         found.best = left[0]
+    if left and statistics.median(ratios[left[0]]) > 1 / WORTH:
         visit_s = max(0.0, began + seconds - clock()) / (2 * PAIRS_WANTED)
         while not found.pairs or clock() - began < (OVERTIME if len(found.pairs) < PAIRS else 1) * seconds:
             order = [default, found.best] if len(found.pairs) % 2 else [found.best, default]
             rates = {knobs: measured(knobs, visit_s) for knobs in order}
             found.pairs.append(rates[found.best] / rates[default])
-    elif left:
-        found.best = left[0]
     return found
 
 
@@ -231,6 +230,9 @@ class Trials:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         with ExitStack() as stack:  # all of them, whatever one raises
             for stages in self._opened.values():
                 stack.push(stages)
@@ -276,7 +278,7 @@ class Trials:
         key = knobs if gpu else knobs.workers
         if key not in self._opened:
             if gpu:
-                self.__exit__()
+                self._close()
             widest = knobs if gpu else replace(knobs, batch_size=CPU_BATCHES[-1])
             stages = self._open(widest.on(self._settings))
             self._opened[key] = stages.__enter__()

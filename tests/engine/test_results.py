@@ -169,6 +169,14 @@ def test_what_can_not_stand_side_by_side(screened: Screen, tmp_path: Path, capsy
     exact = screened("exact", names(2), columns={"age": [1, 2**53 + 1]})
     with pytest.raises(UsageError, match="'age' is int64 in one run and double in another"):
         merge([rounded, exact], tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    as_int8 = {name: screened(name, names(2)) for name in ("int8-a", "int8-b")}
+    for name, folder in as_int8.items():
+        run = json.loads((folder / "_run.json").read_text())
+        run["result_options"] |= {"precision": "int8", "plans": {"member0": name}}
+        (folder / "_run.json").write_text(json.dumps(run))
+    with pytest.raises(UsageError, match="the INT8 graphs differ"):
+        merge(list(as_int8.values()), tmp_path / "merged")
     assert merging.main([str(monday), "-o", str(tmp_path / "merged")]) == 0
     captured = capsys.readouterr()
     assert captured.out.strip() == str(tmp_path / "merged")
