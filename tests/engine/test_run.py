@@ -224,7 +224,7 @@ def test_a_folder_of_something_else_is_never_written_to(
         (["empty.csv"], "0 bytes"),
         (["header.csv"], "no rows"),
         (["numbers.csv"], "not paths"),
-        (["fine.csv", "-b", "nowhere"], "ensemble.json: No such file"),
+        (["fine.csv", "-b", "nowhere"], "no ensemble.json there; give a model folder"),
         (["clash.csv"], "'status' are names of results"),
         (["fine.csv", "--batch-size", "0"], "'0' is not a whole number from 1 to 4096"),
         (["fine.csv", "--batch-size", "1000000000"], "from 1 to 4096"),
