@@ -339,14 +339,6 @@ def test_progress_is_plain_lines_and_the_table_adds_up(
     assert "\x1b" not in run.stderr
 
 
-def test_help_fits_a_screen_and_shows_an_example(engine_run: Command) -> None:
-    run = engine_run("--help")
-    assert run.returncode == 0
-    assert run.stdout.count("\n") <= 64
-    assert "example:" in run.stdout
-    assert "not a medical device" in run.stdout
-
-
 def test_what_is_not_installed_is_said_before_anything_is_written(
     tmp_path: Path, archive: Path, bundle: Path
 ) -> None:
