@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """Of one command. Raises UsageError for wrong arguments, SystemExit for --help.
 
     `summary` is how --help says what may follow the command. With `help_all`, options that are added with
-    `more` are not in --help, but in --help-all.
+    `more` are not in --help, but in --help-all. `names` are those of all long options.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Format,
             allow_abbrev=False,  # what is asked for stands on the command line in full
         )
-        self._names: list[str] = []
+        self.names: list[str] = []
         self._more: dict[argparse.Action, str] = {}
         if help_all:
             text, nothing = "show this message with every option", argparse.SUPPRESS
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def add(self, *names: str, help: str, more: bool = False, group: Any = None, **rest: Any) -> None:  # noqa: A002
         """As `add_argument`, to one of the parser's groups where it is named."""
-        self._names += [name for name in names if name.startswith("--")]
+        self.names += [name for name in names if name.startswith("--")]
         if not more:
             (group or self).add_argument(*names, help=help, **rest)
             return
@@ -73,7 +73,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         _, unknown, rest = message.partition("unrecognized arguments: ")
-        close = difflib.get_close_matches(rest.split("=")[0].split()[0], self._names, 1) if unknown else []
+        close = difflib.get_close_matches(rest.split("=")[0].split()[0], self.names, 1) if unknown else []
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"{message}{hint}; see {self.prog} --help")
 

@@ -13,28 +13,12 @@ from pathlib import Path
 import pytest
 
 from engine.command import Parser
-from engine.errors import UsageError
 from engine.options import OPTIONS
+from tests.commands import benchmark_names, check_lines, commands, parser_of
 from tests.conftest import ROOT
 
 LINES, COLUMNS = 40, 100
 HelpOf = Callable[..., str]
-PEERS = "benchmarks/peers/"
-NO_COMMANDS = {"engine/preprocess/decoder.py"}  # and the peers: processes that others start
-
-
-def commands() -> list[str]:
-    """What can be run by `python -m`, found by its text, so that a new one is not forgotten."""
-    found = []
-    for path in sorted(ROOT.glob("*/**/*.py")):
-        name = path.relative_to(ROOT).as_posix()
-        if name.startswith(".") or name in NO_COMMANDS or name == "tests/test_help.py":
-            continue
-        if path.name == "__main__.py" or "if __name__ ==" in (text := path.read_text()):
-            if name.startswith(PEERS) and "Job.from_command_line()" in text:
-                continue
-            found.append(name.removesuffix(".py").removesuffix("/__main__").replace("/", "."))
-    return found
 
 
 def shown(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,31 +54,31 @@ def test_every_command_has_help_that_fits_a_screen() -> None:
 
 
 def test_help_all_has_every_option(help_of: HelpOf) -> None:
-    from build_engines.__main__ import option_parser as of_building
-    from engine.doctor import option_parser as of_doctor
-    from engine.options import option_parser as of_run
-    from training.__main__ import option_parser as of_training
-
-    for parser in (of_run, of_doctor, of_training, of_building):
-        texts = {option: help_of(parser(), option) for option in ("--help", "--help-all")}
+    for command in ("engine.run", "engine.doctor", "training", "build_engines"):
+        texts = {option: help_of(parser_of(command), option) for option in ("--help", "--help-all")}
         check(texts["--help"], lines=LINES)
         check(texts["--help-all"], lines=2 * LINES)
         few, every = (set(re.findall(r"^  .*?(--[\w-]+)", text, re.MULTILINE)) for text in texts.values())
         assert few < every
-        if parser is of_run:
+        assert every == set(parser_of(command).names) | {"--help"}
+        if command == "engine.run":
             assert "not a medical device" in texts["--help"]
             assert {option.names[-1] for option in OPTIONS.values()} <= every
 
 
 def test_the_benchmarks_have_help_too(help_of: HelpOf) -> None:
-    from benchmarks.__main__ import option_parser
-
-    with pytest.raises(UsageError, match="invalid choice: '' ") as caught:
-        option_parser().parse_args([""])
-    names = re.findall(r"\w+", str(caught.value).split("choose from")[1].split(")")[0])
+    names = benchmark_names()
     assert "throughput" in names
     for name in names:
-        check(help_of(option_parser(), name, "--help"), lines=LINES)
+        check(help_of(parser_of("benchmarks"), name, "--help"), lines=LINES)
+
+
+def test_examples_are_right(help_of: HelpOf) -> None:
+    for command in commands():
+        whole = help_of(parser_of(command), "--help")
+        examples = re.split(r"^examples?:", whole, flags=re.MULTILINE)[1].split("\n\n")[0]
+        lines = [re.sub("  +", "  # ", line.strip()) for line in examples.splitlines()]
+        assert check_lines("\n".join(lines)) >= 1, command
 
 
 @pytest.fixture
