@@ -21,9 +21,8 @@ from build_engines.options import (
     Options,
     parse_capabilities,
 )
-from engine.command import Parser, number, whole
+from engine.command import Parser, number, size, whole
 from engine.errors import EngineError
-from engine.settings import parse_bytes
 
 _EXAMPLES = """\
 examples:
@@ -92,7 +91,7 @@ def option_parser() -> Parser:
         help="tensorrt: kept timings make rebuilds faster",
         more=True,
     )
-    add("--workspace", type=parse_bytes, metavar="SIZE", help="most scratch memory, such as 2GiB", more=True)
+    add("--workspace", type=size, metavar="SIZE", help="most scratch memory, such as 2GiB", more=True)
     add("--optimization-level", type=whole(0, 5), metavar="0..5", help="the builder's effort", more=True)
     add("--max-aux-streams", type=whole(0, 16), metavar="N", help="streams inside one member", more=True)
     add("--calibration", type=Path, metavar="DIR", help="images to calibrate and compare on (synthetic ones)")

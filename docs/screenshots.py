@@ -46,12 +46,14 @@ def draw(manifest: Path, bundle: Path) -> str:
     )
     say = partial(paper.print, markup=False, highlight=False, soft_wrap=True)
     with TemporaryDirectory() as scratch, Display(screen_now) as display:
-        drawn = []
+        drawn = False
 
         def watch(progress: Progress) -> None:
+            nonlocal drawn
             display(progress)
-            if not drawn and progress.rows_done >= 2 * progress.rows // 3:
-                drawn.append(paper.print(display.bar))
+            if not drawn and 3 * progress.rows_done >= 2 * progress.rows:
+                paper.print(display.bar)
+                drawn = True
 
         say(f"$ {COMMAND}", style="bold")
         summary = screen(

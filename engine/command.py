@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from engine.errors import UsageError
+from engine.settings import parse_bytes
 
 MAX_WIDTH = 100  # columns of --help
 
@@ -106,3 +107,11 @@ def number(low: float, high: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def size(text: str) -> int:
+    """Bytes, from 2GiB or the like."""
+    try:
+        return parse_bytes(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.bundle import DECODES
-from engine.command import Parser, number, whole
+from engine.command import Parser, number, size, whole
 from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.runners import PRECISIONS, RUNNERS
 from engine.settings import Settings, parse_location
@@ -148,7 +148,12 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             metavar="N",
         ),
         _first(
-            "--memory", "for images in flight (%(default)s)", operating=True, default="1GiB", metavar="SIZE"
+            "--memory",
+            f"for images in flight ({_PLAIN.limits.memory >> 30}GiB)",
+            operating=True,
+            type=size,
+            default=_PLAIN.limits.memory,
+            metavar="SIZE",
         ),
         _more(
             "--batch-size",
@@ -216,7 +221,13 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             default=_PLAIN.limits.max_pixels,
             metavar="N",
         ),
-        _more("--max-file-size", "of an image (%(default)s)", default="512MiB", metavar="SIZE"),
+        _more(
+            "--max-file-size",
+            f"of an image ({_PLAIN.limits.max_file_size >> 20}MiB)",
+            type=size,
+            default=_PLAIN.limits.max_file_size,
+            metavar="SIZE",
+        ),
         _more(
             "--decode", "of JPEG, as the bundle was trained (its own); another is refused", choices=DECODES
         ),

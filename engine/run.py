@@ -24,7 +24,7 @@ from engine.pipeline import GRACE_S
 from engine.privacy import Redaction, read_salt
 from engine.progress import Display, show_summary
 from engine.run_folder import recorded_bundle
-from engine.settings import Limits, Settings, parse_bytes, parse_moment
+from engine.settings import Limits, Settings, parse_moment
 from engine.storage import Url
 from engine.watching import JsonDisplay, run
 
@@ -37,9 +37,9 @@ def settings_from(arguments: list[str]) -> Settings:
     if given["only_errors"]:
         _take_from_run(given, {name for name, option in OPTIONS.items() if given[name] != option.default})
     limits = Limits(
-        memory=parse_bytes(given.pop("memory")),
+        memory=given.pop("memory"),
         max_pixels=given.pop("max_pixels"),
-        max_file_size=parse_bytes(given.pop("max_file_size")),
+        max_file_size=given.pop("max_file_size"),
     )
     if given["finish_by"]:
         given["finish_by"] = parse_moment(given["finish_by"], datetime.now(UTC))

@@ -40,7 +40,7 @@ from engine.provenance import defaults, describe
 from engine.records import Part
 from engine.run import answered, hush_libraries, stop_on_signal
 from engine.runners import Choice
-from engine.settings import Settings, available_cpus, parse_bytes, parse_location
+from engine.settings import Settings, available_cpus, parse_location
 from engine.sink import Layout, Sink
 from engine.store import LocalFolder
 from engine.tuned import CPU_BATCHES, GPU_BATCHES, Knobs, folder_of, keep, machine_of
@@ -432,7 +432,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int:
         given: dict[str, Any] = vars(option_parser().parse_args(arguments))
-        seconds, memory = given.pop("seconds"), parse_bytes(given.pop("memory"))
+        seconds, memory = given.pop("seconds"), given.pop("memory")
         settings = Settings(**given)
         settings = replace(settings, limits=replace(settings.limits, memory=memory))
         stop = stop_on_signal(console, None)

@@ -243,7 +243,7 @@ def test_a_folder_of_something_else_is_never_written_to(
         (["fine.csv", "--precision", "int4"], "invalid choice"),
         (["fine.csv", "--slots", "99"], "from 1 to 16"),
         (["fine.csv", "--runner", "tensorflow"], "allowed: auto, tensorrt, torch, onnx"),
-        (["fine.csv", "--memory", "lots"], "'lots' is not a size"),
+        (["fine.csv", "--memory", "lots"], "argument --memory: 'lots' is not a size"),
         (["fine.csv", "--max-error-rate", "2"], "between 0 and 1"),
         (["fine.csv", "--bogus"], "--bogus"),
         ([], "MANIFEST"),
