@@ -72,7 +72,7 @@ demo/bundle/ensemble.json: demo/images/normal
 	$(BIN)/python -m training demo/images -o demo/bundle --weights none --freeze --copies 0 --seed 1 --overwrite
 
 demo/contest/ensemble.json: | .venv/training.stamp
-	$(BIN)/python -m benchmarks.peers.bundle demo/contest
+	$(BIN)/python -m benchmarks bundle demo/contest
 
 demo/contest/plans/onnx-int8/resnet50.json: demo/contest/ensemble.json demo/calibration/manifest.csv
 	$(BIN)/python -m build_engines demo/contest --target onnx --precision int8 --calibration demo/calibration \

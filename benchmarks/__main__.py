@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.record import ROOT
+from engine.command import Parser
 from engine.errors import EngineError, UsageError
 
 INSTALL = (
@@ -24,129 +25,183 @@ Names = Any  # what argparse's add_subparsers gives
 
 
 def throughput_of(names: Names) -> None:
-    one = names.add_parser("throughput", help="end to end, each stage's ceiling, their ratio, peak memory")
+    one = _named(names, "throughput", "end to end, each stage's ceiling, their ratio, peak memory")
     _common(one, "throughput")
-    one.add_argument("--rows", type=int, help="2048, or 200000 with --null")
-    one.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
-    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
-    one.add_argument("--null", action="store_true", help="Python's own cost: nothing decoded, nothing scored")
-    one.add_argument("--work", type=Path, help="folder for images and results (a temporary one)")
+    one.add("--rows", type=int, help="2048, or 200000 with --null")
+    one.add("--rounds", type=int, default=7, help="repetitions (%(default)s)")
+    one.add("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add("--null", action="store_true", help="Python's own cost: nothing decoded, nothing scored")
+    one.add("--work", type=Path, help="folder for images and results (a temporary one)")
 
 
 def damage_of(names: Names) -> None:
-    one = names.add_parser("damage", help="the rate with none, 1 %% and 20 %% of the images damaged")
+    one = _named(names, "damage", "the rate with none, 1 % and 20 % of the images damaged")
     _common(one, "damage")
-    one.add_argument("--rows", type=int, default=800, help="(%(default)s)")
-    one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
-    one.add_argument("--radiographs", type=Path, metavar="DIR", help="JPEGs to damage (synthetic ones)")
+    one.add("--rows", type=int, default=800, help="images (%(default)s)")
+    one.add("--rounds", type=int, default=3, help="repetitions (%(default)s)")
+    one.add("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add("--radiographs", type=Path, metavar="DIR", help="JPEGs to damage (synthetic ones)")
 
 
 def decode_of(names: Names) -> None:
-    one = names.add_parser("decode", help="every format and DICOM syntax, beside Pillow, OpenCV and pydicom")
-    one.add_argument("--width", type=int, default=2140, help="pixels (%(default)s)")
-    one.add_argument("--height", type=int, default=1760, help="pixels (%(default)s)")
-    one.add_argument("--seconds", type=float, default=1.0, help="a figure (%(default)s)")
-    one.add_argument("--rounds", type=int, default=9, help="of --decode fast and its peers (%(default)s)")
-    one.add_argument("--images", type=int, default=16, help="synthetic ones for these (%(default)s)")
-    one.add_argument("--radiographs", type=Path, metavar="DIR", help="JPEGs in their place")
-    one.add_argument("-b", "--bundle", type=Path, help="whose scores on fast and exact pixels are compared")
+    one = _named(names, "decode", "every format and DICOM syntax, beside Pillow, OpenCV and pydicom")
+    one.add("--width", type=int, default=2140, help="pixels (%(default)s)")
+    one.add("--height", type=int, default=1760, help="pixels (%(default)s)")
+    one.add("--seconds", type=float, default=1.0, help="a figure (%(default)s)")
+    one.add("--rounds", type=int, default=9, help="of --decode fast and its peers (%(default)s)")
+    one.add("--images", type=int, default=16, help="synthetic ones for these (%(default)s)")
+    one.add("--radiographs", type=Path, metavar="DIR", help="JPEGs in their place")
+    one.add("-b", "--bundle", type=Path, help="whose scores on fast and exact pixels are compared")
     _output(one, "decode")
 
 
 def memory_of(names: Names) -> None:
-    one = names.add_parser("memory", help="peak memory of a long run beside that of a short one")
+    one = _named(names, "memory", "peak memory of a long run beside that of a short one")
     _common(one, "memory")
-    one.add_argument("--rows", type=int, default=2_000_000, help="(%(default)s)")
+    one.add("--rows", type=int, default=2_000_000, help="images (%(default)s)")
 
 
 def scaling_of(names: Names) -> None:
-    one = names.add_parser(
-        "scaling", help="cost against rows, image size, batch, threads, parts and bad files, with a plot"
+    one = _named(
+        names, "scaling", "cost against rows, image size, batch, threads, parts and bad files, with a plot"
     )
     _common(one, "scaling")
-    one.add_argument("--rows", type=int, default=2_000_000, help="at most (%(default)s)")
-    one.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    one.add_argument("--images", type=int, help="of a run with members (64 a core)")
-    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
-    one.add_argument("--quick", action="store_true", help="small settings, to see that it works")
-    one.add_argument("--series", nargs="+", choices=SERIES, default=list(SERIES), metavar="NAME")
+    one.add("--rows", type=int, default=2_000_000, help="at most (%(default)s)")
+    one.add("--rounds", type=int, default=3, help="repetitions (%(default)s)")
+    one.add("--images", type=int, help="of a run with members (64 a core)")
+    one.add("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add("--quick", action="store_true", help="small settings, to see that it works")
+    one.add(
+        "--series",
+        nargs="+",
+        choices=SERIES,
+        default=list(SERIES),
+        metavar="NAME",
+        help=f"of {', '.join(SERIES)}",
+    )
 
 
 def restart_of(names: Names) -> None:
-    one = names.add_parser("restart", help="start-up to the first finished batch; rows redone after a kill")
+    one = _named(names, "restart", "start-up to the first finished batch; rows redone after a kill")
     _common(one, "restart")
-    one.add_argument("--rows", type=int, default=512, help="(%(default)s)")
-    one.add_argument("--part-rows", type=int, default=64, help="(%(default)s)")
-    one.add_argument("--rounds", type=int, default=5, help="starts, and kills (%(default)s)")
-    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add("--rows", type=int, default=512, help="images (%(default)s)")
+    one.add("--part-rows", type=int, default=64, help="rows a part (%(default)s)")
+    one.add("--rounds", type=int, default=5, help="starts, and kills (%(default)s)")
+    one.add("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
 
 
 def training_of(names: Names) -> None:
-    one = names.add_parser(
-        "training", help="labelled images to a bundle to screened test images, with figures"
+    one = _named(
+        names,
+        "training",
+        "labelled images to a bundle to screened test images, with figures",
+        needed="--data DATA --name NAME",
+        example="--data demo/images --name demo --arguments=--freeze",
     )
-    one.add_argument("--data", type=Path, required=True, help="what python -m training takes")
-    one.add_argument("--name", required=True, help="of the JSON: training-NAME.json")
-    one.add_argument("--arguments", default="", help="further ones of python -m training, in one string")
+    one.add("--data", type=Path, required=True, help="what python -m training takes")
+    one.add("--name", required=True, help="of the JSON: training-NAME.json")
+    one.add("--arguments", default="", help="further ones of python -m training, in one string")
     _output(one, "training")
 
 
 def peers_of(names: Names) -> None:
-    one = names.add_parser(
-        "peers", help="the engine and what people write instead, in turn, on the same work"
-    )
-    one.add_argument("-b", "--bundle", type=Path, help="(one made for it, blind to rounding)")
-    one.add_argument("--archive", choices=("mixed", "uniform"), default="mixed", help="(%(default)s)")
-    one.add_argument("--rows", type=int, default=256, help="a contender and round (%(default)s)")
-    one.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
-    one.add_argument("--seed", type=int, default=1, help="of archive and order (%(default)s)")
-    one.add_argument("--only", nargs="+", metavar="NAME", help="these contenders, and the engine")
-    one.add_argument("--work", type=Path, help="folder for images, bundle and results (a temporary one)")
+    one = _named(names, "peers", "the engine and what people write instead, in turn, on the same work")
+    one.add("-b", "--bundle", type=Path, help="(one made for it, blind to rounding)")
+    one.add("--archive", choices=("mixed", "uniform"), default="mixed", help="its images (%(default)s)")
+    one.add("--rows", type=int, default=256, help="a contender and round (%(default)s)")
+    one.add("--rounds", type=int, default=5, help="repetitions (%(default)s)")
+    one.add("--seed", type=int, default=1, help="of archive and order (%(default)s)")
+    one.add("--only", nargs="+", metavar="NAME", help="these contenders, and the engine")
+    one.add("--work", type=Path, help="folder for images, bundle and results (a temporary one)")
     _output(one, "peers.contest")
 
 
 def tables_of(names: Names) -> None:
-    one = names.add_parser("tables", help="README's table and the plots, from the JSON files")
+    one = _named(names, "tables", "README's table and the plots, from the JSON files")
     _output(one, "tables")
 
 
 def gpu_of(names: Names) -> None:
-    one = names.add_parser("gpu", help="the GPU proof kit: members, decoding, end to end, peers, TensorRT")
-    one.add_argument("--device", default="cuda:0", help="(%(default)s); cpu runs what can run there")
-    one.add_argument("--rows", type=int, default=100_000, help="of the archive (%(default)s)")
-    one.add_argument("--peer-rows", type=int, default=20_000, help="(%(default)s)")
-    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
-    one.add_argument("--batch-size", type=int, default=128, help="end to end (%(default)s)")
-    one.add_argument("--batches", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512, 1024])
-    one.add_argument("--compiled-batches", type=int, nargs="*", default=[128, 512])
-    one.add_argument("--timed", type=float, default=1.0, help="seconds a decoding figure (%(default)s)")
-    one.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME")
-    one.add_argument("--work", type=Path, help="folder for images and results (a temporary one)")
+    one = _named(names, "gpu", "the GPU proof kit: members, decoding, end to end, peers, TensorRT")
+    one.add("--device", default="cuda:0", help="cpu runs what can run there (%(default)s)")
+    one.add("--rows", type=int, default=100_000, help="of the archive (%(default)s)")
+    one.add("--peer-rows", type=int, default=20_000, help="images that the peers get (%(default)s)")
+    one.add("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add("--batch-size", type=int, default=128, help="end to end (%(default)s)")
+    one.add(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[16, 32, 64, 128, 256, 512, 1024],
+        metavar="N",
+        help="of the members alone",
+    )
+    one.add(
+        "--compiled-batches",
+        type=int,
+        nargs="*",
+        default=[128, 512],
+        metavar="N",
+        help="the same, with torch.compile",
+    )
+    one.add("--timed", type=float, default=1.0, help="seconds a decoding figure (%(default)s)")
+    one.add(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        metavar="NAME",
+        help=f"of {', '.join(SECTIONS)}",
+    )
+    one.add("--work", type=Path, help="folder for images and results (a temporary one)")
     _output(one, "gpu.proof")
 
 
-def _common(one: argparse.ArgumentParser, module: str) -> None:
-    one.add_argument("-b", "--bundle", type=Path, default=Path("demo/bundle"), help="(%(default)s)")
+def bundle_of(names: Names) -> None:
+    text = "the bundle of `peers`, which tells right rows from wrong"
+    one = _named(names, "bundle", text, needed="FOLDER", example="demo/contest")
+    one.add("folder", type=Path, metavar="FOLDER", help="where it goes, if it is not there yet")
+    _runs(one, "peers.bundle")
+
+
+def _named(names: Names, name: str, text: str, *, needed: str = "", example: str = "") -> Parser:
+    made: Parser = names.add_parser(
+        name,
+        help=text.replace("%", "%%"),
+        summary=f"{needed} [option ...]".strip(),
+        description=f"{text[0].upper()}{text[1:]}.",
+        examples=f"example: python -m benchmarks {name} {example}".rstrip(),
+    )
+    return made
+
+
+def _common(one: Parser, module: str) -> None:
+    one.add("-b", "--bundle", type=Path, default=Path("demo/bundle"), help="model folder (%(default)s)")
     _output(one, module)
 
 
-def _output(one: argparse.ArgumentParser, module: str) -> None:
+def _output(one: Parser, module: str) -> None:
+    folder = ROOT / "benchmarks" / "results"
+    one.add("-o", "--output", type=Path, default=folder, metavar="FOLDER", help="of the JSON (here)")
+    _runs(one, module)
+
+
+def _runs(one: Parser, module: str) -> None:
     def run(console: Console, options: argparse.Namespace) -> None:
         importlib.import_module(f"benchmarks.{module}").main(console, options)  # each needs its own packages
 
-    folder = ROOT / "benchmarks" / "results"
-    one.add_argument("-o", "--output", type=Path, default=folder, help="folder of the JSON")
     one.set_defaults(run=run)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
+def option_parser() -> Parser:
+    parser = Parser(
+        "python -m benchmarks",
+        "NAME [option ...]",
         description="Measure the engine on this machine, beside what its stages could do alone.",
-        epilog="example: python -m benchmarks throughput -b demo/bundle",
+        examples="example: python -m benchmarks throughput -b demo/bundle\n\n"
+        "python -m benchmarks NAME --help shows the options of each.",
     )
-    names = parser.add_subparsers(metavar="NAME", required=True)
+    names = parser.add_subparsers(metavar="NAME", required=True, prog="python -m benchmarks")
     throughput_of(names)
     damage_of(names)
     decode_of(names)
@@ -156,9 +211,14 @@ def main() -> int:
     training_of(names)
     peers_of(names)
     gpu_of(names)
+    bundle_of(names)
     tables_of(names)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
     try:
+        options = option_parser().parse_args()
         options.run(Console(), options)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)

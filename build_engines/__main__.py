@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -23,43 +21,49 @@ from build_engines.options import (
     Options,
     parse_capabilities,
 )
-from engine.errors import EngineError, UsageError
-from engine.settings import parse_bytes
+from engine.command import Parser, number, size, whole
+from engine.errors import EngineError
 
-_EPILOG = """\
+_EXAMPLES = """\
 examples:
-  python -m build_engines bundle                                            FP16 plans for the GPU here
+  python -m build_engines bundle --calibration images    FP16 plans for the GPU here
   python -m build_engines bundle --target tensorrt_rtx --compute-capability sm86,sm89
-                                                                            ahead of time, without a GPU
-  python -m build_engines bundle --calibration images/                      compare on your own images
-  python -m build_engines bundle --target onnx --precision int8 --calibration images/
-                                                        INT8 on the CPU, for engine.run --precision int8
+                                                         the same without having that GPU
+  python -m build_engines bundle --target onnx --precision int8 --calibration images
+                                                         INT8 graphs for the CPU
 
-A plan that differs from the float32 reference by more than --limit is not installed: exit status 4. INT8 is
-calibrated on some of the images and compared on the others; --agreement and --auc-limit judge each member
-and the ensemble. Class folders, or a column with labels, say what is true; without them float32 does."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see python -m build_engines --help")
+A plan that differs from the float32 reference by more than --limit is not installed: exit status 4.
+INT8 is calibrated on some of the images and judged on the others, member by member and as a whole.
+Class folders, or a column with labels, say what is true; without them float32 does."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def option_parser() -> Parser:
     defaults = Options(bundle=Path())
-    parser = _Parser(
-        prog="python -m build_engines",
-        description="Compile the members of a bundle into TensorRT plans, or quantize them for the CPU; "
-        "each is compared with its reference.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "python -m build_engines",
+        "BUNDLE [option ...]",
+        description="Compile a bundle's members into TensorRT plans, or quantize them for the CPU.",
+        examples=_EXAMPLES,
+        help_all=True,
     )
-    add = parser.add_argument
+    add = parser.add
     add("bundle", type=Path, metavar="BUNDLE", help="model folder; the plans go into BUNDLE/plans")
-    add("--target", choices=TARGETS, default=defaults.target, help="(%(default)s)")
-    add("--frontend", choices=FRONTENDS, default=defaults.frontend, help="(%(default)s)")
-    add("--precision", choices=PRECISIONS, default=defaults.precision, help="(%(default)s)")
-    add("--batch-size", type=_whole(1, 4096), default=defaults.batch_size, metavar="N", help="(%(default)s)")
+    add("--target", choices=TARGETS, default=defaults.target, help="what runs it (%(default)s)")
+    add(
+        "--frontend",
+        choices=FRONTENDS,
+        default=defaults.frontend,
+        help="what reads the members (%(default)s)",
+        more=True,
+    )
+    add("--precision", choices=PRECISIONS, default=defaults.precision, help="of the members (%(default)s)")
+    add(
+        "--batch-size",
+        type=whole(1, 4096),
+        default=defaults.batch_size,
+        metavar="N",
+        help="most images a batch (%(default)s)",
+    )
     add(
         "--compute-capability",
         dest="compute_capabilities",
@@ -68,57 +72,63 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SM",
         help="tensorrt_rtx: GPUs to build for, such as sm86,sm89 (the GPU here)",
     )
-    add("--hardware-compatible", action="store_true", help="tensorrt: one plan for Ampere and newer")
-    add("--version-compatible", action="store_true", help="tensorrt: runs under later minor versions too")
-    add("--timing-cache", type=Path, metavar="FILE", help="tensorrt: kept timings make rebuilds faster")
-    add("--workspace", type=parse_bytes, metavar="SIZE", help="most scratch memory, such as 2GiB")
-    add("--optimization-level", type=_whole(0, 5), metavar="0..5", help="the builder's effort")
-    add("--max-aux-streams", type=_whole(0, 16), metavar="N", help="streams inside one member")
+    add(
+        "--hardware-compatible",
+        action="store_true",
+        help="tensorrt: one plan for Ampere and newer",
+        more=True,
+    )
+    add(
+        "--version-compatible",
+        action="store_true",
+        help="tensorrt: runs under later minor versions too",
+        more=True,
+    )
+    add(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="tensorrt: kept timings make rebuilds faster",
+        more=True,
+    )
+    add("--workspace", type=size, metavar="SIZE", help="most scratch memory, such as 2GiB", more=True)
+    add("--optimization-level", type=whole(0, 5), metavar="0..5", help="the builder's effort", more=True)
+    add("--max-aux-streams", type=whole(0, 16), metavar="N", help="streams inside one member", more=True)
     add("--calibration", type=Path, metavar="DIR", help="images to calibrate and compare on (synthetic ones)")
     add(
         "--calibration-images",
-        type=_whole(1, 100_000),
+        type=whole(1, 100_000),
         default=defaults.calibration_images,
         metavar="N",
-        help="(%(default)s)",
+        help="of these, at most (%(default)s)",
     )
-    add("--limit", type=_share, metavar="P", help=f"in probability ({LIMIT:g}; int8: any)")
+    add(
+        "--limit",
+        type=number(0, 1),
+        metavar="P",
+        help=f"largest difference in probability ({LIMIT:g}; int8: any)",
+    )
     add(
         "--agreement",
-        type=_share,
+        type=number(0, 1),
         metavar="F",
-        help=f"of the class ({AGREEMENT:g}; int8: {INT8_AGREEMENT:g})",
+        help=f"share of images that keep their class ({AGREEMENT:g}; int8: {INT8_AGREEMENT:g})",
     )
     add(
-        "--auc-limit", type=_share, default=defaults.auc_limit, metavar="D", help="int8: in AUC (%(default)g)"
+        "--auc-limit",
+        type=number(0, 1),
+        default=defaults.auc_limit,
+        metavar="D",
+        help="int8: largest loss of AUC (%(default)g)",
     )
     return parser
-
-
-def _whole(low: int, high: int):
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build and report. Returns the exit status."""
     console = Console(stderr=True, emoji=False)
     try:
-        options = Options(**vars(_parser().parse_args(arguments)))
+        options = Options(**vars(option_parser().parse_args(arguments)))
         from build_engines.build import build  # seconds of imports: after --help and wrong arguments
         from build_engines.progress import shown
 

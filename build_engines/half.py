@@ -11,7 +11,9 @@ try:
     from google.protobuf.message import DecodeError
     from onnx import TensorProto
 except ImportError as error:
-    raise UsageError(f"ONNX can't be imported ({error}); install it with: pip install '.[int8]'") from None
+    raise UsageError(
+        f"ONNX can't be imported ({error}); install it with: pip install -c constraints.txt '.[int8]'"
+    ) from None
 
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 _LARGEST = 65_504.0
@@ -27,7 +29,8 @@ def half_graph(data: bytes) -> bytes:
         from onnxconverter_common import float16
     except ImportError as error:
         raise UsageError(
-            f"onnxconverter-common can't be imported ({error}); install it with: pip install '.[build]'"
+            f"onnxconverter-common can't be imported ({error}); install it with: "
+            "pip install -c constraints.txt '.[build]'"
         ) from None
     try:
         model = onnx.load_model_from_string(data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import threading
@@ -15,15 +14,16 @@ from engine.bundle import Decode
 from engine.errors import EngineError
 from engine.job import Say, Watch
 from engine.ledger import Summary
+from engine.options import OPTIONS, Option
 from engine.storage import Url
 from engine.store import reason
 
-NOT_HERE = frozenset(("help", "log_json", "dry_run"))  # of the command line alone
+NOT_HERE = frozenset(("log_json", "dry_run"))  # of the command line alone
 AnyPlace = str | os.PathLike[str] | Url
 
 
 class Options(TypedDict, total=False):
-    """What `python -m engine.run --help` explains, by the same names; what is left out is as it is there."""
+    """What `python -m engine.run --help-all` explains, by its names; what is left out is as it is there."""
 
     output: AnyPlace
     bundle: str | os.PathLike[str]
@@ -86,12 +86,10 @@ def screen(
         raise EngineError(f"{where}{reason(error)}") from error
 
 
-def _arguments(options: dict[str, Any]) -> Iterator[str]:
+def _arguments(given: dict[str, Any]) -> Iterator[str]:
     """The command line that says the same."""
-    known = {action.dest: action for action in run.option_parser()._actions if action.option_strings}
-    for name in NOT_HERE:
-        del known[name]
-    for name, value in options.items():
+    known = {name: option for name, option in OPTIONS.items() if name not in NOT_HERE}
+    for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
@@ -99,23 +97,22 @@ def _arguments(options: dict[str, Any]) -> Iterator[str]:
         yield from _argument(known[name], value)
 
 
-def _argument(action: argparse.Action, value: Any) -> Iterator[str]:
-    names = action.option_strings
+def _argument(option: Option, value: Any) -> Iterator[str]:
+    flag, takes = option.names[-1], option.takes
     if value is None:
         return
-    if action.nargs == 0:
+    if takes in ("nothing", "yes or no"):
         if not isinstance(value, bool):
-            raise TypeError(f"{action.dest} is {value!r}; allowed: True, False")
-        if isinstance(action, argparse.BooleanOptionalAction):
-            yield names[0] if value else names[1]
-        elif value:
-            yield names[0]
+            raise TypeError(f"{option.name} is {value!r}; allowed: True, False")
+        if value:
+            yield flag
+        elif takes == "yes or no":
+            yield flag.replace("--", "--no-", 1)
         return
-    several = isinstance(action.default, list)
-    if several and isinstance(value, str):
-        raise TypeError(f"{action.dest} is {value!r}; allowed: a list of texts")
-    values: Iterable[Any] = value if several else (value,)
-    yield from (f"{names[-1]}={_text(one)}" for one in values)
+    if takes == "values" and isinstance(value, str):
+        raise TypeError(f"{option.name} is {value!r}; allowed: a list of texts")
+    values: Iterable[Any] = value if takes == "values" else (value,)
+    yield from (f"{flag}={_text(one)}" for one in values)
 
 
 def _text(value: Any) -> str:

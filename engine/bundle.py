@@ -71,8 +71,10 @@ def load(path: Path) -> Bundle:
     try:
         raw = description.read_bytes()
     except OSError as error:
-        hint = f"make one with: python -m training DATA -o {path}"
-        raise UsageError(f"bundle {path}: {DESCRIPTION}: {error.strerror}; {hint}") from None
+        hint = f"give a model folder, or make one with: python -m training DATA -o {path}"
+        missing = isinstance(error, FileNotFoundError)
+        why = f"no {DESCRIPTION} there" if missing else f"{DESCRIPTION}: {error.strerror}"
+        raise UsageError(f"bundle {path}: {why}; {hint}") from None
     try:
         bundle = _parse(path, json.loads(raw), hashlib.sha256(raw).hexdigest())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine import bundle, installed, plans
+from engine import bundle, installed, options, plans
 from engine.bundle import Bundle
+from engine.command import Parser
 from engine.errors import UsageError
 from engine.findings import Report, size
 from engine.gpu import choice as gpu_choice
@@ -32,7 +33,7 @@ from engine.job import Say, choice_of
 from engine.log import Log
 from engine.plans import Gpu
 from engine.provenance import processor_name
-from engine.run import answered, hush_libraries, option_parser, places, settings_from
+from engine.run import answered, hush_libraries, places, settings_from
 from engine.runners import Choice
 from engine.settings import Settings, available_cpus
 from engine.survey import survey
@@ -307,6 +308,15 @@ def report_to(stream: TextIO, settings: Settings, *, manifest: bool, say: Say, s
     return report.exit_status
 
 
+def option_parser() -> Parser:
+    return options.option_parser(
+        "python -m engine.doctor",
+        "What a run with these options would do on this machine, and what stands in its way.",
+        "examples:\n  python -m engine.doctor -b bundle\n  python -m engine.doctor manifest.csv -b bundle",
+        needs_manifest=False,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     hush_libraries()
@@ -315,13 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     say: Say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
 
     def work() -> int:
-        parser = option_parser(
-            "python -m engine.doctor",
-            "What a run with these options would do on this machine, and what stands in its way.",
-            "example: python -m engine.doctor manifest.csv -b bundle",
-            needs_manifest=False,
-        )
-        manifest = parser.parse_args(given).manifest is not None
+        manifest = option_parser().parse_args(given).manifest is not None
         settings = settings_from(given if manifest else [*given, "."])  # any place will do
         log.known = places(settings)
         return report_to(sys.stdout, settings, manifest=manifest, say=say, stop=threading.Event())

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from pathspec import PathSpec
 
 from engine import header
+from engine.command import Parser
 from engine.errors import EngineError, UsageError
 from engine.settings import parse_location
 from engine.storage import ReadError, Url, archive
@@ -238,22 +239,36 @@ def list_place(
         raise UsageError(f"manifest {place}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m engine.manifest FOLDER -o list.parquet`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.manifest",
+def option_parser() -> Parser:
+    """Of `python -m engine.manifest`."""
+    from engine.options import OPTIONS  # here, since a run's options know manifests
+
+    parser = Parser(
+        "python -m engine.manifest",
+        "FOLDER [-o MANIFEST] [option ...]",
         description="List the images of a folder or archive, with size and time of change, as a manifest.",
-        allow_abbrev=False,
-        epilog="example: python -m engine.manifest /archive -o manifest.parquet --exclude 'backup/**'",
+        examples="example: python -m engine.manifest /archive -o manifest.parquet --exclude 'backup/**'",
     )
-    parser.add_argument(
+    parser.add(
         "folder", type=parse_location, metavar="FOLDER", help="or a .zip or .tar, here or in an object store"
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("manifest.parquet"), help="(%(default)s)")
-    add_globs(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT")
+    parser.add(
+        *("-o", "--output"),
+        type=Path,
+        default=Path("manifest.parquet"),
+        metavar="MANIFEST",
+        help="the list that is made (%(default)s)",
+    )
+    for name in ("include", "exclude"):
+        OPTIONS[name].add_to(parser, more=False)
+    parser.add("--overwrite", action="store_true", help="replace MANIFEST")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m engine.manifest FOLDER -o list.parquet`."""
     try:
-        options = parser.parse_args(arguments)
+        options = option_parser().parse_args(arguments)
         print(_made(options), file=sys.stderr)
         print(options.output)
     except EngineError as error:
@@ -263,13 +278,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
         return 1
     return 0
-
-
-def add_globs(parser: argparse.ArgumentParser) -> None:
-    for name, what in (("include", "only these files"), ("exclude", "not these files")):
-        parser.add_argument(
-            f"--{name}", action="append", default=[], metavar="GLOB", help=f"of a folder or archive: {what}"
-        )
 
 
 def _made(options: argparse.Namespace) -> str:

@@ -35,6 +35,7 @@ from engine.store import atomic
 _BLOCK = 4 << 20
 _IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG")
 _LOOKS_LIKE_PATH = re.compile(r"[/\\]|\.[A-Za-z][A-Za-z0-9]{0,4}$")
+_SPREADSHEETS = (".xlsx", ".xls", ".ods")
 
 
 class _Source(Protocol):
@@ -152,6 +153,8 @@ def open_manifest(
             exclude=exclude,
             since=since,
         )
+    if source.suffix.lower() in _SPREADSHEETS:
+        raise UsageError(f"manifest {source}: this is a spreadsheet; save it as CSV (in Excel: CSV UTF-8)")
     try:
         whole = has_to_be_listed(source)
         if (include or exclude) and not whole:

@@ -7,7 +7,6 @@ one bucket and one part, however many rows there are.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from engine.command import Parser
 from engine.errors import EngineError, UsageError
 from engine.listing import PATH
 from engine.records import Status
@@ -270,18 +270,24 @@ def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
         yield rest
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.merge",
+def option_parser() -> Parser:
+    parser = Parser(
+        "python -m engine.merge",
+        "RESULTS [RESULTS ...] -o MERGED",
         description="Join the results of several runs: one row per image, the newest score. The runs have to "
-        "be finished and of one bundle.",
-        epilog="example: python -m engine.merge monday tuesday -o merged",
+        "be\nfinished and of one bundle.",
+        examples="example: python -m engine.merge monday tuesday -o merged",
     )
-    parser.add_argument("results", nargs="+", metavar="RESULTS", help="folder, s3://, gs:// or az://")
-    parser.add_argument("-o", "--output", required=True, help="a new folder, or s3://, gs://, az://")
-    given = parser.parse_args(arguments)
+    parser.add("results", nargs="+", metavar="RESULTS", help="folder, s3://, gs:// or az://")
+    parser.add(
+        *("-o", "--output"), required=True, metavar="MERGED", help="a new folder, or s3://, gs://, az://"
+    )
+    return parser
 
+
+def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
+        given = option_parser().parse_args(arguments)
         _tell(merge([parse_location(one) for one in given.results], parse_location(given.output)))
         print(given.output)
         return 0

@@ -25,9 +25,9 @@ class Display:
         self._console = console
         self._shown = time.monotonic()
         self._task: TaskID | None = None
-        self._bar: Bar | None = None
+        self.bar: Bar | None = None  # on a terminal
         if console.is_terminal:
-            self._bar = Bar(
+            self.bar = Bar(
                 BarColumn(None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]:.1f} images/s, {task.fields[errors]} errors, ETA"),
@@ -38,26 +38,26 @@ class Display:
             )
 
     def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
+        if self.bar:
+            self.bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self.bar:
+            self.bar.stop()
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         done = progress.rows_before + progress.rows_done
-        if now - self._shown < (BAR_EVERY_S if self._bar else LINE_EVERY_S) and done < progress.rows:
+        if now - self._shown < (BAR_EVERY_S if self.bar else LINE_EVERY_S) and done < progress.rows:
             return
         self._shown = now
-        if self._bar:
+        if self.bar:
             if self._task is None:
-                self._task = self._bar.add_task("", total=progress.rows, rate=0.0, errors=0, forecast="")
-            self._bar.update(
+                self._task = self.bar.add_task("", total=progress.rows, rate=0.0, errors=0, forecast="")
+            self.bar.update(
                 self._task,
                 completed=done,
                 rate=progress.rate,

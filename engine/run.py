@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import math
 import os
-import re
 import signal
 import sys
 import threading
@@ -14,235 +11,35 @@ import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, TextIO, cast
 
 from rich.console import Console
 
-from engine.bundle import DECODES
 from engine.errors import EngineError, ErrorRateError, NothingNew, Stopped, UsageError
 from engine.ledger import Summary
-from engine.listing import add_globs
 from engine.log import Log, nowhere
+from engine.options import OPTIONS, option_parser
 from engine.pipeline import GRACE_S
 from engine.privacy import Redaction, read_salt
 from engine.progress import Display, show_summary
-from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.run_folder import recorded_bundle
-from engine.runners import PRECISIONS, RUNNERS
-from engine.settings import Limits, Settings, parse_bytes, parse_location, parse_moment
+from engine.settings import Limits, Settings, parse_moment
 from engine.storage import Url
 from engine.watching import JsonDisplay, run
 
-NOTICE = "Research use only; not a medical device. The output is a work list for people, not a diagnosis."
-EXAMPLE = "example: python -m engine.run manifest.csv -b bundle -o results"
 GIVE_UP_S = 2 * GRACE_S  # after this long without a clean stop the process ends all the same
-_OPERATING = frozenset(
-    (
-        "manifest",
-        "only_errors",
-        "paths_from",
-        "redact",
-        "salt_file",
-        "bundle",
-        "workers",
-        "memory",
-        "read_timeout_s",
-        "finish_by",
-        "max_error_rate",
-        "serial",
-        "slots",
-        "streams",
-        "cuda_graph",
-        "metrics_file",
-        "log_json",
-        "dry_run",
-    )
-)
-MAX_BATCH, MAX_PART_ROWS, MAX_WORKERS = 4096, 1_000_000, 1024
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def option_parser(
-    prog: str = "python -m engine.run",
-    description: str = "Screen a list of bone radiographs: one row of class probabilities per image.",
-    example: str = EXAMPLE,
-    *,
-    needs_manifest: bool = True,
-) -> argparse.ArgumentParser:
-    defaults = Settings(manifest=Path())
-    parser = Parser(
-        prog=prog,
-        description=description,
-        epilog=f"{example}\n\n{NOTICE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # what is asked for stands on the command line in full
-    )
-    add = parser.add_argument
-    add(
-        "manifest",
-        type=parse_location,
-        nargs=None if needs_manifest else "?",
-        metavar="MANIFEST",
-        help="CSV, Parquet, text list, folder, zip or tar",
-    )
-    add(
-        "-o",
-        "--output",
-        type=parse_location,
-        default=defaults.output,
-        help="results folder, or s3://, gs://, az:// (%(default)s)",
-    )
-    add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
-    add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
-    add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        help="of the members (fp16 on a GPU, fp32 on a CPU; int8: on a CPU, from build_engines)",
-    )
-    add("--decode", choices=DECODES, help="of JPEG, as the bundle was trained (its own); another is refused")
-    add(
-        "--batch-size",
-        type=_count(MAX_BATCH),
-        metavar="N",
-        help=f"images a batch (as tuned; else {CPU_BATCH} on a CPU, {GPU_BATCH} or the plan's on a GPU)",
-    )
-    add(
-        "--part-rows",
-        type=_count(MAX_PART_ROWS),
-        metavar="N",
-        help=f"rows a part, the unit of resume ({CPU_PART_ROWS} on a CPU, {GPU_PART_ROWS} on a GPU)",
-    )
-    add("--path-column", metavar="NAME", help="manifest column with the paths (path, else the first)")
-    add("--column-prefix", default=defaults.column_prefix, metavar="TEXT", help="put before manifest columns")
-    add("--root", type=parse_location, help="folder of relative paths (the manifest's own)")
-    add(
-        "--workers",
-        type=_count(MAX_WORKERS),
-        metavar="N",
-        help="CPU threads (as tuned; else all that this process may use)",
-    )
-    add("--memory", default="1GiB", metavar="SIZE", help="for images in flight (%(default)s)")
-    pixels = defaults.limits.max_pixels
-    add("--max-pixels", type=_count(), default=pixels, metavar="N", help="of an image (%(default)s)")
-    add("--max-file-size", default="512MiB", metavar="SIZE", help="of an image (%(default)s)")
-    add(
-        "--read-timeout",
-        dest="read_timeout_s",
-        type=_seconds,
-        default=defaults.read_timeout_s,
-        metavar="S",
-        help="seconds that reading one file may take (%(default)g)",
-    )
-    add(
-        "--finish-by", metavar="TIME", help="stop at a clean point in time for 06:00, or an ISO date and time"
-    )
-    add(
-        "--max-error-rate",
-        type=_share,
-        default=defaults.max_error_rate,
-        metavar="F",
-        help="share of failed rows that still counts as success (%(default)g)",
-    )
-    add(
-        "--only-errors",
-        action="store_true",
-        help="MANIFEST is a results folder: try its failed rows again, with the options of that run",
-    )
-    add_globs(parser)
-    add(
-        "--since",
-        type=parse_location,
-        metavar="RESULTS",
-        help="only what is new or changed since that run (everything if the bundle is)",
-    )
-    add("--include-uids", action="store_true", help="DICOM's study, series and SOP UIDs as columns")
-    add("--redact", action="store_true", help="a keyed hash in place of each path, no other manifest columns")
-    add("--keep", action="append", default=[], metavar="COLUMN", help="with --redact: not this one")
-    add("--salt-file", type=Path, metavar="FILE", help="key of --redact's hashes (ENGINE_SALT)")
-    add(
-        "--paths-from",
-        type=parse_location,
-        metavar="MANIFEST",
-        help="with --only-errors: the manifest of a run with --redact, whose results name no path",
-    )
-    add("--overwrite", action="store_true", help="delete the run that OUTPUT holds and start again")
-    add(
-        "--decoder",
-        choices=("auto", "cpu"),
-        default=defaults.decoder,
-        help="cpu: each image decoded strictly there, for a GPU too (%(default)s)",
-    )
-    add(
-        "--slots",
-        type=_count(16),
-        default=defaults.slots,
-        metavar="N",
-        help="batches on the GPU (%(default)s)",
-    )
-    add("--streams", type=_count(2), metavar="N", help="1: members in turn, 2: at once (the faster)")
-    add(
-        "--cuda-graph",
-        action=argparse.BooleanOptionalAction,
-        default=defaults.cuda_graph,
-        help="replay each batch's step as one graph",
-    )
-    add("--metrics-file", type=Path, metavar="FILE", help="Prometheus text, written anew every few seconds")
-    add("--log-json", action="store_true", help="one JSON object a line on stderr")
-    add("--dry-run", action="store_true", help="only say what the run would do, as python -m engine.doctor")
-    add(
-        "--serial",
-        action="store_true",
-        help="one stage after the other; for checks, the results are the same",
-    )
-    return parser
-
-
-def _count(most: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
-        if value < 1 or (most and value > most):
-            allowed = f"a whole number from 1 to {most}" if most else "a positive whole number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
-        return value
-
-    return parse
-
-
-def number(text: str, low: float, high: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between {low:g} and {high:g}")
-    return value
-
-
-def _share(text: str) -> float:
-    return number(text, 0, 1)
-
-
-def _seconds(text: str) -> float:
-    return number(text, 0.1, 86_400)
 
 
 def settings_from(arguments: list[str]) -> Settings:
     """Raises UsageError, and SystemExit for --help."""
-    parser = option_parser()
-    given: dict[str, Any] = vars(parser.parse_args(arguments))
+    given: dict[str, Any] = vars(option_parser().parse_args(arguments))
     if given["only_errors"]:
-        _take_from_run(given, {name for name in given if given[name] != parser.get_default(name)})
+        _take_from_run(given, {name for name, option in OPTIONS.items() if given[name] != option.default})
     limits = Limits(
-        memory=parse_bytes(given.pop("memory")),
+        memory=given.pop("memory"),
         max_pixels=given.pop("max_pixels"),
-        max_file_size=parse_bytes(given.pop("max_file_size")),
+        max_file_size=given.pop("max_file_size"),
     )
     if given["finish_by"]:
         given["finish_by"] = parse_moment(given["finish_by"], datetime.now(UTC))
@@ -262,9 +59,11 @@ def _redaction(given: dict[str, Any]) -> Redaction | None:
 
 def _take_from_run(given: dict[str, Any], changed: set[str]) -> None:
     """--only-errors: the options are those of the run, but for how it is operated."""
-    wrong = changed - _OPERATING - ({"root"} if given["paths_from"] else set())
+    wrong = {OPTIONS[name].names[-1] for name in changed if not OPTIONS[name].operating}
+    if given["paths_from"]:
+        wrong.discard("--root")
     if wrong:
-        option = "--" + min(wrong).replace("_", "-")
+        option = min(wrong)
         raise UsageError(f"{option} can't be given with --only-errors, which takes it from the run")
     if "bundle" not in changed:
         given["bundle"] = recorded_bundle(given["manifest"])

@@ -14,7 +14,6 @@ import statistics
 import sys
 import threading
 import time
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -31,16 +30,18 @@ from rich.console import Console
 
 from engine import bundle
 from engine.bundle import Bundle
+from engine.command import Parser, number
 from engine.errors import EngineError, Stopped, UsageError
 from engine.job import Say, check_paths, choice_of
 from engine.ledger import Progress
 from engine.manifest import Manifest, open_manifest
+from engine.options import OPTIONS
 from engine.pipeline import Opening, Stages, meters_for
 from engine.provenance import defaults, describe
 from engine.records import Part
-from engine.run import Parser, answered, hush_libraries, number, stop_on_signal
-from engine.runners import PRECISIONS, RUNNERS, Choice
-from engine.settings import Settings, available_cpus, parse_bytes, parse_location
+from engine.run import answered, hush_libraries, stop_on_signal
+from engine.runners import Choice
+from engine.settings import Settings, available_cpus, parse_location
 from engine.sink import Layout, Sink
 from engine.store import LocalFolder
 from engine.tuned import CPU_BATCHES, GPU_BATCHES, Knobs, folder_of, keep, machine_of
@@ -404,15 +405,14 @@ def _in_words(found: Found, choice: Choice) -> str:
     return f"the defaults ({own}) stay: {found.rate(default):.1f} images/s{beside}"
 
 
-def _parser() -> Parser:
+def option_parser() -> Parser:
     parser = Parser(
-        prog="python -m engine.tune",
+        "python -m engine.tune",
+        "BUNDLE --sample MANIFEST [option ...]",
         description="Find the options that are fastest here for your own images; engine.run uses them.",
-        epilog="example: python -m engine.tune bundle --sample manifest.csv",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        examples="example: python -m engine.tune bundle --sample manifest.csv",
     )
-    plain, add = Settings(manifest=Path()), parser.add_argument
+    add = parser.add
     add("bundle", type=Path, metavar="BUNDLE", help="model folder; the profile goes into BUNDLE.tuning")
     add(
         "--sample",
@@ -422,15 +422,9 @@ def _parser() -> Parser:
         metavar="MANIFEST",
         help="as engine.run",
     )
-    add(
-        "--seconds", type=partial(number, low=1, high=86_400), default=60.0, metavar="S", help="(%(default)g)"
-    )
-    add("--device", default=plain.device, help="auto, cpu or cuda:N (%(default)s)")
-    add("--runner", default=plain.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
-    add("--precision", choices=PRECISIONS, help="of the members (fp16 on a GPU, fp32 on a CPU)")
-    add("--path-column", metavar="NAME", help="manifest column with the paths (path, else the first)")
-    add("--root", type=parse_location, help="folder of relative paths (the manifest's own)")
-    add("--memory", default="1GiB", metavar="SIZE", help="for images in flight (%(default)s)")
+    add("--seconds", type=number(1, 86_400), default=60.0, metavar="S", help="to take for it (%(default)g)")
+    for name in ("device", "runner", "precision", "path_column", "root", "memory"):
+        OPTIONS[name].add_to(parser, more=False)
     return parser
 
 
@@ -440,8 +434,8 @@ def main(arguments: list[str] | None = None) -> int:
     hush_libraries()
 
     def work() -> int:
-        given: dict[str, Any] = vars(_parser().parse_args(arguments))
-        seconds, memory = given.pop("seconds"), parse_bytes(given.pop("memory"))
+        given: dict[str, Any] = vars(option_parser().parse_args(arguments))
+        seconds, memory = given.pop("seconds"), given.pop("memory")
         settings = Settings(**given)
         settings = replace(settings, limits=replace(settings.limits, memory=memory))
         stop = stop_on_signal(console, None)

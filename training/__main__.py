@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -12,24 +11,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from engine.bundle import DECODES
-from engine.errors import EngineError, UsageError
+from engine.command import Parser
+from engine.errors import EngineError
 from training.settings import Balance, Duplicates, Normalization, Options, Schedule, choices
 
 LEAST_COLUMNS = 100  # of the table at the end
 STOPPED = 5  # exit status: the same command with --resume goes on
-_EPILOG = """\
+_EXAMPLES = """\
 examples:
   python -m training radiographs -o bundle
-  python -m training radiographs -o bundle --freeze          heads only, on cached features: for a CPU
-  python -m training radiographs -o bundle --check-data      copies, leaks and shortcuts; trains nothing
-  python -m training labels.csv -o bundle --folds 5          columns path, label; optional patient, split
+  python -m training radiographs -o bundle --freeze       heads only, on cached features: for a CPU
+  python -m training radiographs -o bundle --check-data   copies, leaks, shortcuts; trains nothing
+  python -m training labels.csv -o bundle --folds 5       columns path, label; maybe patient, split
 
 Beside the bundle, BUNDLE.training holds split.csv, copies.csv and left_out.csv, which name files.
 Research use only, not a medical device."""
@@ -73,65 +73,77 @@ def _unexpected(error: Exception) -> str:
     return f"{type(error).__name__}: {text}; with ENGINE_DEBUG=1 it comes with its traceback"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see: python -m training --help")
-
-
-def _parse(arguments: Sequence[str] | None) -> Options:
-    parser = _Parser(
-        prog="python -m training",
+def option_parser() -> Parser:
+    parser = Parser(
+        "python -m training",
+        "DATA -o BUNDLE [option ...]",
         description="Train an ensemble on labelled images and write a bundle for the engine.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
+        help_all=True,
     )
     _add_data(parser)
     _add_members(parser)
     _add_recipe(parser)
     _add_run(parser)
-    given = vars(parser.parse_args(arguments))
+    return parser
+
+
+def _parse(arguments: Sequence[str] | None) -> Options:
+    given = vars(option_parser().parse_args(arguments))
     given["size"] = tuple(given["size"])
     return Options(**given)
 
 
-def _adder(group: Any) -> Callable[..., None]:
+def _adder(parser: Parser, title: str) -> Callable[..., None]:
     """Adds an option with the default that the dataclass has."""
+    group = parser.add_argument_group(title)
 
-    def add(flag: str, text: str, **more: Any) -> None:
+    def add(flag: str, text: str, **rest: Any) -> None:
         default = getattr(Options, flag.removeprefix("--").replace("-", "_"))
         shown = "" if default in (None, False, 0) or isinstance(default, tuple) else f" ({default})"
-        group.add_argument(flag, default=default, help=text + shown, **more)
+        parser.add(flag, group=group, default=default, help=text + shown, **rest)
 
     return add
 
 
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", metavar="DATA", type=Path, help="folder of class folders, or a CSV")
-    parser.add_argument(
-        "-o", "--output", metavar="BUNDLE", type=Path, required=True, help="where the bundle goes"
-    )
-    add = _adder(parser.add_argument_group("data"))
+def _add_data(parser: Parser) -> None:
+    parser.add("data", metavar="DATA", type=Path, help="folder of class folders, or a CSV")
+    parser.add(*("-o", "--output"), metavar="BUNDLE", type=Path, required=True, help="where the bundle goes")
+    add = _adder(parser, "data")
     add("--classes", "names of the classes, in order (what the data says)", nargs="+", metavar="NAME")
     add("--path-column", "of a CSV (path, else the first)", metavar="NAME")
     add("--label-column", "of a CSV", metavar="NAME")
-    add("--root", "folder that relative paths of a CSV start at (its own)", type=Path, metavar="DIR")
+    add(
+        "--root",
+        "folder that relative paths of a CSV start at (its own)",
+        type=Path,
+        metavar="DIR",
+        more=True,
+    )
     add(
         "--duplicates",
         "copies of one image: group keeps them on one side of the split, drop uses one of them and none with "
         "contradicting labels, ignore is the paper's protocol and leaks",
         choices=choices(Duplicates),
+        more=True,
     )
-    add("--allow-leak", "use the split that the data comes with even if it leaks", action="store_true")
+    add(
+        "--allow-leak",
+        "use the split that the data comes with even if it leaks",
+        action="store_true",
+        more=True,
+    )
     add(
         "--decode",
         "of JPEG: in full, or fast by a scaled DCT, which the bundle then asks of screening",
         choices=DECODES,
+        more=True,
     )
     add("--check-data", "look at the data and stop", action="store_true")
 
 
-def _add_members(parser: argparse.ArgumentParser) -> None:
-    add = _adder(parser.add_argument_group("members"))
+def _add_members(parser: Parser) -> None:
+    add = _adder(parser, "members")
     add(
         "--members",
         "torchvision's classifiers (resnet50 inception_v3)",
@@ -144,39 +156,57 @@ def _add_members(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="W",
     )
-    add("--size", "input in pixels (224 224)", nargs=2, metavar=("H", "W"), type=int)
-    add("--normalization", "after the division by 255, inside the graphs", choices=choices(Normalization))
+    add("--size", "input in pixels (224 224)", nargs=2, metavar=("H", "W"), type=int, more=True)
+    add(
+        "--normalization",
+        "after the division by 255, inside the graphs",
+        choices=choices(Normalization),
+        more=True,
+    )
 
 
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    add = _adder(parser.add_argument_group("recipe"))
+def _add_recipe(parser: Parser) -> None:
+    add = _adder(parser, "recipe")
     add("--freeze", "train the heads only", action="store_true")
-    add("--copies", "augmented copies of each training image for the heads", type=int, metavar="N")
-    add("--head-epochs", "of the heads, at most", type=int, metavar="N")
-    add("--head-rate", "learning rate of the heads", type=float, metavar="R")
-    add("--epochs", "of the whole network, at most (40; 150 from random weights)", type=int, metavar="N")
+    add("--copies", "augmented copies of each training image for the heads", type=int, metavar="N", more=True)
+    add("--head-epochs", "of the heads, at most", type=int, metavar="N", more=True)
+    add("--head-rate", "learning rate of the heads", type=float, metavar="R", more=True)
+    add(
+        "--epochs",
+        "of the whole network, at most (40; 150 from random weights)",
+        type=int,
+        metavar="N",
+        more=True,
+    )
     add(
         "--rate",
         "learning rate of the whole network (1e-4; 1e-3 from random weights)",
         type=float,
         metavar="R",
+        more=True,
     )
     add(
         "--patience",
         "epochs without a better validation macro-F1 (heads 40; whole network 10, 40 from random weights)",
         type=int,
         metavar="N",
+        more=True,
     )
-    add("--batch-size", "images at once", type=int, metavar="N")
-    add("--schedule", "of the learning rate", choices=choices(Schedule))
-    add("--balance", "classes by weights in the loss, or by sampling", choices=choices(Balance))
-    add("--temperature-scaling", "fit the ensemble's temperature on the validation set", action="store_true")
+    add("--batch-size", "images at once", type=int, metavar="N", more=True)
+    add("--schedule", "of the learning rate", choices=choices(Schedule), more=True)
+    add("--balance", "classes by weights in the loss, or by sampling", choices=choices(Balance), more=True)
+    add(
+        "--temperature-scaling",
+        "fit the ensemble's temperature on the validation set",
+        action="store_true",
+        more=True,
+    )
     add("--folds", "also cross-validate with this many folds", type=int, metavar="K")
-    add("--seed", "of everything random", type=int, metavar="N")
+    add("--seed", "of everything random", type=int, metavar="N", more=True)
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    add = _adder(parser.add_argument_group("run"))
+def _add_run(parser: Parser) -> None:
+    add = _adder(parser, "run")
     add("--device", "auto, cpu, cuda or cuda:N", metavar="D")
     add("--resume", "go on with the training that was interrupted", action="store_true")
     add("--overwrite", "replace a bundle that is there, and an unfinished training", action="store_true")

@@ -14,7 +14,6 @@ spacing: after a resize to 224 x 224 a pixel is 0.28-0.34 mm, and the finest spa
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
@@ -26,13 +25,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import fft, ndimage
 from scipy.special import expit, ndtr, ndtri
+
+from engine.command import Parser
+from engine.errors import UsageError
 
 CLASSES = ("normal", "osteopenia", "osteoporosis")
 NORMAL_FROM, OSTEOPOROSIS_TO = -1.0, -2.5  # T-score, WHO 1994: normal T >= -1.0, osteoporosis T <= -2.5
@@ -507,36 +509,36 @@ def write_class_folders(
     return folder
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+def option_parser() -> Parser:
+    parser = Parser(
+        "python -m training.synthetic",
+        "OUT --count N [option ...]",
+        description="Write synthetic knee radiographs with known T-scores.",
+        examples="example: python -m training.synthetic archive --count 200 --seed 7 --size 500 1400",
+    )
+    add = parser.add
+    add("out", type=Path, metavar="OUT", help="folder to write, made if absent")
+    add("--count", type=int, required=True, metavar="N", help="images; with --class-folders, of each class")
+    add("--seed", type=int, default=0, metavar="S", help="the same seed draws the same images (%(default)s)")
+    add("--size", type=int, nargs=2, default=(500, 2600), metavar=("MIN", "MAX"), help="pixels a side")
+    add("--class-folders", action="store_true", help="a folder per class and no manifest: for training")
+    add("--balanced", action="store_true", help="as many images of each class in the manifest")
+    add("--processes", type=int, metavar="P", help="at once (one per core)")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 0 when all is written, 2 with one line on stderr when it cannot be."""
-    parser = _Parser(
-        prog="python -m training.synthetic",
-        description="Write synthetic knee radiographs with known T-scores.",
-        epilog="example: python -m training.synthetic /tmp/archive --count 200 --seed 7 --size 500 1400",
-    )
-    add = parser.add_argument
-    add("out", type=Path, metavar="OUT", help="folder to write, made if absent")
-    add("--count", type=int, required=True, metavar="N", help="images; with --class-folders, of each class")
-    add("--seed", type=int, default=0, metavar="S", help="the same seed draws the same images (default 0)")
-    add("--size", type=int, nargs=2, default=(500, 2600), metavar=("MIN", "MAX"), help="pixels a side")
-    add("--class-folders", action="store_true", help="a folder per class and no manifest: for training")
-    add("--balanced", action="store_true", help="as many images of each class in the manifest")
-    add("--processes", type=int, metavar="P", help="default: one per core")
-    given = parser.parse_args(arguments)
-    shared = {"seed": given.seed, "size_range": tuple(given.size), "processes": given.processes}
     try:
+        given = option_parser().parse_args(arguments)
+        shared = {"seed": given.seed, "size_range": tuple(given.size), "processes": given.processes}
         if given.class_folders:
             print(write_class_folders(given.out, per_class=given.count, **shared))
         else:
             balance: Balance = "balanced" if given.balanced else "natural"
             print(write_archive(given.out, count=given.count, balance=balance, **shared))
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except (UsageError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""The contest's bundle, which tells right rows from wrong: `python -m benchmarks.peers.bundle FOLDER`.
+"""The contest's bundle, which tells right rows from wrong: `python -m benchmarks bundle FOLDER`.
 
 Random convolutions amplify what no two decoders agree on: in the demo bundle, pixels that differ from the
 engine's by 0.1 gray levels on average and by 1 at most (Pillow's) move a probability by up to 0.4, as another
@@ -10,12 +10,13 @@ are what varies within. On 127 files Pillow then moves a probability by 0.0025 a
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from rich.console import Console
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
@@ -83,5 +84,5 @@ def look_along(head: nn.Sequential, matrix: Floats, offset: Floats, logit_sd: fl
         layer.bias.data = torch.from_numpy(bias).float()
 
 
-if __name__ == "__main__":
-    print(contest_bundle(Path(sys.argv[1])))
+def main(console: Console, options: argparse.Namespace) -> None:
+    print(contest_bundle(options.folder))

@@ -144,7 +144,7 @@ def _import() -> None:
     except ImportError:
         raise UsageError(
             "there are DICOM files, and pydicom, which reads them, is missing; install it with: "
-            "pip install '.[dicom]'"
+            "pip install -c constraints.txt '.[dicom]'"
         ) from None
     config.settings.reading_validation_mode = config.IGNORE
     # its words may hold header values

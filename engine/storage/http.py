@@ -28,7 +28,8 @@ def _pool() -> urllib3.PoolManager:
         import urllib3
     except ImportError:
         raise UsageError(
-            "https:// needs the package urllib3, which is not installed; pip install '.[remote]'"
+            "https:// needs the package urllib3, which is missing; install it with: "
+            "pip install -c constraints.txt '.[remote]'"
         ) from None
     return urllib3.PoolManager(
         num_pools=64,

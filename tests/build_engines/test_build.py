@@ -260,7 +260,7 @@ def test_small_bundles_build_in_both_precisions(tmp_path):
         (["--target", "onnx", "--calibration", "nowhere"], "nowhere"),
         (["--batch-size", "0"], "whole number from 1"),
         (["--optimization-level", "9"], "whole number from 0 to 5"),
-        (["--limit", "2"], "from 0 to 1"),
+        (["--limit", "2"], "between 0 and 1"),
         (["--bogus"], "--bogus"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 import engine
 from engine.api import NOT_HERE, Options
 from engine.ledger import Progress
-from engine.run import option_parser
+from engine.options import OPTIONS
 from tests.conftest import ROOT
 
 
@@ -33,8 +33,7 @@ def test_importing_is_light() -> None:
 
 
 def test_options_are_those_of_the_command_line() -> None:
-    on_the_command_line = {action.dest for action in option_parser()._actions} - NOT_HERE - {"manifest"}
-    assert set(Options.__annotations__) == on_the_command_line
+    assert set(Options.__annotations__) == OPTIONS.keys() - NOT_HERE
 
 
 def test_a_run_from_a_thread(archive: Path, bundle: Path, tmp_path: Path) -> None:

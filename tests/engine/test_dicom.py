@@ -518,5 +518,5 @@ def test_without_pydicom(tmp_path: Path, bundle: Path, archive: Path) -> None:
     (archive / "image-99.dcm").write_bytes(dicom(TWELVE))
     done = run_module("without", [archive, "-b", bundle, "-o", "second"], folder=tmp_path, timeout_s=60)
     assert done.returncode == 2
-    assert "pip install '.[dicom]'" in done.stderr
+    assert "pip install -c constraints.txt '.[dicom]'" in done.stderr
     assert "Traceback" not in done.stderr

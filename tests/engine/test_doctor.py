@@ -110,7 +110,7 @@ def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp
     for changes, words, command in (
         (
             {"bundle": tmp_path / "no"},
-            r"bundle .*no: ensemble\.json",
+            r"bundle .*no: no ensemble\.json there",
             f"python -m training DATA -o {tmp_path}/no",
         ),
         ({"manifest": tmp_path / "no.csv"}, "no such file", "python -m engine.run MANIFEST"),

@@ -151,6 +151,7 @@ def test_parts_are_consecutive_and_can_be_chosen(tmp_path: Path) -> None:
         ("m.txt", b"\xe9.png\n", "not UTF-8"),
         ("m.parquet", b"PAR1 and then nothing", "manifest"),
         ("m.csv", b"\xff\xd8\xff\xe0JFIF", "this is an image"),
+        ("m.xlsx", b"PK\x03\x04", "this is a spreadsheet; save it as CSV"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

@@ -575,7 +575,9 @@ def test_without_urllib3_one_line_says_how_to_get_it(
     command = [sys.executable, "-m", "engine.run", "m.csv", "-b", str(bundle)]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].endswith("is not installed; pip install '.[remote]'")
+    assert run.stderr.splitlines()[-1].endswith(
+        "is missing; install it with: pip install -c constraints.txt '.[remote]'"
+    )
 
 
 def test_a_local_run_pays_for_none_of_it() -> None:

@@ -192,11 +192,11 @@ def test_what_can_not_stand_side_by_side(screened: Screen, tmp_path: Path, capsy
         engine.read_results(tmp_path / "merged")
 
 
-def test_what_the_readme_shows(
+def test_what_the_page_shows(
     archive: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    section = (ROOT / "README.md").read_text().split("\n## Using the results\n")[1].split("\n## ")[0]
-    code = "\n".join(line[4:] for line in section.splitlines() if not line or line.startswith("    "))
+    page = (ROOT / "docs" / "results.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     assert {"engine", "pandas", "duckdb"} <= set(re.findall(r"^import (\w+)", code, re.MULTILINE))
     monkeypatch.chdir(tmp_path)
     Path("bundle").symlink_to(bundle)

@@ -9,7 +9,6 @@ order, bit for bit: a picture that depends on what was decoded before it is anot
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import random
@@ -27,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
+from engine.command import Parser, whole
+from engine.errors import UsageError
 from engine.records import Status
-from tests.bundles import write_bundle
 from tests.fuzz.mutations import mutate
 from tests.fuzz.samples import samples
 from tests.fuzz.watched import Row, Run, culprits, screen
@@ -87,6 +87,8 @@ def fuzz(
 
     `formats` keeps the base files to some formats; all when empty.
     """
+    from tests.bundles import write_bundle  # seconds of imports: after --help
+
     bundle = write_bundle(folder / "bundle")
     bases = {
         f"{name}.{picture}": data
@@ -277,16 +279,30 @@ def keep(problems: Iterable[Problem], work: Path, target: Path) -> None:
         shutil.copy(work / str(path), target)
 
 
+def option_parser() -> Parser:
+    parser = Parser(
+        "python -m tests.fuzz",
+        "[option ...]",
+        description="Thousands of damaged images through the real command line, each row checked, thrice.",
+        examples="example: python -m tests.fuzz --count 20000 --seed 1",
+    )
+    add = parser.add
+    add("--count", type=whole(), default=2000, metavar="N", help="files (%(default)s)")
+    add("--seed", type=whole(0), default=1, metavar="S", help="the same seed, the same files (%(default)s)")
+    add("--formats", nargs="+", default=(), metavar="NAME", help="such as jpeg png (all)")
+    add("--memory", type=float, default=1000, metavar="MB", help="allowed at the peak (%(default)s)")
+    add("--timeout", type=float, metavar="S", help="seconds a run (60 and 0.05 for each file)")
+    add("--output", type=Path, metavar="FILE", help="JSON of what was found")
+    add("--keep", type=Path, metavar="FOLDER", help="for the files that show a problem")
+    return parser
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, default=2000, help="files (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
-    parser.add_argument("--formats", nargs="+", default=(), metavar="NAME", help="such as jpeg png (all)")
-    parser.add_argument("--memory", type=float, default=1000, help="MB at the peak (%(default)s)")
-    parser.add_argument("--timeout", type=float, help="seconds a run (60 and 0.05 for each file)")
-    parser.add_argument("--output", type=Path, help="JSON of what was found")
-    parser.add_argument("--keep", type=Path, help="folder for the files that show a problem")
-    options = parser.parse_args()
+    try:
+        options = option_parser().parse_args()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
     before = record.machine()
     limits = {"memory_mb": options.memory, "timeout_s": options.timeout or 60 + 0.05 * options.count}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:

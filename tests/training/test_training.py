@@ -322,7 +322,7 @@ def test_bad_input_is_one_clear_line(
 
 
 def test_help_names_defaults(training: Command) -> None:
-    run = training("--help")
+    run = training("--help-all")
     assert run.returncode == 0
     for expected in ("--freeze", "(cosine)", "(200)", "Research use only"):
         assert expected in run.stdout
