@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ FOOTERS_AT_ONCE = 16
 _LABELS = np.array([status.label for status in Status])
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 METADATA = b"engine"
+_PART = b"part"
 UIDS = ("study_uid", "series_uid", "sop_uid")
 
 
@@ -183,6 +185,7 @@ class Done:
     rows: int
     by_status: dict[str, int]
     by_class: dict[str, int]
+    written: datetime | None  # for the first time, UTC; unknown of parts of older versions
 
     @property
     def errors(self) -> int:
@@ -226,18 +229,26 @@ class Sink:
         name = part_name(index)
         try:
             table = part.table(self._layout)
+            written: datetime | None = datetime.now(UTC)
             if self._fold:
-                table = _folded(self._folder.read(name, _table), table)
+                old = self._folder.read(name, _table)
+                table, written = _folded(old, table), _written(json.loads(old.schema.metadata[_PART]))
             done = Done(
                 index,
                 table.column("row")[0].as_py(),
                 table.num_rows,
                 _counts(table, "status"),
                 _counts(table, "prediction"),
+                written,
             )
-            facts = {"part": index, "by_status": done.by_status, "by_class": done.by_class}
+            facts = {
+                "part": index,
+                "by_status": done.by_status,
+                "by_class": done.by_class,
+                "written": written and written.isoformat(timespec="milliseconds"),
+            }
             table = table.replace_schema_metadata(
-                {METADATA: self._provenance, b"part": json.dumps(facts).encode()}
+                {METADATA: self._provenance, _PART: json.dumps(facts).encode()}
             )
             self._folder.write(
                 name, partial(pq.write_table, table, compression="zstd", row_group_size=ROW_GROUP)
@@ -299,14 +310,14 @@ def finished(folder: Folder, run_id: str) -> dict[int, Done]:
 
 def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:
     metadata = footer.metadata or {}
-    facts, owner = json.loads(metadata[b"part"]), json.loads(metadata[METADATA])["run_id"]
+    facts, owner = json.loads(metadata[_PART]), json.loads(metadata[METADATA])["run_id"]
     if owner != run_id:
         raise ValueError(f"it belongs to run {owner}")
     if facts["part"] != index:
         raise ValueError(f"it is part {facts['part']}")
     row, prediction = _statistics(footer, "row"), _statistics(footer, "prediction")
     first, last = min(group.min for group in row), max(group.max for group in row)
-    done = Done(index, first, footer.num_rows, facts["by_status"], facts["by_class"])
+    done = Done(index, first, footer.num_rows, facts["by_status"], facts["by_class"], _written(facts))
     if last - first + 1 != done.rows:
         raise ValueError(f"rows {first} to {last} in {done.rows} rows")
     if sum(done.by_status.values()) != done.rows:
@@ -315,6 +326,11 @@ def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:
     if not scored == done.by_status.get("ok", 0) == sum(done.by_class.values()):
         raise ValueError(f"{scored} rows have scores, {done.by_status.get('ok', 0)} are ok")
     return done
+
+
+def _written(facts: dict[str, Any]) -> datetime | None:
+    moment = facts.get("written")
+    return datetime.fromisoformat(moment) if moment else None
 
 
 def _statistics(footer: pq.FileMetaData, column: str) -> list[Any]:
