@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 HERE = Path(__file__).parent
 DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
+SPACES = "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}"  # of our own numbers
 SERIES = 8  # colours in style.css; a ninth line has the first one's
 DASHES = ("none", "5 2", "1.5 1.5", "6 2 1.5 2")  # in line widths, as matplotlib and SVG count them
 
@@ -39,8 +41,13 @@ def environment(*folders: Path, **filters: Any) -> jinja2.Environment:
 
 def printable(value: Any) -> Any:
     """Control characters, lone surrogates and marks that turn the direction of text are replaced."""
+    if isinstance(value, Markup):  # made here
+        return value
     if isinstance(value, str):
-        return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in value)
+        return "".join(
+            letter if letter.isprintable() or letter in SPACES else "\N{REPLACEMENT CHARACTER}"
+            for letter in value
+        )
     if isinstance(value, dict):
         return {printable(key): printable(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -91,4 +98,4 @@ def shown(value: Any) -> str:
         return ", ".join(map(shown, value)) or DASH
     if isinstance(value, dict):
         return ", ".join(f"{name} {shown(one)}" for name, one in value.items()) or DASH
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value) or DASH
