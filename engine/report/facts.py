@@ -240,7 +240,7 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
     from engine.report.curves import draw_reliability, draw_roc, plot
 
     truth, votes = labelled.sample()
-    resamples = RESAMPLES[len(truth) > SAMPLE // 10]
+    resamples = RESAMPLES[len(truth) > SAMPLE // 4]
     names = ["ensemble", *shape.members]
     rows = np.arange(len(truth))
     voters = {

@@ -23,7 +23,7 @@ from engine.results import Results
 BINS = 50  # of a probability's histogram
 FINE_BINS = 400  # of the members' disagreement, most of which is near 0
 REASONS = 100  # different ones of a status that are told apart
-SAMPLE = 50_000  # labelled rows that the figures are taken from, at most
+SAMPLE = 10_000  # labelled rows that the figures are taken from, at most
 LABEL = "label"
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
