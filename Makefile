@@ -9,8 +9,8 @@ GPU_PYTHON ?= python3
 
 run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
 	$(BIN)/python -m engine.run demo/archive/manifest.csv -b demo/bundle -o demo/results
-	@$(BIN)/python -c 'import pandas as pd; \
-	  rows = pd.read_parquet("demo/results").sort_values("p_osteoporosis", ascending=False); \
+	@$(BIN)/python -c 'import engine; \
+	  rows = engine.read_results("demo/results").sort_values("p_osteoporosis", ascending=False); \
 	  print("\nThe rows with the highest probability of osteoporosis, of", len(rows), "in demo/results:\n"); \
 	  print(rows[["row", "path", "label", "prediction", "confidence", "p_osteoporosis"]].head(10).to_string(index=False))'
 

@@ -23,6 +23,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.processes import peak_memory
 from engine.errors import EngineError
+from engine.results import read_results
 
 FIGURES = ("accuracy", "macro_precision", "macro_recall", "macro_f1", "auc", "balanced_accuracy", "kappa")
 AGREEMENT = 1e-9  # of accuracy and macro-F1 from the Parquet rows with those that training reports
@@ -41,7 +42,7 @@ def main(console: Console, options: Any) -> None:
         split[split["split"] == "test"].to_csv(manifest, index=False)
         screened = _run(console, ["-m", "engine.run", manifest, "-b", bundle, "-o", work / "results"])
         evaluation = json.loads((bundle / "evaluation.json").read_text())
-        rows = pd.read_parquet(work / "results")
+        rows = read_results(work / "results")
     engine = _scores(rows, evaluation["classes"])
     _check(engine, evaluation)
     figures = {

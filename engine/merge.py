@@ -160,23 +160,12 @@ def _ages(runs: dict[str, dict[str, Any]]) -> dict[str, int]:
 
 def _tables(source: Results, wanted: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Row groups, in order, with `run_id` and `run_row`."""
-
-    def group(number: int, file: pa.NativeFile) -> tuple[int, pa.Table]:
-        opened = pq.ParquetFile(file)
-        columns = [name for name in wanted or opened.schema_arrow.names if name in opened.schema_arrow.names]
-        return opened.num_row_groups, opened.read_row_group(number, columns)
-
-    for name in source.parts:
-        number, groups = 0, 1
-        while number < groups:
-            groups, table = source.files.read(name, partial(group, number))
-            number += 1
-            table = table.replace_schema_metadata(None)
-            if "runs" not in source.run:
-                (run_id,) = source.runs
-                table = table.append_column(RUN_ID, pa.array([run_id] * table.num_rows, pa.string()))
-                table = table.append_column(RUN_ROW, table.column("row"))
-            yield table
+    for table in source.tables(wanted):
+        if "runs" not in source.run:
+            (run_id,) = source.runs
+            table = table.append_column(RUN_ID, pa.array([run_id] * table.num_rows, pa.string()))
+            table = table.append_column(RUN_ROW, table.column("row"))
+        yield table
 
 
 def _kept(found: Sequence[Results], ages: dict[str, int], scratch: Path) -> npt.NDArray[np.bool_]:

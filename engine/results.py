@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -16,7 +19,7 @@ import pyarrow.parquet as pq
 from engine.errors import EngineError, UsageError
 from engine.run_folder import SUCCESS, RunFolder, parts_of
 from engine.settings import parse_location
-from engine.sink import METADATA, part_name
+from engine.sink import METADATA, Done, part_name
 from engine.storage import Url
 from engine.storage.location import Place
 from engine.store import Folder, open_folder, reason
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MERGED = "_merged.json"
+PARTS_AHEAD = 4
 
 
 def read_results(
@@ -81,6 +85,8 @@ class Results:
     run: dict[str, Any]  # `_run.json`, or `_merged.json`
     parts: tuple[str, ...]  # names, in order
     rows: int
+    done: tuple[Done, ...]  # the parts of a run, in order; none of merged results
+    finished: bool
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
@@ -91,6 +97,32 @@ class Results:
         """Without provenance; there has to be a part."""
         schema: pa.Schema = self.files.read(self.parts[0], pq.read_schema)
         return schema.remove_metadata()
+
+    def tables(
+        self, columns: Sequence[str] | None = None, *, words: Sequence[str] = ()
+    ) -> Iterator[pa.Table]:
+        """Row groups, in order: `columns` of them, where they are there, `words` as dictionaries.
+
+        The first of the next few parts are read meanwhile.
+        """
+
+        def take(number: int, file: pa.NativeFile) -> tuple[int, pa.Table]:
+            opened = pq.ParquetFile(file, read_dictionary=list(words))
+            names = opened.schema_arrow.names
+            table = opened.read_row_group(number, [name for name in columns or names if name in names])
+            return opened.num_row_groups, table.replace_schema_metadata(None)
+
+        def read(name: str, number: int) -> tuple[int, pa.Table]:
+            return self.files.read(name, partial(take, number))
+
+        with ThreadPoolExecutor(PARTS_AHEAD) as threads:
+            first = deque(threads.submit(read, name, 0) for name in self.parts[:PARTS_AHEAD])
+            for index, name in enumerate(self.parts, PARTS_AHEAD):
+                groups, table = first.popleft().result()
+                first.extend(threads.submit(read, later, 0) for later in self.parts[index : index + 1])
+                yield table
+                for number in range(1, groups):
+                    yield read(name, number)[1]
 
     def dataset(self) -> ds.Dataset:
         schema = self.schema().with_metadata({METADATA: json.dumps(self.run).encode()})
@@ -118,12 +150,15 @@ def _of_run(place: Place, *, unfinished: bool) -> Results:
     assert run is not None
     done = folder.finished(run)
     rows = sum(part.rows for part in done.values())
-    if not unfinished and not (folder.succeeded() and len(done) == parts_of(run)):
+    finished = folder.succeeded() and len(done) == parts_of(run)
+    if not unfinished and not finished:
         raise UsageError(
             f"results {place}: the run is not finished, {rows} of {run['rows']} rows are there; give its own "
             "command again (in Python, unfinished=True reads what there is)"
         )
-    return Results(place, folder.files, run, tuple(map(part_name, sorted(done))), rows)
+    order = sorted(done)
+    parts, names = tuple(done[index] for index in order), tuple(map(part_name, order))
+    return Results(place, folder.files, run, names, rows, parts, finished)
 
 
 def _merged(place: Place, files: Folder) -> Results:
@@ -143,4 +178,4 @@ def _merged(place: Place, files: Folder) -> Results:
             raise ValueError("no runs")
     except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UsageError(f"results {place}: {MERGED}: {' '.join(str(error).split())[:200]}") from None
-    return Results(place, files, run, names, rows)
+    return Results(place, files, run, names, rows, (), finished=True)

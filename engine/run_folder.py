@@ -15,6 +15,7 @@ from engine.storage.location import Url
 from engine.store import LOCK, STALE_S, StoreError, as_json, open_folder, reason
 
 RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
+REPORT, EXPLANATIONS = "report.html", "explanations"  # of a finished run: a page, a folder of overlays
 
 
 def _short(value: object) -> str:
@@ -76,7 +77,14 @@ class RunFolder:
 
     def _clear(self) -> None:
         names = self.files.names()
-        for name in [SUCCESS, *(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
+        self.withdraw()
+        explanations = open_folder(self.path / EXPLANATIONS)
+        for name in explanations.names():
+            explanations.delete(name)
+        if isinstance(self.path, Path):
+            with suppress(OSError):  # there is none, or somebody put a folder there
+                (self.path / EXPLANATIONS).rmdir()
+        for name in [*(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
             self.files.delete(name)
 
     def listing(self) -> Path:
@@ -127,7 +135,8 @@ class RunFolder:
 
     def withdraw(self) -> None:
         """The run is not finished, or not any more."""
-        self.files.delete(SUCCESS)
+        for name in (SUCCESS, REPORT):
+            self.files.delete(name)
 
     def succeeded(self) -> bool:
         return self.files.exists(SUCCESS)

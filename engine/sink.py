@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ FOOTERS_AT_ONCE = 16
 _LABELS = np.array([status.label for status in Status])
 _PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
 METADATA = b"engine"
+_PART = b"part"
 UIDS = ("study_uid", "series_uid", "sop_uid")
 
 
@@ -184,6 +186,7 @@ class Done:
     by_status: dict[str, int]
     by_class: dict[str, int]
     by: dict[str, Any]  # who scored it: see `provenance.worker`; empty in results of older versions
+    written: datetime | None  # for the first time, UTC; unknown of parts of older versions
 
     @property
     def errors(self) -> int:
@@ -233,8 +236,10 @@ class Sink:
         name = part_name(index)
         try:
             table = part.table(self._layout)
+            written: datetime | None = datetime.now(UTC)
             if self._fold:
-                table = _folded(self._folder.read(name, _table), table)
+                old = self._folder.read(name, _table)
+                table, written = _folded(old, table), _written(json.loads(old.schema.metadata[_PART]))
             done = Done(
                 index,
                 table.column("row")[0].as_py(),
@@ -242,15 +247,17 @@ class Sink:
                 _counts(table, "status"),
                 _counts(table, "prediction"),
                 self._by,
+                written,
             )
             facts = {
                 "part": index,
                 "by_status": done.by_status,
                 "by_class": done.by_class,
                 "by": done.by,
+                "written": written and written.isoformat(timespec="milliseconds"),
             }
             table = table.replace_schema_metadata(
-                {METADATA: self._provenance, b"part": json.dumps(facts).encode()}
+                {METADATA: self._provenance, _PART: json.dumps(facts).encode()}
             )
             self._folder.write(
                 name, partial(pq.write_table, table, compression="zstd", row_group_size=ROW_GROUP)
@@ -312,14 +319,22 @@ def finished(folder: Folder, run_id: str) -> dict[int, Done]:
 
 def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:
     metadata = footer.metadata or {}
-    facts, owner = json.loads(metadata[b"part"]), json.loads(metadata[METADATA])["run_id"]
+    facts, owner = json.loads(metadata[_PART]), json.loads(metadata[METADATA])["run_id"]
     if owner != run_id:
         raise ValueError(f"it belongs to run {owner}")
     if facts["part"] != index:
         raise ValueError(f"it is part {facts['part']}")
     row, prediction = _statistics(footer, "row"), _statistics(footer, "prediction")
     first, last = min(group.min for group in row), max(group.max for group in row)
-    done = Done(index, first, footer.num_rows, facts["by_status"], facts["by_class"], facts.get("by", {}))
+    done = Done(
+        index,
+        first,
+        footer.num_rows,
+        facts["by_status"],
+        facts["by_class"],
+        facts.get("by", {}),
+        _written(facts),
+    )
     if last - first + 1 != done.rows:
         raise ValueError(f"rows {first} to {last} in {done.rows} rows")
     if sum(done.by_status.values()) != done.rows:
@@ -328,6 +343,11 @@ def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:
     if not scored == done.by_status.get("ok", 0) == sum(done.by_class.values()):
         raise ValueError(f"{scored} rows have scores, {done.by_status.get('ok', 0)} are ok")
     return done
+
+
+def _written(facts: dict[str, Any]) -> datetime | None:
+    moment = facts.get("written")
+    return datetime.fromisoformat(moment) if moment else None
 
 
 def _statistics(footer: pq.FileMetaData, column: str) -> list[Any]:

@@ -20,8 +20,9 @@ from engine.pipeline import screen
 from engine.progress import LINE_EVERY_S
 from engine.records import Status
 from engine.retry import retry
+from engine.run_folder import REPORT
 from engine.settings import Settings
-from engine.store import atomic
+from engine.store import atomic, open_folder
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -45,11 +46,25 @@ def run(
                 watch(progress)
 
         summary = work(settings, watch=seen, say=say, stop=stop)
+        _report(summary, say, stop)
         if summary.errors > settings.max_error_rate * summary.rows:
             raise ErrorRateError(
                 f"{summary.errors} of {summary.rows} rows failed, more than --max-error-rate allows", summary
             )
     return summary
+
+
+def _report(summary: Summary, say: Say, stop: threading.Event | None) -> None:
+    """Write report.html. The run is finished: whatever goes wrong here is a line and no more."""
+    try:
+        if not summary.rows_done and open_folder(summary.output).exists(REPORT):
+            return
+        from engine.report import write
+
+        write(summary.output, say=say, stop=stop)
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        say(f"{REPORT} is not written: {why}; python -m engine.report RESULTS tries again")
 
 
 def snapshot(progress: Progress) -> dict[str, Any]:

@@ -2,78 +2,30 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Sequence
-from importlib import resources
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-import jinja2
-import matplotlib.style
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
+
+from engine.report.curves import FAINT, LINES, draw_reliability, draw_roc, line, plot
+from engine.report.page import DASH, count, counted, environment, number, percent, printable, span
 
 TEMPLATE = "report.html.j2"
-DASH = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
 PHASES = {"head": "head alone", "whole": "whole network"}
 FEW = 20  # test images of a class, below which the report says so
 ROWS = 10  # of the weights search that are shown
-SERIES = 8  # colours in the page's style; a ninth class has the first one's
-DASHES = ("none", "5 2", "1.5 1.5", "6 2 1.5 2")  # in line widths, as matplotlib and SVG count them
 CURVES = {"train_loss": (1, 1), "validation_loss": (0, 0), "validation_macro_f1": (2, 0)}  # colour, dash
 SEARCHED = {"macro_f1": 2, "nll": 0}  # colour
-
-# Stand-ins for what the page decides, by light or dark: matplotlib knows no CSS variables.
-_INK, _FAINT = "#000001", "#000002"
-_LINES = tuple(f"#0001{number:02x}" for number in range(SERIES))
-_COLOURS = {_INK: "currentColor", _FAINT: "var(--faint)"} | {
-    stand_in: f"var(--series-{number})" for number, stand_in in enumerate(_LINES)
-}
-_STYLE = {
-    "axes.edgecolor": _FAINT,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.labelcolor": _INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "none",
-    "font.size": 9,
-    "grid.alpha": 0.4,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "text.parse_math": False,
-    "xtick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.color": _FAINT,
-    "ytick.labelcolor": _INK,
-}
 
 
 def render(evaluation: dict[str, Any]) -> str:
     """The page; the same input gives the same text. Names in it may hold anything."""
-    facts = _printable(evaluation)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "number": number,
-        "span": span,
-        "percent": percent,
-        "count": count,
-        "share": share,
-        "attribute": attribute,
-        "shown": shown,
-    }
-    template = environment.from_string(resources.files("training").joinpath(TEMPLATE).read_text("utf-8"))
+    facts = printable(evaluation)
+    template = environment(Path(__file__).parent, attribute=attribute).get_template(TEMPLATE)
     return template.render(
         **facts,
         members=[name for name in facts["voters"] if name != "ensemble"],
@@ -84,20 +36,7 @@ def render(evaluation: dict[str, Any]) -> str:
         second_phase=any(len({row["phase"] for row in rows}) > 1 for rows in facts["history"].values()),
         phases=PHASES,
         rows=ROWS,
-        dashes=DASHES,
-        series=SERIES,
     )
-
-
-def _printable(value: Any) -> Any:
-    """Control characters, lone surrogates and marks that turn the direction of text are replaced."""
-    if isinstance(value, str):
-        return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in value)
-    if isinstance(value, dict):
-        return {_printable(key): _printable(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_printable(one) for one in value]
-    return value
 
 
 # What the page says in words
@@ -151,11 +90,11 @@ def caveats(facts: dict[str, Any]) -> list[str]:
         )
     if data["conflicts"]["groups"]:
         found.append(
-            f"{_counted(data['conflicts']['groups'], 'group')} of identical files with contradicting labels"
+            f"{counted(data['conflicts']['groups'], 'group')} of identical files with contradicting labels"
         )
     rare = min(test, key=lambda name: test[name])
     if test[rare] < FEW:
-        found.append(f"the smallest class, {rare}, has only {_counted(test[rare], 'test image')}")
+        found.append(f"the smallest class, {rare}, has only {counted(test[rare], 'test image')}")
     if data["patients"] is None:
         found.append("the data name no patients, so images of one patient may be on several sides")
     return found
@@ -191,10 +130,10 @@ def _copies(data: dict[str, Any]) -> str:
     identical = "none of them are identical files"
     if exact["groups"]:
         identical = (
-            f"{count(exact['images'])} of them are identical files ({_counted(exact['groups'], 'group')})"
+            f"{count(exact['images'])} of them are identical files ({counted(exact['groups'], 'group')})"
         )
     return (
-        f"{count(near['images'])} images are in {_counted(near['groups'], 'group')} of copies, identical or "
+        f"{count(near['images'])} images are in {counted(near['groups'], 'group')} of copies, identical or "
         f"changed a little; {identical}. {treatment}"
     )
 
@@ -204,7 +143,7 @@ def _conflicts(data: dict[str, Any]) -> str:
     if not exact["groups"] and not near["groups"]:
         return "No two copies of an image have different labels."
     return (
-        f"{_counted(exact['groups'], 'group')} of identical files ({count(exact['images'])} images) with "
+        f"{counted(exact['groups'], 'group')} of identical files ({count(exact['images'])} images) with "
         f"several labels; {count(near['groups'])} if near copies count. No voter can be right on all of them."
     )
 
@@ -221,7 +160,7 @@ def _split(data: dict[str, Any]) -> str:
         return f"{origin} No group of copies or images of one patient is on more than one side. {patients}"
     return (
         f"{origin} It leaks: copies, or images of one patient, are on more than one side "
-        f"({_counted(across['groups'], 'group')}, {count(across['images'])} images), so the figures are too "
+        f"({counted(across['groups'], 'group')}, {count(across['images'])} images), so the figures are too "
         f"good. {patients}"
     )
 
@@ -258,44 +197,8 @@ def temperature_text(temperature: dict[str, Any]) -> str:
     return f"{text}; the bundle applies {number(temperature['applied'], 2)}."
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
-
-
 def _bracketed(found: dict[str, Any]) -> str:
     return "" if found["low"] is None else f" ({number(found['low'])} to {number(found['high'])})"
-
-
-# Filters of the template
-
-
-def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
-    """A number with a true minus; a dash for None."""
-    if value is None:
-        return DASH
-    return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}".replace("-", MINUS)
-
-
-def span(found: dict[str, Any], digits: int = 3, signed: bool = False) -> str:
-    """The interval of a figure; a dash if there is none."""
-    if found["low"] is None:
-        return DASH
-    low, high = number(found["low"], digits, signed), number(found["high"], digits, signed)
-    return f"{low} to {high}" if signed or low.startswith(MINUS) else f"{low}{DASH}{high}"
-
-
-def percent(value: float | None) -> str:
-    return DASH if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
-
-
-def count(value: int) -> str:
-    """Thousands are set apart by a narrow space."""
-    return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-
-
-def share(row: Sequence[int], place: int) -> float:
-    """What part of a confusion matrix's row a cell is: 0 to 1."""
-    return round(row[place] / max(sum(row), 1), 3)
 
 
 def attribute(values: Sequence[float] | dict[str, int], name: str) -> str:
@@ -309,28 +212,17 @@ def attribute(values: Sequence[float] | dict[str, int], name: str) -> str:
     return f"{middle}{unit} ({low}{DASH}{high})"
 
 
-def shown(value: Any) -> str:
-    """An option of the recipe."""
-    if value is None:
-        return DASH
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(shown, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 # Plots. No name of a class or member is drawn: legends and captions are HTML
 
 
 def _plots(facts: dict[str, Any]) -> dict[str, Any]:
     ensemble = facts["voters"]["ensemble"]["test"]
     plots = {
-        "roc": _plot("roc", "ROC curves", lambda drawn: _draw_roc(drawn, ensemble["roc"])),
-        "reliability": _plot(
+        "roc": plot("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
+        "reliability": plot(
             "reliability",
             "Reliability diagram",
-            lambda drawn: _draw_reliability(drawn, ensemble["reliability"], len(facts["classes"])),
+            lambda drawn: draw_reliability(drawn, ensemble["reliability"], len(facts["classes"])),
         ),
         "history": {
             member: _history(f"history-{number}", rows, facts["best"][member])
@@ -340,94 +232,14 @@ def _plots(facts: dict[str, Any]) -> dict[str, Any]:
     }
     search = facts["weights_search"]
     if len(search["chosen"]["weights"]) == 2:
-        plots["weights"] = _plot(
+        plots["weights"] = plot(
             "weights", "Weights search", lambda drawn: _draw_weights(drawn, search), height=3.2
         )
     return plots
 
 
 def _history(name: str, rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> Markup:
-    return _plot(name, "Learning curves", lambda drawn: _draw_history(drawn, rows, best), height=3.6)
-
-
-def _plot(name: str, label: str, draw: Callable[[Figure], None], *, height: float = 3.0) -> Markup:
-    """What `draw` puts on a figure 3.4 inches wide, as SVG to stand inside a page."""
-    written = io.BytesIO()
-    with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]):
-        drawn = Figure(figsize=(3.4, height))
-        draw(drawn)
-        drawn.savefig(written, format="svg")
-    return _inline(written.getvalue(), name, label)
-
-
-def _inline(svg: bytes, name: str, label: str) -> Markup:
-    """No size, font, style sheet or namespace of its own, ids that no other plot has, the page's colours."""
-    root = ElementTree.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if _local(child.tag) in ("metadata", "style"):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = _local(element.tag)
-        attributes = {_local(key): value for key, value in element.attrib.items()}
-        if element.tag == "g":
-            attributes.pop("id", None)  # nothing refers to it
-        element.attrib.clear()
-        for key, value in attributes.items():
-            element.set(key, _adapted(key, value, name))
-    for key in ("width", "height", "version"):
-        del root.attrib[key]
-    root.attrib |= {"class": "plot", "role": "img", "aria-label": label}
-    return Markup(ElementTree.tostring(root, encoding="unicode"))  # built here, from numbers
-
-
-def _local(name: str) -> str:
-    return name.rpartition("}")[2]
-
-
-def _adapted(key: str, value: str, name: str) -> str:
-    if key == "id":
-        return f"{name}-{value}"
-    if key == "href":
-        return value.replace("#", f"#{name}-")
-    if key == "clip-path":
-        return value.replace("url(#", f"url(#{name}-")
-    if key == "style":
-        value = re.sub(r"font-family: [^;]*;? ?", "", value)
-        return re.sub("#[0-9a-f]{6}", lambda found: _COLOURS.get(found[0], found[0]), value)
-    return value
-
-
-def _draw_roc(drawn: Figure, curves: dict[str, dict[str, list[float]]]) -> None:
-    axes = drawn.subplots()
-    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1)
-    for number, curve in enumerate(curves.values()):
-        axes.plot(curve["fpr"], curve["tpr"], **_line(number))
-    axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axes.set_aspect("equal")
-
-
-def _line(colour: int, dash: int | None = None) -> dict[str, Any]:
-    """Colour and dash of one line of several; the legend in the page uses the same."""
-    pattern = DASHES[(colour if dash is None else dash) % len(DASHES)]
-    style = "solid" if pattern == "none" else (0, tuple(map(float, pattern.split())))
-    return {"color": _LINES[colour % SERIES], "linestyle": style}
-
-
-def _draw_reliability(drawn: Figure, bins: Sequence[dict[str, Any]], classes: int) -> None:
-    """Accuracy by confidence with 95 % Wilson intervals, which show how little a small bin says."""
-    axes = drawn.subplots()
-    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1)
-    confidence = [one["confidence"] for one in bins]
-    for one in bins:
-        hits = round(one["accuracy"] * one["count"])
-        interval = binomtest(hits, one["count"]).proportion_ci(method="wilson")
-        axes.plot(
-            [one["confidence"]] * 2, [interval.low, interval.high], color=_LINES[0], alpha=0.45, linewidth=1.2
-        )
-    axes.plot(confidence, [one["accuracy"] for one in bins], "o", color=_LINES[0], markersize=4)
-    least = min([1 / classes, *confidence])
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(least - 0.03, 1.03), ylim=(-0.02, 1.02))
+    return plot(name, "Learning curves", lambda drawn: _draw_history(drawn, rows, best), height=3.6)
 
 
 def _draw_history(drawn: Figure, rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> None:
@@ -438,7 +250,7 @@ def _draw_history(drawn: Figure, rows: Sequence[dict[str, Any]], best: dict[str,
         part = [row for row in rows if row["phase"] == phase]
         if start:
             for axes in (above, below):
-                axes.axvline(start + 0.5, color=_FAINT, linewidth=1, linestyle=(0, (3, 2)))
+                axes.axvline(start + 0.5, color=FAINT, linewidth=1, linestyle=(0, (3, 2)))
         for axes, series in (
             (above, ("train_loss", "validation_loss")),
             (below, ("validation_macro_f1",)),
@@ -459,11 +271,11 @@ def _draw_epochs(
     at = np.array(epochs) + start
     for name in series:
         values = np.array([row[name] for row in rows], float)
-        line = _line(*CURVES[name])
-        axes.plot(at, values, marker="." if len(rows) < 4 else "", **line)
+        drawn = line(*CURVES[name])
+        axes.plot(at, values, marker="." if len(rows) < 4 else "", **drawn)
         if best is not None and name != "train_loss":
             place = epochs.index(best)
-            axes.plot(at[place], values[place], "o", color=line["color"], markersize=5)
+            axes.plot(at[place], values[place], "o", color=drawn["color"], markersize=5)
 
 
 def _draw_weights(drawn: Figure, search: dict[str, Any]) -> None:
@@ -471,8 +283,8 @@ def _draw_weights(drawn: Figure, search: dict[str, Any]) -> None:
     table = sorted(search["table"], key=lambda row: row["weights"][0])
     first = [row["weights"][0] for row in table]
     for axes, (name, colour) in zip(drawn.subplots(2, sharex=True), SEARCHED.items(), strict=True):
-        axes.plot(first, [row[name] for row in table], ".-", color=_LINES[colour], markersize=3.5)
+        axes.plot(first, [row[name] for row in table], ".-", color=LINES[colour], markersize=3.5)
         at = search["chosen"]["weights"][0]
-        axes.plot(at, search["chosen"][name], "o", color=_LINES[colour], markersize=6)
+        axes.plot(at, search["chosen"][name], "o", color=LINES[colour], markersize=6)
         axes.set(ylabel=name.replace("macro_f1", "macro-F1"))
     axes.set(xlabel="weight of the first member", xlim=(-0.03, 1.03))

@@ -19,6 +19,7 @@ from engine.preprocess.decoder import CrashedError, Decoder
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
 from engine.settings import Limits, available_cpus
+from engine.storage.location import Place
 
 
 class Preprocess:
@@ -141,10 +142,12 @@ class Loaded:
 
 
 def load_pixels(
-    paths: Sequence[Path],
+    paths: Sequence[Path | str],
     *,
+    root: Place = Path(),
     size: tuple[int, int] = (224, 224),
     decode: Decode = "exact",
+    limits: Limits | None = None,
     threads: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Loaded:
@@ -152,9 +155,9 @@ def load_pixels(
 
     `progress` gets the number of files just done.
     """
-    limits = Limits()
+    limits = limits or Limits()
     threads = threads or available_cpus()
-    reader = Reader(Path(), batch_size=16, threads=threads, limits=limits)
+    reader = Reader(root, batch_size=16, threads=threads, limits=limits)
     part = Part(0, np.arange(len(paths)), [str(path) for path in paths], pa.table({}))
     pixels, index = [np.empty((0, 1, *size), np.uint8)], [np.empty(0, np.int64)]
     headers: list[Header | None] = []

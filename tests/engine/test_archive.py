@@ -23,6 +23,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+import engine
 from engine.errors import EngineError, UsageError
 from engine.manifest import open_manifest
 from engine.overlap import Meter
@@ -115,7 +116,7 @@ def test_scores_are_those_of_the_loose_files(
     pd.DataFrame({"path": rows}).to_csv(tmp_path / "m.csv", index=False)
     run = engine_run("m.csv", "-b", bundle, "-o", "out", "--batch-size", 5)
     assert run.returncode == 0, run.stderr
-    found = pd.read_parquet(tmp_path / "out").sort_values("row", ignore_index=True)
+    found = engine.read_results(tmp_path / "out")
     assert found.status.tolist() == ["ok"] * 36 + ["missing"] * 2
     scores = [column for column in found if column.startswith("p_")]
     loose, of_tar, of_zip = (found[scores].to_numpy()[start : start + 12] for start in (0, 12, 24))
@@ -126,7 +127,7 @@ def test_scores_are_those_of_the_loose_files(
         run = engine_run("a.tar", "-b", bundle, "-o", "whole", "--batch-size", 5)
         assert run.returncode == 0, run.stderr
         assert "listed 12 images; skipped 1 hidden" in run.stderr or "finished already" in run.stderr
-    whole = pd.read_parquet(tmp_path / "whole").sort_values("row", ignore_index=True)
+    whole = engine.read_results(tmp_path / "whole")
     assert whole.path.tolist() == [f"a.tar::ward 1/{name}" for name in reversed(names)]
     assert np.array_equal(whole[scores].to_numpy()[::-1], loose)
 

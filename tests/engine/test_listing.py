@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import engine
 from engine.errors import UsageError
 from engine.listing import Listing, list_place, skipped_of
 from engine.storage import local
@@ -139,7 +140,7 @@ def test_a_run_over_a_folder_says_what_it_left_out(engine_run: Command, bundle: 
     assert "listed 4 images; skipped 1 excluded, 1 hidden, 1 not images" in done.stderr
     run = json.loads((folder / "results" / "_run.json").read_text())
     assert run["not_listed"] == {"excluded": 1, "hidden": 1, "not images": 1}
-    rows = pd.read_parquet(folder / "results")
+    rows = engine.read_results(folder / "results")
     assert list(rows["file_size"]) == [(folder / path).stat().st_size for path in rows["path"]]
     again = engine_run(folder, "-b", bundle, "-o", folder / "results")
     assert (again.returncode, "exclude was ['old/'], is []" in again.stderr) == (2, True), again.stderr
@@ -173,7 +174,7 @@ def test_the_list_as_a_manifest(engine_run: Command, bundle: Path, tmp_path: Pat
     for index, source in enumerate((folder / "list.parquet", tmp_path / "list.parquet")):
         done = engine_run(source, "-b", bundle, "-o", f"out{index}")
         assert done.returncode == 0, done.stderr
-        assert set(pd.read_parquet(tmp_path / f"out{index}")["status"]) == {"ok"}
+        assert set(engine.read_results(tmp_path / f"out{index}")["status"]) == {"ok"}
 
 
 def local_names(folder: Path) -> list[str]:
@@ -199,7 +200,7 @@ def test_since_screens_what_is_new_or_changed(engine_run: Command, bundle: Path,
     done = engine_run(folder, "-b", bundle, "-o", "tuesday", "--since", "monday")
     assert done.returncode == 0, done.stderr
     assert "4 of 7 rows are new or changed since" in done.stderr
-    rows = pd.read_parquet(tmp_path / "tuesday")
+    rows = engine.read_results(tmp_path / "tuesday")
     # what failed on Monday is tried again
     assert list(rows["path"]) == ["broken.jpg", "image-00.png", "image-01.jpg", "new.png"]
     again = engine_run(folder, "-b", bundle, "-o", "tuesday", "--since", "monday")
@@ -226,7 +227,7 @@ def test_since_another_bundle_screens_all(engine_run: Command, bundle: Path, tmp
     done = engine_run(folder, "-b", other, "-o", "two", "--since", "one")
     assert done.returncode == 0, done.stderr
     assert "the bundle has changed since" in done.stderr
-    assert len(pd.read_parquet(tmp_path / "two")) == 3
+    assert len(engine.read_results(tmp_path / "two")) == 3
 
 
 def test_since_what_can_not_be_compared(engine_run: Command, bundle: Path, tmp_path: Path) -> None:

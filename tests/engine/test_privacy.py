@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+import engine
 from engine.errors import UsageError
 from engine.privacy import Redaction, read_salt, scrubbed
 from tests.conftest import Command, write_images
@@ -34,7 +35,7 @@ def hospital(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def everything_written(folder: Path) -> bytes:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    rows = pd.read_parquet(folder).to_csv().encode()
+    rows = engine.read_results(folder).to_csv().encode()
     return rows + b"".join(path.read_bytes() for path in files)
 
 
@@ -44,7 +45,7 @@ def test_no_name_leaves_the_run(hospital: Path, bundle: Path, engine_run: Comman
     written = everything_written(tmp_path / "out") + done.stderr.encode() + done.stdout.encode()
     for word in (b"DOE", b"JANE", b"image-0", SALT.encode(), str(tmp_path / "DOE").encode()):
         assert word not in written, word
-    rows = pd.read_parquet(tmp_path / "out")
+    rows = engine.read_results(tmp_path / "out")
     names = pd.read_csv(hospital)["path"]
     assert list(rows["path"]) == [REDACTION.name(name) for name in names]
     assert "patient" not in rows.columns
@@ -57,7 +58,7 @@ def test_scores_are_those_of_a_plain_run(
 ) -> None:
     for name, options in (("plain", ()), ("hidden", ("--redact",))):
         assert engine_run(hospital, "-b", bundle, "-o", name, *options).returncode == 0
-    plain, hidden = (pd.read_parquet(tmp_path / name) for name in ("plain", "hidden"))
+    plain, hidden = (engine.read_results(tmp_path / name) for name in ("plain", "hidden"))
     pd.testing.assert_frame_equal(
         plain.drop(columns=["path", "patient", "site"]), hidden.drop(columns="path")
     )
@@ -83,7 +84,7 @@ def test_only_errors_needs_the_manifest_again(
         assert "DOE" not in done.stderr or "--redact" not in options
     done = engine_run(*retry, "--redact", "--paths-from", hospital)
     assert done.returncode == 0, done.stderr
-    rows = pd.read_parquet(tmp_path / "out")
+    rows = engine.read_results(tmp_path / "out")
     assert list(rows["status"]).count("ok") == 7
     assert b"DOE" not in everything_written(tmp_path / "out")
     names = list(pd.read_csv(hospital)["path"])

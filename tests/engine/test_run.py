@@ -19,16 +19,13 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+import engine
 from engine.bundle import load
 from engine.ensemble import fuse
 from tests.bundles import CLASSES, write_bundle
 from tests.conftest import ROOT, Command, write_images
 from tests.pixels import pixels_alone
 from tests.tolerances import ROUNDING
-
-
-def results(folder: Path) -> pd.DataFrame:
-    return pd.read_parquet(folder).sort_values("row", ignore_index=True)
 
 
 def expected_scores(bundle: Path, paths: list[Path]) -> np.ndarray:
@@ -68,7 +65,7 @@ def test_every_row_gets_its_own_scores(engine_run: Command, archive: Path, bundl
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "out"
     output = archive.parent / "out"
-    found = results(output)
+    found = engine.read_results(output)
     assert sorted(path.name for path in output.glob("part-*")) == [f"part-0000{k}.parquet" for k in range(3)]
     assert found.row.tolist() == list(range(40))
     assert found.path.tolist() == frame.path.tolist()
@@ -122,7 +119,7 @@ def test_all_kinds_of_manifest_give_the_same_rows(
         manifest = archive
     run = engine_run(manifest, "-b", bundle, "-o", "out", "--root", archive)
     assert run.returncode == 0, run.stderr
-    found = results(archive.parent / "out")
+    found = engine.read_results(archive.parent / "out")
     assert found.path.tolist() == names
     assert_scores(found, bundle, archive)
 
@@ -204,7 +201,7 @@ def test_an_output_folder_with_another_run_is_left_alone(
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     run = engine_run(archive, "-b", other_bundle, "-o", "out", "--overwrite")
     assert run.returncode == 0, run.stderr
-    assert results(tmp_path / "out").shape[0] == 40
+    assert engine.read_results(tmp_path / "out").shape[0] == 40
 
 
 def test_a_folder_of_something_else_is_never_written_to(
@@ -280,7 +277,7 @@ def test_column_prefix_lets_clashing_columns_through(
     (archive / "m.csv").write_text("path,status\nimage-00.png,scanned\n")
     run = engine_run(archive / "m.csv", "-b", bundle, "-o", "out", "--column-prefix", "manifest_")
     assert run.returncode == 0, run.stderr
-    found = results(archive.parent / "out")
+    found = engine.read_results(archive.parent / "out")
     assert (found.manifest_status[0], found.status[0]) == ("scanned", "ok")
 
 
@@ -315,7 +312,7 @@ def test_a_signal_stops_the_run_and_the_same_command_goes_on(
     assert len(list((tmp_path / "out").glob("part-*.parquet"))) < 60
     run = engine_run("m.txt", "-b", bundle, "-o", "out", "--part-rows", "100")
     assert run.returncode == 0, run.stderr
-    assert results(tmp_path / "out").row.tolist() == list(range(6_000))
+    assert engine.read_results(tmp_path / "out").row.tolist() == list(range(6_000))
 
 
 def test_two_processes_never_share_a_folder(

@@ -12,6 +12,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
+import engine
 from engine.preprocess.stage import load_pixels
 from tests.bundles import CLASSES, REAL_WEIGHTS
 from tests.conftest import Command
@@ -48,7 +49,7 @@ def assert_parity(engine_run: Command, bundle: Path, folder: Path, paths: list[P
     pd.DataFrame({"path": [str(path) for path in paths]}).to_csv(manifest, index=False)
     run = engine_run(manifest, "-b", bundle, "-o", "parity", timeout_s=300)
     assert run.returncode == 0, run.stderr
-    found = pd.read_parquet(folder / "parity")
+    found = engine.read_results(folder / "parity")
     assert (found.status == "ok").all()
     scores = found[[f"p_{name}" for name in CLASSES]].to_numpy()
     expected = plain_pytorch(bundle, paths)

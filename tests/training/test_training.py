@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+import engine
 from engine import bundle as bundles
 from tests.conftest import ROOT, Command, run_module
 from training.__main__ import main
@@ -162,7 +163,7 @@ def test_the_engine_gives_the_figures_that_training_reports(
     split[split.split == "test"].to_csv(tmp_path / "test.csv", index=False)
     run = engine_run("test.csv", "-b", frozen / "bundle", "-o", "results")
     assert run.returncode == 0, run.stderr
-    rows = pd.read_parquet(tmp_path / "results")
+    rows = engine.read_results(tmp_path / "results")
     assert (rows.status == "ok").all()
     reported = evaluation_of(frozen)["voters"]
     for voter, prefix in (("ensemble", "p_"), ("mobilenet_v3_small", "mobilenet_v3_small_p_")):

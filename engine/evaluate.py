@@ -29,31 +29,6 @@ LEVEL = 0.95
 LEAST_LIKELIHOOD = 1e-12  # as in the weights search, so that both give the same nll
 _BLOCK = 2_000_000  # image counts that are held at once
 
-# Table 2 of Kaur, Vivekanandam and Whig
-PAPER = {
-    "resnet50": {
-        "accuracy": 0.904,
-        "macro_precision": 0.91,
-        "macro_recall": 0.89,
-        "macro_f1": 0.90,
-        "auc": 0.94,
-    },
-    "inception_v3": {
-        "accuracy": 0.912,
-        "macro_precision": 0.92,
-        "macro_recall": 0.90,
-        "macro_f1": 0.91,
-        "auc": 0.95,
-    },
-    "ensemble": {
-        "accuracy": 0.931,
-        "macro_precision": 0.94,
-        "macro_recall": 0.92,
-        "macro_f1": 0.93,
-        "auc": 0.97,
-    },
-}
-
 
 def evaluate(
     probabilities: Floats,
@@ -72,14 +47,12 @@ def evaluate(
     predictions = probabilities.argmax(axis=1)
     counts = confusion_matrix(labels, predictions, labels=range(len(classes)))  # [C, C], rows are the truth
     drawn = _resampled(probabilities, labels, groups, seed=seed, resamples=resamples)
-    figures = {
-        name: _with_interval(value, drawn[name])
-        for name, value in points(probabilities, labels, classes=classes).items()
-    }
+    calibrated = calibration(probabilities, labels)
+    single = points(probabilities, labels, classes=classes) | {"ece": calibrated["ece"]}
     return {
         "images": len(labels),
-        **figures,
-        **calibration(probabilities, labels),
+        **calibrated,
+        **{name: _with_interval(value, drawn[name]) for name, value in single.items()},
         "per_class": _per_class(probabilities, labels, classes, counts, drawn),
         "confusion": counts.tolist(),
         "roc": {name: _roc(labels == one, probabilities[:, one]) for one, name in enumerate(classes)},
@@ -99,7 +72,7 @@ def compare(
     """How much better the ensemble is than a member, both [N, C]: a paired bootstrap over groups."""
     names = [str(one) for one in range(ensemble.shape[1])]
     voters = (ensemble, member)
-    point = [points(probabilities, labels, classes=names) for probabilities in voters]
+    point: list[dict[str, Any]] = [points(each, labels, classes=names) for each in voters]
     drawn = [
         _resampled(probabilities, labels, groups, seed=seed, resamples=resamples) for probabilities in voters
     ]  # the same seed and groups: the same images
@@ -122,6 +95,7 @@ def points(probabilities: Floats, labels: Labels, *, classes: Sequence[str]) -> 
     )
     present = np.unique(labels)
     aucs = [_auc(labels == one, probabilities[:, one]) for one in every]
+    known = [auc for auc in aucs if auc is not None]
     kappa = None  # of a single class: chance alone agrees
     if len(np.union1d(labels, predictions)) > 1:
         kappa = cohen_kappa_score(labels, predictions, labels=every, weights="quadratic")
@@ -130,7 +104,7 @@ def points(probabilities: Floats, labels: Labels, *, classes: Sequence[str]) -> 
         "macro_precision": precision,
         "macro_recall": recall,
         "macro_f1": f1,
-        "auc": None if None in aucs else np.mean(aucs),
+        "auc": np.mean(known) if len(known) == len(aucs) else None,
         # balanced_accuracy_score warns of predictions that no label has
         "balanced_accuracy": recall_score(labels, predictions, labels=present, average="macro"),
         "kappa": kappa,
@@ -155,10 +129,7 @@ def calibration(probabilities: Floats, labels: Labels) -> dict[str, float]:
 
 def reliability(probabilities: Floats, labels: Labels) -> list[dict[str, Any]]:
     """Confidence and accuracy in bins of equal mass, by confidence; equal confidences share a bin."""
-    confidence = probabilities.max(axis=1).astype(np.float64)
-    right = probabilities.argmax(axis=1) == labels
-    edges = np.quantile(confidence, np.arange(1, BINS) / BINS)
-    bins = np.searchsorted(edges, confidence)  # [N]
+    confidence, right, bins = _binned(probabilities, labels)
     return [
         {
             "confidence": float(confidence[bins == one].mean()),
@@ -167,6 +138,14 @@ def reliability(probabilities: Floats, labels: Labels) -> list[dict[str, Any]]:
         }
         for one in np.unique(bins)
     ]
+
+
+def _binned(probabilities: Floats, labels: Labels) -> tuple[Floats, npt.NDArray[np.bool_], Labels]:
+    """Confidence, whether it is right, and the bin of equal mass, each [N]."""
+    confidence = probabilities.max(axis=1).astype(np.float64)
+    right = probabilities.argmax(axis=1) == labels
+    edges = np.quantile(confidence, np.arange(1, BINS) / BINS)
+    return confidence, right, np.searchsorted(edges, confidence)
 
 
 def _per_class(
@@ -231,11 +210,14 @@ def _resampled(
     classes = probabilities.shape[1]
     cells = np.eye(classes**2)[labels * classes + probabilities.argmax(axis=1)]  # [N, C * C]
     present = np.bincount(labels, minlength=classes) > 0
+    confidence, right, bins = _binned(probabilities, labels)
+    gaps = np.eye(BINS)[bins] * (right - confidence)[:, None]  # [N, BINS]
     blocks = []
     for drawn in _draws(groups, seed=seed, resamples=resamples):  # [b, N]
         figures = _rates((drawn @ cells).reshape(-1, classes, classes), present)
         aucs = [_aucs(drawn, labels == one, probabilities[:, one]) for one in range(classes)]
-        blocks.append(figures | {"auc": np.mean(aucs, axis=0)})
+        ece = np.abs(drawn @ gaps).sum(axis=1) / drawn.sum(axis=1)
+        blocks.append(figures | {"auc": np.mean(aucs, axis=0), "ece": ece})
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
@@ -289,4 +271,5 @@ def _aucs(drawn: Floats, positive: npt.NDArray[np.bool_], scores: Floats) -> Flo
     )  # [b, scores that differ]
     wins = (above * (below.cumsum(axis=1) - below / 2)).sum(axis=1)  # a tie counts half
     with np.errstate(invalid="ignore"):
-        return wins / (above.sum(axis=1) * below.sum(axis=1))
+        areas: Floats = wins / (above.sum(axis=1) * below.sum(axis=1))
+    return areas

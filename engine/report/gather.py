@@ -1,0 +1,354 @@
+"""One pass over results of any length, in memory that does not grow: counts, histograms, the rows on top."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from engine.errors import EngineError, UsageError
+from engine.listing import PATH
+from engine.records import Status
+from engine.results import Results
+
+BINS = 50  # of a probability's histogram
+FINE_BINS = 400  # of the members' disagreement, most of which is near 0
+REASONS = 100  # different ones of a status that are told apart
+SAMPLE = 10_000  # labelled rows that the figures are taken from, at most
+LABEL = "label"
+Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+_LISTED: dict[
+    str, Callable[[Any], bool]
+] = {  # what the work list shows, where a column is there and of the kind
+    "row": pa.types.is_integer,
+    PATH: pa.types.is_string,
+    "run_id": pa.types.is_string,
+    "prediction": pa.types.is_dictionary,
+    "confidence": pa.types.is_floating,
+    "member_disagreement": pa.types.is_floating,
+    "triage": pa.types.is_dictionary,
+    "abstain": pa.types.is_boolean,
+    "abstain_reasons": pa.types.is_list,
+    "flags": pa.types.is_list,
+}
+_WORDS = ("status", "prediction", "triage")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a results folder has to tell. Older ones lack columns."""
+
+    classes: tuple[str, ...]
+    members: tuple[str, ...]
+    groups: dict[str, tuple[str, ...]]
+    target: str  # the class whose probability ranks the rows
+    label: str | None  # the column with the truth
+    words: tuple[str, ...]  # columns with few different values
+
+    @classmethod
+    def of(cls, results: Results, label_column: str | None) -> Shape:
+        """`label_column` as the user named it. Raises UsageError when there is none of that name."""
+        run = next(iter(results.runs.values()))
+        classes, members = tuple(run["classes"]), tuple(run["weights"])
+        names = results.schema().names if results.parts else []
+        if label_column is not None and results.parts and label_column not in names:
+            raise UsageError(
+                f"results {results.place}: no column {label_column!r}; --label-column names one of "
+                f"{', '.join(names)}"
+            )
+        prefix = run["result_options"].get("column_prefix") or ""
+        found = [name for name in (LABEL, prefix + LABEL) if name in names]
+        groups = {
+            name: tuple(parts) for name, parts in (run.get("groups") or {}).items() if f"p_{name}" in names
+        }
+        target = str(run.get("target"))
+        return cls(
+            classes,
+            members,
+            groups,
+            target if target in classes or target in groups else classes[-1],
+            label_column or (found[0] if found else None),
+            tuple(name for name in _WORDS if name in names),
+        )
+
+    @property
+    def scores(self) -> list[str]:
+        """The target first."""
+        return sorted((*self.groups, *self.classes), key=lambda name: name != self.target)
+
+    @property
+    def columns(self) -> list[str]:
+        members = [f"{member}_p_{name}" for member in self.members for name in self.classes]
+        listed = [*_LISTED, "status", "error", "width", "height"]
+        label = [self.label] if self.label else []
+        return list(dict.fromkeys([*listed, *(f"p_{name}" for name in self.scores), *members, *label]))
+
+
+class Top:
+    """The `most` rows with the highest scores of those that came, the first of equals, highest first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._tables: list[pa.Table] = []
+        self._scores = np.empty(0, np.float32)
+
+    def add(self, table: pa.Table, scores: Floats) -> None:
+        full = len(self._scores) == self._most
+        may_enter = (
+            np.flatnonzero(scores > self._scores[-1]) if full and self._most else np.arange(len(scores))
+        )
+        if not len(may_enter) or not self._most:
+            return
+        order = np.argsort(-scores[may_enter], kind="stable")[: self._most]
+        chosen = may_enter[order]
+        rows = pa.concat_tables([*self._tables, table.take(chosen)])
+        merged = np.concatenate([self._scores, scores[chosen]])
+        best = np.argsort(-merged, kind="stable")[: self._most]
+        self._tables, self._scores = [rows.take(best).combine_chunks()], merged[best]
+
+    @property
+    def columns(self) -> set[str]:
+        return {name for table in self._tables for name in table.column_names}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [row for table in self._tables for row in table.to_pylist()]
+
+
+@dataclass
+class Labelled:
+    """A uniform random sample of the rows with a known label and a score."""
+
+    rows: int = 0  # all of them
+    labels: int = 0  # rows with a known label, those without score among them
+    unknown: Counter[str] = field(default_factory=Counter)  # labels that are no class; the first few of them
+    others: int = 0  # rows with such a label
+    _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    _keys: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    _truth: Counts = field(default_factory=lambda: np.empty(0, np.int64))
+    _votes: list[Floats] = field(default_factory=list)  # [n, V, C]
+
+    def add(self, truth: Counts, votes: Floats) -> None:
+        """`truth` [n] and the probabilities of ensemble and members, [n, V, C]."""
+        self.rows += len(truth)
+        self._keys = np.concatenate([self._keys, self._rng.random(len(truth))])
+        self._truth = np.concatenate([self._truth, truth])
+        self._votes.append(votes)
+        if len(self._keys) > 2 * SAMPLE:
+            self._keep(SAMPLE)
+
+    def _keep(self, most: int) -> None:
+        chosen = np.sort(np.argsort(self._keys)[:most])
+        self._votes = [np.concatenate(self._votes)[chosen]]
+        self._keys, self._truth = self._keys[chosen], self._truth[chosen]
+
+    def sample(self) -> tuple[Counts, Floats]:
+        """Labels [n] and probabilities [n, V, C] of at most SAMPLE rows, in order."""
+        self._keep(SAMPLE)
+        return self._truth, self._votes[0]
+
+
+@dataclass
+class Reason:
+    rows: int
+    row: int  # the first of them
+    path: str | None
+
+
+class Tally:
+    """What is known of the rows so far."""
+
+    def __init__(self, shape: Shape, *, listed: int) -> None:
+        self.shape = shape
+        self.rows = 0
+        self.by_status, self.by_class = Counter[str](), Counter[str]()
+        self.flags, self.triage, self.abstain_reasons = Counter[str](), Counter[str](), Counter[str]()
+        self.abstained = 0
+        self.reasons: dict[str, dict[str, Reason]] = {}  # by status and error
+        self.histograms = {name: np.zeros(BINS, np.int64) for name in shape.scores}
+        self.disagreement: Counts | None = None  # [FINE_BINS], 0 to `most_disagreement`
+        size = len(shape.classes)
+        self.agreement = {
+            pair: np.zeros((size, size), np.int64) for pair in itertools.combinations(shape.members, 2)
+        }
+        self.risk, self.abstaining = Top(listed), Top(listed)
+        self.labelled = Labelled()
+
+    @property
+    def scored(self) -> int:
+        return self.by_status[Status.OK.label]
+
+    @property
+    def most_disagreement(self) -> float:
+        """Bits, of the Jensen-Shannon divergence of so many members."""
+        return math.log2(max(2, len(self.shape.members)))
+
+    def listed(self) -> list[dict[str, Any]]:
+        """The rows of both lists, each once, the riskiest first."""
+        found = {row["row"]: row for top in (self.risk, self.abstaining) for row in top.rows()}
+        return sorted(found.values(), key=lambda row: -row[f"p_{self.shape.target}"])
+
+    def add(self, table: pa.Table) -> None:
+        """Any number of rows, in order."""
+        self.rows += table.num_rows
+        status = _counted(table, "status")
+        self.by_status.update(status)
+        self._flags(table)
+        scored = table
+        if status.keys() - {Status.OK.label}:
+            ok = pc.equal(table.column("status"), pa.scalar(Status.OK.label))
+            scored = table.filter(ok)
+            self._failures(table.filter(pc.invert(ok)))
+        truth = self._truth(table, scored)
+        if not scored.num_rows:
+            return
+        votes = self._votes(scored)  # [n, V, C]
+        self.by_class.update(_counted(scored, "prediction"))
+        for name, counts in self.histograms.items():
+            counts += _histogram(_floats(scored, f"p_{name}"), BINS, 1.0)
+        if "member_disagreement" in scored.column_names:
+            found = _histogram(_floats(scored, "member_disagreement"), FINE_BINS, self.most_disagreement)
+            self.disagreement = found if self.disagreement is None else self.disagreement + found
+        self._agreement(votes)
+        self._lists(scored)
+        if truth is not None:
+            known = truth >= 0
+            self.labelled.add(truth[known], votes[known])
+
+    def _flags(self, table: pa.Table) -> None:
+        if pa.types.is_list(table.schema.field("flags").type):
+            self.flags.update(_counted_words(table.column("flags")))
+
+    def _failures(self, failed: pa.Table) -> None:
+        for status in _counted(failed, "status"):
+            rows = failed.filter(pc.equal(failed.column("status"), pa.scalar(status)))
+            known = self.reasons.setdefault(status, {})
+            errors = rows.column("error")
+            for error, count in _counted(rows, "error").items():
+                if error in known:
+                    known[error].rows += count
+                elif len(known) < REASONS:
+                    first = pc.index(errors, error).as_py()
+                    known[error] = Reason(
+                        count, rows.column("row")[first].as_py(), rows.column(PATH)[first].as_py()
+                    )
+
+    def _votes(self, scored: pa.Table) -> Floats:
+        voters = ["", *(f"{member}_" for member in self.shape.members)]
+        columns = [_floats(scored, f"{voter}p_{name}") for voter in voters for name in self.shape.classes]
+        return np.stack(columns, axis=1).reshape(scored.num_rows, len(voters), len(self.shape.classes))
+
+    def _agreement(self, votes: Floats) -> None:
+        winners = votes[:, 1:].argmax(axis=2)  # [n, M]
+        size = len(self.shape.classes)
+        for (one, other), counts in zip(
+            itertools.combinations(range(len(self.shape.members)), 2), self.agreement.values(), strict=True
+        ):
+            cells = winners[:, one] * size + winners[:, other]
+            counts += np.bincount(cells, minlength=size * size).reshape(size, size)
+
+    def _lists(self, scored: pa.Table) -> None:
+        scores = [f"p_{name}" for name in self.shape.scores]
+        label = [self.shape.label] if self.shape.label else []
+        listed = [
+            name
+            for name in scored.column_names
+            if name in label
+            or name in scores
+            or (name in _LISTED and _LISTED[name](scored.schema.field(name).type))
+        ]
+        shown = scored.select(listed)
+        risk = _floats(scored, f"p_{self.shape.target}")
+        self.risk.add(shown, risk)
+        if "triage" in listed:
+            self.triage.update(_counted(scored, "triage"))
+        if "abstain" in listed:
+            abstains = np.flatnonzero(scored.column("abstain").fill_null(pa.scalar(False)).to_numpy())
+            self.abstained += len(abstains)
+            if len(abstains):
+                chosen = shown.take(abstains)
+                self.abstaining.add(chosen, risk[abstains])
+                if "abstain_reasons" in listed:
+                    self.abstain_reasons.update(_counted_words(chosen.column("abstain_reasons")))
+
+    def _truth(self, table: pa.Table, scored: pa.Table) -> Counts | None:
+        """The class [n] that each scored row's label names, -1 where it names none."""
+        label = self.shape.label
+        if label is None or label not in table.column_names:
+            return None
+        words = _words(table.column(label))
+        if words is None:
+            return None
+        places = self._places(words)
+        self.labelled.labels += int((places >= 0).sum())
+        strange = words.filter(pa.array(places < 0)).drop_null()
+        self.labelled.others += len(strange)
+        if len(strange) and len(self.labelled.unknown) < REASONS:
+            self.labelled.unknown.update(dict(_value_counts(strange)[:REASONS]))
+        same = scored is table
+        return places if same else self._places(cast(Any, _words(scored.column(label))))
+
+    def _places(self, words: Any) -> Counts:
+        classes = list(self.shape.classes)
+        folded = [name.strip().lower() for name in classes]
+        if len(set(folded)) == len(classes):
+            words, classes = pc.utf8_lower(pc.utf8_trim_whitespace(words)), folded
+        places: Any = pc.index_in(words, value_set=pa.array(classes, pa.string()))
+        return np.asarray(places.fill_null(-1), np.int64)
+
+
+def gather(results: Results, shape: Shape, *, listed: int, stop: threading.Event | None = None) -> Tally:
+    """Read all rows once. Raises EngineError when `stop` is set, and for parts that can't be read."""
+    tally = Tally(shape, listed=listed)
+    try:
+        for table in results.tables(shape.columns, words=shape.words):
+            if stop and stop.is_set():
+                raise EngineError("stopped")
+            tally.add(table)
+    except (pa.ArrowException, KeyError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise EngineError(f"results {results.place}: a part can't be read: {why}") from None
+    return tally
+
+
+def _value_counts(column: Any) -> list[tuple[str, int]]:
+    found = pc.value_counts(column).to_pylist()
+    return [(one["values"], one["counts"]) for one in found if one["values"] is not None]
+
+
+def _counted(table: pa.Table, name: str) -> dict[str, int]:
+    counts = Counter[str]()
+    for word, count in _value_counts(table.column(name)):
+        counts[word] += count  # a dictionary may hold a word twice
+    return counts
+
+
+def _counted_words(lists: Any) -> dict[str, int]:
+    return dict(_value_counts(pc.list_flatten(lists)))
+
+
+def _words(column: Any) -> Any:
+    """As text; None where that can't be had of this type."""
+    try:
+        return column.cast(pa.string()).combine_chunks()
+    except pa.ArrowException:
+        return None
+
+
+def _floats(table: pa.Table, name: str) -> Floats:
+    return np.nan_to_num(table.column(name).to_numpy().astype(np.float32, copy=False))
+
+
+def _histogram(values: Floats, bins: int, top: float) -> Counts:
+    places = (values * (bins / top)).astype(np.int64)
+    return np.bincount(np.clip(places, 0, bins - 1), minlength=bins)

@@ -1,0 +1,126 @@
+"""Pictures inside the page: thumbnails made from the images, overlays that `engine.explain` left."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+from engine.errors import EngineError
+from engine.preprocess.stage import load_pixels
+from engine.report.page import printable
+from engine.results import Results
+from engine.run_folder import EXPLANATIONS
+from engine.settings import Limits
+from engine.storage.location import parse
+from engine.store import open_folder, reason
+
+SIDE = 192  # pixels of a thumbnail, before it gets its image's shape
+INDEX = "index.json"
+MOST_BYTES = 4 << 20  # of an overlay
+MOST_ROWS = 200  # whose overlays are shown
+_NAME = re.compile(r"row-\d{9,}-[^/\\]+\.png")
+_PNG = b"\x89PNG\r\n\x1a\n"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """For an `img` element."""
+
+    source: str  # data: URL
+    width: int  # CSS pixels
+    height: int
+
+
+@dataclass(frozen=True)
+class Explained:
+    row: int
+    named: str  # the class
+    voters: dict[str, Picture]
+
+
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def thumbnails(results: Results, rows: Iterable[Mapping[str, Any]], *, say: Say) -> dict[int, Picture]:
+    """Of those `rows` of the results whose images can be read, by their number; `say` what is missing."""
+    by_root: dict[str, list[Mapping[str, Any]]] = {}
+    most = 0
+    for row in rows:
+        run = results.runs[row.get("run_id") or next(iter(results.runs))]
+        most = max(most, run["result_options"]["max_pixels"])
+        by_root.setdefault(run["result_options"]["root"], []).append(row)
+    found = {}
+    for root, wanted in by_root.items():
+        try:
+            loaded = load_pixels(
+                [row["path"] for row in wanted],
+                root=parse(root),
+                size=(SIDE, SIDE),
+                limits=replace(Limits(), max_pixels=most),
+            )
+        except EngineError as error:  # storage that is gone
+            say(f"{len(wanted)} thumbnails are left out: {error}")
+            continue
+        for pixels, place, header in zip(loaded.pixels, loaded.index, loaded.headers, strict=True):
+            turned = header.orientation >= 5  # EXIF: lies on its side
+            width, height = (header.height, header.width) if turned else (header.width, header.height)
+            scale = SIDE / max(width, height)
+            found[wanted[place]["row"]] = Picture(
+                _data_url("jpeg", _jpeg(pixels)),
+                max(1, round(width * scale)),
+                max(1, round(height * scale)),
+            )
+        if loaded.failures:
+            say(f"{len(loaded.failures)} of {len(wanted)} images give no thumbnail: {loaded.failures[0][2]}")
+    return found
+
+
+def explanations(results: Results, *, say: Say) -> tuple[str, list[Explained]]:
+    """The method and the overlays of the folder `explanations`; nothing where there are none of this run."""
+    folder = open_folder(results.place / EXPLANATIONS)
+    try:
+        if INDEX not in folder.names():
+            return "", []
+        index: dict[str, Any] = folder.read(INDEX, lambda opened: json.loads(opened.read()))
+        if index["run_id"] not in results.runs:
+            say(f"{EXPLANATIONS}/ is of another run: left out")
+            return "", []
+        found = []
+        for one in index["rows"][:MOST_ROWS]:
+            voters = {
+                str(voter): _overlay(folder.read(name, lambda opened: opened.read(MOST_BYTES)))
+                for voter, name in one["voters"].items()
+                if _NAME.fullmatch(name)
+            }
+            named = str(one.get("class") or index.get("class") or "")
+            found.append(Explained(int(one["row"]), printable(named), printable(voters)))
+        return str(index.get("method") or ""), found
+    except OSError as error:
+        say(f"{EXPLANATIONS}/ is left out: {reason(error)}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        say(f"{EXPLANATIONS}/{INDEX} is left out: it is not what engine.explain writes")
+    return "", []
+
+
+def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """Of [1, H, W]."""
+    gray = np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    return bytes(simplejpeg.encode_jpeg(gray, 85, colorspace="GRAY", colorsubsampling="Gray"))
+
+
+def _overlay(data: bytes) -> Picture:
+    """Raises ValueError for what is no PNG."""
+    width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
+    if not (data.startswith(_PNG) and width and height and len(data) < MOST_BYTES):
+        raise ValueError("no PNG")
+    return Picture(_data_url("png", data), width, height)
