@@ -12,9 +12,10 @@ from engine.errors import EngineError, UsageError
 from engine.settings import Settings
 from engine.sink import Done, finished, part_name
 from engine.storage.location import Url
-from engine.store import LOCK, STALE_S, StoreError, as_json, open_folder, reason
+from engine.store import LOCK, STALE_S, Folder, StoreError, as_json, open_folder, reason
 
 RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
+EXPLANATIONS, INDEX, PICTURES = "explanations", "index.json", "row-*.png"  # of python -m engine.explain
 
 
 def _short(value: object) -> str:
@@ -76,6 +77,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         names = self.files.names()
+        clear_explanations(open_folder(self.path / EXPLANATIONS))
         for name in [SUCCESS, *(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
             self.files.delete(name)
 
@@ -166,6 +168,16 @@ class RunFolder:
                 f"{self.path / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
                 f"from row {first}; delete it and run again"
             )
+
+
+def clear_explanations(folder: Folder) -> None:
+    """Delete the explanations in `folder`, and the folder if it is empty then."""
+    names = folder.names()
+    for name in [INDEX, *(name for name in names if fnmatch(name, PICTURES))] if names else []:
+        folder.delete(name)
+    if names and isinstance(folder.location, Path):
+        with suppress(OSError):  # somebody put something else there
+            folder.location.rmdir()
 
 
 def parts_of(run: dict[str, Any]) -> int:
