@@ -189,4 +189,4 @@ def recorded_bundle(results: Path | Url) -> Path:
     """Where the bundle of the run in `results` was. Raises UsageError when there is no run."""
     recorded = RunFolder.existing(results).recorded()
     assert recorded is not None
-    return Path(recorded["bundle"] or Settings.bundle)
+    return Path(str(recorded.get("bundle") or Settings.bundle))

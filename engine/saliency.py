@@ -24,21 +24,22 @@ and the maps averaged over the references. What follows from it, and why this an
 - Randomising the head changes the map, as it should (Adebayo et al. 2018); other methods fail there.
 - The networks run forward only; gradients are the head's alone, so a map costs little more than a score.
 
-A map is as coarse as the last feature maps (7 x 7 for ResNet50 at 224 x 224). It tells what moved the score,
-which is not where disease is.
+Each cell of the feature maps is drawn where it looks. A map is as coarse as they are (7 x 7 for ResNet50 at
+224 x 224), and a cell sees more than its place. It tells what moved the score, which is not where disease is.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from captum.attr import IntegratedGradients
 from torch import Tensor, nn
-from torch.nn import functional
 
 from engine import network
 from engine.bundle import Bundle
@@ -124,39 +125,31 @@ class Explainer:
         """Class number `index` of each image."""
         references = self._references
         count = len(references.pooled[0])
-        ways = IntegratedGradients(lambda *pooled: self._fuse(pooled)[1][:, index], multiply_by_inputs=False)
         members, ensemble = self.probabilities(seen)
         typical = float(self.probabilities(references)[1][:, index].mean(dtype=np.float64))
         found = []
         for place in range(len(ensemble)):
-            inputs = tuple(one[place].expand(count, -1) for one in seen.pooled)
+            pooled = tuple(one[place].expand(count, -1) for one in seen.pooled)
             probability = float(ensemble[place, index])
-            for steps in STEPS:
-                gradients = ways.attribute(inputs, baselines=references.pooled, n_steps=steps)
-                explained = sum(
-                    float((gradient * (one - reference)).sum(1).mean())
-                    for gradient, one, reference in zip(gradients, inputs, references.pooled, strict=True)
-                )
-                if abs(explained - (probability - typical)) < PRECISION:
-                    break
-            maps = [
-                self._on_picture(gradient, one[place], reference)
-                for gradient, one, reference in zip(gradients, seen.maps, references.maps, strict=True)
-            ]
+            gradients = self._gradients(pooled, index, probability - typical)
+            whole = zip(self._eyes, gradients, seen.maps, references.maps, strict=True)
+            maps = [eye.on_picture(gradient, one[place], others) for eye, gradient, one, others in whole]
             own = tuple(float(one[place, index]) for one in members)
             found.append(Explanation(probability, typical, own, torch.stack(maps).cpu().numpy()))
         return found
 
-    def _on_picture(self, gradients: Tensor, maps: Tensor, references: Tensor) -> Tensor:
-        """Gradients [R, K] and feature maps [K, h, w], [R, K, h, w] to a map [H, W]."""
-        gradients = gradients.to(maps.dtype)
-        coarse = torch.einsum("k,khw->hw", gradients.mean(0), maps)
-        coarse = coarse - torch.einsum("rk,rkhw->hw", gradients, references) / len(gradients)
-        fine = functional.interpolate(
-            coarse[None, None], self._bundle.size, mode="bilinear", align_corners=False
-        )
-        # interpolation keeps the mean but where the sides are no multiples of the map's
-        return fine[0, 0] + (coarse.mean() - fine.mean())
+    def _gradients(self, pooled: tuple[Tensor, ...], index: int, change: float) -> tuple[Tensor, ...]:
+        """M times [R, K], averaged along the ways from the references to `pooled`; these explain `change`."""
+        references = self._references.pooled
+        ways = IntegratedGradients(lambda *some: self._fuse(some)[1][:, index], multiply_by_inputs=False)
+        for steps in STEPS:
+            gradients: tuple[Tensor, ...] = ways.attribute(pooled, baselines=references, n_steps=steps)
+            gradients = tuple(one.to(pooled[0].dtype) for one in gradients)
+            parts = zip(gradients, pooled, references, strict=True)
+            explained = sum(float((gradient * (one - other)).sum(1).mean()) for gradient, one, other in parts)
+            if abs(explained - change) < PRECISION:
+                break
+        return gradients
 
     def _fuse(self, pooled: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """As `engine.ensemble.fuse`, so that it can be differentiated: [M, n, C] and [n, C]."""
@@ -183,32 +176,41 @@ class _Eye:
         self._last: Tensor | None = None
         # a norm that some networks have between pooling and head, else nothing
         self._rest: nn.Module = list(member.base.children())[-1]
-        self._layer = self._last_layer(architecture, size)
-        self._layer.register_forward_hook(self._keep)
+        with torch.no_grad():
+            name, cells = self._last_maps(architecture, size)
+            centres = _centres(member.base, name, size, cells)
+        member.base.get_submodule(name).register_forward_hook(self._keep)
+        self._spread = [  # [H, h] and [W, w]
+            _spread(each, side).to(member.mean.device) for each, side in zip(centres, size, strict=True)
+        ]
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._last = output
 
-    def _last_layer(self, architecture: str, size: tuple[int, int]) -> nn.Module:
-        """The one whose output is pooled: the last with several places. That it is, is tried out."""
-        layers: list[tuple[nn.Module, Tensor]] = []
+    def _last_maps(self, architecture: str, size: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+        """Name of the layer whose output is pooled, the last with several places, and its height and width.
 
-        def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        That its output is pooled is tried out, on noise.
+        """
+        found: list[tuple[str, Tensor]] = []
+
+        def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
             if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
-                layers.append((layer, output))
+                found.append((name, output))
 
-        hooks = [layer.register_forward_hook(note) for layer in self._network.base.modules()]
+        layers = self._network.base.named_modules()
+        hooks = [layer.register_forward_hook(partial(note, name)) for name, layer in layers]
         noise = torch.randint(0, 256, (2, 1, *size), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            features = self._network.features(noise.to(self._network.mean.device))
-            for hook in hooks:
-                hook.remove()
-            if layers and self._pools(layers[-1][1], features):
-                return layers[-1][0]
-        raise UsageError(
-            f"{architecture}: its scores are not made from the average of its last feature maps, so there is "
-            "no map of a picture to show"
-        )
+        features = self._network.features(noise.to(self._network.mean.device))
+        for hook in hooks:
+            hook.remove()
+        if not found or not self._pools(found[-1][1], features):
+            raise UsageError(
+                f"{architecture}: its scores are not made from the average of its last feature maps, "
+                "so there is no map of a picture to show"
+            )
+        name, maps = found[-1]
+        return name, (maps.shape[2], maps.shape[3])
 
     def _pools(self, maps: Tensor, features: Tensor) -> bool:
         try:
@@ -229,7 +231,71 @@ class _Eye:
         assert maps is not None
         return maps
 
+    def on_picture(self, gradients: Tensor, maps: Tensor, references: Tensor) -> Tensor:
+        """Gradients [R, K] and feature maps [K, h, w], [R, K, h, w] to a map [H, W]."""
+        cells = torch.einsum("k,khw->hw", gradients.mean(0), maps)
+        cells = cells - torch.einsum("rk,rkhw->hw", gradients, references) / len(gradients)
+        rows, columns = self._spread
+        return rows @ (cells / cells.numel()) @ columns.T * (len(rows) * len(columns))
+
     def logits(self, pooled: Tensor) -> Tensor:
         """[n, K] to [n, C]."""
         logits: Tensor = self._network.head(self._features(pooled))
         return logits
+
+
+def _spread(centres: Tensor, side: int) -> Tensor:
+    """What each of `side` pixels gets of the cells around `centres` [h]: [side, h], 1 in all of each cell.
+
+    A Gaussian of half a cell: straight interpolation would draw a grid of ridges.
+    """
+    count = len(centres)
+    distance = float(centres[-1] - centres[0]) / (count - 1) if count > 1 else side
+    pixels = torch.arange(side) + 0.5
+    parts = torch.exp(-2 * ((pixels[:, None] - centres) / distance) ** 2)
+    return parts / parts.sum(0)
+
+
+def _centres(base: nn.Module, name: str, size: tuple[int, int], cells: tuple[int, int]) -> list[Tensor]:
+    """Where the cells of the feature maps that layer `name` gives look: [h] and [w], in pixels.
+
+    They do not divide the picture evenly: at 224 x 224 those of ResNet50 look at 0, 32 ... 192, half a cell
+    up and left of that, and those of InceptionV3, which hardly pads, at 47, 70, 102, 133 and 161. Found by
+    sending coordinates through a copy whose layers pass on what is in the middle of their kernels; each also
+    the other way round, since a maximum prefers the larger. Evenly it is in networks of patches, and where
+    nothing comes through.
+    """
+    even = [(torch.arange(count) + 0.5) * side / count for count, side in zip(cells, size, strict=True)]
+    if any(isinstance(layer, nn.Linear | nn.LayerNorm) for layer in base.modules()):
+        return even
+    base = copy.deepcopy(base).cpu()
+    for place, layer in list(base.named_modules()):
+        if isinstance(layer, nn.Conv2d):
+            _only_middle(layer)
+        elif isinstance(layer, nn.AdaptiveAvgPool2d):  # of a squeeze and excitation, which looks everywhere
+            layer.register_forward_hook(lambda layer, inputs, output: torch.ones_like(output))
+        elif isinstance(layer, nn.BatchNorm2d) or type(layer).__module__ == nn.ReLU.__module__:
+            base.set_submodule(place, nn.Identity())
+    y, x = (torch.arange(side) + 0.5 for side in size)
+    one = torch.ones(size)
+    planes = torch.stack([one, y[:, None] * one, (size[0] - y)[:, None] * one, x * one, (size[1] - x) * one])
+    found: list[Tensor] = []
+    base.get_submodule(name).register_forward_hook(lambda layer, inputs, output: found.append(output))
+    base(planes[:, None].repeat(1, 3, 1, 1))
+    one, down, up, right, left = found[-1].mean(1)  # [h, w]
+    centres = [
+        (down / one + size[0] - up / one).mean(1) / 2,
+        (right / one + size[1] - left / one).mean(0) / 2,
+    ]
+    apart = all(bool((each.diff() > 0).all()) for each in centres)  # not so where one is not a number
+    return centres if apart and all(bool(each.isfinite().all()) for each in centres) else even
+
+
+def _only_middle(layer: nn.Conv2d) -> None:
+    """Make it pass on the mean over channels of its kernel's middle: one place, two of an even side."""
+    middle = [slice((side - 1) // 2, side // 2 + 1) for side in layer.kernel_size]
+    layer.weight.zero_()
+    part = layer.weight[:, :, middle[0], middle[1]]
+    part.fill_(1 / part[0].numel())
+    if layer.bias is not None:
+        layer.bias.zero_()
