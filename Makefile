@@ -56,7 +56,7 @@ clean:
 	touch $@
 
 .venv/dev.stamp: .venv/training.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training,dev,explain]'
 	touch $@
 
 .venv/peers.stamp: .venv/training.stamp

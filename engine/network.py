@@ -6,6 +6,7 @@ Training fits them, the torch runner loads them from a bundle.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any, Literal
 
 import torch
@@ -173,7 +174,10 @@ def load(member: Member, bundle: Bundle) -> Network:
         states = tensors_from_bytes(member.files["safetensors"].path.read_bytes())
         features = states["head.0.weight"].shape[1]
         network = Network(model, head(features, len(bundle.classes)), bundle.normalization)
-        network.load_state_dict(states)
+        ordered = OrderedDict(states)
+        # which safetensors does not keep: the version of each module's layout, asked for by MNASNet
+        vars(ordered)["_metadata"] = vars(network.state_dict())["_metadata"]
+        network.load_state_dict(ordered)
     except (SafetensorError, RuntimeError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UsageError(f"bundle {bundle.path}: {member.name}: its weights do not fit: {reason}") from None

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine import bundle
+from engine.bundle import Bundle
 from engine.errors import UsageError
 from engine.job import Say, Watch
 from engine.ledger import Progress, Summary, summary_of
@@ -20,7 +21,7 @@ from engine.records import Part
 from engine.run_folder import RUN, RunFolder, parts_of
 from engine.runners import choose
 from engine.settings import Settings
-from engine.sink import Layout, Sink, failed_rows
+from engine.sink import Done, Layout, Sink, failed_rows
 from engine.storage.location import parse
 
 
@@ -41,9 +42,7 @@ def retry(
         run = folder.recorded()
         assert run is not None
         options = run["result_options"]
-        models = bundle.load(settings.bundle)
-        if models.sha256 != options["bundle_sha256"]:
-            raise UsageError(f"bundle {settings.bundle}: it is not the one that {folder.path / RUN} names")
+        models = same_bundle(settings, folder, run)
         choice = choose(
             options["runner"],
             options["device"],
@@ -55,18 +54,12 @@ def retry(
             raise UsageError(
                 f"bundle {settings.bundle}: its plans were built anew since that run; run it again"
             )
-        if len(folder.finished(run)) < parts_of(run):
-            raise UsageError(f"results {folder.path}: the run is not finished; give its own command again")
-        done = folder.complete(run)
+        done = all_parts(folder, run)
         failed = {index: part.errors for index, part in done.items() if part.errors}
         progress = Progress(sum(failed.values()), finish_by=settings.finish_by)
         if not failed:
             return summary_of(folder.path, run, done.values(), progress, {}, 0)
-        limits = replace(
-            settings.limits, max_pixels=options["max_pixels"], max_file_size=options["max_file_size"]
-        )
-        settings = replace(settings, limits=limits, redaction=_same_redaction(settings, options))
-        manifest = _paths_again(settings, options)
+        settings, manifest = as_in_run(settings, options)
         root = manifest.root if manifest else parse(options["root"])
         opening = Opening(settings, models, run, choice, say, root, resumed=True)
         stages = stack.enter_context(Stages(opening))
@@ -80,9 +73,36 @@ def retry(
         folder.withdraw()
         parts = failed_rows(folder.files, sorted(failed), layout)
         if manifest:
-            parts = _with_paths(parts, manifest.parts(options["part_rows"], failed))
+            parts = with_paths(parts, manifest.parts(options["part_rows"], failed))
         stages.run(parts, Sink(folder.files, layout, run, worker(choice), fold=True), progress, watch, stop)
         return stages.close_ledger(folder, run, progress)
+
+
+def same_bundle(settings: Settings, folder: RunFolder, run: dict[str, Any]) -> Bundle:
+    """The bundle of a run, from where it is now. Raises UsageError when it is another."""
+    models = bundle.load(settings.bundle)
+    if models.sha256 != run["result_options"]["bundle_sha256"]:
+        raise UsageError(f"bundle {settings.bundle}: it is not the one that {folder.path / RUN} names")
+    return models
+
+
+def all_parts(folder: RunFolder, run: dict[str, Any]) -> dict[int, Done]:
+    """The parts of a finished run. Raises UsageError for one that is not finished."""
+    if len(folder.finished(run)) < parts_of(run):
+        raise UsageError(f"results {folder.path}: the run is not finished; give its own command again")
+    return folder.complete(run)
+
+
+def as_in_run(settings: Settings, options: dict[str, Any]) -> tuple[Settings, Manifest | None]:
+    """`settings` with the limits and redaction of a run; of a redacted one, the manifest with its paths.
+
+    Raises UsageError when what was given does not fit the run.
+    """
+    limits = replace(
+        settings.limits, max_pixels=options["max_pixels"], max_file_size=options["max_file_size"]
+    )
+    settings = replace(settings, limits=limits, redaction=_same_redaction(settings, options))
+    return settings, _paths_again(settings, options)
 
 
 def _same_redaction(settings: Settings, options: dict[str, Any]) -> Redaction | None:
@@ -110,7 +130,7 @@ def _paths_again(settings: Settings, options: dict[str, Any]) -> Manifest | None
     return manifest
 
 
-def _with_paths(parts: Iterator[Part], named: Iterator[Part]) -> Iterator[Part]:
+def with_paths(parts: Iterator[Part], named: Iterator[Part]) -> Iterator[Part]:
     """Parts of results with the paths of the same rows of the manifest."""
     for part, source in zip(parts, named, strict=True):
         assert part.index == source.index

@@ -12,10 +12,11 @@ from engine.errors import EngineError, UsageError
 from engine.settings import Settings
 from engine.sink import Done, finished, part_name
 from engine.storage.location import Url
-from engine.store import LOCK, STALE_S, StoreError, as_json, open_folder, reason
+from engine.store import LOCK, STALE_S, Folder, StoreError, as_json, open_folder, reason
 
 RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
-REPORT, EXPLANATIONS = "report.html", "explanations"  # of a finished run: a page, a folder of overlays
+REPORT = "report.html"
+EXPLANATIONS, INDEX, PICTURES = "explanations", "index.json", "row-*.png"  # of python -m engine.explain
 
 
 def _short(value: object) -> str:
@@ -78,12 +79,7 @@ class RunFolder:
     def _clear(self) -> None:
         names = self.files.names()
         self.withdraw()
-        explanations = open_folder(self.path / EXPLANATIONS)
-        for name in explanations.names():
-            explanations.delete(name)
-        if isinstance(self.path, Path):
-            with suppress(OSError):  # there is none, or somebody put a folder there
-                (self.path / EXPLANATIONS).rmdir()
+        clear_explanations(open_folder(self.path / EXPLANATIONS))
         for name in [*(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
             self.files.delete(name)
 
@@ -177,6 +173,16 @@ class RunFolder:
             )
 
 
+def clear_explanations(folder: Folder) -> None:
+    """Delete the explanations in `folder`, and the folder if it is empty then."""
+    names = folder.names()
+    for name in [INDEX, *(name for name in names if fnmatch(name, PICTURES))] if names else []:
+        folder.delete(name)
+    if names and isinstance(folder.location, Path):
+        with suppress(OSError):  # somebody put something else there
+            folder.location.rmdir()
+
+
 def parts_of(run: dict[str, Any]) -> int:
     """How many parts the run that `_run.json` describes has."""
     return -(-int(run["rows"]) // int(run["result_options"]["part_rows"]))
@@ -186,4 +192,4 @@ def recorded_bundle(results: Path | Url) -> Path:
     """Where the bundle of the run in `results` was. Raises UsageError when there is no run."""
     recorded = RunFolder.existing(results).recorded()
     assert recorded is not None
-    return Path(recorded["bundle"] or Settings.bundle)
+    return Path(str(recorded.get("bundle") or Settings.bundle))

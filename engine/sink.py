@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -272,13 +272,18 @@ class Sink:
 
 def failed_rows(folder: Folder, indices: Iterable[int], layout: Layout) -> Iterator[Part]:
     """The rows of finished parts that failed, to be tried again."""
-    kept = layout.passthrough.names
-    for index in indices:
-        table = folder.read(part_name(index), partial(_table, columns=["row", PATH, "status", *kept]))
-        done = pa.array([Status.OK.label, Status.SKIPPED.label])
-        table = table.filter(pc.invert(pc.is_in(table.column("status"), value_set=done)))
+    done = pa.array([Status.OK.label, Status.SKIPPED.label])
+    failed = pc.invert(pc.is_in(pc.field("status"), done))
+    yield from rows_again(folder, dict.fromkeys(indices, failed), layout.passthrough.names)
+
+
+def rows_again(folder: Folder, wanted: Mapping[int, pc.Expression], columns: Sequence[str]) -> Iterator[Part]:
+    """The rows of finished parts that fit an expression for each, with `columns` of the results."""
+    for index, which in wanted.items():
+        names = list(dict.fromkeys(["row", PATH, "status", *columns]))
+        table = folder.read(part_name(index), partial(_table, columns=names)).filter(which)
         paths = table.column(PATH).to_pylist()
-        yield Part(index, table.column("row").to_numpy(), paths, table.select(kept).combine_chunks())
+        yield Part(index, table.column("row").to_numpy(), paths, table.select(columns).combine_chunks())
 
 
 def _table(file: pa.NativeFile, columns: list[str] | None = None) -> pa.Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,15 +84,24 @@ def write_bundle(
     return folder
 
 
-def write_real_bundle(target: Path, images: Sequence[Path]) -> Path:
-    """ResNet50 and InceptionV3, seeded, with statistics of real pixels and heads that react to them."""
+def write_real_bundle(
+    target: Path,
+    images: Sequence[Path],
+    *,
+    weights: Mapping[str, float] = REAL_WEIGHTS,
+    size: tuple[int, int] = (224, 224),
+) -> Path:
+    """ResNet50 and InceptionV3, seeded, with statistics of real pixels and heads that react to them.
+
+    `weights` may name other architectures.
+    """
     from engine.preprocess.stage import load_pixels
     from training import export, features, heads, models
 
-    pixels = load_pixels(images).pixels
+    pixels = load_pixels(images, size=size).pixels
     members = []
-    for seed, (name, weight) in enumerate(REAL_WEIGHTS.items()):
-        network = models.build(name, classes=len(CLASSES), weights="none", seed=seed)
+    for seed, (name, weight) in enumerate(weights.items()):
+        network = models.build(name, classes=len(CLASSES), weights="none", seed=seed, size=size)
         features.calibrate_batch_norm(network, pixels)
         with torch.inference_mode():
             found = network.features(torch.from_numpy(pixels))
