@@ -489,7 +489,7 @@ def option_parser() -> Parser:
         "--top",
         type=whole(1, MAX_ROWS),
         metavar="N",
-        help=f"rows with the highest probability ({TOP}, if no others)",
+        help=f"rows of the highest probability ({TOP})",
     )
     add("--rows", type=_ranges, default=[], metavar="ROWS", help="these, such as 3,17,40-45")
     add("--abstained", action="store_true", help="rows on which the run abstained")
