@@ -181,6 +181,23 @@ def test_networks_are_cut_where_they_pool(architecture: str, size: tuple[int, in
         torch.testing.assert_close(eye.logits(maps.mean((2, 3))), network(pixels))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("resnet18", [0, 32, 64, 96]),  # it pads, and so looks half a cell up and left
+        ("mobilenet_v3_small", [0, 32, 64, 96]),  # with squeeze and excitation
+        ("vgg11", [16, 48, 80, 112]),
+        ("convnext_tiny", [16, 48, 80, 112]),
+    ],
+)
+def test_cells_are_drawn_where_they_look(architecture: str, expected: list[int]) -> None:
+    """By the arithmetic of strides and padding."""
+    network = models.build(architecture, classes=3, weights="none", seed=0, size=(128, 64)).eval()
+    rows, columns = saliency._Eye(network, architecture, (128, 64)).centres
+    np.testing.assert_allclose(rows, expected, atol=2)
+    np.testing.assert_allclose(columns, expected[:2], atol=2)
+
+
 def test_a_network_that_does_not_pool_is_refused_by_name() -> None:
     network = models.build("vit_b_32", classes=3, weights="none", seed=0, size=(224, 224))
     with pytest.raises(UsageError, match=r"vit_b_32: .* average of its last feature maps"):
