@@ -42,7 +42,6 @@ from engine.preprocess.stage import Preprocess
 from engine.privacy import Redaction, read_salt
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
-from engine.results import MERGED
 from engine.retry import all_parts, as_in_run, same_bundle, with_paths
 from engine.run import answered, hush_libraries, places
 from engine.run_folder import EXPLANATIONS, INDEX, RunFolder, clear_explanations, recorded_bundle
@@ -162,8 +161,6 @@ class _Run:
     @classmethod
     def of(cls, settings: Settings, of_class: str | None) -> Self:
         place = settings.manifest
-        if open_folder(place).exists(MERGED):
-            raise UsageError(f"results {place}: several runs, merged; give the folder of one of them")
         folder = RunFolder.existing(place)
         facts = folder.recorded()
         assert facts is not None
@@ -222,7 +219,7 @@ class _Run:
                 chose = np.array([value is True for value in table.column("abstain").to_pylist()], bool)
                 abstained += row[ok & chose].tolist()
             if len(abstained) > MAX_ROWS:
-                break
+                raise UsageError(f"the run abstained on more than {MAX_ROWS} rows; give --rows")
             for one in (one for one in asked.rows if len(row) and row[0] <= one <= row[-1]):
                 named[one] = str(status[one - row[0]])
         for one in asked.rows:
@@ -235,22 +232,19 @@ class _Run:
         if not rows:
             raise UsageError(f"results {self.folder.path}: none of its rows with a score was asked for")
         if len(rows) > MAX_ROWS:
-            raise UsageError(f"more than {MAX_ROWS} rows at once; give --rows or a smaller --top")
+            raise UsageError(f"{len(rows)} rows; allowed: up to {MAX_ROWS} at once")
         return rows, spread.rows
 
     def _read(self, index: int, columns: list[str]) -> pa.Table:
         """Columns of a part. Raises UsageError where they are not there."""
-        name = part_name(index)
-        try:
-            schema = self.folder.files.read(name, pq.read_schema)
-            for column in columns:
-                if column not in schema.names:
-                    hint = "; only runs with operating points abstain" if column == "abstain" else ""
-                    raise UsageError(f"results {self.folder.path / name}: no column {column!r}{hint}")
-            return self.folder.files.read(name, partial(pq.read_table, columns=columns))
-        except pa.ArrowException as error:
-            why = " ".join(str(error).split())[:200]
-            raise EngineError(f"results {self.folder.path / name}: {why}") from None
+        self._check(index, columns)
+        return self.folder.files.read(part_name(index), partial(pq.read_table, columns=columns))
+
+    def _check(self, index: int, columns: list[str]) -> None:
+        known = self.folder.files.read(part_name(index), pq.read_schema).names
+        if missing := [column for column in columns if column not in known]:
+            hint = "; only runs with operating points abstain" if missing[0] == "abstain" else ""
+            raise UsageError(f"results {self.folder.path}: no column {missing[0]!r}{hint}")
 
     def parts_of(self, rows: Iterable[int]) -> Iterator[Part]:
         """Some rows, with their paths and the members' probabilities."""
@@ -260,7 +254,7 @@ class _Run:
         }
         columns = [*self.scores, "width", "height"]
         for index in wanted:
-            self._read(index, columns)
+            self._check(index, columns)
         parts = rows_again(self.folder.files, wanted, columns)
         if self.manifest:
             return with_paths(parts, self.manifest.parts(self.part_rows, wanted))

@@ -178,10 +178,10 @@ class _Eye:
         self._rest: nn.Module = list(member.base.children())[-1]
         with torch.no_grad():
             name, cells = self._last_maps(architecture, size)
-            centres = _centres(member.base, name, size, cells)
+            self.centres = _centres(member.base, name, size, cells)
         member.base.get_submodule(name).register_forward_hook(self._keep)
         self._spread = [  # [H, h] and [W, w]
-            _spread(each, side).to(member.mean.device) for each, side in zip(centres, size, strict=True)
+            _spread(each, side).to(member.mean.device) for each, side in zip(self.centres, size, strict=True)
         ]
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

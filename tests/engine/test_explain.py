@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import boto3
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 import engine
@@ -24,8 +28,10 @@ from engine.ensemble import fuse
 from engine.errors import UsageError
 from engine.network import Network
 from engine.saliency import Explainer, Explanation
+from engine.storage import objects
 from tests.bundles import write_real_bundle
 from tests.conftest import write_images
+from tests.engine.test_remote import DUMMY
 from tests.training.networks import random_pixels, tiny_network
 from training import models
 
@@ -173,6 +179,23 @@ def test_networks_are_cut_where_they_pool(architecture: str, size: tuple[int, in
         maps = eye.maps(pixels)
         assert maps.shape[2] * maps.shape[3] >= 2
         torch.testing.assert_close(eye.logits(maps.mean((2, 3))), network(pixels))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("resnet18", [0, 32, 64, 96]),  # it pads, and so looks half a cell up and left
+        ("mobilenet_v3_small", [0, 32, 64, 96]),  # with squeeze and excitation
+        ("vgg11", [16, 48, 80, 112]),
+        ("convnext_tiny", [16, 48, 80, 112]),
+    ],
+)
+def test_cells_are_drawn_where_they_look(architecture: str, expected: list[int]) -> None:
+    """By the arithmetic of strides and padding."""
+    network = models.build(architecture, classes=3, weights="none", seed=0, size=(128, 64)).eval()
+    rows, columns = saliency._Eye(network, architecture, (128, 64)).centres
+    np.testing.assert_allclose(rows, expected, atol=2)
+    np.testing.assert_allclose(columns, expected[:2], atol=2)
 
 
 def test_a_network_that_does_not_pool_is_refused_by_name() -> None:
@@ -352,3 +375,42 @@ def test_a_new_run_takes_its_explanations_away(
     assert (run / "explanations/index.json").exists()
     engine.screen(run.parent / "m.csv", output=run, bundle=small_bundle, overwrite=True)
     assert not (run / "explanations").exists()
+
+
+def test_results_and_images_in_an_object_store(
+    finished: Path, small_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in DUMMY.items():
+        monkeypatch.setenv(name, value)
+    objects._s3.cache_clear()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        endpoint = "http://{}:{}".format(*server.get_host_and_port())
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        client = boto3.client("s3", endpoint_url=endpoint)
+        client.create_bucket(Bucket="explained")
+        for image in (finished / "images").iterdir():
+            client.upload_file(str(image), "explained", f"images/{image.name}")
+        client.upload_file(str(finished / "m.csv"), "explained", "m.csv")
+        screen = partial(engine.screen, "s3://explained/m.csv", output="s3://explained/out")
+        screen(bundle=small_bundle)
+
+        def kept() -> list[str]:
+            found = client.list_objects_v2(Bucket="explained", Prefix="out/explanations/")
+            names = (Path(one["Key"]).name for one in found.get("Contents", []))
+            return [name for name in names if name != "explanations"]  # what stands for the folder
+
+        for row in (3, 1):
+            status, said = command(capsys, "s3://explained/out", "--rows", row)
+            assert status == 0, said
+            voters = ("ensemble", "mnasnet0_5", "resnet18")
+            assert kept() == ["index.json", *(f"row-{row:09d}-{voter}.png" for voter in voters)]
+        engine.screen(
+            "s3://explained/m.csv", output="s3://explained/out", bundle=small_bundle, overwrite=True
+        )
+        assert kept() == []
+    finally:
+        server.stop()
+        objects._s3.cache_clear()
