@@ -254,7 +254,8 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
         "column": shape.label,
         "voters": voters,
         "rows": len(truth),
-        "notes": _notes(labelled.rows, len(truth), labelled.labels, labelled.others, labelled.unknown),
+        "all_rows": labelled.rows,
+        "notes": _notes(labelled.rows, labelled.labels, labelled.others, labelled.unknown),
         "show_matrix": len(shape.classes) <= MATRIX_CLASSES,
         "roc": plot("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
         "reliability": plot(
@@ -265,10 +266,8 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
     }
 
 
-def _notes(scored: int, used: int, labels: int, others: int, unknown: Counter[str]) -> list[str]:
+def _notes(scored: int, labels: int, others: int, unknown: Counter[str]) -> list[str]:
     notes = []
-    if used < scored:
-        notes.append(f"The figures are those of {count(used)} of these rows, drawn at random.")
     if labels > scored:
         notes.append(
             f"Not counted, since they have no score: {counted(labels - scored, 'row')} with a label."
