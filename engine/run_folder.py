@@ -12,10 +12,11 @@ from engine.errors import EngineError, UsageError
 from engine.settings import Settings
 from engine.sink import Done, finished, part_name
 from engine.storage.location import Url
-from engine.store import LOCK, STALE_S, StoreError, as_json, open_folder, reason
+from engine.store import LOCK, STALE_S, Folder, StoreError, as_json, open_folder, reason
 
 RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
-REPORT, EXPLANATIONS = "report.html", "explanations"  # of a finished run: a page, a folder of overlays
+EXPLANATIONS, INDEX, PICTURES = "explanations", "index.json", "row-*.png"  # of python -m engine.explain
+REPORT = "report.html"  # of python -m engine.report; every finished run has one
 
 
 def _short(value: object) -> str:
@@ -77,14 +78,8 @@ class RunFolder:
 
     def _clear(self) -> None:
         names = self.files.names()
-        self.withdraw()
-        explanations = open_folder(self.path / EXPLANATIONS)
-        for name in explanations.names():
-            explanations.delete(name)
-        if isinstance(self.path, Path):
-            with suppress(OSError):  # there is none, or somebody put a folder there
-                (self.path / EXPLANATIONS).rmdir()
-        for name in [*(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
+        clear_explanations(open_folder(self.path / EXPLANATIONS))
+        for name in [SUCCESS, *(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
             self.files.delete(name)
 
     def listing(self) -> Path:
@@ -111,6 +106,7 @@ class RunFolder:
     def begin(self, run: dict[str, Any]) -> dict[str, Any]:
         """Record `run`, or check that the recorded one has the same result options and hand it back."""
         if self._overwrite:
+            self.withdraw()
             self._clear()
         recorded = self.recorded()
         if recorded is None:
@@ -175,6 +171,16 @@ class RunFolder:
                 f"{self.path / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
                 f"from row {first}; delete it and run again"
             )
+
+
+def clear_explanations(folder: Folder) -> None:
+    """Delete the explanations in `folder`, and the folder if it is empty then."""
+    names = folder.names()
+    for name in [INDEX, *(name for name in names if fnmatch(name, PICTURES))] if names else []:
+        folder.delete(name)
+    if names and isinstance(folder.location, Path):
+        with suppress(OSError):  # somebody put something else there
+            folder.location.rmdir()
 
 
 def parts_of(run: dict[str, Any]) -> int:

@@ -37,7 +37,14 @@ def with_operating_points(results: Path) -> Path:
     run |= {
         "target": classes[-1],
         "groups": {"bone_loss": classes[1:]},
-        "operating_points": {"rule_out": 0.2, "refer": {"value": 0.6, "low": 0.5, "high": 0.7}},
+        "operating_points": {
+            "target": classes[-1],
+            "rule_out": {"below": 0.2, "interval": [0.1, 0.3]},
+            "refer": {
+                "above": 0.6,
+                "on_data": {"specificity": {"of": 40, "value": 0.9, "low": 0.8, "high": 1}},
+            },
+        },
     }
     (results / "_run.json").write_text(json.dumps(run))
     for file in results.glob("part-*.parquet"):

@@ -146,7 +146,9 @@ def test_operating_points_explanations_and_pictures(screened: Screen, archive: P
     assert page.values("class").count("thumbnail") == len(listed)
     work = page.section("Work list")
     assert all(path in work for path in listed.path)
-    assert "refer 0.6 (0.5 to 0.7)" in page.section("Provenance")
+    assert "refer on data specificity 0.9 (0.8 to 1)" in page.section("Provenance")
+    assert "below 0.200 rules out, above 0.600 refers" in triage
+    assert page.values("class").count("mark") == 2
     pictures = page.values("src")
     assert all(re.match("data:image/(jpeg|png);base64,", source) for source in pictures)
     assert len(pictures) == len(listed) + 1
