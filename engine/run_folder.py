@@ -15,8 +15,8 @@ from engine.storage.location import Url
 from engine.store import LOCK, STALE_S, Folder, StoreError, as_json, open_folder, reason
 
 RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
-REPORT = "report.html"
 EXPLANATIONS, INDEX, PICTURES = "explanations", "index.json", "row-*.png"  # of python -m engine.explain
+REPORT = "report.html"  # of python -m engine.report; every finished run has one
 
 
 def _short(value: object) -> str:
@@ -107,6 +107,7 @@ class RunFolder:
     def begin(self, run: dict[str, Any]) -> dict[str, Any]:
         """Record `run`, or check that the recorded one has the same result options and hand it back."""
         if self._overwrite:
+            self.withdraw()
             self._clear()
         recorded = self.recorded()
         if recorded is None:

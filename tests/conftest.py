@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -92,9 +93,14 @@ def run_module(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`gpu` tests skip without a GPU; under REQUIRE_GPU=1 they run and so fail."""
-    if os.environ.get("REQUIRE_GPU") == "1" or Path("/dev/nvidiactl").exists():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no GPU"))
+    """`gpu` and `browser` tests skip where there is none; with REQUIRE_GPU=1, REQUIRE_BROWSER=1 they fail."""
+    there = {
+        "gpu": Path("/dev/nvidiactl").exists(),
+        "browser": bool(shutil.which("chromium") and shutil.which("chromedriver")),
+    }
+    for name, found in there.items():
+        if found or os.environ.get(f"REQUIRE_{name.upper()}") == "1":
+            continue
+        for item in items:
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"no {name}"))

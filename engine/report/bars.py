@@ -15,9 +15,10 @@ def bars(
     *,
     ticks: Mapping[float, str],
     top: str,
+    marks: Sequence[float] = (),
     width: int = WIDTH,
 ) -> dict[str, Any]:
-    """`values` side by side, 0 at the bottom; `ticks` by place, 0 to 1; `top` names the highest value."""
+    """`values` side by side, 0 at the bottom; `ticks` and `marks` by place, 0 to 1; `top` names the most."""
     most = max(values) or 1
     step = width / len(values)
     return {
@@ -34,5 +35,6 @@ def bars(
             if value
         ],
         "ticks": [{"x": round(place * width, 2), "text": text} for place, text in ticks.items()],
+        "marks": [round(place * width, 2) for place in marks],
         "top": top,
     }

@@ -42,6 +42,7 @@ def facts_of(results: Results, success: Mapping[str, Any], shape: Shape, tally: 
     redacted = any(one["result_options"].get("redacted_by") for one in results.runs.values())
     merged = "runs" in results.run
     wanted = results.run["rows"]
+    points = _points(run)
     return {
         "title": "Merged screening results" if merged else "Screening report",
         "lede": _lede(results, success),
@@ -55,9 +56,9 @@ def facts_of(results: Results, success: Mapping[str, Any], shape: Shape, tally: 
         "statuses": _statuses(tally, hide=redacted),
         "flags": _shares(tally.flags, tally.rows),
         "predicted": _shares({name: tally.by_class[name] for name in shape.classes}, tally.scored),
-        "triage": _triage(tally),
+        "triage": _triage(tally, points),
         "labels": _labels(shape, tally),
-        "charts": [_chart(name, tally) for name in shape.scores[:CHARTS]],
+        "charts": [_chart(name, tally, points) for name in shape.scores[:CHARTS]],
         "more_charts": shape.scores[CHARTS:],
         "agreement": _agreement(shape, tally),
         "disagreement": _disagreement(tally),
@@ -132,32 +133,39 @@ def spoken(word: str) -> str:
     return word.replace("_", " ")
 
 
-def _triage(tally: Tally) -> dict[str, Any] | None:
+def _points(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The thresholds of the bundle's operating points, where it has some."""
+    points = run.get("operating_points") or {}
+    rule_out, refer = (
+        (points.get(name) or {}).get(side) for name, side in (("rule_out", "below"), ("refer", "above"))
+    )
+    return {"target": points.get("target"), "marks": [one for one in (rule_out, refer) if one is not None]}
+
+
+def _triage(tally: Tally, points: Mapping[str, Any]) -> dict[str, Any] | None:
     if not tally.triage and not tally.abstained:
         return None
     order = [*TRIAGE, *sorted(set(tally.triage) - set(TRIAGE))]
     return {
         "zones": _shares({name: tally.triage[name] for name in order}, tally.scored),
+        "marks": points["marks"],
         "abstained": tally.abstained,
         "share": tally.abstained / max(1, tally.scored),
         "reasons": _shares(dict(tally.abstain_reasons.most_common()), tally.scored),
     }
 
 
-def _chart(name: str, tally: Tally) -> dict[str, Any]:
+def _chart(name: str, tally: Tally, points: Mapping[str, Any]) -> dict[str, Any]:
     counts = tally.histograms[name]
     edges = np.linspace(0, 1, BINS + 1)
     titles = [
         f"{low:.2f} to {high:.2f}: {counted(int(found), 'row')}"
         for low, high, found in zip(edges, edges[1:], counts, strict=False)
     ]
-    return {
-        "name": name,
-        "above": int(counts[BINS // 2 :].sum()),
-        "chart": bars(
-            counts.tolist(), titles, ticks={0.0: "0", 0.5: "0.5", 1.0: "1"}, top=count(int(counts.max()))
-        ),
-    }
+    marks = points["marks"] if name == points["target"] else []
+    ticks = {0.0: "0", 0.5: "0.5", 1.0: "1"}
+    chart = bars(counts.tolist(), titles, ticks=ticks, top=count(int(counts.max())), marks=marks)
+    return {"name": name, "above": int(counts[BINS // 2 :].sum()), "chart": chart, "marks": marks}
 
 
 def _agreement(shape: Shape, tally: Tally) -> list[dict[str, Any]]:
@@ -254,7 +262,8 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
         "column": shape.label,
         "voters": voters,
         "rows": len(truth),
-        "notes": _notes(labelled.rows, len(truth), labelled.labels, labelled.others, labelled.unknown),
+        "all_rows": labelled.rows,
+        "notes": _notes(labelled.rows, labelled.labels, labelled.others, labelled.unknown),
         "show_matrix": len(shape.classes) <= MATRIX_CLASSES,
         "roc": plot("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
         "reliability": plot(
@@ -265,10 +274,8 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
     }
 
 
-def _notes(scored: int, used: int, labels: int, others: int, unknown: Counter[str]) -> list[str]:
+def _notes(scored: int, labels: int, others: int, unknown: Counter[str]) -> list[str]:
     notes = []
-    if used < scored:
-        notes.append(f"The figures are those of {count(used)} of these rows, drawn at random.")
     if labels > scored:
         notes.append(
             f"Not counted, since they have no score: {counted(labels - scored, 'row')} with a label."

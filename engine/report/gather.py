@@ -299,12 +299,16 @@ class Tally:
         return places if same else self._places(cast(Any, _words(scored.column(label))))
 
     def _places(self, words: Any) -> Counts:
-        classes = list(self.shape.classes)
-        folded = [name.strip().lower() for name in classes]
-        if len(set(folded)) == len(classes):
-            words, classes = pc.utf8_lower(pc.utf8_trim_whitespace(words)), folded
-        places: Any = pc.index_in(words, value_set=pa.array(classes, pa.string()))
-        return np.asarray(places.fill_null(-1), np.int64)
+        """The class [n] that each word names, as it is spelled or in any case; -1 for none."""
+        spelled = {name: place for place, name in enumerate(self.shape.classes)}
+        folded = {name.strip().casefold(): place for name, place in spelled.items()}
+        encoded = words.dictionary_encode()
+        places = [
+            spelled.get(word, folded.get(word.strip().casefold(), -1)) if word is not None else -1
+            for word in [*encoded.dictionary.to_pylist(), None]
+        ]
+        found: Counts = np.array(places)[encoded.indices.fill_null(len(places) - 1).to_numpy()]
+        return found
 
 
 def gather(results: Results, shape: Shape, *, listed: int, stop: threading.Event | None = None) -> Tally:

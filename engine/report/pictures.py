@@ -17,13 +17,12 @@ from engine.errors import EngineError
 from engine.preprocess.stage import load_pixels
 from engine.report.page import printable
 from engine.results import Results
-from engine.run_folder import EXPLANATIONS
+from engine.run_folder import EXPLANATIONS, INDEX
 from engine.settings import Limits
 from engine.storage.location import parse
 from engine.store import open_folder, reason
 
 SIDE = 192  # pixels of a thumbnail, before it gets its image's shape
-INDEX = "index.json"
 MOST_BYTES = 4 << 20  # of an overlay
 MOST_ROWS = 200  # whose overlays are shown
 _NAME = re.compile(r"row-\d{9,}-[^/\\]+\.png")

@@ -99,7 +99,7 @@ def table(folder: Path) -> pa.Table:
 
 
 def only_results_are_left(folder: Path) -> bool:
-    allowed = {"_run.json", "_SUCCESS", "_manifest.parquet", ".lock"}
+    allowed = {"_run.json", "_SUCCESS", "_manifest.parquet", "report.html", ".lock"}
     return not {path.name for path in folder.iterdir()} - allowed - {path.name for path in parts(folder)}
 
 

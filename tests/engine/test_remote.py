@@ -35,6 +35,7 @@ from engine.overlap import Meter
 from engine.pipeline import screen
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
+from engine.report import __main__ as report
 from engine.run import settings_from
 from engine.settings import Limits, parse_location
 from engine.storage import ReadError, Storage, common, objects
@@ -225,6 +226,7 @@ def test_every_tenth_request_may_fail(
     assert set(keys(client, f"faulty-{fault}/")) == {
         "_SUCCESS",
         "_run.json",
+        "report.html",
         *(f"part-0000{index}.parquet" for index in range(3)),
     }
 
@@ -657,7 +659,7 @@ def test_google_cloud_storage_holds_images_and_results(
             assert run.returncode == 0, run.stderr
         assert "finished already" in run.stderr
         results = ObjectFolder(Url("gs", "archive", "/out"))
-        assert set(results.names()) == {"_SUCCESS", "_run.json", "part-00000.parquet"}
+        assert set(results.names()) == {"_SUCCESS", "_run.json", "report.html", "part-00000.parquet"}
         part = b"".join(objects.pieces(results.location / "part-00000.parquet", lambda size: None))
         assert rows([pa.BufferReader(part)]).equals(local)
         assert statuses(read(["gs://archive/nowhere", "gs://nobucket/x"])) == [Status.MISSING] * 2
@@ -676,7 +678,7 @@ def test_locations_outside_the_command_line() -> None:
 
 
 def test_results_there_are_read_and_merged(
-    proxy: Proxy, images: Path, names: list[str], bundle: Path
+    proxy: Proxy, client: Any, images: Path, names: list[str], bundle: Path
 ) -> None:
     for run, first in (("one", 0), ("two", 2)):
         manifest = images.parent / f"{run}.csv"
@@ -687,6 +689,11 @@ def test_results_there_are_read_and_merged(
         parse_location("s3://archive/merged"),
     )
     assert (merged.rows, merged.dropped) == (6, 2)
+    assert report.main(["s3://archive/merged", "--thumbnails", "2"]) == 0
+    page = client.get_object(Bucket="archive", Key="merged/report.html")["Body"].read().decode()
+    assert "2 runs, joined" in page
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert page.count('scope="row" class="path"') == 6
     frame = engine.read_results("s3://archive/merged")
     assert sorted(frame.path) == names[:6]
     assert frame.run_id.nunique() == len(frame.attrs["provenance"]["runs"]) == 2

@@ -38,7 +38,7 @@ PICTURES = 3  # base files of each kind
 SHOWN = 50  # problems; the JSON has all
 STATUSES = frozenset(status.label for status in Status)
 IMPOSSIBLE = frozenset(("missing", "unreadable", "skipped"))  # every file is there and can be read
-LEFT = re.compile(r"part-\d{5,}\.parquet|_run\.json|_SUCCESS|\.lock")
+LEFT = re.compile(r"part-\d{5,}\.parquet|_run\.json|_SUCCESS|report\.html|\.lock")
 
 
 @dataclass(frozen=True)
