@@ -97,8 +97,8 @@ def screen(
         folder.keep_listing()
         if settings.redaction:
             manifest = manifest.only(settings.redaction.keep)
-        layout = Layout.of(models, manifest, settings)
         recorded = None if settings.overwrite else folder.recorded()
+        layout = Layout.of(models, manifest, settings, recorded)
         advice = advise(settings, models, choice, recorded=recorded)
         if advice.settings != settings:
             settings = advice.settings
@@ -122,6 +122,8 @@ def screen(
         if folder.succeeded() and len(done) == parts_of(run):
             return summary_of(folder.path, run, done.values(), Progress(manifest.rows), {}, 0)
         say(choice.reason)
+        if models.operating_points:
+            say(f"triage: {models.operating_points}")
         if advice.line:
             say(advice.line)
         if recorded is None and manifest.skipped:

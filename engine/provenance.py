@@ -75,6 +75,9 @@ def describe(
         "since": str(absolute(settings.since)) if settings.since else None,
         "bundle": None if hidden else str(models.path.absolute()),
         "classes": list(models.classes),
+        "target": models.target,
+        "groups": {name: list(classes) for name, classes in models.groups.items()},
+        "operating_points": models.operating_points and models.operating_points.recorded,
         "weights": {member.name: member.weight for member in models.members},
         "machine": {
             "system": f"{platform.system()} {platform.release()}",

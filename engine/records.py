@@ -37,6 +37,18 @@ class Status(enum.IntEnum):
         return self.name.lower()
 
 
+# what is to be known of an image that has a score
+FLAGS = (
+    "first_frame",
+    "decoder_warning",
+    "colour",
+    "window_fallback",
+    "for_processing",
+    "burned_in",
+    "inverse_lut",
+)
+
+
 @dataclass(slots=True)
 class Part:
     """Manifest rows that become one file, the unit of resume. Filled by the manifest."""

@@ -109,13 +109,13 @@ def option_parser(
     add("--decode", choices=DECODES, help="of JPEG, as the bundle was trained (its own); another is refused")
     add(
         "--batch-size",
-        type=_count(MAX_BATCH),
+        type=count_of(MAX_BATCH),
         metavar="N",
         help=f"images a batch (as tuned; else {CPU_BATCH} on a CPU, {GPU_BATCH} or the plan's on a GPU)",
     )
     add(
         "--part-rows",
-        type=_count(MAX_PART_ROWS),
+        type=count_of(MAX_PART_ROWS),
         metavar="N",
         help=f"rows a part, the unit of resume ({CPU_PART_ROWS} on a CPU, {GPU_PART_ROWS} on a GPU)",
     )
@@ -124,13 +124,13 @@ def option_parser(
     add("--root", type=parse_location, help="folder of relative paths (the manifest's own)")
     add(
         "--workers",
-        type=_count(MAX_WORKERS),
+        type=count_of(MAX_WORKERS),
         metavar="N",
         help="CPU threads (as tuned; else all that this process may use)",
     )
     add("--memory", default="1GiB", metavar="SIZE", help="for images in flight (%(default)s)")
     pixels = defaults.limits.max_pixels
-    add("--max-pixels", type=_count(), default=pixels, metavar="N", help="of an image (%(default)s)")
+    add("--max-pixels", type=count_of(), default=pixels, metavar="N", help="of an image (%(default)s)")
     add("--max-file-size", default="512MiB", metavar="SIZE", help="of an image (%(default)s)")
     add(
         "--read-timeout",
@@ -181,12 +181,12 @@ def option_parser(
     )
     add(
         "--slots",
-        type=_count(16),
+        type=count_of(16),
         default=defaults.slots,
         metavar="N",
         help="batches on the GPU (%(default)s)",
     )
-    add("--streams", type=_count(2), metavar="N", help="1: members in turn, 2: at once (the faster)")
+    add("--streams", type=count_of(2), metavar="N", help="1: members in turn, 2: at once (the faster)")
     add(
         "--cuda-graph",
         action=argparse.BooleanOptionalAction,
@@ -204,7 +204,7 @@ def option_parser(
     return parser
 
 
-def _count(most: int | None = None) -> Callable[[str], int]:
+def count_of(most: int | None = None) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else 0
         if value < 1 or (most and value > most):
