@@ -23,11 +23,11 @@ from rich.console import Console
 
 from engine import bundle, tuned
 from engine.bundle import Bundle
-from engine.calibration import Asked, Sample, calibrate
+from engine.calibration import Asked, Sample, calibrate, check_counts
 from engine.errors import Stopped, UsageError
 from engine.labels import Names, groups_of
 from engine.listing import PATH
-from engine.pipeline import Say, Watch, screen
+from engine.pipeline import Say, Watch, check_paths, manifest_of, screen
 from engine.progress import Display
 from engine.records import FLAGS, Status
 from engine.results import MERGED, Results, opened
@@ -72,7 +72,9 @@ def measure(
     if _is_results(settings.manifest):
         sample, data = _read(opened(settings.manifest, unfinished=False), models, columns, say)
     else:
+        check_paths(settings)
         with TemporaryDirectory(prefix="engine-") as scratch:
+            _look_through(settings, models, columns, asked, Path(scratch, "listing.parquet"))
             output = Path(scratch, "results")
             try:
                 screen(replace(settings, output=output), watch=watch, say=say, stop=stop)
@@ -90,6 +92,24 @@ def measure(
     return models, changed
 
 
+def _look_through(settings: Settings, models: Bundle, columns: Columns, asked: Asked, listing: Path) -> None:
+    """What is wrong with the labels is said before hours of screening."""
+    manifest = manifest_of(settings, listing, since=False)
+    label, group = _columns(manifest.columns.names, "", columns)
+    tables = [
+        pa.table(
+            {"row": part.row, PATH: pa.array(part.paths, pa.string())}
+            | {name: part.columns.column(name) for name in dict.fromkeys(filter(None, (label, group)))}
+        )
+        for part in manifest.parts(65_536)
+    ]
+    table = pa.concat_tables(tables, promote_options="permissive")
+    labels = _labels(table, label, models, lambda _: None)
+    groups = _groups(table.column(group)) if group else np.arange(len(labels))
+    there = labels >= 0
+    check_counts(labels[there] == models.classes.index(asked.target), groups[there], asked)
+
+
 def _is_results(place: Place) -> bool:
     if isinstance(place, Url) and place.scheme in HTTP_SCHEMES:
         return False
@@ -101,19 +121,16 @@ def _read(results: Results, models: Bundle, columns: Columns, say: Say) -> tuple
     """What was scored and has a label, and `data` of the operating points."""
     if not results.parts:
         raise UsageError(f"results {results.place}: they have no rows")
-    made_by = {run["result_options"]["bundle_sha256"] for run in results.runs.values()}
     before = models.operating_points
-    known = {models.sha256, *([before.recorded["data"]["bundle_sha256"]] if before else [])}
-    if not made_by <= known:
-        raise UsageError(f"results {results.place}: they are of another bundle than {models.path}")
+    trained = _as_trained(models.sha256, before.recorded if before else None)
+    for run in results.runs.values():
+        if _as_trained(run["result_options"]["bundle_sha256"], run.get("operating_points")) != trained:
+            raise UsageError(f"results {results.place}: they are of another bundle than {models.path}")
     (one, *others) = results.runs.values()
     options = one["result_options"]
     dataset = results.dataset()
     there = dataset.schema.names
-    label, group = (
-        _column(there, options.get("column_prefix", ""), *names)
-        for names in ((columns.label, LABEL, "--label-column"), (columns.group, PATIENT, "--group-column"))
-    )
+    label, group = _columns(there, options.get("column_prefix", ""), columns)
     scores = [f"{member.name}_p_{name}" for member in models.members for name in models.classes]
     wanted = dict.fromkeys(["row", PATH, "status", *filter(None, (label, group)), *scores])
     table = dataset.to_table(columns=list(wanted))
@@ -139,13 +156,26 @@ def _read(results: Results, models: Bundle, columns: Columns, say: Say) -> tuple
     return Sample(members, labels, groups), {
         "sha256": digest.hexdigest(),  # of labels, members' probabilities, patients
         "manifest_sha256": None if others else options["manifest_sha256"],
-        "bundle_sha256": min(made_by),
+        "bundle_sha256": trained,
         "precision": options["precision"],
         "images": len(labels),
         "by_class": dict(zip(models.classes, counts.tolist(), strict=True)),
         "patients": len(np.unique(groups)) if group else None,
         "left_out": {name: count for name, count in left_out.items() if count},
     }
+
+
+def _as_trained(sha256: str, points: dict[str, Any] | None) -> str:
+    """The hash of a bundle before it was calibrated, which changes no member and no weight."""
+    return str(points["data"]["bundle_sha256"]) if points else sha256
+
+
+def _columns(there: list[str], prefix: str, columns: Columns) -> tuple[str | None, str | None]:
+    """Of the label, and of what makes a group."""
+    return (
+        _column(there, prefix, columns.label, LABEL, "--label-column"),
+        _column(there, prefix, columns.group, PATIENT, "--group-column"),
+    )
 
 
 def _column(there: list[str], prefix: str, asked: str | None, usual: str, option: str) -> str | None:
@@ -294,7 +324,6 @@ def _parser() -> Parser:
         metavar="A,B",
         help="flags of images to abstain from, or none (%(default)s)",
     )
-    add("--seed", type=int, default=usual.seed, metavar="N", help="of resamples and folds (%(default)s)")
     add("--path-column", metavar="NAME", help="column with the paths (path, else the first)")
     add("--root", type=parse_location, help="folder of relative paths (LABELLED's own)")
     add("--device", default=plain.device, help="auto, cpu or cuda:N (%(default)s)")
@@ -318,7 +347,6 @@ def _asked(given: dict[str, Any], classes: tuple[str, ...]) -> Asked:
         specificity=given["specificity"],
         quantile=given["disagreement_quantile"],
         flags=flags,
-        seed=given["seed"],
     )
 
 

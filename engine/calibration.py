@@ -90,7 +90,7 @@ def calibrate(
     """
     target = classes.index(asked.target)
     positive = sample.labels == target
-    _check_counts(sample, positive, asked)
+    check_counts(positive, sample.groups, asked)
     mean = average(sample.members, weights)
     temperature, settled = _temperature(mean, sample.labels)
     scores = tempered(mean, temperature)[:, target]
@@ -136,19 +136,21 @@ def calibrate(
     return temperature, points
 
 
-def _check_counts(sample: Sample, positive: Bools, asked: Asked) -> None:
-    """A share s of n can't be promised when even all of n say too little: s^n > 1 - LEVEL (Wilks 1941)."""
-    patients = len(np.unique(sample.groups)) < len(sample.groups)
-    for name, asked_for, mask, what in (
+def check_counts(positive: Bools, groups: Labels, asked: Asked) -> None:
+    """Raises UsageError where too few images [N], or patients, are of one side to promise its share.
+
+    A share s of n says nothing of all when even n of n says too little: s^n > 1 - LEVEL (Wilks 1941).
+    """
+    what = "patients with images" if len(np.unique(groups)) < len(groups) else "images"
+    for name, asked_for, mask, whose in (
         ("sensitivity", asked.sensitivity, positive, f"of class {asked.target}"),
         ("specificity", asked.specificity, ~positive, f"of other classes than {asked.target}"),
     ):
-        there = len(np.unique(sample.groups[mask]))
-        needed = least(asked_for)
+        there, needed = len(np.unique(groups[mask])), least(asked_for)
         if there < needed:
             raise UsageError(
-                f"{there} {'patients with images' if patients else 'images'} {what} have scores: too few to "
-                f"promise a {name} of {asked_for:g}; at least {needed} are needed, or a lower --{name}"
+                f"{there} {what} {whose}: too few to promise a {name} of {asked_for:g}; at least {needed} "
+                f"are needed, or a lower --{name}"
             )
 
 
@@ -158,9 +160,10 @@ def least(asked_for: float) -> int:
 
 
 def _temperature(mean: Floats, labels: Labels) -> tuple[float, bool]:
-    """As fitted; 1 where the likelihood has no maximum within the limits."""
+    """As fitted; 1 where the likelihood has no maximum: all images told apart, or the limits reached."""
     fitted = fit_temperature(mean, labels)
-    settled = LOWEST * 1.01 < fitted < HIGHEST / 1.01
+    erred = bool((mean.argmax(axis=1) != labels).any())
+    settled = erred and LOWEST * 1.01 < fitted < HIGHEST / 1.01
     return (fitted if settled else 1.0), settled
 
 

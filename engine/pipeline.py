@@ -123,7 +123,7 @@ def screen(
             return summary_of(folder.path, run, done.values(), Progress(manifest.rows), {}, 0)
         say(choice.reason)
         if models.operating_points:
-            say(f"triage: {models.operating_points}")
+            say(f"triage: {models.operating_points}{_other_precision(models, choice)}")
         if advice.line:
             say(advice.line)
         if recorded is None and manifest.skipped:
@@ -348,6 +348,12 @@ def list_new(
     if not rows:
         listing.unlink()
         raise NothingNew(f"nothing is new since {earlier.place}; nothing was written")
+
+
+def _other_precision(models: Bundle, choice: Choice) -> str:
+    assert models.operating_points
+    measured = models.operating_points.recorded["data"]["precision"]
+    return f"; this run is in {choice.precision}" if choice.precision != measured else ""
 
 
 def _check_decode(settings: Settings, models: Bundle) -> None:
