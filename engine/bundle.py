@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from engine.distance import OUTPUT
 from engine.ensemble import fuse
 from engine.errors import UsageError
 from engine.store import atomic
@@ -126,7 +127,7 @@ def _parse(path: Path, data: dict[str, Any], sha256: str) -> Bundle:
         members,
         _file(path, data["canaries"]),
         _groups(data.get("groups", {}), classes),
-        None if points is None else OperatingPoints.parse(points, classes, temperature),
+        None if points is None else _operating_points(points, classes, members, temperature),
         sha256,
     )
 
@@ -158,6 +159,16 @@ def _groups(entry: Any, classes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
             f"group {name}: {members!r}; allowed: some of {', '.join(classes)}",
         )
     return {name: tuple(members) for name, members in entry.items()}
+
+
+def _operating_points(
+    section: Any, classes: tuple[str, ...], members: tuple[Member, ...], temperature: float
+) -> OperatingPoints:
+    names = [member.name for member in members]
+    points = OperatingPoints.parse(section, classes, names, temperature)
+    for member in members:
+        _expect(not points.distances or OUTPUT in member.files, f"{member.name}: files has no {OUTPUT}")
+    return points
 
 
 def _normalization(value: Any) -> Literal["none", "imagenet"]:
@@ -228,21 +239,34 @@ def load_canaries(bundle: Bundle) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
     return pixels, expected
 
 
-def revise(bundle: Bundle, changed: dict[str, Any]) -> Bundle:
+def revise(bundle: Bundle, changed: dict[str, Any], distances: Mapping[str, bytes] | None = None) -> Bundle:
     """Replace fields of ensemble.json, atomically; the bundle as it is then, with another hash.
 
-    Raises UsageError, and nothing is written, when the file is not the one that was loaded, or makes no sense
-    with `changed`.
+    `distances` are what `engine.distance.nodes_of` gives, by member; without, the members have none any more.
+    Raises UsageError, and nothing is written, when the file is not the one that was loaded.
     """
     file = bundle.path / DESCRIPTION
     raw = file.read_bytes()
     if hashlib.sha256(raw).hexdigest() != bundle.sha256:
         raise UsageError(f"bundle {bundle.path}: {DESCRIPTION} was changed meanwhile; try again")
     data = json.loads(raw) | changed
+    for entry in data["members"]:
+        entry["files"].pop(OUTPUT, None)
+        if distances:
+            nodes = distances[entry["name"]]
+            digest = hashlib.sha256(nodes).hexdigest()
+            name = f"{entry['name']}.{OUTPUT}-{digest[:12]}.onnx"  # never that of a file in use
+            with atomic(bundle.path / name) as temporary:
+                temporary.write_bytes(nodes)
+            entry["files"][OUTPUT] = {"path": name, "sha256": digest}
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     revised = _parse(bundle.path, json.loads(text), hashlib.sha256(text.encode()).hexdigest())
     with atomic(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    used = {member.files[OUTPUT].path for member in revised.members if OUTPUT in member.files}
+    for member in bundle.members:
+        if OUTPUT in member.files and member.files[OUTPUT].path not in used:
+            member.files[OUTPUT].path.unlink(missing_ok=True)
     return revised
 
 

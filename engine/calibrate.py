@@ -7,7 +7,8 @@ import sys
 import threading
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -21,25 +22,40 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from engine import bundle, tuned
+from engine import bundle, distance, tuned
 from engine.bundle import Bundle
-from engine.calibration import Asked, Sample, calibrate, check_counts
+from engine.calibration import Asked, Sample, calibrate, check_counts, folds
 from engine.errors import Stopped, UsageError
 from engine.labels import Names, groups_of
 from engine.listing import PATH
-from engine.pipeline import Say, Watch, check_paths, manifest_of, screen
+from engine.overlap import Meter
+from engine.pipeline import (
+    Opening,
+    Say,
+    ScoreStage,
+    Stages,
+    Watch,
+    check_paths,
+    choice_of,
+    manifest_of,
+    screen,
+)
 from engine.progress import Display
-from engine.records import FLAGS, Status
+from engine.records import FLAGS, Batch, Status
 from engine.results import MERGED, Results, opened
 from engine.run import Parser, answered, count_of, hush_libraries, number, stop_on_signal
 from engine.run_folder import RUN
 from engine.runners import PRECISIONS, RUNNERS
-from engine.settings import Settings, parse_bytes, parse_location
+from engine.settings import Settings, available_cpus, parse_bytes, parse_location
 from engine.storage import Url
 from engine.storage.location import HTTP_SCHEMES, Place
 from engine.store import open_folder
 from engine.triage import DOUBTFUL, ZONES
 
+Labels = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+
+OOD_IMAGES, OOD_BYTES = 2000, 256 << 20  # whose features are looked at, at most
 LABEL, PATIENT = "label", "patient"
 
 
@@ -51,49 +67,143 @@ class Columns:
     group: str | None = None
 
 
+@dataclass(frozen=True)
+class Found:
+    """What to change in a bundle."""
+
+    models: Bundle  # as it is
+    changed: dict[str, Any]  # fields of ensemble.json
+    distances: dict[str, bytes] | None  # by member, as `bundle.revise` takes them
+
+
 def measure(
     settings: Settings,
     columns: Columns,
     asked: Asked,
     *,
+    ood: bool = False,
     watch: Watch = lambda _: None,
     say: Say = lambda _: None,
     stop: threading.Event | None = None,
-) -> tuple[Bundle, dict[str, Any]]:
-    """The bundle that `settings` name, and what to change in its ensemble.json.
+) -> Found:
+    """Calibrate the bundle that `settings` name.
 
     `settings.manifest` lists labelled images, which are screened for this, or is a results folder of the very
-    bundle. Nothing is written. Raises UsageError for labels that are none of the bundle's classes, scores
-    that are no numbers, and too few images; Stopped.
+    bundle. With `ood` what is out of distribution is found too, which takes the images, and the CPU.
+    Nothing is written. Raises UsageError for labels that are none of the bundle's classes, scores that are no
+    numbers, and too few images; Stopped.
     """
     models = bundle.load(settings.bundle)
     if asked.target not in models.classes:
         raise UsageError(f"--target {asked.target}: allowed: {', '.join(models.classes)}")
+    kept: dict[int, Pixels] = {}
     if _is_results(settings.manifest):
-        sample, data = _read(opened(settings.manifest, unfinished=False), models, columns, say)
+        if ood:
+            raise UsageError(
+                f"--ood needs the images themselves, and {settings.manifest} holds their results"
+            )
+        sample, rows, data = _read(opened(settings.manifest, unfinished=False), models, columns, say)
     else:
         check_paths(settings)
         with TemporaryDirectory(prefix="engine-") as scratch:
-            _look_through(settings, models, columns, asked, Path(scratch, "listing.parquet"))
+            labelled = _look_through(settings, models, columns, asked, Path(scratch, "listing.parquet"))
+            wanted = _some(labelled, models, settings) if ood else frozenset()
             output = Path(scratch, "results")
             try:
-                screen(replace(settings, output=output), watch=watch, say=say, stop=stop)
+                screen(
+                    replace(settings, output=output),
+                    watch=watch,
+                    say=say,
+                    stop=stop,
+                    stages_of=partial(_Keeping, wanted=wanted, kept=kept),
+                )
             except Stopped:
                 raise Stopped(
                     "stopped, and nothing was written; what takes long is better screened by engine.run "
                     "first, which goes on where it was stopped: --on RESULTS"
                 ) from None
-            sample, data = _read(opened(output, unfinished=False), models, columns, say)
+            sample, rows, data = _read(opened(output, unfinished=False), models, columns, say)
     temperature, points = calibrate(sample, models.classes, models.weights, asked)
+    nodes = None
+    if ood:
+        here = np.isin(rows, list(kept))
+        pixels = np.stack([kept[row] for row in rows[here].tolist()])
+        points["abstain"]["distance"], nodes = _distances(models, pixels, sample.groups[here], asked)
     points |= {"data": data, "made": datetime.now(UTC).isoformat(timespec="seconds")}
     changed = {"temperature": temperature, "operating_points": points}
     if not models.groups:  # of a bundle that was trained before there were groups
         changed["groups"] = groups_of(models.classes)
-    return models, changed
+    return Found(models, changed, nodes)
 
 
-def _look_through(settings: Settings, models: Bundle, columns: Columns, asked: Asked, listing: Path) -> None:
-    """What is wrong with the labels is said before hours of screening."""
+def _some(labelled: Labels, models: Bundle, settings: Settings) -> frozenset[int]:
+    """Rows, evenly spread, whose pixels are kept for what takes more than scores."""
+    if not choice_of(settings, models).gives_distances:
+        raise UsageError("--ood is worked out by the float32 graphs on the CPU: add --device cpu")
+    distance.check_installed()
+    most = max(1, min(OOD_IMAGES, OOD_BYTES // (models.size[0] * models.size[1])))
+    return frozenset(labelled[:: -(-len(labelled) // most)].tolist())
+
+
+class _Keeping(Stages):
+    """The stages of a run, with a copy of the pixels [1, H, W] of some rows."""
+
+    def __init__(self, opening: Opening, *, wanted: frozenset[int], kept: dict[int, Pixels]) -> None:
+        super().__init__(opening)
+        self._wanted, self._kept = wanted, kept
+
+    def open(self, stack: ExitStack) -> None:
+        super().open(stack)
+        self.step = _Copying(self.step, self._wanted, self._kept)
+
+
+@dataclass
+class _Copying:
+    step: ScoreStage
+    wanted: frozenset[int]
+    kept: dict[int, Pixels]
+
+    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
+        return self.step.stage(self._copied(batches), meter)
+
+    def _copied(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if self.wanted and batch.pixels is not None:
+                rows = batch.part.row[batch.start + batch.index].tolist()
+                for row, pixels in zip(rows, batch.pixels, strict=True):
+                    if row in self.wanted:
+                        self.kept[row] = pixels.copy()
+            yield batch
+
+    def close(self) -> None:
+        self.step.close()
+
+
+def _distances(
+    models: Bundle, pixels: Pixels, groups: Labels, asked: Asked
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The limits that the share `asked.quantile` of images [N, 1, H, W] keeps, and each member's nodes.
+
+    An image is judged by what was fitted to the images of other folds, and by the member for which it is the
+    oddest: the share holds for all members together.
+    """
+    held = list(folds(np.zeros(len(groups), np.bool_), groups, asked.seed))
+    odd, nodes = [], {}
+    for member in models.members:
+        graph = member.files["onnx"].path.read_bytes()
+        features = distance.features_of(graph, pixels, threads=available_cpus())
+        odd.append(distance.held_out(features, held))
+        nodes[member.name] = distance.nodes_of(graph, distance.fit(features))
+    usual = np.quantile(odd, asked.quantile, axis=1)
+    oddest = float(np.quantile((np.stack(odd) / usual[:, None]).max(axis=0), asked.quantile))
+    above = {member.name: float(limit) for member, limit in zip(models.members, usual * oddest, strict=True)}
+    return {"quantile": asked.quantile, "images": len(pixels), "above": above}, nodes
+
+
+def _look_through(
+    settings: Settings, models: Bundle, columns: Columns, asked: Asked, listing: Path
+) -> Labels:
+    """Numbers of the rows with a label. What is wrong with labels is said before hours of screening."""
     manifest = manifest_of(settings, listing, since=False)
     label, group = _columns(manifest.columns.names, "", columns)
     tables = [
@@ -108,6 +218,7 @@ def _look_through(settings: Settings, models: Bundle, columns: Columns, asked: A
     groups = _groups(table.column(group)) if group else np.arange(len(labels))
     there = labels >= 0
     check_counts(labels[there] == models.classes.index(asked.target), groups[there], asked)
+    return np.flatnonzero(there)
 
 
 def _is_results(place: Place) -> bool:
@@ -117,8 +228,10 @@ def _is_results(place: Place) -> bool:
     return folder.exists(RUN) or folder.exists(MERGED)
 
 
-def _read(results: Results, models: Bundle, columns: Columns, say: Say) -> tuple[Sample, dict[str, Any]]:
-    """What was scored and has a label, and `data` of the operating points."""
+def _read(
+    results: Results, models: Bundle, columns: Columns, say: Say
+) -> tuple[Sample, Labels, dict[str, Any]]:
+    """What was scored and has a label, the numbers of these rows, and `data` of the operating points."""
     if not results.parts:
         raise UsageError(f"results {results.place}: they have no rows")
     before = models.operating_points
@@ -153,16 +266,20 @@ def _read(results: Results, models: Bundle, columns: Columns, say: Say) -> tuple
     groups = _groups(table.column(group)) if group else np.arange(len(labels))
     digest = hashlib.sha256(labels.tobytes() + members.tobytes() + groups.tobytes())
     counts = np.bincount(labels, minlength=len(models.classes))
-    return Sample(members, labels, groups), {
-        "sha256": digest.hexdigest(),  # of labels, members' probabilities, patients
-        "manifest_sha256": None if others else options["manifest_sha256"],
-        "bundle_sha256": trained,
-        "precision": options["precision"],
-        "images": len(labels),
-        "by_class": dict(zip(models.classes, counts.tolist(), strict=True)),
-        "patients": len(np.unique(groups)) if group else None,
-        "left_out": {name: count for name, count in left_out.items() if count},
-    }
+    return (
+        Sample(members, labels, groups),
+        table.column("row").to_numpy(),
+        {
+            "sha256": digest.hexdigest(),  # of labels, members' probabilities, patients
+            "manifest_sha256": None if others else options["manifest_sha256"],
+            "bundle_sha256": trained,
+            "precision": options["precision"],
+            "images": len(labels),
+            "by_class": dict(zip(models.classes, counts.tolist(), strict=True)),
+            "patients": len(np.unique(groups)) if group else None,
+            "left_out": {name: count for name, count in left_out.items() if count},
+        },
+    )
 
 
 def _as_trained(sha256: str, points: dict[str, Any] | None) -> str:
@@ -186,7 +303,7 @@ def _column(there: list[str], prefix: str, asked: str | None, usual: str, option
     return found
 
 
-def _labels(table: pa.Table, column: str | None, models: Bundle, say: Say) -> npt.NDArray[np.int64]:
+def _labels(table: pa.Table, column: str | None, models: Bundle, say: Say) -> Labels:
     """Class of each row, -1 where it has none. Raises UsageError."""
     names = Names.of(models.classes)
     if column is None:
@@ -218,7 +335,7 @@ def _folder_of(path: str, names: Names) -> str:
     return next((name for name in reversed(folders) if names.find(name) is not None), "")
 
 
-def _groups(column: pa.ChunkedArray[Any]) -> npt.NDArray[np.int64]:
+def _groups(column: pa.ChunkedArray[Any]) -> Labels:
     """The same number for the same text; rows without are by themselves."""
     cells = ["" if cell is None else str(cell).strip() for cell in column.to_pylist()]
     numbers: dict[str, int] = {}
@@ -262,6 +379,9 @@ def table_of(points: dict[str, Any]) -> Iterator[str]:
     reasons = ["in the gray zone"]
     if apart["above"] is not None:
         reasons.append(f"members disagree by over {apart['above']:.3g} bits (quantile {apart['quantile']:g})")
+    if abstain["distance"]:
+        far, images = abstain["distance"]["quantile"], abstain["distance"]["images"]
+        reasons.append(f"out of distribution (quantile {far:g} of {images} images)")
     if abstain["image_flags"]:
         reasons.append(f"flags {', '.join(abstain['image_flags'])}")
     yield f"abstains: {'; '.join(reasons)}"
@@ -312,17 +432,22 @@ def _parser() -> Parser:
         help=f"whose images are not independent ({PATIENT}, if there is one)",
     )
     add(
-        "--disagreement-quantile",
+        "--quantile",
         type=partial(number, low=0.5, high=1),
         default=usual.quantile,
         metavar="F",
-        help="beyond it members disagree too much (%(default)g)",
+        help="beyond it members disagree too much, and images are too odd for --ood (%(default)g)",
     )
     add(
         "--image-flags",
         default=",".join(DOUBTFUL),
         metavar="A,B",
         help="flags of images to abstain from, or none (%(default)s)",
+    )
+    add(
+        "--ood",
+        action="store_true",
+        help="abstain from what looks unlike these images, too (on a CPU, float32)",
     )
     add("--path-column", metavar="NAME", help="column with the paths (path, else the first)")
     add("--root", type=parse_location, help="folder of relative paths (LABELLED's own)")
@@ -345,7 +470,7 @@ def _asked(given: dict[str, Any], classes: tuple[str, ...]) -> Asked:
         target=given["target"] or usual,
         sensitivity=given["sensitivity"],
         specificity=given["specificity"],
-        quantile=given["disagreement_quantile"],
+        quantile=given["quantile"],
         flags=flags,
     )
 
@@ -370,23 +495,24 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Settings(**{name: given[name] for name in (*names, "workers")})
         memory = parse_bytes(given["memory"])
         settings = replace(settings, limits=replace(settings.limits, memory=memory))
-        columns = Columns(given["label_column"], given["group_column"])
         with Display(console) as display:
-            models, changed = measure(
+            found = measure(
                 settings,
-                columns,
+                Columns(given["label_column"], given["group_column"]),
                 _asked(given, models.classes),
+                ood=given["ood"],
                 watch=display,
                 say=say,
                 stop=stop_on_signal(console, None),
             )
-        print("\n".join(table_of(changed["operating_points"])))
-        if changed["operating_points"]["temperature"]["interval"] is None:
+        points = found.changed["operating_points"]
+        print("\n".join(table_of(points)))
+        if points["temperature"]["interval"] is None:
             say("no temperature is the likeliest (the classes are told apart without error?): it stays 1")
         if given["dry_run"]:
             say(f"not written: {models.path} is as it was")
             return 0
-        bundle.revise(models, changed)
+        bundle.revise(found.models, found.changed, found.distances)
         say(f"written to {models.path / bundle.DESCRIPTION}; runs that were begun before can't go on with it")
         if tuned.folder_of(models.path).is_dir():
             say(f"for its tuning: python -m engine.tune {models.path} --sample MANIFEST")

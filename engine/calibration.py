@@ -126,6 +126,7 @@ def calibrate(
                 "above": float(np.quantile(apart, asked.quantile)) if len(weights) > 1 else None,
             },
             "image_flags": list(asked.flags),
+            "distance": None,
         },
     }
     for name, mask in called.items():
@@ -230,7 +231,7 @@ def _cross_fitted(sample: Sample, weights: Sequence[float], target: int, asked: 
     """What temperatures and thresholds say [N] that were found without the image's own fold."""
     positive = sample.labels == target
     called = {name: np.zeros(len(positive), np.bool_) for name in ("rule_out", "refer")}
-    for held in _folds(positive, sample.groups, asked.seed):
+    for held in folds(positive, sample.groups, asked.seed):
         rest = sample.only(~held)
         mean = average(rest.members, weights)
         temperature, _ = _temperature(mean, rest.labels)
@@ -240,7 +241,7 @@ def _cross_fitted(sample: Sample, weights: Sequence[float], target: int, asked: 
     return called
 
 
-def _folds(positive: Bools, groups: Labels, seed: int) -> Iterator[Bools]:
+def folds(positive: Bools, groups: Labels, seed: int) -> Iterator[Bools]:
     """Masks [N]: whole groups, those with a positive image dealt out apart from the others."""
     _, group = np.unique(groups, return_inverse=True)
     any_positive = np.bincount(group, weights=positive) > 0

@@ -75,13 +75,13 @@ def screen(
     watch: Watch = lambda _: None,
     say: Say = lambda _: None,
     stop: threading.Event | None = None,
-    stages_of: type[Stages] | None = None,
+    stages_of: Callable[[Opening], Stages] | None = None,
 ) -> Summary:
     """Screen a manifest as `settings` say; the same settings go on where an earlier run stopped.
 
     `watch` is called after each batch, `say` with lines for people. Setting `stop` ends the run within
     seconds with `Stopped`.
-    `stages_of` replaces the stages, for benchmarks.
+    `stages_of` replaces the stages, for benchmarks and for calibration.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     models = bundle.load(settings.bundle)
@@ -124,6 +124,8 @@ def screen(
         say(choice.reason)
         if models.operating_points:
             say(f"triage: {models.operating_points}{_other_precision(models, choice)}")
+        if (run.get("out_of_distribution") or "").startswith("not"):
+            say(f"out of distribution is {run['out_of_distribution']} gives no distances")
         if advice.line:
             say(advice.line)
         if recorded is None and manifest.skipped:

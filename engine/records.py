@@ -88,6 +88,7 @@ class Batch:
     device_pixels: DevicePixels | None = None  # the same on a GPU
     # members and ensemble
     members: npt.NDArray[np.float32] | None = None  # [M, k, C], probabilities of each member
+    distances: npt.NDArray[np.float32] | None = None  # [M, k], of the features, where the runner says
     probabilities: npt.NDArray[np.float32] | None = None  # [k, C], probabilities of the ensemble
     prediction: npt.NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # [k], class
     confidence: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # [k]

@@ -143,6 +143,7 @@ class _OpenPart:
         self.confidence = np.zeros(rows, np.float32)
         self.scores = np.zeros((rows, classes), np.float32)
         self.members = np.zeros((members, rows, classes), np.float32)
+        self.distances = np.full((members, rows), np.nan, np.float32)
         self.errors: dict[int, str] = {}
         self.flags: dict[int, list[str]] = {}
 
@@ -158,6 +159,8 @@ class _OpenPart:
                     self.dicom[position] = (header.photometric, *header.uids)
         where = batch.start + batch.index
         self.scores[where], self.members[:, where] = batch.probabilities, batch.members
+        if batch.distances is not None:
+            self.distances[:, where] = batch.distances
         self.prediction[where], self.confidence[where] = batch.prediction, batch.confidence
         self.errors.update((batch.start + position, text) for position, text in batch.errors.items())
         self.flags.update((batch.start + position, names) for position, names in batch.flags.items())
@@ -183,7 +186,7 @@ class _OpenPart:
             *(pa.array(column, mask=failed) for member in self.members for column in member.T),
         ]
         if layout.triage:
-            columns += layout.triage.columns(self.scores, self.members, self.flags, failed)
+            columns += layout.triage.columns(self.scores, self.members, self.distances, self.flags, failed)
         return pa.table(columns, schema=layout.schema)
 
     def _words(self, place: int) -> pa.Array[Any]:

@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 ZONES = ("rule_out", "gray_zone", "refer")
-REASONS = ("gray_zone", "disagreement", "image_flags")
+REASONS = ("gray_zone", "disagreement", "image_flags", "out_of_distribution")
 # flags of an image whose pixels may not show what a radiograph of the training set shows
 DOUBTFUL = ("decoder_warning", "window_fallback", "for_processing", "inverse_lut")
 _RATES = ("sensitivity", "specificity", "ppv", "npv")
@@ -63,6 +63,7 @@ class OperatingPoints:
     refer: float  # and above which it is referred; not below `rule_out`
     disagreement: float | None  # of the members, in bits, beyond which a row is abstained from
     flags: tuple[str, ...]  # of an image that is abstained from
+    distances: dict[str, float]  # by member: of its features, beyond which too; empty where none are known
     recorded: dict[str, Any]  # all of it, as ensemble.json has it
 
     def __str__(self) -> str:
@@ -73,7 +74,9 @@ class OperatingPoints:
         )
 
     @classmethod
-    def parse(cls, section: Any, classes: Sequence[str], temperature: float) -> OperatingPoints:
+    def parse(
+        cls, section: Any, classes: Sequence[str], members: Sequence[str], temperature: float
+    ) -> OperatingPoints:
         """Check `operating_points` of an ensemble.json, field by field. Raises ValueError and KeyError."""
         _keys(
             "operating_points",
@@ -95,11 +98,11 @@ class OperatingPoints:
             _keys(name, counts, "images positives")
             for value in counts.values():
                 _count(name, value)
-        limit, flags = _abstain(section["abstain"])
+        limit, flags, distances = _abstain(section["abstain"], members)
         _data(section["data"], classes)
         _expect(isinstance(section["made"], str), "made", section["made"])
         datetime.fromisoformat(section["made"])
-        return cls(target, rule_out, refer, limit, flags, section)
+        return cls(target, rule_out, refer, limit, flags, distances, section)
 
 
 def _point(name: str, entry: Any, side: str) -> float:
@@ -134,8 +137,8 @@ def _temperature(entry: Any, temperature: float) -> None:
         _number("nll", value, 0, math.inf)
 
 
-def _abstain(entry: Any) -> tuple[float | None, tuple[str, ...]]:
-    _keys("abstain", entry, "disagreement image_flags")
+def _abstain(entry: Any, members: Sequence[str]) -> tuple[float | None, tuple[str, ...], dict[str, float]]:
+    _keys("abstain", entry, "disagreement image_flags distance")
     apart, flags = entry["disagreement"], entry["image_flags"]
     _keys("disagreement", apart, "quantile above")
     _number("disagreement quantile", apart["quantile"], 0, 1)
@@ -143,7 +146,16 @@ def _abstain(entry: Any) -> tuple[float | None, tuple[str, ...]]:
     limit = None if above is None else _number("disagreement above", above, 0, 64)
     fine = isinstance(flags, list) and all(flag in FLAGS for flag in flags) and len(set(flags)) == len(flags)
     _expect(fine, "image_flags", f"{flags!r}; allowed: {', '.join(FLAGS)}")
-    return limit, tuple(flags)
+    far, distances = entry["distance"], {}
+    if far is not None:
+        _keys("distance", far, "quantile images above")
+        _number("distance quantile", far["quantile"], 0, 1)
+        _count("distance images", far["images"])
+        _keys("distance above", far["above"], None, members)
+        distances = {
+            name: _number(f"distance above {name}", far["above"][name], 0, math.inf) for name in members
+        }
+    return limit, tuple(flags), distances
 
 
 def _data(entry: Any, classes: Sequence[str]) -> None:
@@ -218,9 +230,15 @@ class Triage:
         ]
 
     def columns(
-        self, probabilities: Floats, members: Floats, flags: Mapping[int, Sequence[str]], failed: Bools
+        self,
+        probabilities: Floats,
+        members: Floats,
+        distances: Floats,
+        flags: Mapping[int, Sequence[str]],
+        failed: Bools,
     ) -> list[pa.Array[Any]]:
-        """Of N rows: probabilities [N, C] of the ensemble, [M, N, C] of the members, flags by position.
+        """Of N rows: probabilities [N, C] of the ensemble, [M, N, C] of the members, and their features'
+        distances [M, N], NaN where none is known; flags by position.
 
         Null where a row has `failed` [N]; without operating points there is no triage.
         """
@@ -228,11 +246,16 @@ class Triage:
         sums = [probabilities[:, places].sum(axis=1, dtype=np.float32) for places in self.groups.values()]
         return [
             *(pa.array(column, mask=failed) for column in (*sums, entropy(probabilities), apart)),
-            *self._triage(probabilities, apart, flags, failed),
+            *self._triage(probabilities, apart, distances, flags, failed),
         ]
 
     def _triage(
-        self, probabilities: Floats, apart: Floats, flags: Mapping[int, Sequence[str]], failed: Bools
+        self,
+        probabilities: Floats,
+        apart: Floats,
+        distances: Floats,
+        flags: Mapping[int, Sequence[str]],
+        failed: Bools,
     ) -> list[pa.Array[Any]]:
         points, rows = self.points, len(failed)
         if points is None:
@@ -244,6 +267,8 @@ class Triage:
             reasons[:, 1] = apart > np.float32(points.disagreement)
         doubtful = set(points.flags)
         reasons[[row for row, names in flags.items() if not doubtful.isdisjoint(names)], 2] = True
+        for limit, distance in zip(points.distances.values(), distances, strict=False):
+            reasons[:, 3] |= distance > np.float32(limit)
         reasons[failed] = False
         offsets = np.concatenate([[0], reasons.sum(axis=1).cumsum()]).astype(np.int32)
         return [

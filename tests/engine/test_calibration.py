@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from engine.calibration import FOLDS, Asked, Sample, _folds, calibrate, fit_temperature, least, thresholds
+from engine.calibration import FOLDS, Asked, Sample, calibrate, fit_temperature, folds, least, thresholds
 from engine.ensemble import tempered
 from engine.errors import UsageError
 from engine.intervals import share
@@ -146,7 +146,7 @@ def test_patients_are_in_one_fold_and_widen_the_intervals() -> None:
     alone = points_of(sample_of(said(likely, 1.0), labels))
     likely, labels = np.repeat(likely, 3, axis=0), np.repeat(labels, 3)
     groups = np.repeat(np.arange(200), 3)
-    for held in _folds(labels == TARGET, groups, 0):
+    for held in folds(labels == TARGET, groups, 0):
         assert np.isin(groups[held], groups[~held]).sum() == 0
         assert len(labels) / FOLDS * 0.7 < held.sum() < len(labels) / FOLDS * 1.3
     grouped = points_of(sample_of(said(likely, 1.0), labels, groups))

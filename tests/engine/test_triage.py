@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ def calibrated() -> tuple[float, dict[str, Any]]:
 
 
 def triage_of(points: dict[str, Any] | None, temperature: float = 1.0) -> Triage:
-    parsed = OperatingPoints.parse(points, CLASSES, temperature) if points else None
+    parsed = OperatingPoints.parse(points, CLASSES, ("one", "two"), temperature) if points else None
     return Triage(CLASSES, (0.6, 0.4), {"bone_loss": (1, 2)}, parsed)
 
 
@@ -95,13 +96,20 @@ def test_triage_rises_with_the_probability() -> None:
 
 def test_columns(calibrated: tuple[float, dict[str, Any]]) -> None:
     temperature, points = calibrated
+    points = copy.deepcopy(points)
+    points["abstain"]["distance"] = {"quantile": 0.99, "images": 400, "above": {"one": 1.5, "two": 1.5}}
     triage = triage_of(points, temperature)
     rows = 2000
     members = probabilities(2, rows, seed=2)
     mixed = 0.6 * members[0] + np.float32(0.4) * members[1]
     failed = np.arange(rows) % 7 == 0
+    distances = np.full((2, rows), np.nan, np.float32)
+    distances[:, :9] = 1.4
+    distances[1, 5] = distances[0, 7] = 1.6
     flags = {1: ["first_frame"], 2: ["first_frame", "window_fallback"], 7: ["inverse_lut"], 8: ["burned_in"]}
-    table = pa.table(triage.columns(mixed, members, flags, failed), schema=pa.schema(triage.fields))
+    table = pa.table(
+        triage.columns(mixed, members, distances, flags, failed), schema=pa.schema(triage.fields)
+    )
     assert table.schema.names == [
         *("p_bone_loss", "entropy", "member_disagreement"),
         *("triage", "abstain", "abstain_reasons"),
@@ -120,7 +128,9 @@ def test_columns(calibrated: tuple[float, dict[str, Any]]) -> None:
         zone = "rule_out" if score < low else "refer" if score > high else "gray_zone"
         reasons = [
             reason
-            for reason, is_so in zip(REASONS, (zone == "gray_zone", apart > limit, row == 2), strict=True)
+            for reason, is_so in zip(
+                REASONS, (zone == "gray_zone", apart > limit, row == 2, row == 5), strict=True
+            )
             if is_so
         ]
         assert (found["triage"], found["abstain_reasons"]) == (zone, reasons)
@@ -134,7 +144,9 @@ def test_columns(calibrated: tuple[float, dict[str, Any]]) -> None:
 
 def test_no_operating_points_no_triage() -> None:
     table = pa.table(
-        triage_of(None).columns(probabilities(9), probabilities(2, 9), {}, np.zeros(9, np.bool_)),
+        triage_of(None).columns(
+            probabilities(9), probabilities(2, 9), np.zeros((2, 9), np.float32), {}, np.zeros(9, np.bool_)
+        ),
         schema=pa.schema(triage_of(None).fields),
     )
     assert [column.null_count for column in table.columns] == [0, 0, 0, 9, 9, 9]
@@ -145,10 +157,11 @@ def test_a_row_costs_less_than_a_microsecond(calibrated: tuple[float, dict[str, 
     temperature, points = calibrated
     triage, rows = triage_of(points, temperature), 65_536
     members, failed = probabilities(2, rows), np.zeros(rows, np.bool_)
+    distances = np.ones((2, rows), np.float32)
     took = []
     for _ in range(5):
         start = time.thread_time()
-        triage.columns(members[0], members, {}, failed)
+        triage.columns(members[0], members, distances, {}, failed)
         took.append(time.thread_time() - start)
     assert min(took) / rows < 3e-6
 
@@ -199,6 +212,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, calibrated: tuple[float, di
         ("abstain image_flags", ["blurred"], "'blurred'.*allowed: first_frame"),
         ("abstain image_flags", "inverse_lut", "allowed"),
         ("abstain image_flags", [["x"]], "allowed"),
+        ("abstain distance", {"quantile": 0.99, "images": 9, "above": {}}, "'member0', 'member1' missing"),
         ("abstain surprise", 1, "'surprise' missing or unknown"),
         ("data sha256", "no", "sha256"),
         ("data by_class", {"normal": 1}, "missing or unknown"),
