@@ -42,6 +42,7 @@ from engine.settings import Limits, Settings, available_cpus
 from engine.sink import Layout, Sink
 from engine.step import CpuStep
 from engine.store import LocalFolder
+from engine.triage import Triage
 
 DISTINCT = 32  # images on disk; the manifest repeats them
 HOST_ROUNDS = 3
@@ -292,7 +293,9 @@ def host_cost(work: Path, rows: int) -> dict[str, Any]:
 
 
 def _host_cost(opened: Manifest, work: Path, batch_size: int, part_rows: int) -> dict[str, float]:
-    layout = Layout(("normal", "osteopenia", "osteoporosis"), ("a", "b"), opened.columns, "", uids=False)
+    classes = ("normal", "osteopenia", "osteoporosis")
+    triage = Triage(classes, (0.5, 0.5), {"bone_loss": (1, 2)}, None)
+    layout = Layout(classes, ("a", "b"), opened.columns, "", uids=False, triage=triage)
     reader = Reader(opened.root, batch_size, READ_THREADS, limits=Limits())
 
     def run() -> int:

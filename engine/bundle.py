@@ -6,13 +6,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from engine.distance import OUTPUT
+from engine.ensemble import fuse
 from engine.errors import UsageError
+from engine.store import atomic
+from engine.triage import OperatingPoints
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,11 +59,18 @@ class Bundle:
     temperature: float
     members: tuple[Member, ...]
     canaries: BundleFile
+    groups: dict[str, tuple[str, ...]]  # of classes that are also looked at as one, by name
+    operating_points: OperatingPoints | None
     sha256: str  # of ensemble.json, which holds the hashes of all other files
 
     @property
     def weights(self) -> tuple[float, ...]:
         return tuple(member.weight for member in self.members)
+
+    @property
+    def target(self) -> str:
+        """The class whose probability ranks rows."""
+        return self.operating_points.target if self.operating_points else self.classes[-1]
 
 
 def load(path: Path) -> Bundle:
@@ -105,15 +116,20 @@ def _parse(path: Path, data: dict[str, Any], sha256: str) -> Bundle:
     size = tuple(shape[side] for side in ("height", "width"))
     _expect(all(type(side) is int and 1 <= side <= _MAX_SIDE for side in size), f"input of size {size}")
     _expect(data["decode"] in DECODES, f"decode {data['decode']!r}; allowed: {', '.join(DECODES)}")
+    classes = _classes(data["classes"])
+    temperature = _positive("temperature", data["temperature"])
+    points = data.get("operating_points")
     return Bundle(
         path,
-        _classes(data["classes"]),
+        classes,
         (size[0], size[1]),
         _normalization(shape.get("normalization")),
         data["decode"],
-        _positive("temperature", data["temperature"]),
+        temperature,
         members,
         _file(path, data["canaries"]),
+        _groups(data.get("groups", {}), classes),
+        None if points is None else _operating_points(points, classes, members, temperature),
         sha256,
     )
 
@@ -130,6 +146,31 @@ def _classes(values: Iterable[Any]) -> tuple[str, ...]:
         fine and len(set(classes)) == len(classes) >= 2, f"classes {classes!r}: two or more distinct names"
     )
     return classes
+
+
+def _groups(entry: Any, classes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    _expect(isinstance(entry, dict), f"groups {entry!r} are not classes by name")
+    for name, members in entry.items():
+        _expect(
+            bool(_MEMBER_NAME.fullmatch(name)) and name not in classes,
+            f"group name {name!r}; allowed: a-z, 0-9 and _, no class's name",
+        )
+        fine = isinstance(members, list) and members and all(one in classes for one in members)
+        _expect(
+            bool(fine) and len(set(members)) == len(members),
+            f"group {name}: {members!r}; allowed: some of {', '.join(classes)}",
+        )
+    return {name: tuple(members) for name, members in entry.items()}
+
+
+def _operating_points(
+    section: Any, classes: tuple[str, ...], members: tuple[Member, ...], temperature: float
+) -> OperatingPoints:
+    names = [member.name for member in members]
+    points = OperatingPoints.parse(section, classes, names, temperature)
+    for member in members:
+        _expect(not points.distances or OUTPUT in member.files, f"{member.name}: files has no {OUTPUT}")
+    return points
 
 
 def _normalization(value: Any) -> Literal["none", "imagenet"]:
@@ -169,26 +210,66 @@ def _file(bundle: Path, entry: dict[str, Any]) -> BundleFile:
 
 
 def load_canaries(bundle: Bundle) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """Pixels uint8 [N, 1, H, W] and their reference probabilities float32 [N, C]. Raises UsageError."""
+    """Pixels uint8 [N, 1, H, W] and their reference probabilities float32 [N, C]. Raises UsageError.
+
+    The file holds the members' reference logits [M, N, C]: what follows from them depends on the temperature.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         arrays = load_file(bundle.canaries.path)
-        pixels, expected = arrays["pixels"], arrays["probabilities"]
+        pixels, logits = arrays["pixels"], arrays["logits"]
     except (SafetensorError, KeyError, OSError) as error:
         problem = _one_line(str(error))
         raise UsageError(
             f"bundle {bundle.path}: its canaries can't be read ({problem}); train it again"
         ) from None
-    found = [(str(array.dtype), array.shape) for array in (pixels, expected)]
+    found = [(str(array.dtype), array.shape) for array in (pixels, logits)]
     rows = len(pixels)
     if not rows or found != [
         ("uint8", (rows, 1, *bundle.size)),
-        ("float32", (rows, len(bundle.classes))),
+        ("float32", (len(bundle.members), rows, len(bundle.classes))),
     ]:
         raise UsageError(f"bundle {bundle.path}: its canaries are {found}; train it again")
+    _, expected = fuse(
+        logits,
+        weights=bundle.weights,
+        temperatures=[member.temperature for member in bundle.members],
+        temperature=bundle.temperature,
+    )
     return pixels, expected
+
+
+def revise(bundle: Bundle, changed: dict[str, Any], distances: Mapping[str, bytes] | None = None) -> Bundle:
+    """Replace fields of ensemble.json, atomically; the bundle as it is then, with another hash.
+
+    `distances` are what `engine.distance.nodes_of` gives, by member; without, the members have none any more.
+    Raises UsageError, and nothing is written, when the file is not the one that was loaded.
+    """
+    file = bundle.path / DESCRIPTION
+    raw = file.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != bundle.sha256:
+        raise UsageError(f"bundle {bundle.path}: {DESCRIPTION} was changed meanwhile; try again")
+    data = json.loads(raw) | changed
+    for entry in data["members"]:
+        entry["files"].pop(OUTPUT, None)
+        if distances:
+            nodes = distances[entry["name"]]
+            digest = hashlib.sha256(nodes).hexdigest()
+            name = f"{entry['name']}.{OUTPUT}-{digest[:12]}.onnx"  # never that of a file in use
+            with atomic(bundle.path / name) as temporary:
+                temporary.write_bytes(nodes)
+            entry["files"][OUTPUT] = {"path": name, "sha256": digest}
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    revised = _parse(bundle.path, json.loads(text), hashlib.sha256(text.encode()).hexdigest())
+    with atomic(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    used = {member.files[OUTPUT].path for member in revised.members if OUTPUT in member.files}
+    for member in bundle.members:
+        if OUTPUT in member.files and member.files[OUTPUT].path not in used:
+            member.files[OUTPUT].path.unlink(missing_ok=True)
+    return revised
 
 
 def _check_hashes(bundle: Bundle) -> None:

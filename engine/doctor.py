@@ -204,6 +204,10 @@ def _models(report: Report) -> tuple[Bundle, Choice] | None:
     report.line("members", ", ".join(members))
     height, width = models.size
     report.line("input", f"{width} x {height}, decoded {models.decode}")
+    points = models.operating_points
+    report.line(
+        "triage", str(points or f"none; python -m engine.calibrate {where} --on labelled.csv finds one")
+    )
     try:
         choice = choice_of(settings, models)
     except UsageError as error:

@@ -31,11 +31,21 @@ def fuse(
     """
     scale = np.asarray(temperatures, np.float32)[:, None, None]
     members = softmax(logits / scale)
+    return members, tempered(average(members, weights), temperature)
+
+
+def average(members: Floats, weights: Sequence[float]) -> Floats:
+    """The members' probabilities [M, N, C] to their weighted mean [N, C]."""
     probabilities = np.zeros(members.shape[1:], np.float32)
     for weight, member in zip(weights, members, strict=True):
         probabilities += np.float32(weight) * member
-    if temperature != 1.0:
-        tiny = np.finfo(np.float32).tiny
-        logs: Floats = np.log(np.maximum(probabilities, tiny))
-        probabilities = softmax(logs / np.float32(temperature))
-    return members, probabilities
+    return probabilities
+
+
+def tempered(probabilities: Floats, temperature: float) -> Floats:
+    """P(c)^(1/T), normalised, of averaged probabilities [N, C]."""
+    if temperature == 1.0:
+        return probabilities
+    tiny = np.finfo(np.float32).tiny
+    logs: Floats = np.log(np.maximum(probabilities, tiny))
+    return softmax(logs / np.float32(temperature))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,15 @@ from sklearn.metrics import (
     roc_curve,
 )
 
+from engine.intervals import draws, quantiles
+
 Floats = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.int64]
 
 BINS = 15  # of equal mass, for reliability and ECE
 CURVE_POINTS = 200  # of a ROC curve that are kept
-LEVEL = 0.95
 LEAST_LIKELIHOOD = 1e-12  # as in the weights search, so that both give the same nll
-_BLOCK = 2_000_000  # image counts that are held at once
 
 
 def evaluate(
@@ -192,8 +192,8 @@ def _with_interval(value: float | None, drawn: Floats) -> dict[str, float | None
     defined = drawn[np.isfinite(drawn)]
     if value is None or len(defined) <= len(drawn) / 2:
         return {"value": value, "low": None, "high": None}
-    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return {"value": value, "low": float(low), "high": float(high)}
+    low, high = quantiles(defined)
+    return {"value": value, "low": low, "high": high}
 
 
 def _plain(value: float | None) -> float | None:
@@ -213,25 +213,12 @@ def _resampled(
     confidence, right, bins = _binned(probabilities, labels)
     gaps = np.eye(BINS)[bins] * (right - confidence)[:, None]  # [N, BINS]
     blocks = []
-    for drawn in _draws(groups, seed=seed, resamples=resamples):  # [b, N]
+    for drawn in draws(groups, seed=seed, resamples=resamples):  # [b, N]
         figures = _rates((drawn @ cells).reshape(-1, classes, classes), present)
         aucs = [_aucs(drawn, labels == one, probabilities[:, one]) for one in range(classes)]
         ece = np.abs(drawn @ gaps).sum(axis=1) / drawn.sum(axis=1)
         blocks.append(figures | {"auc": np.mean(aucs, axis=0), "ece": ece})
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-
-
-def _draws(groups: Labels, *, seed: int, resamples: int) -> Iterator[Floats]:
-    """Blocks [b, N] of how often each image was drawn, whole groups at a time with replacement."""
-    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    if len(sizes) < 2:
-        resamples = 0
-    rng = np.random.default_rng(seed)
-    share = np.full(len(sizes), 1 / len(sizes))
-    block = max(1, _BLOCK // len(groups))
-    for start in range(0, max(resamples, 1), block):
-        drawn = rng.multinomial(len(sizes), share, size=min(block, resamples - start))  # [b, G]
-        yield drawn[:, group].astype(np.float64)
 
 
 def _rates(counts: Floats | Counts, present: npt.NDArray[np.bool_]) -> dict[str, Floats]:

@@ -98,8 +98,8 @@ def prepare(settings: Settings, say: Say) -> Iterator[Job]:
         folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
         earlier = Earlier(settings.since) if settings.since else None
         manifest = _listed(settings, folder, earlier, models, choice, say)
-        layout = Layout.of(models, manifest, settings)
         recorded = None if settings.overwrite else folder.recorded()
+        layout = Layout.of(models, manifest, settings, recorded)
         advice = advise(settings, models, choice, recorded=recorded)
         if advice.settings != settings:
             settings = advice.settings
@@ -108,11 +108,21 @@ def prepare(settings: Settings, say: Say) -> Iterator[Job]:
         run = describe(settings, recorded, manifest, models, choice, since=since)
         run["profile"] = advice.recorded
         run["tuning"] |= advice.tuning or {}
-        lines = [choice.reason, *([advice.line] if advice.line else [])]
+        lines = [choice.reason, *_about_triage(models, choice, run), *([advice.line] if advice.line else [])]
         if recorded is None and manifest.skipped:
             lines.append(in_words(manifest.rows, manifest.skipped))
         resumed = recorded is not None
         yield Job(settings, models, choice, folder, manifest, layout, run, resumed, say, lines)
+
+
+def _about_triage(models: Bundle, choice: Choice, run: dict[str, Any]) -> Iterator[str]:
+    """What the rows are sorted by, and what is not looked at."""
+    if models.operating_points:
+        measured = models.operating_points.recorded["data"]["precision"]
+        other = f"; this run is in {choice.precision}" if choice.precision != measured else ""
+        yield f"triage: {models.operating_points}{other}"
+    if (run.get("out_of_distribution") or "").startswith("not"):
+        yield f"out of distribution is {run['out_of_distribution']} gives no distances"
 
 
 def _listed(

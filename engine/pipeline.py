@@ -66,13 +66,13 @@ def screen(
     watch: Watch = lambda _: None,
     say: Say = lambda _: None,
     stop: threading.Event | None = None,
-    stages_of: type[Stages] | None = None,
+    stages_of: Callable[[Opening], Stages] | None = None,
 ) -> Summary:
     """Screen a manifest as `settings` say; the same settings go on where an earlier run stopped.
 
     `watch` is called after each batch, `say` with lines for people. Setting `stop` ends the run within
     seconds with `Stopped`.
-    `stages_of` replaces the stages, for benchmarks.
+    `stages_of` replaces the stages, for benchmarks and for calibration.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     with prepare(settings, say) as job, (stages_of or Stages)(Opening.of(job)) as stages:

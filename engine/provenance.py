@@ -75,6 +75,10 @@ def describe(
         "since": str(absolute(settings.since)) if settings.since else None,
         "bundle": None if hidden else str(models.path.absolute()),
         "classes": list(models.classes),
+        "target": models.target,
+        "groups": {name: list(classes) for name, classes in models.groups.items()},
+        "operating_points": models.operating_points and models.operating_points.recorded,
+        "out_of_distribution": _out_of_distribution(models, choice),
         "weights": {member.name: member.weight for member in models.members},
         "machine": {
             "system": f"{platform.system()} {platform.release()}",
@@ -85,6 +89,13 @@ def describe(
         "tuning": tuning,
         "versions": versions(),
     }
+
+
+def _out_of_distribution(models: Bundle, choice: Choice) -> str | None:
+    """Whether that is looked at, where the bundle has limits for it."""
+    if models.operating_points is None or not models.operating_points.distances:
+        return None
+    return "looked at" if choice.gives_distances else f"not looked at: {choice.runner} in {choice.precision}"
 
 
 def defaults(choice: Choice) -> tuple[int, int]:

@@ -37,6 +37,18 @@ class Status(enum.IntEnum):
         return self.name.lower()
 
 
+# what is to be known of an image that has a score
+FLAGS = (
+    "first_frame",
+    "decoder_warning",
+    "colour",
+    "window_fallback",
+    "for_processing",
+    "burned_in",
+    "inverse_lut",
+)
+
+
 @dataclass(slots=True)
 class Part:
     """Manifest rows that become one file, the unit of resume. Filled by the manifest."""
@@ -76,6 +88,7 @@ class Batch:
     device_pixels: DevicePixels | None = None  # the same on a GPU
     # members and ensemble
     members: npt.NDArray[np.float32] | None = None  # [M, k, C], probabilities of each member
+    distances: npt.NDArray[np.float32] | None = None  # [M, k], of the features, where the runner says
     probabilities: npt.NDArray[np.float32] | None = None  # [k, C], probabilities of the ensemble
     prediction: npt.NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # [k], class
     confidence: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # [k]

@@ -63,13 +63,7 @@ def retry(
         root = manifest.root if manifest else parse(options["root"])
         opening = Opening(settings, models, run, choice, say, root, resumed=True)
         stages = stack.enter_context(Stages(opening))
-        layout = Layout.of_part(
-            models,
-            folder.files,
-            min(failed),
-            uids=options.get("include_uids", False),
-            redaction=settings.redaction,
-        )
+        layout = Layout.of_part(models, folder.files, min(failed), run, redaction=settings.redaction)
         folder.withdraw()
         parts = failed_rows(folder.files, sorted(failed), layout)
         if manifest:

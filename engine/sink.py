@@ -28,6 +28,7 @@ from engine.privacy import Redaction
 from engine.records import Batch, Part, Status
 from engine.settings import Settings
 from engine.store import Folder, StoreError, reason
+from engine.triage import Triage
 
 ROW_GROUP = 65_536
 FOOTERS_AT_ONCE = 16
@@ -52,14 +53,17 @@ class Layout:
     column_prefix: str
     uids: bool  # whether DICOM's UIDs are among them
     redaction: Redaction | None = None  # what stands for paths
+    triage: Triage | None = None  # what follows from the scores; none in runs of older versions
 
     @classmethod
-    def of(cls, bundle: Bundle, manifest: Manifest, settings: Settings) -> Layout:
-        """Raises UsageError when a manifest column has the name of a results column."""
+    def of(
+        cls, bundle: Bundle, manifest: Manifest, settings: Settings, recorded: dict[str, Any] | None = None
+    ) -> Layout:
+        """`recorded`: the run that goes on. Raises UsageError for a manifest column with a result's name."""
         names = tuple(member.name for member in bundle.members)
         column_prefix = settings.column_prefix
-        uids, redaction = settings.include_uids, settings.redaction
-        layout = cls(bundle.classes, names, manifest.columns, column_prefix, uids, redaction)
+        uids, redaction, triage = settings.include_uids, settings.redaction, _triage(bundle, recorded)
+        layout = cls(bundle.classes, names, manifest.columns, column_prefix, uids, redaction, triage)
         own = [field.name for field in layout._head() + layout._tail()]
         if len(set(own)) < len(own):
             raise UsageError(f"bundle {bundle.path}: members and classes give two columns the same name")
@@ -73,11 +77,18 @@ class Layout:
 
     @classmethod
     def of_part(
-        cls, bundle: Bundle, folder: Folder, index: int, *, uids: bool, redaction: Redaction | None
+        cls,
+        bundle: Bundle,
+        folder: Folder,
+        index: int,
+        recorded: dict[str, Any],
+        *,
+        redaction: Redaction | None,
     ) -> Layout:
-        """As a part on disk has it; its manifest columns have their prefix already."""
+        """As a part of a run on disk has it; its manifest columns have their prefix already."""
         names = tuple(member.name for member in bundle.members)
-        bare = cls(bundle.classes, names, pa.schema([]), "", uids, redaction)
+        uids = recorded["result_options"].get("include_uids", False)
+        bare = cls(bundle.classes, names, pa.schema([]), "", uids, redaction, _triage(bundle, recorded))
         own = set(bare.schema.names)
         stored = folder.read(part_name(index), pq.read_schema)
         return replace(bare, passthrough=pa.schema([field for field in stored if field.name not in own]))
@@ -111,7 +122,12 @@ class Layout:
             pa.field("prediction", pa.string()),
             pa.field("confidence", pa.float32()),
             *(pa.field(name, pa.float32()) for name in scores),
+            *(self.triage.fields if self.triage else ()),
         ]
+
+
+def _triage(bundle: Bundle, recorded: dict[str, Any] | None) -> Triage | None:
+    return Triage.of(bundle) if recorded is None or "operating_points" in recorded else None
 
 
 class _OpenPart:
@@ -129,6 +145,7 @@ class _OpenPart:
         self.confidence = np.zeros(rows, np.float32)
         self.scores = np.zeros((rows, classes), np.float32)
         self.members = np.zeros((members, rows, classes), np.float32)
+        self.distances = np.full((members, rows), np.nan, np.float32)
         self.errors: dict[int, str] = {}
         self.flags: dict[int, list[str]] = {}
 
@@ -144,6 +161,8 @@ class _OpenPart:
                     self.dicom[position] = (header.photometric, *header.uids)
         where = batch.start + batch.index
         self.scores[where], self.members[:, where] = batch.probabilities, batch.members
+        if batch.distances is not None:
+            self.distances[:, where] = batch.distances
         self.prediction[where], self.confidence[where] = batch.prediction, batch.confidence
         self.errors.update((batch.start + position, text) for position, text in batch.errors.items())
         self.flags.update((batch.start + position, names) for position, names in batch.flags.items())
@@ -168,6 +187,8 @@ class _OpenPart:
             *(pa.array(column, mask=failed) for column in self.scores.T),
             *(pa.array(column, mask=failed) for member in self.members for column in member.T),
         ]
+        if layout.triage:
+            columns += layout.triage.columns(self.scores, self.members, self.distances, self.flags, failed)
         return pa.table(columns, schema=layout.schema)
 
     def _words(self, place: int) -> pa.Array[Any]:

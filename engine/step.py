@@ -54,15 +54,17 @@ class CpuStep:
     def _score(self, batch: Batch) -> None:
         assert batch.pixels is not None
         shape = (len(self._runners), len(batch.index), len(self._bundle.classes))
-        logits = np.empty(shape, np.float32)
+        logits, distances = np.empty(shape, np.float32), []
         if len(batch.index):
             for runner, member in zip(self._runners, logits, strict=True):
-                runner.enqueue(batch.pixels, member, None)
+                distances.append(runner.enqueue(batch.pixels, member, None))
         batch.pixels = None
         finite = np.isfinite(logits).all(axis=(0, 2))
         for position in batch.index[~finite]:
             batch.fail(int(position), Status.CRASHED, "a member gave a score that is not a number")
         batch.index = batch.index[finite]
+        if given := [one[finite] for one in distances if one is not None]:
+            batch.distances = np.stack(given)
         batch.members, batch.probabilities = ensemble.fuse(
             logits[:, finite],
             weights=self._bundle.weights,

@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from engine.ensemble import fuse
+from engine.labels import groups_of
 
 CLASSES = ("normal", "osteopenia", "osteoporosis")
 REAL_WEIGHTS = {"resnet50": 0.4, "inception_v3": 0.6}
@@ -69,10 +69,11 @@ def write_bundle(
                 "files": {"onnx": _file(folder, f"{name}.onnx")},
             }
         )
-    _write_canaries(folder, size, weights, temperature)
+    _write_canaries(folder, size, len(weights))
     description = {
         "format": 1,
         "classes": list(classes),
+        "groups": groups_of(classes),
         "input": {"height": size[0], "width": size[1], "channels": 1, "dtype": "uint8"},
         "decode": decode,
         "temperature": temperature,
@@ -111,21 +112,15 @@ def write_real_bundle(
     return target
 
 
-def _write_canaries(
-    folder: Path, size: tuple[int, int], weights: tuple[float, ...], temperature: float
-) -> None:
+def _write_canaries(folder: Path, size: tuple[int, int], members: int) -> None:
     """As training does it: what the members say of 12 images, here of noise."""
     pixels = np.random.default_rng(12).integers(0, 256, (12, 1, *size), np.uint8)
     sessions = [
         onnxruntime.InferenceSession(folder / f"member{index}.onnx", providers=["CPUExecutionProvider"])
-        for index in range(len(weights))
+        for index in range(members)
     ]
     logits = np.stack([session.run(None, {"pixels": pixels})[0] for session in sessions])
-    _, probabilities = fuse(
-        logits, weights=weights, temperatures=[1.0] * len(weights), temperature=temperature
-    )
-    arrays = {"pixels": pixels, "logits": logits, "probabilities": probabilities}
-    save_file(arrays, folder / "canaries" / "canaries.safetensors")
+    save_file({"pixels": pixels, "logits": logits}, folder / "canaries" / "canaries.safetensors")
 
 
 def _file(folder: Path, name: str) -> dict[str, str]:

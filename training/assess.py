@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine import evaluate
+from engine.calibration import fit_temperature
 from engine.ensemble import fuse, softmax
 from training import audit, ensemble
 from training.data import Dataset
@@ -97,7 +98,7 @@ def weigh(trained: Sequence[Trained], labels: Labels, parts: Split, options: Opt
     searched = ensemble.search(logits, truth)
     fitted = None
     if options.temperature_scaling:
-        fitted = ensemble.fit_temperature(logits, truth, searched[0].weights)
+        fitted = fit_temperature(_fuse(logits, searched[0].weights, 1.0), truth)
     return Mix(searched, ensemble.beside(logits, truth), fitted or 1.0, fitted)
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
 
 from engine.ensemble import fuse
 from training.metrics import accuracy, macro_f1
@@ -67,20 +66,6 @@ def judge(
         macro_f1=macro_f1(labels, predictions, classes=probabilities.shape[1]),
         nll=float(-np.log(np.maximum(likelihood, 1e-12)).mean()),
     )
-
-
-def fit_temperature(logits: Floats, labels: Labels, weights: Sequence[float]) -> float:
-    """The ensemble's temperature that gives `labels` the highest likelihood, 0.05 to 20.
-
-    One scalar on the averaged log-probabilities (Guo et al. 2017, "On calibration of modern neural
-    networks").
-    """
-
-    def loss(log_temperature: float) -> float:
-        return judge(logits, labels, tuple(weights), temperature=math.exp(log_temperature)).nll
-
-    found = minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded")
-    return float(math.exp(found.x))
 
 
 def grid(members: int, steps: int = STEPS) -> Iterator[tuple[float, ...]]:

@@ -25,8 +25,9 @@ from safetensors.torch import save as tensors_to_bytes
 
 from engine import bundle as bundles
 from engine.bundle import IMAGENET_MEAN, IMAGENET_STD, Decode
-from engine.ensemble import fuse, softmax
+from engine.ensemble import softmax
 from engine.errors import ParityError, UsageError
+from engine.labels import groups_of
 from engine.network import Network, folded
 from engine.runners.onnx import OnnxRunner
 from training.data import Pixels
@@ -107,10 +108,11 @@ def write_bundle(
         for name, text in documents.items():
             (unfinished / name).write_text(text, encoding="utf-8")
         logits = _write_members(unfinished, members, canaries)
-        _write_canaries(unfinished / "canaries", members, canaries, logits, temperature)
+        _write_canaries(unfinished / "canaries", canaries, logits)
         description = {
             "format": bundles.FORMAT,
             "classes": list(classes),
+            "groups": groups_of(classes),
             "input": _input(canaries, members),
             "decode": decode,
             "temperature": temperature,
@@ -172,17 +174,9 @@ def _input(pixels: Pixels, members: Sequence[Member]) -> dict[str, Any]:
     }
 
 
-def _write_canaries(
-    folder: Path, members: Sequence[Member], pixels: Pixels, logits: Floats, temperature: float
-) -> None:
-    _, probabilities = fuse(
-        logits,
-        weights=[member.weight for member in members],
-        temperatures=[1.0] * len(members),
-        temperature=temperature,
-    )
+def _write_canaries(folder: Path, pixels: Pixels, logits: Floats) -> None:
     folder.mkdir()
-    arrays: dict[str, npt.NDArray[Any]] = {"pixels": pixels, "logits": logits, "probabilities": probabilities}
+    arrays: dict[str, npt.NDArray[Any]] = {"pixels": pixels, "logits": logits}
     (folder / "canaries.safetensors").write_bytes(arrays_to_bytes(arrays))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from engine.errors import UsageError
+from engine.labels import CANONICAL, DIGITS, VOCABULARY, Names, key
 from engine.manifest import Manifest, open_manifest
 
 Labels = npt.NDArray[np.int64]
@@ -29,14 +29,6 @@ _SET_NAMES = {
     "test": "test",
     "testing": "test",
 }
-# What public sets call the classes of the method, in clinical order.
-_VOCABULARY = {
-    "normal": ("normal", "healthy", "0"),
-    "osteopenia": ("osteopenia", "op", "1"),
-    "osteoporosis": ("osteoporosis", "os", "2"),
-}
-_CANONICAL = {alias: name for name, aliases in _VOCABULARY.items() for alias in aliases}
-_DIGITS = {"0", "1", "2"}
 _LONGEST_NAME = 64  # of a class: what a bundle holds
 
 
@@ -66,7 +58,7 @@ def list_images(
     root: Path | None = None,
 ) -> Listing:
     """List a folder of class folders, or a CSV or Parquet table with path and label. Raises UsageError."""
-    if classes is not None and len({_key(name) for name in classes}) < max(2, len(classes)):
+    if classes is not None and len({key(name) for name in classes}) < max(2, len(classes)):
         raise UsageError(f"--classes {' '.join(classes)}: two or more distinct names")
     if data.is_dir():
         return _from_folder(data, classes)
@@ -93,54 +85,25 @@ def _check_names(classes: Sequence[str]) -> None:
             raise UsageError(f"class name {name[:80]!r}: 1 to {_LONGEST_NAME} printable characters")
 
 
-class _Names:
-    """Which class a name stands for: as spelled, in any case, or by the names that public sets use."""
-
-    def __init__(self, classes: Sequence[str], *, digits: bool) -> None:
-        self.classes = tuple(classes)
-        self._known = {_key(name): position for position, name in enumerate(self.classes)}
-        self.aliases: set[str] = set()  # names in use that are no class's own
-        for name, aliases in _VOCABULARY.items():
-            if name in self._known:
-                for alias in aliases:
-                    if digits or alias not in _DIGITS:
-                        self._known.setdefault(alias, self._known[name])
-
-    def find(self, name: str) -> int | None:
-        """The class's position, None for a name that stands for none."""
-        position = self._known.get(_key(name))
-        if position is not None and _key(name) != _key(self.classes[position]):
-            self.aliases.add(name)
-        return position
-
-    def notes(self) -> list[str]:
-        read = [f"{name} as {self.classes[self._known[_key(name)]]}" for name in sorted(self.aliases)]
-        return [f"read {', '.join(read)}; --classes keeps names as they are"] if read else []
-
-
-def _key(name: str) -> str:
-    return name.strip().casefold()
-
-
-def _chosen(classes: Sequence[str]) -> _Names:
-    """The classes that the user named; numbers stand for the method's classes when those are all there."""
-    return _Names(classes, digits=set(_VOCABULARY) <= {_key(name) for name in classes})
-
-
-def _as_spelled(found: Iterable[str]) -> _Names:
+def _as_spelled(found: Iterable[str]) -> Names:
     """Names that mean nothing to us, sorted; those that differ in case only are one."""
-    folded = {_key(name): name.strip() for name in sorted(found, reverse=True)}
-    return _Names(sorted(folded.values()), digits=False)
+    folded = {key(name): name.strip() for name in sorted(found, reverse=True)}
+    return Names(sorted(folded.values()), digits=False)
 
 
-def _clinical(found: Iterable[str]) -> _Names | None:
+def _clinical(found: Iterable[str]) -> Names | None:
     """The method's classes among the names found, when there are two or more of them."""
-    keys = {_key(name) for name in found}
-    digits = {key for key in keys if key.isdigit()} == _DIGITS
-    present = {_CANONICAL[key] for key in keys if key in _CANONICAL and (digits or key not in _DIGITS)}
+    keys = {key(name) for name in found}
+    digits = {one for one in keys if one.isdigit()} == DIGITS
+    present = {CANONICAL[one] for one in keys if one in CANONICAL and (digits or one not in DIGITS)}
     if len(present) < 2:
         return None
-    return _Names([name for name in _VOCABULARY if name in present], digits=digits)
+    return Names([name for name in VOCABULARY if name in present], digits=digits)
+
+
+def _notes(names: Names) -> list[str]:
+    read = names.read_as()
+    return [f"read {', '.join(read)}; --classes keeps names as they are"] if read else []
 
 
 @dataclass(frozen=True)
@@ -153,13 +116,13 @@ class _File:
 def _from_folder(root: Path, classes: Sequence[str] | None) -> Listing:
     files = list(_walk(root))
     every = {name for file in files for name in file.folders}
-    names = _chosen(classes) if classes else _clinical(every)
+    names = Names.of(classes) if classes else _clinical(every)
     found = _by_name(files, names) if names else _by_place(files)
     if names is None:
         names = _as_spelled({file.folders[place] for file, place in found})
     labels = [names.find(file.folders[place]) for file, place in found]
     _check_found(root, names.classes, labels, every, asked=classes is not None)
-    notes = names.notes() + _outside(root, files, found, named=classes is not None)
+    notes = _notes(names) + _outside(root, files, found, named=classes is not None)
     given = [file.given for file, _ in found]
     return Listing(
         names.classes,
@@ -182,7 +145,7 @@ def _walk(root: Path) -> Iterator[_File]:
                 yield _File(Path(current, name), rest, sets[-1] if sets else None)
 
 
-def _by_name(files: Sequence[_File], names: _Names) -> list[tuple[_File, int]]:
+def _by_name(files: Sequence[_File], names: Names) -> list[tuple[_File, int]]:
     """The files below a folder with a class's name, and which of their folders that is: the deepest."""
     found = []
     for file in files:
@@ -251,7 +214,7 @@ def _from_table(manifest: Manifest, classes: Sequence[str] | None, label_column:
             if name in part.columns.column_names:
                 cells += _texts(part.columns.column(name))
     texts = columns[label_column]
-    names = (_chosen(classes) if classes else _clinical(texts)) or _as_spelled(set(texts) - {""})
+    names = (Names.of(classes) if classes else _clinical(texts)) or _as_spelled(set(texts) - {""})
     labels = [_label(source, row, text, names) for row, text in enumerate(texts)]
     if len(names.classes) < 2:
         raise UsageError(f"{source}: two or more labels are needed, found: {', '.join(names.classes)}")
@@ -261,7 +224,7 @@ def _from_table(manifest: Manifest, classes: Sequence[str] | None, label_column:
         np.array(labels, np.int64),
         patients=[text or None for text in columns["patient"]] or None,
         given=[_given(source, row, text) for row, text in enumerate(columns["split"])] or None,
-        notes=names.notes(),
+        notes=_notes(names),
     )
 
 
@@ -269,14 +232,10 @@ def _texts(column: pa.ChunkedArray) -> list[str]:
     return ["" if value is None else str(value).strip() for value in column.to_pylist()]
 
 
-def _label(source: Path, row: int, text: str, names: _Names) -> int:
+def _label(source: Path, row: int, text: str, names: Names) -> int:
     position = names.find(text)
     if position is None:
-        near = difflib.get_close_matches(text.casefold(), names.classes, 1)
-        hint = f"; {near[0]}?" if near else ""
-        raise UsageError(
-            f"{source}: row {row + 1}: label {text[:80]!r} is none of {', '.join(names.classes)}{hint}"
-        )
+        raise UsageError(f"{source}: row {row + 1}: {names.complaint(text)}")
     return position
 
 

@@ -9,6 +9,9 @@ from engine.bundle import Bundle, Member
 from engine.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from engine.plans import Gpu, Plan
 
 RUNNERS = ("tensorrt", "torch", "onnx")
@@ -26,8 +29,10 @@ class Runner(Protocol):
         """Height and width of the pixels."""
         ...
 
-    def enqueue(self, pixels: Any, logits: Any, stream: Any) -> None:
+    def enqueue(self, pixels: Any, logits: Any, stream: Any) -> npt.NDArray[np.float32] | None:
         """uint8 [N, 1, H, W] to float32 [N, C], into the buffer given.
+
+        Returns how far the features are from the usual ones [N], where the back end says (`engine.distance`).
 
         On a GPU both are tensors there, and the work is done in the order of the CUDA stream. On the CPU both
         are NumPy arrays, `stream` is None, the work is done on return, and any thread may call.
@@ -61,6 +66,11 @@ class Choice:
     def index(self) -> int:
         """The number of the GPU."""
         return int(self.device.split(":")[1])
+
+    @property
+    def gives_distances(self) -> bool:
+        """Whether it tells what is out of distribution: only the float32 graphs on the CPU do."""
+        return self.device == "cpu" and not self.plans
 
 
 def choose(

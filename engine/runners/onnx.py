@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.bundle import Bundle, Member
+from engine.distance import OUTPUT
 from engine.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,19 +22,23 @@ except ImportError as error:
     ) from None
 
 
+def session_of(graph: bytes, providers: list[Any], *, threads: int = 1) -> onnxruntime.InferenceSession:
+    """From bytes: what was hashed is what runs, and no external data file can be pulled in."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(graph, options, providers=providers)
+
+
 class _Session:
     """An ONNX Runtime session of one member whose graph has the types and shapes it should."""
 
     def __init__(self, member: Member, bundle: Bundle, graph: bytes, providers: list[Any]) -> None:
         self.name = member.name
         self.versions = {"onnxruntime": onnxruntime.__version__}
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         try:
-            # from bytes: what was hashed is what runs, and no external data file can be pulled in
-            self._session = onnxruntime.InferenceSession(graph, options, providers=providers)
+            self._session = session_of(graph, providers)
         except Exception as error:  # ONNX Runtime raises many types for a bad graph
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
@@ -43,11 +48,13 @@ class _Session:
         self._check(bundle)
 
     def _check(self, bundle: Bundle) -> None:
+        """A second output may be the distance of the features, float32 [N]."""
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         found = [(value.type, list(value.shape)[1:]) for value in (*inputs, *outputs)]
         height, width = bundle.size
         wanted = [("tensor(uint8)", [1, height, width]), ("tensor(float)", [len(bundle.classes)])]
-        if found != wanted:
+        self.gives_distance = [value.name for value in outputs[1:]] == [OUTPUT]
+        if found != wanted + [("tensor(float)", [])] * self.gives_distance:
             raise UsageError(
                 f"bundle {bundle.path}: {self.name}: the graph has {found}; "
                 f"expected uint8 [N, 1, {height}, {width}] to float32 [N, {len(bundle.classes)}]"
@@ -76,19 +83,23 @@ class OnnxRunner(_Session):
     """
 
     def __init__(self, member: Member, bundle: Bundle, *, graph: bytes | None = None) -> None:
-        """`graph` replaces the member's own."""
-        graph = member.files["onnx"].path.read_bytes() if graph is None else graph
+        """`graph` replaces the member's own, which gives a distance where the bundle has a limit for it."""
+        if graph is None:
+            graph = member.files["onnx"].path.read_bytes()
+            if bundle.operating_points and bundle.operating_points.distances:
+                graph += member.files[OUTPUT].path.read_bytes()
         super().__init__(member, bundle, graph, ["CPUExecutionProvider"])
 
     def infer(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 [N, 1, H, W] to float32 logits [N, C]."""
-        (logits,) = self._session.run(None, {self._input: pixels})
+        (logits,) = self._session.run([self._output], {self._input: pixels})
         return np.asarray(logits, np.float32)
 
     def enqueue(
         self, pixels: npt.NDArray[np.uint8], logits: npt.NDArray[np.float32], stream: None = None
-    ) -> None:
-        logits[:] = self.infer(pixels)
+    ) -> npt.NDArray[np.float32] | None:
+        logits[:], *more = self._session.run(None, {self._input: pixels})
+        return np.asarray(more[0], np.float32) if more else None
 
 
 class CudaOnnxRunner(_Session):

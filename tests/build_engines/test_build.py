@@ -331,12 +331,13 @@ def test_a_bundle_without_its_files_or_a_graph_that_is_none_is_one_line(tmp_path
 
 def test_canaries_that_are_none_are_one_line(tmp_path):
     bundle = write_bundle(tmp_path / "bundle")
-    pixels, expected = np.zeros((4, 1, 64, 64), np.uint8), np.zeros((4, 3), np.float32)
+    pixels, logits = np.zeros((4, 1, 64, 64), np.uint8), np.zeros((2, 4, 3), np.float32)
     for wrong, complaint in [
         (b"nothing", "can't be read"),
-        (save({"pixels": pixels}), "can't be read ('probabilities')"),
-        (save({"pixels": pixels[:0], "probabilities": expected[:0]}), "its canaries are"),
-        (save({"pixels": pixels[..., :32], "probabilities": expected}), "its canaries are"),
+        (save({"pixels": pixels}), "can't be read ('logits')"),
+        (save({"pixels": pixels[:0], "logits": logits[:, :0]}), "its canaries are"),
+        (save({"pixels": pixels[..., :32], "logits": logits}), "its canaries are"),
+        (save({"pixels": pixels, "logits": logits[:1]}), "its canaries are"),
     ]:
         _replace(bundle, "canaries/canaries.safetensors", wrong)
         with pytest.raises(UsageError) as caught:

@@ -15,11 +15,12 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
+import engine
 from build_engines import parity
 from build_engines.options import Options
 from build_engines.quantize import int8_graph
 from engine import bundle as bundles
-from engine import plans
+from engine import calibrate, plans
 from engine.errors import EngineError, ParityError, UsageError
 from engine.runners import choose, open_runner
 from tests.bundles import CLASSES, write_bundle
@@ -311,3 +312,21 @@ def test_int8_is_judged_by_class_and_auc():
     other[2] = [0.496, 0.504]
     found = parity.compare(reference, other, executed=True, calibration="", options=options, labels=labels)
     assert (found.counted, found.agreement) == (5, 1.0)
+
+
+def test_graphs_stay_valid_when_the_bundle_is_calibrated(built, tmp_path, capsys):
+    """They give no distances, and a run says so."""
+    folder = shutil.copytree(built, tmp_path / "bundle")
+    images = built.parent / "images"
+    asked = ("--on", str(images), "--sensitivity", "0.8")
+    assert calibrate.main([str(folder), *asked, "--ood", "--precision", "int8"]) == 2
+    assert "--ood is worked out by the float32 graphs on the CPU" in capsys.readouterr().err
+    assert calibrate.main([str(folder), *asked, "--ood"]) == 0
+    said = []
+    engine.screen(images, output=tmp_path / "out", bundle=folder, precision="int8", say=said.append)
+    assert "out of distribution is not looked at: onnx in int8 gives no distances" in said
+    assert any("in fp32); this run is in int8" in line for line in said)
+    rows = engine.read_results(tmp_path / "out")
+    assert rows.attrs["provenance"]["out_of_distribution"] == "not looked at: onnx in int8"
+    assert set(rows.triage) <= {"rule_out", "gray_zone", "refer"}
+    assert not rows.abstain_reasons.map(lambda reasons: "out_of_distribution" in reasons).any()

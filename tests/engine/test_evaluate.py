@@ -9,6 +9,7 @@ import pytest
 from sklearn import metrics as library
 
 from engine import evaluate
+from engine.intervals import draws
 from training import ensemble, metrics
 
 CLASSES = ("normal", "osteopenia", "osteoporosis")
@@ -111,7 +112,7 @@ def test_every_resample_is_what_scikit_learn_says_of_it(classes):
     groups = np.arange(60) // 2
     names = [str(one) for one in range(classes)]
     drawn = evaluate._resampled(probabilities, labels, groups, seed=3, resamples=25)
-    times = np.concatenate(list(evaluate._draws(groups, seed=3, resamples=25))).astype(int)
+    times = np.concatenate(list(draws(groups, seed=3, resamples=25))).astype(int)
     assert len(times) == 25
     for place, chosen in enumerate(times):
         again = np.repeat(np.arange(60), chosen)
@@ -122,7 +123,7 @@ def test_every_resample_is_what_scikit_learn_says_of_it(classes):
 
 def test_a_resample_draws_whole_groups():
     groups = np.array([7, 7, 3, 5, 3, 7])
-    times = np.concatenate(list(evaluate._draws(groups, seed=0, resamples=500)))
+    times = np.concatenate(list(draws(groups, seed=0, resamples=500)))
     assert times.shape == (500, 6)
     assert (times[:, [0, 2]] == times[:, [1, 4]]).all()
     assert (times[:, [0, 2, 3]].sum(axis=1) == 3).all()  # as many groups as there are

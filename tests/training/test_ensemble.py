@@ -58,21 +58,3 @@ def test_what_the_paper_chose_is_reported():
     logits = np.stack([confident(LABELS)] * 3)
     assert [one.weights for one in ensemble.beside(logits[:2], LABELS)] == [(0.5, 0.5), (0.4, 0.6)]
     assert [one.weights for one in ensemble.beside(logits, LABELS)] == [(1 / 3, 1 / 3, 1 / 3)]
-
-
-@pytest.mark.parametrize("truth", [0.5, 1.0, 3.0])
-def test_the_temperature_that_made_the_logits_is_found(truth):
-    """Labels are drawn from softmax(z); the member says truth * z."""
-    random = np.random.default_rng(0)
-    z = random.normal(0, 1.5, (20_000, 3))
-    labels = (z + random.gumbel(size=z.shape)).argmax(axis=1)
-    found = ensemble.fit_temperature((truth * z)[None].astype(np.float32), labels, (1.0,))
-    assert found == pytest.approx(truth, rel=0.05)
-
-
-def test_a_temperature_never_makes_the_likelihood_worse():
-    logits = np.stack([confident(LABELS), confident(np.roll(LABELS, 1), margin=1.0)])
-    found = ensemble.fit_temperature(logits, LABELS, (0.5, 0.5))
-    before, after = (ensemble.judge(logits, LABELS, (0.5, 0.5), temperature=one) for one in (1.0, found))
-    assert after.nll < before.nll
-    assert after.macro_f1 == before.macro_f1

@@ -89,16 +89,20 @@ def test_canaries_are_what_torch_and_the_ensemble_say(bundle):
     assert np.array_equal(canaries["pixels"], random_pixels(32, SIZE))
     assert canaries["logits"].shape == (2, 32, 2)
     _, expected = fuse(canaries["logits"], weights=[0.4, 0.6], temperatures=[1.0, 1.0])
-    assert np.array_equal(canaries["probabilities"], expected)
-    assert canaries["probabilities"].dtype == canaries["logits"].dtype == np.float32
+    pixels, found = bundles.load_canaries(bundles.load(bundle))
+    assert np.array_equal(pixels, canaries["pixels"])
+    assert np.array_equal(found, expected)
+    assert found.dtype == canaries["logits"].dtype == np.float32
 
 
 def test_a_temperature_is_recorded_and_used(tmp_path, quick_export):
     write(tmp_path / "bundle", temperature=2.0)
-    assert bundles.load(tmp_path / "bundle").temperature == 2.0
+    loaded = bundles.load(tmp_path / "bundle")
+    assert loaded.temperature == 2.0
     canaries = load_file(tmp_path / "bundle" / "canaries" / "canaries.safetensors")
     options = {"weights": [0.4, 0.6], "temperatures": [1.0, 1.0]}
-    assert np.array_equal(canaries["probabilities"], fuse(canaries["logits"], **options, temperature=2.0)[1])
+    expected = fuse(canaries["logits"], **options, temperature=2.0)[1]
+    assert np.array_equal(bundles.load_canaries(loaded)[1], expected)
 
 
 @pytest.mark.parametrize("normalization", ["none", "imagenet"])

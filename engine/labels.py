@@ -1,0 +1,66 @@
+"""Which class a label stands for: as spelled, in any case, or by the names that public sets use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+# what public sets call the classes of the method, in clinical order
+VOCABULARY = {
+    "normal": ("normal", "healthy", "0"),
+    "osteopenia": ("osteopenia", "op", "1"),
+    "osteoporosis": ("osteoporosis", "os", "2"),
+}
+CANONICAL = {alias: name for name, aliases in VOCABULARY.items() for alias in aliases}
+DIGITS = {"0", "1", "2"}
+_GROUPS = {"bone_loss": ("osteopenia", "osteoporosis")}  # of classes that are also looked at as one
+
+
+class Names:
+    """The classes, and what else stands for them. `digits`: whether 0, 1 and 2 do."""
+
+    def __init__(self, classes: Sequence[str], *, digits: bool) -> None:
+        self.classes = tuple(classes)
+        self._known = {key(name): position for position, name in enumerate(self.classes)}
+        self.aliases: set[str] = set()  # names in use that are no class's own
+        for name, aliases in VOCABULARY.items():
+            if name in self._known:
+                for alias in aliases:
+                    if digits or alias not in DIGITS:
+                        self._known.setdefault(alias, self._known[name])
+
+    @classmethod
+    def of(cls, classes: Sequence[str]) -> Names:
+        """Numbers stand for the method's classes when those are all there."""
+        return cls(classes, digits=set(VOCABULARY) <= {key(name) for name in classes})
+
+    def find(self, name: str) -> int | None:
+        """The class's position, None for a name that stands for none."""
+        position = self._known.get(key(name))
+        if position is not None and key(name) != key(self.classes[position]):
+            self.aliases.add(name)
+        return position
+
+    def complaint(self, label: str) -> str:
+        """What is wrong with a label that stands for no class."""
+        near = difflib.get_close_matches(label.casefold(), self.classes, 1)
+        hint = f"; {near[0]}?" if near else ""
+        return f"label {label[:80]!r} is none of {', '.join(self.classes)}{hint}"
+
+    def read_as(self) -> list[str]:
+        """The aliases that were used, for people."""
+        return [f"{name} as {self.classes[self._known[key(name)]]}" for name in sorted(self.aliases)]
+
+
+def key(name: str) -> str:
+    return name.strip().casefold()
+
+
+def groups_of(classes: Sequence[str]) -> dict[str, list[str]]:
+    """The groups of classes that these allow, by name."""
+    by_key = {key(name): name for name in classes}
+    return {
+        group: [by_key[name] for name in names]
+        for group, names in _GROUPS.items()
+        if set(names) <= by_key.keys() and len(names) < len(classes)
+    }
