@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
     cuda_graph: bool | None
     metrics_file: str | os.PathLike[str] | None
     serial: bool
+    shard: str | None  # "3/16"
 
 
 def screen(

@@ -31,7 +31,7 @@ from engine.progress import Display, show_summary
 from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.run_folder import recorded_bundle
 from engine.runners import PRECISIONS, RUNNERS
-from engine.settings import Limits, Settings, parse_bytes, parse_location, parse_moment
+from engine.settings import Limits, Settings, parse_bytes, parse_location, parse_moment, parse_shard
 from engine.storage import Url
 from engine.watching import JsonDisplay, run
 
@@ -193,6 +193,12 @@ def option_parser(
         default=defaults.cuda_graph,
         help="replay each batch's step as one graph",
     )
+    add(
+        "--shard",
+        type=parse_shard,
+        metavar="K/N",
+        help="every Nth part; others do the others, into OUTPUT too",
+    )
     add("--metrics-file", type=Path, metavar="FILE", help="Prometheus text, written anew every few seconds")
     add("--log-json", action="store_true", help="one JSON object a line on stderr")
     add("--dry-run", action="store_true", help="only say what the run would do, as python -m engine.doctor")
@@ -237,6 +243,11 @@ def settings_from(arguments: list[str]) -> Settings:
     """Raises UsageError, and SystemExit for --help."""
     parser = option_parser()
     given: dict[str, Any] = vars(parser.parse_args(arguments))
+    if given["overwrite"] and given["shard"]:
+        raise UsageError(
+            f"--overwrite with --shard {given['shard']}: it would delete what other shards have done; delete "
+            f"{given['output']} before they start, or give another -o"
+        )
     if given["only_errors"]:
         _take_from_run(given, {name for name in given if given[name] != parser.get_default(name)})
     limits = Limits(
@@ -346,7 +357,7 @@ def _failed(console: Console, reason: str, exit_status: int) -> int:
 
 
 def _report(console: Console, summary: Summary, settings: Settings) -> None:
-    if not summary.rows_done:
+    if not summary.rows_done and not summary.shard:
         hint = "no row failed" if settings.only_errors else "--overwrite starts again"
         console.print(f"{summary.output} is finished already; {hint}", markup=False, soft_wrap=True)
     if isinstance(console.file, Log) and console.file.as_json:

@@ -58,6 +58,11 @@ class Choice:
         return {plan.passport.member: plan.passport.plan_sha256 for plan in self.plans} or None
 
     @property
+    def kind(self) -> str:
+        """The device without its number: "cpu" or "cuda"."""
+        return self.device.partition(":")[0]
+
+    @property
     def index(self) -> int:
         """The number of the GPU."""
         return int(self.device.split(":")[1])
