@@ -79,16 +79,21 @@ def screen(
     finished with more failed rows than `max_error_rate`, and EngineError for what else goes wrong; TypeError
     for an option that there is not. Never ends the process and leaves signals alone.
     """
-    settings = run.settings_from([*_arguments(dict(options)), "--", _text(manifest)])
+    arguments = command_line(manifest, dict(options))
+    settings = run.settings_from(arguments)
     try:
-        return watching.run(settings, watch=progress, say=say, stop=stop)
+        return watching.run(settings, arguments, watch=progress, say=say, stop=stop)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise EngineError(f"{where}{reason(error)}") from error
 
 
+def command_line(manifest: AnyPlace, options: dict[str, Any]) -> list[str]:
+    """Of `engine.run`, that says the same."""
+    return [*_arguments(options), "--", _text(manifest)]
+
+
 def _arguments(options: dict[str, Any]) -> Iterator[str]:
-    """The command line that says the same."""
     known = {action.dest: action for action in run.option_parser()._actions if action.option_strings}
     for name in NOT_HERE:
         del known[name]

@@ -31,7 +31,15 @@ from engine.progress import Display, show_summary
 from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.run_folder import recorded_bundle
 from engine.runners import PRECISIONS, RUNNERS
-from engine.settings import Limits, Settings, parse_bytes, parse_location, parse_moment, parse_shard
+from engine.settings import (
+    ALL_GPUS,
+    Limits,
+    Settings,
+    parse_bytes,
+    parse_location,
+    parse_moment,
+    parse_shard,
+)
 from engine.storage import Url
 from engine.watching import JsonDisplay, run
 
@@ -99,7 +107,11 @@ def option_parser(
         help="results folder, or s3://, gs://, az:// (%(default)s)",
     )
     add("-b", "--bundle", type=Path, default=defaults.bundle, help="model folder (%(default)s)")
-    add("--device", default=defaults.device, help="auto, cpu or cuda:N (%(default)s)")
+    add(
+        "--device",
+        default=defaults.device,
+        help="auto, cpu, cuda:N, or cuda:all: a process for each GPU (%(default)s)",
+    )
     add("--runner", default=defaults.runner, help=f"auto, {', '.join(RUNNERS)} (%(default)s)")
     add(
         "--precision",
@@ -243,9 +255,10 @@ def settings_from(arguments: list[str]) -> Settings:
     """Raises UsageError, and SystemExit for --help."""
     parser = option_parser()
     given: dict[str, Any] = vars(parser.parse_args(arguments))
-    if given["overwrite"] and given["shard"]:
+    if given["overwrite"] and (given["shard"] or given["device"] == ALL_GPUS):
+        option = f"--shard {given['shard']}" if given["shard"] else f"--device {ALL_GPUS}"
         raise UsageError(
-            f"--overwrite with --shard {given['shard']}: it would delete what other shards have done; delete "
+            f"--overwrite with {option}: it would delete what other shards have done; delete "
             f"{given['output']} before they start, or give another -o"
         )
     if given["only_errors"]:
@@ -298,7 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
             return report_to(sys.stdout, settings, manifest=True, say=say, stop=stop)
         try:
             with JsonDisplay(log) if log.as_json else Display(console) as display:
-                summary = run(settings, watch=display, say=say, stop=stop)
+                summary = run(settings, arguments, watch=display, say=say, stop=stop)
         except ErrorRateError as error:
             _report(console, error.summary, settings)
             raise
@@ -357,7 +370,7 @@ def _failed(console: Console, reason: str, exit_status: int) -> int:
 
 
 def _report(console: Console, summary: Summary, settings: Settings) -> None:
-    if not summary.rows_done and not summary.shard:
+    if not summary.rows_done and not summary.shard and settings.device != ALL_GPUS:
         hint = "no row failed" if settings.only_errors else "--overwrite starts again"
         console.print(f"{summary.output} is finished already; {hint}", markup=False, soft_wrap=True)
     if isinstance(console.file, Log) and console.file.as_json:

@@ -13,6 +13,7 @@ from engine.errors import UsageError
 from engine.privacy import Redaction
 from engine.storage.location import Place, parse
 
+ALL_GPUS = "cuda:all"  # as a device: see `engine.fleet`
 _UNITS = {
     "": 1,
     "k": 10**3,

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from engine import fleet
 from engine.errors import EngineError, ErrorRateError, UsageError
 from engine.job import Say, Watch
 from engine.ledger import Progress, Summary
@@ -20,7 +22,7 @@ from engine.pipeline import screen
 from engine.progress import LINE_EVERY_S
 from engine.records import Status
 from engine.retry import retry
-from engine.settings import Settings
+from engine.settings import ALL_GPUS, Settings
 from engine.store import atomic
 
 if TYPE_CHECKING:
@@ -31,10 +33,20 @@ FAR_S = 1e9  # a forecast beyond this is none
 
 
 def run(
-    settings: Settings, *, watch: Watch, say: Say = lambda _: None, stop: threading.Event | None = None
+    settings: Settings,
+    arguments: Sequence[str],
+    *,
+    watch: Watch,
+    say: Say = lambda _: None,
+    stop: threading.Event | None = None,
 ) -> Summary:
-    """Screen, or try failed rows again, as `settings` say. Raises ErrorRateError after too many errors."""
-    work = retry if settings.only_errors else screen
+    """Screen, or try failed rows again, as `settings` say. Raises ErrorRateError after too many errors.
+
+    `arguments` are the command line that `settings` are from.
+    """
+    work: Callable[..., Summary] = retry if settings.only_errors else screen
+    if settings.device == ALL_GPUS:
+        work = partial(fleet.run, arguments)
     with ExitStack() as stack:
         seen = watch
         if settings.metrics_file:
@@ -61,6 +73,7 @@ def snapshot(progress: Progress) -> dict[str, Any]:
     return {
         "rows": progress.rows,
         "rows_done": progress.rows_before + progress.rows_done,
+        "rows_before": progress.rows_before,  # done by earlier starts
         "by_status": dict(progress.by_status),
         "rows_per_second": round(progress.rate, 3),
         "elapsed_s": round(elapsed_s, 3),
