@@ -57,9 +57,10 @@ class Job:
             return
         for line in self.opening_lines:
             self.say(line)
-        with self.folder.turn(self.say):  # other shards may have finished the run just now
-            if self.folder.succeeded() and not self.folder.there() >= set(self.indices):
-                self.folder.withdraw()
+        if self.folder.succeeded():
+            with self.folder.turn(self.say):  # it may be finished since the parts were looked at
+                if not self.folder.there() >= set(self.indices):
+                    self.folder.withdraw()
 
     @property
     def indices(self) -> Sequence[int]:
@@ -283,6 +284,7 @@ def close_ledger(
             parts = folder.complete(run)
             summary = add_up(parts.values())
             if shard is None or not folder.succeeded():
+                folder.files.sweep()
                 folder.succeed(summary.as_json())
         if shard is None:
             return summary

@@ -43,7 +43,13 @@ class NumberedLocks:
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises OSError where the file system has no such locks."""
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            self.is_taken(0)
+        except OSError:
+            os.close(self._file)
+            raise
 
     def take(self, number: int) -> bool:
         """False while another holds it."""

@@ -87,6 +87,10 @@ class Folder(Protocol):
         """
         ...
 
+    def sweep(self) -> None:
+        """Delete what writers that were killed have left, when nobody else writes."""
+        ...
+
     def unlock(self, *, leave_no_trace: bool) -> None: ...
 
     def take_turn(self) -> bool:
@@ -159,8 +163,11 @@ class LocalFolder:
         if shared:  # temporary files may be in use, and vanish with the file that they become
             self._numbered = NumberedLocks(self.location / _NUMBERED)
             return
+        self.sweep()
+
+    def sweep(self) -> None:
         for leftover in self.location.glob(".*.tmp"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
     def _held(self, shared: bool) -> int:
         self.location.parent.mkdir(parents=True, exist_ok=True)
@@ -281,6 +288,13 @@ class ObjectFolder:
         self._sign, self._shared = sign, shared
         sign.keep_showing()
 
+    def sweep(self) -> None:
+        """An upload that was cut off is not there; signs and claims of the dead are."""
+        for name in self.names():
+            sign = name.startswith(f"{LOCK}-")
+            if (sign or _CLAIM.fullmatch(name)) and not self._living(name if sign else self._owner(name)):
+                self.delete(name)
+
     def _refuse_company(self, shared: bool, *, but_for: str = "") -> None:
         """Raises BlockingIOError when one is there that this one can't share with."""
         names = [LOCK] if shared else [name for name in self.names() if name.startswith(LOCK)]
@@ -351,18 +365,24 @@ class ObjectFolder:
                 self.delete(_claim_name(index))
 
     def is_claimed(self, index: int) -> bool:
+        owner = self._owner(_claim_name(index))
+        return owner != (self._sign and self._sign.name) and self._living(owner) is not None
+
+    def _owner(self, claim: str) -> str | None:
+        """The sign that a claim names."""
         try:
-            owner = self.read(_claim_name(index), lambda opened: opened.read()).decode()
+            owner = self.read(claim, lambda opened: opened.read()).decode()
         except (FileNotFoundError, UnicodeDecodeError):
-            return False
-        own = self._sign and self._sign.name
-        return owner.startswith(LOCK) and owner != own and self._living(owner) is not None
+            return None
+        return owner if owner.startswith(f"{LOCK}-") and "/" not in owner else None
 
     def _put(self, name: str, data: bytes) -> None:
         self._call(name, lambda files, path: _upload(files, path, data))
 
-    def _living(self, sign: str) -> dict[str, Any] | None:
+    def _living(self, sign: str | None) -> dict[str, Any] | None:
         """What the owner of a sign says, None if it is gone."""
+        if sign is None:
+            return None
         try:
             facts: dict[str, Any] = json.loads(self.read(sign, lambda opened: opened.read()))
             shown: float = self._call(sign, lambda files, path: files.get_file_info(path).mtime_ns or 0) / 1e9
@@ -429,6 +449,9 @@ class _Sign:
         self._done.set()
         with self._lock:  # a write that is under way must not come after the object is deleted
             pass
+
+
+_CLAIM = re.compile(r"\.part-\d{5,}\.lock")
 
 
 def _claim_name(index: int) -> str:

@@ -83,7 +83,7 @@ def choose(
         return _wherever(runner, bundle, precision, batch_size)
     prefix, _, number = device.partition(":")
     if prefix != "cuda" or not (number or "0").isdecimal():
-        raise UsageError(f"--device {device}: allowed: auto, cpu, cuda:N")
+        raise UsageError(f"--device {device}: allowed: auto, cpu, cuda:N, and cuda:all for a run")
     from engine.gpu import choice
 
     return choice.on_gpu(runner, int(number or 0), bundle, precision, batch_size)

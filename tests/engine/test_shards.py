@@ -15,7 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from engine.errors import UsageError
 from engine.lock import NumberedLocks, hold
+from engine.run_folder import RunFolder
 from engine.storage.location import Url
 from engine.store import LocalFolder, ObjectFolder
 from tests.conftest import Command, run_module, write_images
@@ -160,20 +162,20 @@ def test_other_plans_are_refused(start: Start, engine_run: Command, bundle: Path
     assert "another process is writing there without --shard" in said
 
 
-def test_seven_start_in_the_same_instant_on_a_folder_that_is_listed_once(
+def test_five_start_in_the_same_instant_on_a_folder_that_is_listed_once(
     start: Start, bundle: Path, tmp_path: Path
 ) -> None:
     """One of them has nothing to do."""
     images = write_images(tmp_path / "images", 12)
     (images / "notes").write_text("no image")
     for attempt in range(2):
-        names = ("-o", f"out{attempt}", "--part-rows", "2")
-        processes = [start(images, *names, "--shard", f"{number}/7") for number in range(1, 8)]
+        names = ("-o", f"out{attempt}", "--part-rows", "3")
+        processes = [start(images, *names, "--shard", f"{number}/5") for number in range(1, 6)]
         said = [ended(process) for process in processes]
         output = tmp_path / f"out{attempt}"
         assert table(output).column("row").to_pylist() == list(range(12))
         assert sum("listed 12 images" in one for one in said) == 1
-        assert "shard 7/7 is done: 0 of 6 parts" in said[6] or "all 6 parts" in said[6]
+        assert "shard 5/5 is done: 0 of 4 parts" in said[4] or "all 4 parts" in said[4]
         assert (output / "_SUCCESS").exists()
 
 
@@ -259,6 +261,37 @@ def test_who_shares_an_object_store_keeps_out_who_does_not(
     for folder in (alone, two):
         folder.unlock(leave_no_trace=False)
     assert keys(client, "shared/") == []
+
+
+def test_what_the_dead_have_left_in_an_object_store_is_swept(
+    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, living = (ObjectFolder(Url("s3", "archive", "/swept")) for _ in range(2))
+    dead.lock(shared=True)
+    assert dead.claim(1)
+    monkeypatch.setattr(
+        "engine.store._began", lambda pid: "later"
+    )  # its process is gone, another has its number
+    living.lock(shared=True)
+    assert not living.is_claimed(1)
+    assert living.claim(2)
+    living.sweep()
+    mine, claim = sorted(keys(client, "swept/"))
+    assert (mine[:6], claim) == (".lock-", ".part-00002.lock")
+    for folder in (living, dead):
+        folder.unlock(leave_no_trace=False)
+    assert keys(client, "swept/") == []
+
+
+def test_a_run_of_an_older_version_that_names_the_gpus_number_goes_on(tmp_path: Path) -> None:
+    older = {"result_options": {"device": "cuda:1", "runner": "torch"}}
+    (tmp_path / "_run.json").write_text(json.dumps(older))
+    folder = RunFolder(tmp_path, overwrite=False)
+    recorded = folder.recorded()
+    assert recorded is not None
+    folder.check_same(recorded, {"result_options": {"device": "cuda", "runner": "torch", "shards": None}})
+    with pytest.raises(UsageError, match="device was 'cuda', is 'cpu'"):
+        folder.check_same(recorded, {"result_options": {"device": "cpu", "runner": "torch"}})
 
 
 def test_two_shards_into_an_object_store(
