@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import threading
@@ -47,6 +48,13 @@ def ended(process: subprocess.Popen[str]) -> str:
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
     return said
+
+
+def told(process: subprocess.Popen[str]) -> tuple[str, int]:
+    """Its messages as JSON lines, and how many rows it has done itself."""
+    events = [json.loads(line) for line in ended(process).splitlines()]
+    messages = [event["message"] for event in events if event["event"] == "message"]
+    return "\n".join(messages), next(one["last_start"]["rows"] for one in events if one["event"] == "summary")
 
 
 def shard(start: Start, which: str, *options: str) -> subprocess.Popen[str]:
@@ -104,10 +112,15 @@ def test_the_same_shard_twice_at_once_does_each_part_once(
 ) -> None:
     list_images(tmp_path, ROWS)
     output = tmp_path / "out"
-    twins = [shard(start, "1/2", "--log-json") for _ in range(2)]
-    events = [[json.loads(line) for line in ended(one).splitlines()] for one in twins]
-    done = [next(one["last_start"]["rows"] for one in said if one["event"] == "summary") for said in events]
-    own = sum(min(PART_ROWS, ROWS - first) for first in range(0, ROWS, 2 * PART_ROWS))
+    first = shard(start, "1/2", "--log-json")
+    wait_for_parts(first, output, 2)
+    first.send_signal(signal.SIGSTOP)  # with some parts in hand
+    second = shard(start, "1/2", "--log-json")
+    messages, rows = told(second)
+    assert re.search(r"shard 1/2 leaves \d+ of its 63 parts to another process", messages), messages
+    first.send_signal(signal.SIGCONT)
+    done = [rows, told(first)[1]]
+    own = sum(min(PART_ROWS, ROWS - at) for at in range(0, ROWS, 2 * PART_ROWS))
     assert sum(done) == own, done
     assert len(parts(output)) == len(range(0, -(-ROWS // PART_ROWS), 2))
     assert not (output / "_SUCCESS").exists()
@@ -235,6 +248,32 @@ def test_a_turn_in_an_object_store_is_one_ones_at_a_time(proxy: Any, client: Any
         list(threads.map(come_and_go, range(5)))
     assert (most, entered) == (1, 15)
     assert keys(client, "turns/") == []
+
+
+def test_who_is_drawing_a_ticket_is_waited_for(
+    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (ObjectFolder(Url("s3", "archive", "/drawing")) for _ in range(2))
+    for folder in (one, two):
+        folder.lock(shared=True)
+    tickets, meanwhile = one._tickets, list[bool]()
+
+    def interrupted() -> dict[str, int]:
+        found = tickets()
+        if not meanwhile:
+            meanwhile.append(two.take_turn())
+        return found
+
+    monkeypatch.setattr(one, "_tickets", interrupted)
+    got = [one.take_turn(), two.take_turn()]
+    assert meanwhile == [False]
+    assert sorted(got) == [False, True]
+    winner, loser = (one, two) if got[0] else (two, one)
+    winner.give_turn()
+    assert loser.take_turn()
+    assert not winner.take_turn()
+    for folder in (one, two):
+        folder.unlock(leave_no_trace=False)
 
 
 def test_who_shares_an_object_store_keeps_out_who_does_not(
