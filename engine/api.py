@@ -59,6 +59,7 @@ class Options(TypedDict, total=False):
     cuda_graph: bool | None
     metrics_file: str | os.PathLike[str] | None
     serial: bool
+    shard: str | None  # "3/16"
 
 
 def screen(
@@ -78,16 +79,21 @@ def screen(
     finished with more failed rows than `max_error_rate`, and EngineError for what else goes wrong; TypeError
     for an option that there is not. Never ends the process and leaves signals alone.
     """
-    settings = run.settings_from([*_arguments(dict(options)), "--", _text(manifest)])
+    arguments = command_line(manifest, dict(options))
+    settings = run.settings_from(arguments)
     try:
-        return watching.run(settings, watch=progress, say=say, stop=stop)
+        return watching.run(settings, arguments, watch=progress, say=say, stop=stop)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise EngineError(f"{where}{reason(error)}") from error
 
 
+def command_line(manifest: AnyPlace, given: dict[str, Any]) -> list[str]:
+    """Of `engine.run`, that says the same."""
+    return [*_arguments(given), "--", _text(manifest)]
+
+
 def _arguments(given: dict[str, Any]) -> Iterator[str]:
-    """The command line that says the same."""
     known = {name: option for name, option in OPTIONS.items() if name not in NOT_HERE}
     for name, value in given.items():
         if name not in known:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from engine import bundle, installed, options, plans
+from engine import bundle, fleet, installed, options, plans
 from engine.bundle import Bundle
 from engine.command import Parser
 from engine.errors import UsageError
@@ -35,7 +36,7 @@ from engine.plans import Gpu
 from engine.provenance import processor_name
 from engine.run import answered, hush_libraries, places, settings_from
 from engine.runners import Choice
-from engine.settings import Settings, available_cpus
+from engine.settings import ALL_GPUS, Settings, available_cpus
 from engine.survey import survey
 from engine.tuned import advise
 
@@ -59,13 +60,27 @@ def examine(settings: Settings, *, manifest: bool, say: Say, stop: threading.Eve
     """
     if settings.only_errors:
         raise UsageError("--only-errors can't be looked into beforehand; leave it out")
-    report = Report(settings)
+    report = Report(_one_process(settings))
     _machine(report)
     _packages(report)
     found = _models(report)
     if manifest:
         survey(report, found, say, stop or threading.Event())
     return report
+
+
+def _one_process(settings: Settings) -> Settings:
+    """Of all that `--device cuda:all` starts, the first."""
+    if settings.device != ALL_GPUS:
+        return settings
+    first = replace(settings, device="cuda:0")
+    with suppress(UsageError):  # the bundle's lines will say so
+        count = len(fleet.devices_here())
+        limits = replace(settings.limits, memory=settings.limits.memory // count)
+        workers = max(1, (settings.workers or available_cpus()) // count)
+        shard = fleet.shards_here(settings, count)[0]
+        return replace(first, limits=limits, workers=workers, shard=shard)
+    return first
 
 
 def _machine(report: Report) -> None:

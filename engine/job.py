@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from engine import bundle
 from engine.bundle import Bundle
-from engine.errors import NothingNew, UsageError
+from engine.errors import NothingNew, Stopped, UsageError
 from engine.ledger import Progress, Summary, summary_of
 from engine.listing import in_words
 from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter
 from engine.provenance import describe, worker
 from engine.records import Part
-from engine.run_folder import RunFolder, parts_of
+from engine.run_folder import RunFolder, parts_of, rows_of
 from engine.runners import Choice, choose
-from engine.settings import Settings
+from engine.settings import Settings, Shard
 from engine.since import Earlier, write_new
 from engine.sink import Done, Layout, Sink
 from engine.storage import Url
@@ -45,21 +46,30 @@ class Job:
     resumed: bool
     say: Say
     opening_lines: list[str]
-    done: dict[int, Done] = field(default_factory=dict)  # parts on disk, when it began
+    done: dict[int, Done] = field(default_factory=dict)  # its parts on disk, when it began
 
     def begin(self) -> None:
         """Raises UsageError when the folder holds a run with other result options."""
         self.run = self.folder.begin(self.run)
-        self.done = self.folder.finished(self.run)
+        self.folder.give_turn()
+        self.done = self.folder.finished(self.run, self.indices)
         if self.is_finished:
             return
         for line in self.opening_lines:
             self.say(line)
-        self.folder.withdraw()
+        if self.folder.succeeded():
+            with self.folder.turn(self.say):  # it may be finished since the parts were looked at
+                if not self.folder.there() >= set(self.indices):
+                    self.folder.withdraw()
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Of the parts that are its to do."""
+        return indices_of(self.run, self.settings.shard)
 
     @property
     def is_finished(self) -> bool:
-        return self.folder.succeeded() and len(self.done) == parts_of(self.run)
+        return self.folder.succeeded() and len(self.done) == len(self.indices)
 
     @property
     def part_rows(self) -> int:
@@ -67,22 +77,60 @@ class Job:
 
     def progress(self) -> Progress:
         """At the start: what earlier starts have finished."""
-        progress = Progress(self.manifest.rows, finish_by=self.settings.finish_by)
+        rows = sum(rows_of(self.run, index) for index in self.indices)
+        progress = Progress(rows, finish_by=self.settings.finish_by)
         for part in self.done.values():
             progress.rows_before += part.rows
             progress.by_status.update(part.by_status)
         return progress
 
-    def parts(self) -> Iterator[Part]:
-        """Those that are not on disk yet, in order."""
-        return self.manifest.parts(self.part_rows, set(range(parts_of(self.run))) - set(self.done))
+    def parts(self, progress: Progress) -> Iterator[Part]:
+        """Those that are not on disk yet, in order; of a shard, those that nobody else has in hand."""
+        todo = set(self.indices) - set(self.done)
+        return self._claimed(todo, progress) if self.settings.shard else self._of_manifest(todo)
+
+    def _of_manifest(self, indices: set[int]) -> Iterator[Part]:
+        return self.manifest.parts(self.part_rows, indices)
+
+    def _claimed(self, todo: set[int], progress: Progress) -> Iterator[Part]:
+        """The same shard may have been started twice: what the other has in hand is asked for again at last.
+
+        What the other does leaves `progress`.
+        """
+        files = self.folder.files
+        while todo:
+            held = set()
+            for part in self._of_manifest(todo):
+                if not files.claim(part.index):
+                    held.add(part.index)
+                elif self.folder.finished(self.run, (part.index,)):
+                    files.release(part.index)
+                    progress.rows -= part.rows
+                else:
+                    yield part
+            if held == todo:
+                progress.rows -= sum(rows_of(self.run, index) for index in held)
+                return
+            todo = held
 
     def sink(self) -> Sink:
-        return Sink(self.folder.files, self.layout, self.run, worker(self.choice))
+        written = self.folder.files.release
+        return Sink(self.folder.files, self.layout, self.run, worker(self.choice), written=written)
 
     def summary(self) -> Summary:
         """Of a run that was finished already."""
-        return summary_of(self.folder.path, self.run, self.done.values(), Progress(self.manifest.rows), {}, 0)
+        shard = self.settings.shard
+        if shard:
+            self.say(f"{self.folder.path} is finished already")
+        rows = sum(part.rows for part in self.done.values())
+        summary = summary_of(self.folder.path, self.run, self.done.values(), Progress(rows), {}, 0)
+        return replace(summary, rows=rows, shard=str(shard) if shard else None)
+
+
+def indices_of(run: dict[str, Any], shard: Shard | None) -> Sequence[int]:
+    """Which parts of the run are to be done: all, or those of the shard."""
+    count = parts_of(run)
+    return shard.parts(count) if shard else range(count)
 
 
 @contextmanager
@@ -95,10 +143,14 @@ def prepare(settings: Settings, say: Say) -> Iterator[Job]:
     choice = choice_of(settings, models)
     check_paths(settings)
     with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
+        shared = settings.shard is not None
+        folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite, shared=shared))
+        folder.take_turn(say)
+        recorded = None if settings.overwrite else folder.recorded()
+        if recorded:
+            folder.give_turn()  # else when the run is begun: the others take its listing and tuning from it
         earlier = Earlier(settings.since) if settings.since else None
         manifest = _listed(settings, folder, earlier, models, choice, say)
-        recorded = None if settings.overwrite else folder.recorded()
         layout = Layout.of(models, manifest, settings, recorded)
         advice = advise(settings, models, choice, recorded=recorded)
         if advice.settings != settings:
@@ -222,11 +274,51 @@ def close_ledger(
     *,
     decoder_restarts: int,
     decoder_refusals: int,
+    shard: Shard | None = None,
+    say: Say = lambda _: None,
 ) -> Summary:
-    """Re-read the footers of all parts; only when they add up to the manifest does the run succeed."""
-    parts = folder.complete(run)
-    summary = summary_of(
-        folder.path, run, parts.values(), progress, meters, decoder_restarts, decoder_refusals
+    """Re-read the footers of all parts; only when they add up to the manifest does the run succeed.
+
+    A shard does so when no part of the run is left to the others; its summary is about its own parts. Raises
+    Stopped when parts of its own are missing that nobody has in hand.
+    """
+    add_up = partial(
+        summary_of,
+        folder.path,
+        run,
+        progress=progress,
+        meters=meters,
+        decoder_restarts=decoder_restarts,
+        decoder_refusals=decoder_refusals,
     )
-    folder.succeed(summary.as_json())
-    return summary
+    count, own = parts_of(run), indices_of(run, shard)
+    with folder.turn(say):
+        there = folder.there()
+        complete = shard is None or len(there) == count
+        if complete:
+            parts = folder.complete(run)
+            summary = add_up(parts.values())
+            if shard is None or not folder.succeeded():
+                folder.files.sweep()
+                folder.succeed(summary.as_json())
+        if shard is None:
+            return summary
+    # asked before the parts are looked at: who lets go of a part has written it
+    held = {index for index in own if index not in there and folder.files.is_claimed(index)}
+    if not complete:
+        parts = folder.finished(run, own)
+    parts = {index: parts[index] for index in own if index in parts}
+    say(_how_far(shard, own, held, set(parts), len(there), count))
+    rows = sum(part.rows for part in parts.values())
+    return replace(add_up(parts.values()), rows=rows, shard=str(shard))
+
+
+def _how_far(shard: Shard, own: Sequence[int], held: set[int], done: set[int], there: int, count: int) -> str:
+    if left := len(set(own) - done - held):
+        raise Stopped(f"shard {shard}: {left} of its {len(own)} parts are missing; the same command goes on")
+    if there == count:
+        return f"shard {shard} is done, and with it all {count} parts of the run"
+    state = f"is done: {len(done)} of {count} parts"
+    if others := len(held - done):
+        state = f"leaves {others} of its {len(own)} parts to another process, which has them in hand"
+    return f"shard {shard} {state}; {there} of {count} parts of the run are there"

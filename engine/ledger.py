@@ -60,7 +60,7 @@ class Progress:
         """Forecast: the share of the run that is done at `moment`, 0 to 1."""
         left_s = (moment - datetime.now(UTC)).total_seconds()
         done = self.rows_before + self.rows_done + self.rate * max(0.0, left_s)
-        return min(1.0, done / self.rows)
+        return min(1.0, done / self.rows) if self.rows else 1.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Summary:
     limited_by: str | None
     decoder_restarts: int
     decoder_refusals: int  # images that the GPU's decoder refused
+    shard: str | None = None  # "3/16" where this is about its parts only
 
     @property
     def errors(self) -> int:
@@ -87,6 +88,7 @@ class Summary:
     def as_json(self) -> dict[str, Any]:
         return {
             "run_id": self.run_id,
+            **({"shard": self.shard} if self.shard else {}),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "rows": self.rows,
             "ok": self.by_status.get("ok", 0),

@@ -12,7 +12,7 @@ from engine.bundle import DECODES
 from engine.command import Parser, number, size, whole
 from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.runners import PRECISIONS, RUNNERS
-from engine.settings import Settings, parse_location
+from engine.settings import Settings, parse_location, parse_shard
 
 NOTICE = "Research use only; not a medical device. The output is a work list for people, not a diagnosis."
 EXAMPLES = """\
@@ -133,7 +133,17 @@ GROUPS: dict[str, tuple[Option, ...]] = {
         _more("--include-uids", "DICOM's study, series and SOP UIDs as columns", action="store_true"),
     ),
     "how fast": (
-        _first("--device", "auto, cpu or cuda:N (%(default)s)", default=_PLAIN.device),
+        _first(
+            "--device",
+            "auto, cpu, cuda:N, or cuda:all: a process for each GPU (%(default)s)",
+            default=_PLAIN.device,
+        ),
+        _more(
+            "--shard",
+            "every Nth part; other processes do the others, into RESULTS too",
+            type=parse_shard,
+            metavar="K/N",
+        ),
         _more("--runner", f"auto, {', '.join(RUNNERS)} (%(default)s)", default=_PLAIN.runner),
         _more(
             "--precision",

@@ -80,7 +80,7 @@ def screen(
         if job.is_finished:
             return job.summary()
         progress = job.progress()
-        stages.run(job.parts(), job.sink(), progress, watch, stop)
+        stages.run(job.parts(progress), job.sink(), progress, watch, stop)
         return stages.close_ledger(job.folder, job.run, progress)
 
 
@@ -199,6 +199,8 @@ class Stages:
             self.meters,
             decoder_restarts=self.preprocess.crashes,
             decoder_refusals=self.preprocess.refusals,
+            shard=self.opening.settings.shard,
+            say=self.opening.say,
         )
 
 

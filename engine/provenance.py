@@ -21,6 +21,7 @@ CPU_BATCH = 8  # larger batches take more memory and are no faster
 CPU_PART_ROWS = 1024
 GPU_BATCH = 128  # or what the plans are made for
 GPU_PART_ROWS = 65_536
+PARTS_A_SHARD = 8  # at least
 
 
 def describe(
@@ -41,6 +42,9 @@ def describe(
     if batch_size is not None and batch_size == tuning.get("batch_size_asked"):
         batch_size = None  # as it was halved for want of memory
     default_batch, default_rows = defaults(choice)
+    if settings.shard:  # none of them has much more to do than another
+        share = -(-manifest.rows // (PARTS_A_SHARD * settings.shard.of))
+        default_rows = min(default_rows, max(share, default_batch))
     hidden = settings.redaction
     return {
         "format": 1,
@@ -56,13 +60,14 @@ def describe(
             "column_prefix": settings.column_prefix,
             "bundle_sha256": models.sha256,
             "runner": choice.runner,
-            "device": choice.device,
+            "device": choice.kind,  # GPUs of one kind may share a run
             "precision": choice.precision,
             "plans": choice.plan_hashes,
             "decode": models.decode,
             "decoder": settings.decoder if choice.gpu else None,  # on the CPU there is but one
             "batch_size": batch_size or before.get("batch_size") or default_batch,
             "part_rows": settings.part_rows or before.get("part_rows") or default_rows,
+            "shards": settings.shard.of if settings.shard else None,
             "max_pixels": settings.limits.max_pixels,
             "max_file_size": settings.limits.max_file_size,
             "include_uids": settings.include_uids,

@@ -24,7 +24,7 @@ from engine.pipeline import GRACE_S
 from engine.privacy import Redaction, read_salt
 from engine.progress import Display, show_summary
 from engine.run_folder import recorded_bundle
-from engine.settings import Limits, Settings, parse_moment
+from engine.settings import ALL_GPUS, Limits, Settings, parse_moment
 from engine.storage import Url
 from engine.watching import JsonDisplay, run
 
@@ -34,6 +34,12 @@ GIVE_UP_S = 2 * GRACE_S  # after this long without a clean stop the process ends
 def settings_from(arguments: list[str]) -> Settings:
     """Raises UsageError, and SystemExit for --help."""
     given: dict[str, Any] = vars(option_parser().parse_args(arguments))
+    if given["overwrite"] and (given["shard"] or given["device"] == ALL_GPUS):
+        option = f"--shard {given['shard']}" if given["shard"] else f"--device {ALL_GPUS}"
+        raise UsageError(
+            f"--overwrite with {option}: it would delete what other shards have done; delete "
+            f"{given['output']} before they start, or give another -o"
+        )
     if given["only_errors"]:
         _take_from_run(given, {name for name, option in OPTIONS.items() if given[name] != option.default})
     limits = Limits(
@@ -86,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
             return report_to(sys.stdout, settings, manifest=True, say=say, stop=stop)
         try:
             with JsonDisplay(log) if log.as_json else Display(console) as display:
-                summary = run(settings, watch=display, say=say, stop=stop)
+                summary = run(settings, arguments, watch=display, say=say, stop=stop)
         except ErrorRateError as error:
             _report(console, error.summary, settings)
             raise
@@ -145,7 +151,7 @@ def _failed(console: Console, reason: str, exit_status: int) -> int:
 
 
 def _report(console: Console, summary: Summary, settings: Settings) -> None:
-    if not summary.rows_done:
+    if not summary.rows_done and not summary.shard and settings.device != ALL_GPUS:
         hint = "no row failed" if settings.only_errors else "--overwrite starts again"
         console.print(f"{summary.output} is finished already; {hint}", markup=False, soft_wrap=True)
     if isinstance(console.file, Log) and console.file.as_json:

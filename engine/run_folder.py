@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+import time
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import EngineError, UsageError
 from engine.settings import Settings
-from engine.sink import Done, finished, part_name
+from engine.sink import Done, finished, part_name, parts_there
 from engine.storage.location import Url
 from engine.store import LOCK, STALE_S, Folder, StoreError, as_json, open_folder, reason
 
 RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
 EXPLANATIONS, INDEX, PICTURES = "explanations", "index.json", "row-*.png"  # of python -m engine.explain
 REPORT = "report.html"  # of python -m engine.report; every finished run has one
+LOOK_S = 0.05, 1.0  # between two looks whether it is one's turn, on a disk and in an object store
+PATIENCE_S = 2.0
 
 
 def _short(value: object) -> str:
@@ -25,15 +29,16 @@ def _short(value: object) -> str:
 
 
 class RunFolder:
-    """Locks the folder at `path` for this process while it is open.
+    """Locks the folder at `path` for this process while it is open; `shared`, for the shards of one run.
 
     Created here, it is removed if no run was begun.
     """
 
-    def __init__(self, path: Path | Url, *, overwrite: bool) -> None:
+    def __init__(self, path: Path | Url, *, overwrite: bool, shared: bool = False) -> None:
         self.path = path
         self.files = open_folder(path)
-        self._overwrite = overwrite
+        self._overwrite, self._shared = overwrite, shared
+        self._has_turn = not shared
 
     @classmethod
     def existing(cls, path: Path | Url) -> Self:
@@ -46,11 +51,14 @@ class RunFolder:
     def __enter__(self) -> Self:
         try:
             self.refuse_foreign()
-            self.files.lock()
+            self.files.lock(shared=self._shared)
             if self._overwrite:
                 self.files.delete(LISTING)  # the folder is listed again; the rest goes in begin()
         except BlockingIOError:
-            why = "another process is writing there; wait for it"
+            why = "another process is writing there"
+            if self._shared:
+                why += " without --shard"
+            why += "; wait for it"
             if isinstance(self.path, Url):
                 why += f", or for {STALE_S:g} s if it was killed"
             raise UsageError(f"output {self.path}: {why}") from None
@@ -62,16 +70,39 @@ class RunFolder:
         nothing_begun = False
         with suppress(StoreError):
             nothing_begun = not self.files.exists(RUN)
-            if nothing_begun:
+            if nothing_begun and self._has_turn:
                 self.files.delete(LISTING)
         self.files.unlock(leave_no_trace=nothing_begun)
+
+    def take_turn(self, say: Callable[[str], None]) -> None:
+        """Wait until no other shard begins or ends the run; `say` it when that takes long."""
+        began, told = time.monotonic(), False
+        while not self.files.take_turn():
+            if not told and time.monotonic() - began > PATIENCE_S:
+                say(f"waiting for another shard, which begins or ends the run in {self.path}")
+                told = True
+            time.sleep(LOOK_S[isinstance(self.path, Url)])
+        self._has_turn = True
+
+    def give_turn(self) -> None:
+        if self._shared and self._has_turn:
+            self._has_turn = False
+            self.files.give_turn()
+
+    @contextmanager
+    def turn(self, say: Callable[[str], None]) -> Iterator[None]:
+        self.take_turn(say)
+        try:
+            yield
+        finally:
+            self.give_turn()
 
     def refuse_foreign(self) -> None:
         """Raises UsageError for a file, and for a folder that holds something else."""
         if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
             raise UsageError(f"output {self.path}: this is a file; give a folder with -o")
         names = self.files.names()
-        if names and not {RUN, LOCK} & set(names):
+        if names and not any(name == RUN or name.startswith(LOCK) for name in names):
             raise UsageError(
                 f"output {self.path}: it is not empty ({names[0]!r}) and holds no run; give another -o"
             )
@@ -102,6 +133,8 @@ class RunFolder:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"output {self.path}: {RUN} can't be read ({error}); give another -o") from None
+        options = recorded["result_options"]
+        options["device"] = str(options.get("device")).partition(":")[0]  # older runs name the GPU's number
         return dict(recorded)
 
     def begin(self, run: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +157,11 @@ class RunFolder:
             for name in {**old, **new}
             if old.get(name) != new.get(name)
         ]
+        if old.get("shards") != new.get("shards"):
+            raise UsageError(
+                f"output {self.path}: the run there is {_in_shards(old.get('shards'))}, this one is "
+                f"{_in_shards(new.get('shards'))}; give the same, or another -o"
+            )
         if changed:
             raise UsageError(
                 f"output {self.path}: it holds another run: {'; '.join(changed)}; "
@@ -139,14 +177,22 @@ class RunFolder:
         return self.files.exists(SUCCESS)
 
     def succeed(self, summary: dict[str, Any]) -> None:
+        self.files.delete(REPORT)  # of an unfinished run
         self._write(SUCCESS, summary)
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
         self.files.write(name, lambda temporary: temporary.write_text(as_json(data)))
 
-    def finished(self, run: dict[str, Any]) -> dict[int, Done]:
-        """The parts on disk, each where the manifest has it. Raises EngineError that names the wrong one."""
-        parts = finished(self.files, run["run_id"])
+    def there(self) -> set[int]:
+        """Indices of the parts on disk, by their names alone."""
+        return parts_there(self.files)
+
+    def finished(self, run: dict[str, Any], wanted: Container[int] | None = None) -> dict[int, Done]:
+        """The parts on disk, each where the manifest has it; only `wanted` ones, if given.
+
+        Raises EngineError that names the wrong one.
+        """
+        parts = finished(self.files, run["run_id"], wanted)
         for index, part in parts.items():
             self._check(index, part.first_row, part.rows, run)
         return parts
@@ -164,9 +210,8 @@ class RunFolder:
         return parts
 
     def _check(self, index: int, first_row: int, rows: int, run: dict[str, Any]) -> None:
-        part_rows = run["result_options"]["part_rows"]
-        first = index * part_rows
-        expected = max(0, min(part_rows, run["rows"] - first))
+        first = index * run["result_options"]["part_rows"]
+        expected = rows_of(run, index)
         if (first_row, rows) != (first, expected):
             raise EngineError(
                 f"{self.path / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
@@ -187,6 +232,16 @@ def clear_explanations(folder: Folder) -> None:
 def parts_of(run: dict[str, Any]) -> int:
     """How many parts the run that `_run.json` describes has."""
     return -(-int(run["rows"]) // int(run["result_options"]["part_rows"]))
+
+
+def rows_of(run: dict[str, Any], index: int) -> int:
+    """How many rows part `index` of that run has."""
+    part_rows = int(run["result_options"]["part_rows"])
+    return max(0, min(part_rows, int(run["rows"]) - index * part_rows))
+
+
+def _in_shards(count: int | None) -> str:
+    return f"cut into {count} shards (--shard K/{count})" if count else "not cut into shards"
 
 
 def recorded_bundle(results: Path | Url) -> Path:

@@ -13,6 +13,7 @@ from engine.errors import UsageError
 from engine.privacy import Redaction
 from engine.storage.location import Place, parse
 
+ALL_GPUS = "cuda:all"  # as a device: see `engine.fleet`
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -43,6 +44,21 @@ class Limits:
     def decoding_bytes(self) -> int:
         """Bytes that decoding may take for images that are decoded together; a single one may take more."""
         return self.memory // 2
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A share of a run's parts: every `of`-th, beginning with part `number` - 1."""
+
+    number: int  # 1 to `of`
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def parts(self, count: int) -> range:
+        """Indices of its parts among `count`."""
+        return range(self.number - 1, count, self.of)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +96,7 @@ class Settings:
     streams: int | None = None  # 1: members one after the other, 2: at once; None: whatever is faster
     cuda_graph: bool | None = None  # None: as tuned for this machine, else yes
     metrics_file: Path | None = None  # Prometheus text, written every few seconds
+    shard: Shard | None = None  # others do the other parts of the run, in the same folder
 
 
 def available_cpus() -> int:
@@ -107,6 +124,17 @@ def parse_bytes(text: str) -> int:
     if not found or found[2] not in _UNITS:
         raise UsageError(f"{text!r} is not a size; give bytes or a number with a unit, such as 2GiB")
     return int(float(found[1]) * _UNITS[found[2]])
+
+
+def parse_shard(text: str) -> Shard:
+    """'3/16'. Raises UsageError."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    shard = Shard(int(found[1]), int(found[2])) if found else None
+    if shard is None or not 1 <= shard.number <= shard.of:
+        raise UsageError(
+            f"--shard {text}: allowed: K/N, with K from 1 to N; 1/16 to 16/16 for sixteen shards"
+        )
+    return shard
 
 
 def parse_moment(text: str, now: datetime) -> datetime:

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -217,7 +217,8 @@ class Done:
 class Sink:
     """Writes the parts of one run into `folder`. Each file holds `provenance`, and `by` whom it was scored.
 
-    With `fold` the rows replace those of the same numbers in a part that is there already.
+    With `fold` the rows replace those of the same numbers in a part that is there already. `written` is
+    called with the index of each part that is safe.
     """
 
     def __init__(
@@ -228,7 +229,9 @@ class Sink:
         by: dict[str, Any],
         *,
         fold: bool = False,
+        written: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self._written = written
         self._folder, self._layout, self._by, self._fold = folder, layout, by, fold
         self._provenance = json.dumps(provenance).encode()
 
@@ -288,6 +291,7 @@ class Sink:
                 f"{self._folder.location / name}: {reason(error)}; "
                 "the parts that are written are whole, and the same command goes on"
             ) from None
+        self._written(index)
         return done
 
 
@@ -321,26 +325,32 @@ def _counts(table: pa.Table, column: str) -> dict[str, int]:
     return dict(Counter(filter(None, table.column(column).to_pylist())))
 
 
-def finished(folder: Folder, run_id: str) -> dict[int, Done]:
-    """The parts on disk, by index. Their footers have to be whole, of this run, and add up.
+def parts_there(folder: Folder) -> set[int]:
+    """The parts on disk, by their names."""
+    return {int(found[1]) for found in map(_PART_NAME.fullmatch, folder.names()) if found}
 
-    Raises EngineError that names the part otherwise.
+
+def finished(folder: Folder, run_id: str, wanted: Container[int] | None = None) -> dict[int, Done]:
+    """The parts on disk, by index, only `wanted` ones if given.
+
+    Their footers have to be whole, of this run, and add up. Raises EngineError that names the part otherwise.
     """
 
-    def part(found: re.Match[str]) -> Done:
+    def part(index: int) -> Done:
+        name = part_name(index)
         try:
-            return _from_footer(int(found[1]), folder.read(found[0], pq.read_metadata), run_id)
+            return _from_footer(index, folder.read(name, pq.read_metadata), run_id)
         except StoreError:
             raise
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
             why = " ".join(str(error).split())[:200]
             raise EngineError(
-                f"{folder.location / found[0]}: not a part of this run ({why}); delete it and run again"
+                f"{folder.location / name}: not a part of this run ({why}); delete it and run again"
             ) from None
 
-    names = filter(None, map(_PART_NAME.fullmatch, folder.names()))
+    there = [index for index in parts_there(folder) if wanted is None or index in wanted]
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:  # in an object store each takes its round trips
-        return {done.index: done for done in threads.map(part, names)}
+        return {done.index: done for done in threads.map(part, there)}
 
 
 def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:

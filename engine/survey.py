@@ -28,7 +28,7 @@ from engine.bundle import Bundle
 from engine.errors import EngineError, NothingNew, Stopped, UsageError
 from engine.findings import Report, size
 from engine.header import Header
-from engine.job import Say, check_paths, list_new, manifest_of
+from engine.job import Say, check_paths, indices_of, list_new, manifest_of
 from engine.listing import in_words
 from engine.manifest import Manifest
 from engine.overlap import Meter
@@ -36,7 +36,7 @@ from engine.pipeline import READ_THREADS
 from engine.provenance import describe
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
-from engine.run_folder import RunFolder
+from engine.run_folder import RunFolder, rows_of
 from engine.runners import Choice
 from engine.settings import Settings
 from engine.since import Earlier
@@ -243,10 +243,12 @@ def _forecast(
     reading = sampled.rows / sampled.elapsed_s
     if reading < rate and sampled.elapsed_s > 1:  # not for threads that have only just begun
         rate, source = reading, f"what reading gave ({source}, but for that: {rate:.1f})"
-    left = manifest.rows - done
+    left = sum(rows_of(run, index) for index in indices_of(run, settings.shard)) - done
     took = timedelta(seconds=left / rate)
     report.line("rate", f"{rate:.1f} images/s, {source}")
-    report.line("takes", f"{_span(took)} for {left} rows")
+    report.line(
+        "takes", f"{_span(took)} for {left} rows" + (f" of shard {settings.shard}" if settings.shard else "")
+    )
     end = datetime.now(UTC) + took if took < FAR else None
     text = f"{end.astimezone():%a %d %b %H:%M} if started now" if end else "not in ten years"
     if deadline := settings.finish_by:
@@ -290,7 +292,7 @@ def _output(report: Report, run: dict[str, Any]) -> int:
         if settings.overwrite:
             report.line("output", f"{settings.output}: the run there would be deleted")
             return 0
-        finished = folder.finished(recorded)
+        finished = folder.finished(recorded, indices_of(recorded, settings.shard))
         if settings.batch_size is None:
             run["result_options"]["batch_size"] = recorded["result_options"]["batch_size"]
         if settings.part_rows is None:
@@ -300,7 +302,8 @@ def _output(report: Report, run: dict[str, Any]) -> int:
         report.problem(str(error), f"{where} -o FOLDER")
         return 0
     done = sum(part.rows for part in finished.values())
-    state = "finished" if folder.succeeded() else f"{done} of {recorded['rows']} rows done, it goes on there"
+    rows = sum(rows_of(recorded, index) for index in indices_of(recorded, settings.shard))
+    state = "finished" if folder.succeeded() else f"{done} of {rows} rows done, it goes on there"
     report.line("output", f"{settings.output}: {state}")
     return done
 

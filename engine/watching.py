@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from engine import fleet
 from engine.errors import EngineError, ErrorRateError, UsageError
 from engine.job import Say, Watch
 from engine.ledger import Progress, Summary
@@ -20,8 +22,8 @@ from engine.pipeline import screen
 from engine.progress import LINE_EVERY_S
 from engine.records import Status
 from engine.retry import retry
-from engine.run_folder import REPORT
-from engine.settings import Settings
+from engine.run_folder import REPORT, SUCCESS
+from engine.settings import ALL_GPUS, Settings
 from engine.store import atomic, open_folder
 
 if TYPE_CHECKING:
@@ -32,10 +34,20 @@ FAR_S = 1e9  # a forecast beyond this is none
 
 
 def run(
-    settings: Settings, *, watch: Watch, say: Say = lambda _: None, stop: threading.Event | None = None
+    settings: Settings,
+    arguments: Sequence[str],
+    *,
+    watch: Watch,
+    say: Say = lambda _: None,
+    stop: threading.Event | None = None,
 ) -> Summary:
-    """Screen, or try failed rows again, as `settings` say. Raises ErrorRateError after too many errors."""
-    work = retry if settings.only_errors else screen
+    """Screen, or try failed rows again, as `settings` say. Raises ErrorRateError after too many errors.
+
+    `arguments` are the command line that `settings` are from.
+    """
+    work: Callable[..., Summary] = retry if settings.only_errors else screen
+    if settings.device == ALL_GPUS:
+        work = partial(fleet.run, arguments)
     with ExitStack() as stack:
         seen = watch
         if settings.metrics_file:
@@ -57,8 +69,9 @@ def run(
 def _report(summary: Summary, say: Say, stop: threading.Event | None) -> None:
     """Write report.html. The run is finished: whatever goes wrong here is a line and no more."""
     try:
-        if not summary.rows_done and open_folder(summary.output).exists(REPORT):
-            return
+        files = open_folder(summary.output)
+        if not files.exists(SUCCESS) or files.exists(REPORT):
+            return  # a shard that is not the last one, or it is there already
         from engine.report import write
 
         write(summary.output, say=say, stop=stop)
@@ -76,6 +89,7 @@ def snapshot(progress: Progress) -> dict[str, Any]:
     return {
         "rows": progress.rows,
         "rows_done": progress.rows_before + progress.rows_done,
+        "rows_before": progress.rows_before,  # done by earlier starts
         "by_status": dict(progress.by_status),
         "rows_per_second": round(progress.rate, 3),
         "elapsed_s": round(elapsed_s, 3),

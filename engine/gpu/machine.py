@@ -47,6 +47,14 @@ def gpu(index: int = 0, *, without: str = _CPU) -> Gpu:
     )
 
 
+def count() -> int:
+    """How many GPUs are visible. Raises UsageError for none."""
+    count = int(_torch(_CPU).cuda.device_count())
+    if not count:
+        gpu()  # says why
+    return count
+
+
 def is_shortage(error: Exception) -> bool:
     """Whether what failed is out of memory."""
     return bool(_SHORTAGE.search(f"{type(error).__name__}: {error}"))

@@ -63,6 +63,11 @@ class Choice:
         return {plan.passport.member: plan.passport.plan_sha256 for plan in self.plans} or None
 
     @property
+    def kind(self) -> str:
+        """The device without its number: "cpu" or "cuda"."""
+        return self.device.partition(":")[0]
+
+    @property
     def index(self) -> int:
         """The number of the GPU."""
         return int(self.device.split(":")[1])
@@ -88,7 +93,7 @@ def choose(
         return _wherever(runner, bundle, precision, batch_size)
     prefix, _, number = device.partition(":")
     if prefix != "cuda" or not (number or "0").isdecimal():
-        raise UsageError(f"--device {device}: allowed: auto, cpu, cuda:N")
+        raise UsageError(f"--device {device}: allowed: auto, cpu, cuda:N, and cuda:all for a run")
     from engine.gpu import choice
 
     return choice.on_gpu(runner, int(number or 0), bundle, precision, batch_size)

@@ -244,6 +244,8 @@ def test_a_folder_of_something_else_is_never_written_to(
         (["fine.csv", "--runner", "tensorflow"], "allowed: auto, tensorrt, torch, onnx"),
         (["fine.csv", "--memory", "lots"], "argument --memory: 'lots' is not a size"),
         (["fine.csv", "--max-error-rate", "2"], "between 0 and 1"),
+        (["fine.csv", "--shard", "5/4"], "--shard 5/4: allowed: K/N, with K from 1 to N"),
+        (["fine.csv", "--shard", "1/4", "--overwrite"], "delete out before they start"),
         (["fine.csv", "--bogus"], "--bogus"),
         ([], "MANIFEST"),
     ],

@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from engine.errors import UsageError
-from engine.settings import parse_bytes, parse_moment
+from engine.settings import parse_bytes, parse_moment, parse_shard
 
 NOON = datetime(2031, 5, 17, 12, 0).astimezone()
 
@@ -32,3 +32,14 @@ def test_other_times_are_refused(text: str) -> None:
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+def test_shards() -> None:
+    shard = parse_shard("2/3")
+    assert (str(shard), list(shard.parts(8)), list(parse_shard("3/3").parts(2))) == ("2/3", [1, 4, 7], [])
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1/0", "a/b", "3", "1/2/3", "-1/4", "1 / 4", "1/4\n", ""])
+def test_what_is_no_shard_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="allowed: K/N, with K from 1 to N"):
+        parse_shard(text)

@@ -1,0 +1,326 @@
+"""`--device cuda:all`: a process for each GPU of this machine, each with a shard of the run, seen as one run.
+
+A process is `python -m engine.fleet`: `engine.run` that also ends when its parent does. It tells what it does
+in JSON lines (`--log-json`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError, Stopped
+from engine.gpu import machine
+from engine.job import Say, Watch, indices_of
+from engine.ledger import Progress, Summary, summary_of
+from engine.options import OPTIONS, option_parser
+from engine.overlap import Meter
+from engine.run_folder import RUN, RunFolder, parts_of, rows_of
+from engine.settings import Settings, Shard, available_cpus
+from engine.sink import part_name
+
+LOOK_S = 0.2
+PATIENCE_S = 20.0  # after which a process that was told to end is killed
+NAMED = 5  # missing parts
+_GRAVER = (0, 5, 1, 4, 2, 130)  # exit statuses
+Command = Callable[[str, Shard], list[str]]  # for a device and a shard
+_OURS = ("device", "shard", "workers", "memory", "metrics_file", "max_error_rate", "finish_by", "log_json")
+
+
+def devices_here() -> list[str]:
+    """Raises UsageError when there is no GPU."""
+    return [f"cuda:{index}" for index in range(machine.count())]
+
+
+def run(
+    arguments: Sequence[str],
+    settings: Settings,
+    *,
+    watch: Watch,
+    say: Say = lambda _: None,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """Screen on all GPUs; `arguments` are the command line that `settings` are from.
+
+    A process that dies costs its own parts: the others go on, and then an EngineError says what is missing,
+    with the gravest exit status. Raises Stopped when `stop` is set.
+    """
+    devices = devices_here()
+    shards = shards_here(settings, len(devices))
+    fleet = _Fleet(settings, partial(_command, arguments, settings, len(devices)), shards, say)
+    try:
+        fleet.screen(devices, watch, stop or threading.Event())
+    finally:
+        fleet.end()
+    return fleet.outcome()
+
+
+def shards_here(settings: Settings, devices: int) -> list[Shard]:
+    """Machine K of N has its share of the shards that the run is cut into already, else one for each GPU."""
+    here = settings.shard or Shard(1, 1)
+    folder = RunFolder(settings.output, overwrite=False)
+    recorded = (folder.recorded() or {}).get("result_options", {}).get("shards") or 0
+    count = recorded if recorded and recorded % here.of == 0 else here.of * devices
+    each = count // here.of
+    return [Shard(number, count) for number in range((here.number - 1) * each + 1, here.number * each + 1)]
+
+
+def _command(
+    arguments: Sequence[str], settings: Settings, devices: int, device: str, shard: Shard
+) -> list[str]:
+    """What is asked of all, for one of them."""
+    from engine.api import command_line
+
+    given = vars(option_parser().parse_args(arguments))
+    manifest = given.pop("manifest")
+    changed = {name: value for name, value in given.items() if value != OPTIONS[name].default}
+    options = {name: value for name, value in changed.items() if name not in _OURS} | {
+        "device": device,
+        "shard": shard,
+        "workers": max(1, (settings.workers or available_cpus()) // devices),
+        "memory": settings.limits.memory // devices,
+        "max_error_rate": 1,  # of the whole
+        "finish_by": settings.finish_by,
+    }
+    return [sys.executable, "-m", __name__, "--log-json", *command_line(manifest, options)]
+
+
+@dataclass(eq=False)
+class _Child:
+    """A process on one device. What it has told last of its progress is kept."""
+
+    device: str
+    shard: Shard
+    process: subprocess.Popen[str]
+    rows_before: int = 0
+    rows_done: int = 0
+    by_status: dict[str, int] = field(default_factory=dict)
+    occupancy: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+    summary: dict[str, Any] | None = None
+
+    @classmethod
+    def start(cls, command: list[str], device: str, shard: Shard) -> _Child:
+        path = filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,  # whose end is that of this process
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            start_new_session=True,  # signals are for this process, which passes them on
+        )
+        return cls(device, shard, process)
+
+    def tell(self, events: queue.SimpleQueue[tuple[_Child, dict[str, Any] | None]]) -> None:
+        """Put what it says into `events`, and None when it has ended."""
+        assert self.process.stderr
+        with self.process.stderr as said:
+            for line in said:
+                try:
+                    event = json.loads(line)
+                    assert isinstance(event["event"], str)
+                except (ValueError, KeyError, TypeError, AssertionError):  # a library's last words
+                    event = {"event": "words", "message": line.strip()[:200]}
+                events.put((self, event))
+        self.process.wait()
+        events.put((self, None))
+
+    def take(self, event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            self.rows_before = event["rows_before"]
+            self.rows_done = event["rows_done"] - self.rows_before
+            self.by_status, self.occupancy = event["by_status"], event["occupancy"]
+        elif event["event"] == "summary":
+            self.summary, self.by_status = event, event["by_status"]
+            self.rows_done = event["last_start"]["rows"]
+            self.rows_before = max(0, event["rows"] - self.rows_done)
+
+    @property
+    def exit_status(self) -> int:
+        status = self.process.poll() or 0
+        return status if status in _GRAVER else Stopped.exit_status if status < 0 else 1
+
+    @property
+    def problem(self) -> str:
+        """Why it did not end well."""
+        status = self.process.poll() or 0
+        if status < 0:
+            return f"it was ended by {signal.Signals(-status).name}"
+        return self.error or f"it ended with status {status}"
+
+
+class _Fleet:
+    def __init__(self, settings: Settings, command: Command, shards: Sequence[Shard], say: Say) -> None:
+        self._settings, self._command, self._say = settings, command, say
+        self._waiting = deque(shards)
+        self._shards = tuple(shards)
+        self._children: list[_Child] = []
+        self._events: queue.SimpleQueue[tuple[_Child, dict[str, Any] | None]] = queue.SimpleQueue()
+        self._said: set[str] = set()
+        self._stopped = False
+        self.progress = Progress(0, finish_by=settings.finish_by)
+
+    def screen(self, devices: Sequence[str], watch: Watch, stop: threading.Event) -> None:
+        """Keep each device busy with a shard until all are done, or `stop` is set."""
+        running = {self._start(device) for device in devices[: len(self._waiting)]}
+        while running:
+            with suppress(queue.Empty):
+                child, event = self._events.get(timeout=LOOK_S)
+                if event is None:
+                    running.discard(child)
+                    if self._waiting and child.exit_status == 0:
+                        running.add(self._start(child.device))
+                else:
+                    self._take(child, event, watch)
+            if stop.is_set() and not self._stopped:
+                self._stopped = True
+                self._waiting.clear()
+                for child in running:
+                    child.process.send_signal(signal.SIGTERM)
+
+    def _start(self, device: str) -> _Child:
+        shard = self._waiting.popleft()
+        child = _Child.start(self._command(device, shard), device, shard)
+        self._children.append(child)
+        threading.Thread(target=child.tell, args=(self._events,), name=device, daemon=True).start()
+        return child
+
+    def _take(self, child: _Child, event: dict[str, Any], watch: Watch) -> None:
+        child.take(event)
+        if event["event"] in ("progress", "summary"):
+            self._add_up()
+            if self.progress.rows_done:
+                watch(self.progress)
+        elif event.get("level") == "error" or event["event"] == "words":
+            child.error = event["message"]
+        elif event["event"] == "message" and not self._stopped and event["message"] not in self._said:
+            self._said.add(event["message"])  # most of them say the same
+            self._say(event["message"])
+
+    def _add_up(self) -> None:
+        progress, children = self.progress, self._children
+        if not progress.rows:
+            run = RunFolder(self._settings.output, overwrite=False).recorded()
+            assert run is not None
+            progress.rows = sum(rows_of(run, index) for index in self._indices(run))
+            progress.started = time.monotonic()
+        progress.rows_before = sum(child.rows_before for child in children)
+        progress.rows_done = sum(child.rows_done for child in children)
+        progress.by_status = sum((Counter(child.by_status) for child in children), Counter())
+        shown = [child.occupancy for child in children if child.occupancy]
+        for name in shown[0] if shown else ():
+            busy = sum(one.get(name, 0.0) for one in shown) / len(shown)
+            progress.meters[name] = Meter(name, busy_s=busy * progress.elapsed_s)
+
+    def _indices(self, run: dict[str, Any]) -> list[int]:
+        """Of the parts that are this machine's."""
+        return sorted(index for shard in self._shards for index in indices_of(run, shard))
+
+    def end(self) -> None:
+        """Whatever has not ended by itself has to."""
+        for child in self._children:
+            with suppress(OSError):
+                child.process.stdin.close()  # type: ignore[union-attr]
+        deadline = time.monotonic() + PATIENCE_S
+        for child in self._children:
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()
+
+    def outcome(self) -> Summary:
+        failed = [child for child in self._children if child.exit_status]
+        progress, stopped = self.progress, self._stopped
+        if stopped and all(child.exit_status == Stopped.exit_status for child in failed):
+            done = progress.rows_before + progress.rows_done
+            if failed or done < progress.rows:
+                raise Stopped(
+                    f"stopped, {done} of {progress.rows} rows were through; the same command goes on"
+                )
+        folder = RunFolder(self._settings.output, overwrite=False)
+        if failed:
+            raise self._failure(folder, failed)
+        run = folder.recorded()
+        assert run is not None
+        parts = folder.finished(run, frozenset(self._indices(run)))
+        progress.rows = sum(part.rows for part in parts.values())
+        summary = summary_of(folder.path, run, parts.values(), progress, {})
+        here = self._settings.shard
+        return replace(
+            summary, rows=progress.rows, shard=str(here) if here else None, **_stages(self._children)
+        )
+
+    def _failure(self, folder: RunFolder, failed: Sequence[_Child]) -> EngineError:
+        problems = {
+            child.problem: f"{child.device} (shard {child.shard}): {child.problem}" for child in failed
+        }
+        everywhere = len(problems) == 1 and len(failed) == len(self._children)
+        text = "; ".join(problems if everywhere else problems.values())
+        status = max((child.exit_status for child in failed), key=_GRAVER.index)
+        if status in (1, Stopped.exit_status):
+            text += _missing(folder, self._indices)
+        error = EngineError(text)
+        error.exit_status = status
+        return error
+
+
+def _missing(folder: RunFolder, indices: Callable[[dict[str, Any]], list[int]]) -> str:
+    run = folder.recorded() if folder.files.exists(RUN) else None
+    if run is None:
+        return "; nothing was begun"
+    there = folder.there()
+    left = [index for index in indices(run) if index not in there]
+    named = ", ".join(map(part_name, left[:NAMED])) + (", ..." if len(left) > NAMED else "")
+    return f"; {len(left)} of {parts_of(run)} parts are missing ({named}); the same command goes on"
+
+
+def _stages(children: Sequence[_Child]) -> dict[str, Any]:
+    """Where the time went: seconds of all, and their mean occupancy."""
+    starts = [child.summary["last_start"] for child in children if child.summary]
+    stages = [start["stages"] for start in starts if start["stages"]]
+    if not stages:
+        return {}
+    added = {
+        name: {key: round(sum(one[name][key] for one in stages), 3) for key in stages[0][name]}
+        for name in stages[0]
+    }
+    for figures in added.values():
+        figures["occupancy"] = round(figures["occupancy"] / len(stages), 3)
+    return {
+        "stages": added,
+        "limited_by": max(added, key=lambda name: added[name]["occupancy"]),
+        "decoder_restarts": sum(start["decoder_restarts"] for start in starts),
+        "decoder_refusals": sum(start["decoder_refusals"] for start in starts),
+    }
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # until the parent closes its end, or is gone
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    from engine.run import main as run_main
+
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    return run_main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
