@@ -13,7 +13,7 @@ from engine.errors import UsageError
 from tests.conftest import ROOT
 
 PEERS = "benchmarks/peers/"
-NO_COMMANDS = {"engine/preprocess/decoder.py"}  # and the peers: processes that others start
+NO_COMMANDS = {"engine/preprocess/decoder.py", "engine/fleet.py"}  # and the peers: processes that others start
 
 
 def commands() -> list[str]:

@@ -31,7 +31,7 @@ from tests.conftest import ROOT, write_images
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARK = re.compile(r"<!-- not run: (.+) -->")
-NOT_OURS = {"--extra-index-url"}  # pip's
+NOT_OURS = {"--extra-index-url", "--array", "--gpus", "--requeue", "--signal"}  # of pip and Slurm
 
 
 @dataclass(frozen=True)

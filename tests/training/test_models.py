@@ -1,13 +1,16 @@
 """Any classifier of torchvision as a member; weights from anywhere, and the channel fold."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
 
+from engine.bundle import Bundle, BundleFile, Member
 from engine.errors import UsageError
-from engine.network import Network, OneChannel, _on_one_channel, folded
+from engine.network import Network, OneChannel, _on_one_channel, folded, load
 from tests.training.networks import random_pixels, tiny_network
 from training import models
 
@@ -159,3 +162,16 @@ def test_normalization_is_imagenets():
     with torch.inference_mode():
         assert torch.allclose(normalized.features(pixels), plain.base((planes - mean) / std), atol=1e-6)
     assert normalized.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_members_whose_layout_has_a_version_load(tmp_path: Path) -> None:
+    """MNASNet refuses weights that do not say which they are, and safetensors keep no such thing."""
+    network = models.build("mnasnet0_5", classes=3, weights="none", seed=0, size=(64, 64)).eval()
+    save_file(
+        {name: value.contiguous() for name, value in network.state_dict().items()}, tmp_path / "weights"
+    )
+    file = BundleFile(tmp_path / "weights", "")
+    member = Member("one", "mnasnet0_5", 1.0, 1.0, {"safetensors": file})
+    bundle = Bundle(tmp_path, ("a", "b", "c"), (64, 64), "none", "exact", 1.0, (member,), file, "")
+    pixels = torch.full((1, 1, 64, 64), 100, dtype=torch.uint8)
+    torch.testing.assert_close(load(member, bundle)(pixels), network(pixels))
