@@ -266,9 +266,9 @@ def revise(bundle: Bundle, changed: dict[str, Any], distances: Mapping[str, byte
     with atomic(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     used = {member.files[OUTPUT].path for member in revised.members if OUTPUT in member.files}
-    for member in bundle.members:
-        if OUTPUT in member.files and member.files[OUTPUT].path not in used:
-            member.files[OUTPUT].path.unlink(missing_ok=True)
+    for path in bundle.path.glob(f"*.{OUTPUT}-*.onnx"):
+        if path not in used:
+            path.unlink(missing_ok=True)
     return revised
 
 

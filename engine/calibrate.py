@@ -46,7 +46,7 @@ from engine.triage import DOUBTFUL, ZONES
 Labels = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 
-OOD_IMAGES, OOD_BYTES = 2000, 256 << 20  # whose features are looked at, at most
+OOD_IMAGES, OOD_BYTES, LEAST_OOD = 2000, 256 << 20, 50  # whose features are looked at, at most and at least
 LABEL, PATIENT = "label", "patient"
 
 
@@ -98,7 +98,7 @@ def measure(
         check_paths(settings)
         with TemporaryDirectory(prefix="engine-") as scratch:
             labelled = _look_through(settings, models, columns, asked, Path(scratch, "listing.parquet"))
-            wanted = _some(labelled, models, settings) if ood else frozenset()
+            wanted = _some(labelled, models, settings, asked) if ood else frozenset()
             output = Path(scratch, "results")
             try:
                 screen(
@@ -118,6 +118,10 @@ def measure(
     nodes = None
     if ood:
         here = np.isin(rows, list(kept))
+        if here.sum() < LEAST_OOD:
+            raise UsageError(
+                f"--ood: {here.sum()} images could be looked at; at least {LEAST_OOD} are needed"
+            )
         pixels = np.stack([kept[row] for row in rows[here].tolist()])
         points["abstain"]["distance"], nodes = _distances(models, pixels, sample.groups[here], asked)
     points |= {"data": data, "made": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -127,13 +131,13 @@ def measure(
     return Found(models, changed, nodes)
 
 
-def _some(labelled: Labels, models: Bundle, settings: Settings) -> frozenset[int]:
-    """Rows, evenly spread, whose pixels are kept for what takes more than scores."""
+def _some(labelled: Labels, models: Bundle, settings: Settings, asked: Asked) -> frozenset[int]:
+    """Rows, drawn at random, whose pixels are kept for what takes more than scores."""
     if not choice_of(settings, models).gives_distances:
         raise UsageError("--ood is worked out by the float32 graphs on the CPU: add --device cpu")
     distance.check_installed()
     most = max(1, min(OOD_IMAGES, OOD_BYTES // (models.size[0] * models.size[1])))
-    return frozenset(labelled[:: -(-len(labelled) // most)].tolist())
+    return frozenset(np.random.default_rng(asked.seed).permutation(labelled)[:most].tolist())
 
 
 class _Keeping(Stages):

@@ -62,5 +62,5 @@ def groups_of(classes: Sequence[str]) -> dict[str, list[str]]:
     return {
         group: [by_key[name] for name in names]
         for group, names in _GROUPS.items()
-        if set(names) <= by_key.keys() and len(names) < len(classes)
+        if set(names) <= by_key.keys() and len(names) < len(classes) and group not in by_key
     }

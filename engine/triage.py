@@ -24,7 +24,8 @@ Bools = npt.NDArray[np.bool_]
 
 ZONES = ("rule_out", "gray_zone", "refer")
 REASONS = ("gray_zone", "disagreement", "image_flags", "out_of_distribution")
-# flags of an image whose pixels may not show what a radiograph of the training set shows
+# flags of an image whose pixels may not be like those of the training set; `first_frame`, `colour` and
+# `burned_in` tell of the file, and leave the picture as it is
 DOUBTFUL = ("decoder_warning", "window_fallback", "for_processing", "inverse_lut")
 _RATES = ("sensitivity", "specificity", "ppv", "npv")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -128,7 +129,7 @@ def _temperature(entry: Any, temperature: float) -> None:
     _expect(
         _number("temperature", entry["value"], 0, math.inf) == temperature,
         "temperature",
-        f"{entry['value']!r} is not the ensemble's, {temperature:g}; calibrate again",
+        f"{entry['value']!r} is not the ensemble's, {temperature:g}; remove the section, calibrate again",
     )
     if entry["interval"] is not None:
         _interval("temperature interval", entry["interval"], 0, math.inf)
