@@ -13,7 +13,8 @@ from engine.errors import UsageError
 from tests.conftest import ROOT
 
 PEERS = "benchmarks/peers/"
-NO_COMMANDS = {"engine/preprocess/decoder.py", "engine/fleet.py"}  # and the peers: processes that others start
+# processes that others start, and so are the peers
+NO_COMMANDS = {"engine/preprocess/decoder.py", "engine/fleet.py"}
 
 
 def commands() -> list[str]:
