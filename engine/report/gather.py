@@ -19,6 +19,7 @@ from engine.errors import EngineError, UsageError
 from engine.listing import PATH
 from engine.records import Status
 from engine.results import Results
+from engine.store import reason
 
 BINS = 50  # of a probability's histogram
 FINE_BINS = 400  # of the members' disagreement, most of which is near 0
@@ -319,8 +320,8 @@ def gather(results: Results, shape: Shape, *, listed: int, stop: threading.Event
             if stop and stop.is_set():
                 raise EngineError("stopped")
             tally.add(table)
-    except (pa.ArrowException, KeyError) as error:
-        why = " ".join(str(error).split())[:200]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        why = reason(error) if isinstance(error, OSError) else " ".join(str(error).split())[:200]
         raise EngineError(f"results {results.place}: a part can't be read: {why}") from None
     return tally
 

@@ -86,6 +86,8 @@ def thumbnails(results: Results, rows: Iterable[Mapping[str, Any]], *, say: Say)
 
 def explanations(results: Results, *, say: Say) -> tuple[str, list[Explained]]:
     """The method and the overlays of the folder `explanations`; nothing where there are none of this run."""
+    if "runs" in results.run:  # merged: rows have other numbers
+        return "", []
     folder = open_folder(results.place / EXPLANATIONS)
     try:
         if INDEX not in folder.names():
