@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from engine.job import Say, Watch, indices_of
 from engine.ledger import Progress, Summary, summary_of
 from engine.options import OPTIONS, option_parser
 from engine.overlap import Meter
-from engine.run_folder import RUN, RunFolder, parts_of, rows_of
+from engine.run_folder import RunFolder, rows_of
 from engine.settings import Settings, Shard, available_cpus
 from engine.sink import part_name
 
@@ -156,6 +157,11 @@ class _Child:
         return status if status in _GRAVER else Stopped.exit_status if status < 0 else 1
 
     @property
+    def has_stopped(self) -> bool:
+        """As for `finish_by`."""
+        return self.process.poll() == Stopped.exit_status
+
+    @property
     def problem(self) -> str:
         """Why it did not end well."""
         status = self.process.poll() or 0
@@ -190,8 +196,12 @@ class _Fleet:
             if stop.is_set() and not self._stopped:
                 self._stopped = True
                 self._waiting.clear()
-                for child in running:
-                    child.process.send_signal(signal.SIGTERM)
+                deadline = self._settings.finish_by
+                if (
+                    deadline is None or datetime.now(UTC) < deadline
+                ):  # they know it, and a second is "at once"
+                    for child in running:
+                        child.process.send_signal(signal.SIGTERM)
 
     def _start(self, device: str) -> _Child:
         shard = self._waiting.popleft()
@@ -245,28 +255,28 @@ class _Fleet:
                 child.process.wait()
 
     def outcome(self) -> Summary:
-        failed = [child for child in self._children if child.exit_status]
-        progress, stopped = self.progress, self._stopped
-        if stopped and all(child.exit_status == Stopped.exit_status for child in failed):
-            done = progress.rows_before + progress.rows_done
-            if failed or done < progress.rows:
-                raise Stopped(
-                    f"stopped, {done} of {progress.rows} rows were through; the same command goes on"
-                )
         folder = RunFolder(self._settings.output, overwrite=False)
-        if failed:
-            raise self._failure(folder, failed)
         run = folder.recorded()
-        assert run is not None
-        parts = folder.finished(run, frozenset(self._indices(run)))
-        progress.rows = sum(part.rows for part in parts.values())
-        summary = summary_of(folder.path, run, parts.values(), progress, {})
-        here = self._settings.shard
-        return replace(
-            summary, rows=progress.rows, shard=str(here) if here else None, **_stages(self._children)
-        )
+        own = self._indices(run) if run else []
+        parts = folder.finished(run, frozenset(own)) if run else {}
+        rows = sum(part.rows for part in parts.values())
+        left = [index for index in own if index not in parts]
+        failed = [child for child in self._children if child.exit_status]
+        if self._stopped and (left or not run):
+            failed = [child for child in failed if child.exit_status != Stopped.exit_status]
+        elif failed and all(child.has_stopped for child in failed):
+            failed.clear()
+        elif run and not failed:
+            self.progress.rows = rows
+            summary = summary_of(folder.path, run, parts.values(), self.progress, {})
+            here = self._settings.shard
+            return replace(summary, rows=rows, shard=str(here) if here else None, **_stages(self._children))
+        if failed:
+            raise self._failure(failed, left)
+        total = sum(rows_of(run, index) for index in own) if run else 0
+        raise Stopped(f"stopped, {rows} of {total} rows are in finished parts; the same command goes on")
 
-    def _failure(self, folder: RunFolder, failed: Sequence[_Child]) -> EngineError:
+    def _failure(self, failed: Sequence[_Child], left: Sequence[int]) -> EngineError:
         problems = {
             child.problem: f"{child.device} (shard {child.shard}): {child.problem}" for child in failed
         }
@@ -274,20 +284,12 @@ class _Fleet:
         text = "; ".join(problems if everywhere else problems.values())
         status = max((child.exit_status for child in failed), key=_GRAVER.index)
         if status in (1, Stopped.exit_status):
-            text += _missing(folder, self._indices)
+            named = ", ".join(map(part_name, left[:NAMED])) + (", ..." if len(left) > NAMED else "")
+            missing = f"{len(left)} parts are missing ({named}); " if left else ""
+            text += f"; {missing}the same command goes on"
         error = EngineError(text)
         error.exit_status = status
         return error
-
-
-def _missing(folder: RunFolder, indices: Callable[[dict[str, Any]], list[int]]) -> str:
-    run = folder.recorded() if folder.files.exists(RUN) else None
-    if run is None:
-        return "; nothing was begun"
-    there = folder.there()
-    left = [index for index in indices(run) if index not in there]
-    named = ", ".join(map(part_name, left[:NAMED])) + (", ..." if len(left) > NAMED else "")
-    return f"; {len(left)} of {parts_of(run)} parts are missing ({named}); the same command goes on"
 
 
 def _stages(children: Sequence[_Child]) -> dict[str, Any]:

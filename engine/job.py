@@ -103,7 +103,7 @@ class Job:
             for part in self._of_manifest(todo):
                 if not files.claim(part.index):
                     held.add(part.index)
-                elif self.folder.finished(self.run, (part.index,)):
+                elif self.folder.has(part.index, self.run):
                     files.release(part.index)
                     progress.rows -= part.rows
                 else:
@@ -294,20 +294,16 @@ def close_ledger(
     count, own = parts_of(run), indices_of(run, shard)
     with folder.turn(say):
         there = folder.there()
-        complete = shard is None or len(there) == count
-        if complete:
-            parts = folder.complete(run)
-            summary = add_up(parts.values())
-            if shard is None or not folder.succeeded():
-                folder.files.sweep()
-                folder.succeed(summary.as_json())
+        if shard is None or (len(there) == count and not folder.succeeded()):
+            summary = add_up(folder.complete(run).values())
+            folder.files.sweep()
+            folder.succeed(summary.as_json())
         if shard is None:
             return summary
-    # asked before the parts are looked at: who lets go of a part has written it
-    held = {index for index in own if index not in there and folder.files.is_claimed(index)}
-    if not complete:
-        parts = folder.finished(run, own)
-    parts = {index: parts[index] for index in own if index in parts}
+    held = folder.claimed(
+        set(own) - there
+    )  # before the parts are looked at: who lets go of one has written it
+    parts = folder.finished(run, own)
     say(_how_far(shard, own, held, set(parts), len(there), count))
     rows = sum(part.rows for part in parts.values())
     return replace(add_up(parts.values()), rows=rows, shard=str(shard))

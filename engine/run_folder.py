@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from engine.errors import EngineError, UsageError
 from engine.settings import Settings
-from engine.sink import Done, finished, part_name, parts_there
+from engine.sink import Done, finished, finished_part, part_name, parts_there
 from engine.storage.location import Url
 from engine.store import LOCK, STALE_S, Folder, StoreError, as_json, open_folder, reason
 
@@ -196,6 +196,26 @@ class RunFolder:
         for index, part in parts.items():
             self._check(index, part.first_row, part.rows, run)
         return parts
+
+    def has(self, index: int, run: dict[str, Any]) -> bool:
+        """Whether this part is on disk, without a look at the others. Raises EngineError if it is wrong."""
+        if not self.files.exists(part_name(index)):
+            return False
+        part = finished_part(self.files, run["run_id"], index)
+        self._check(index, part.first_row, part.rows, run)
+        return True
+
+    def claimed(self, indices: set[int]) -> set[int]:
+        """Those that another process has in hand.
+
+        In an object store a killed one on another machine seems to live for a while, which is waited for.
+        """
+        found = set(filter(self.files.is_claimed, indices))
+        over = time.monotonic() + (STALE_S if isinstance(self.path, Url) else 0.0)
+        while found and time.monotonic() < over:
+            time.sleep(LOOK_S[1])
+            found = set(filter(self.files.is_claimed, found))
+        return found
 
     def complete(self, run: dict[str, Any]) -> dict[int, Done]:
         """All parts of the run; their footers have to add up to the manifest. Raises EngineError."""

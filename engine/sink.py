@@ -331,26 +331,24 @@ def parts_there(folder: Folder) -> set[int]:
 
 
 def finished(folder: Folder, run_id: str, wanted: Container[int] | None = None) -> dict[int, Done]:
-    """The parts on disk, by index, only `wanted` ones if given.
-
-    Their footers have to be whole, of this run, and add up. Raises EngineError that names the part otherwise.
-    """
-
-    def part(index: int) -> Done:
-        name = part_name(index)
-        try:
-            return _from_footer(index, folder.read(name, pq.read_metadata), run_id)
-        except StoreError:
-            raise
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
-            why = " ".join(str(error).split())[:200]
-            raise EngineError(
-                f"{folder.location / name}: not a part of this run ({why}); delete it and run again"
-            ) from None
-
+    """The parts on disk, by index, only `wanted` ones if given. Raises as `finished_part` does."""
     there = [index for index in parts_there(folder) if wanted is None or index in wanted]
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:  # in an object store each takes its round trips
-        return {done.index: done for done in threads.map(part, there)}
+        return {done.index: done for done in threads.map(partial(finished_part, folder, run_id), there)}
+
+
+def finished_part(folder: Folder, run_id: str, index: int) -> Done:
+    """A part on disk. Its footer has to be whole, of this run, and add up; raises EngineError otherwise."""
+    name = part_name(index)
+    try:
+        return _from_footer(index, folder.read(name, pq.read_metadata), run_id)
+    except StoreError:
+        raise
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise EngineError(
+            f"{folder.location / name}: not a part of this run ({why}); delete it and run again"
+        ) from None
 
 
 def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:

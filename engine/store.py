@@ -282,8 +282,9 @@ class ObjectFolder:
             if self.read(name, lambda opened: opened.read()) != record:
                 raise BlockingIOError
         except BlockingIOError:
-            if shared:  # else it is the other's
-                self.delete(name)
+            with suppress(FileNotFoundError):
+                if self.read(name, lambda opened: opened.read()) == record:  # else it is the other's
+                    self.delete(name)
             raise
         self._sign, self._shared = sign, shared
         sign.keep_showing()

@@ -322,6 +322,35 @@ def test_what_the_dead_have_left_in_an_object_store_is_swept(
     assert keys(client, "swept/") == []
 
 
+def test_who_was_killed_on_another_machine_is_found_out(
+    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Url("s3", "archive", "/elsewhere")
+    dead, alone, living = (
+        ObjectFolder(place),
+        ObjectFolder(place),
+        RunFolder(place, overwrite=False, shared=True),
+    )
+    dead.lock(shared=True)
+    assert dead.claim(1)
+    assert dead._sign
+    dead._sign.cease()
+    monkeypatch.setattr("engine.store._machine", lambda: "another")
+    for module in ("store", "run_folder"):
+        monkeypatch.setattr(f"engine.{module}.STALE_S", 2.5)
+    with living:
+        assert not living.files.claim(1)
+        assert living.claimed({1, 2}) == set()
+        assert living.files.claim(1)
+        monkeypatch.setattr("engine.store.STALE_S", 90.0)
+        again = alone._refuse_company  # as if the other came between the first look and the second
+        monkeypatch.setattr(alone, "_refuse_company", lambda *_, **but_for: but_for and again(*_, **but_for))
+        with pytest.raises(BlockingIOError):
+            alone.lock()
+        assert ".lock" not in keys(client, "elsewhere/")
+    dead.unlock(leave_no_trace=False)
+
+
 def test_a_run_of_an_older_version_that_names_the_gpus_number_goes_on(tmp_path: Path) -> None:
     older = {"result_options": {"device": "cuda:1", "runner": "torch"}}
     (tmp_path / "_run.json").write_text(json.dumps(older))
