@@ -25,10 +25,11 @@ from engine.since import Earlier, write_new
 from engine.sink import Done, Layout, Sink
 from engine.storage import Url
 from engine.storage.location import absolute
-from engine.tuned import advise
+from engine.tuned import Advice, advise
 
 Watch = Callable[[Progress], None]
 Say = Callable[[str], None]
+Chosen = Callable[[Bundle], Choice]
 
 
 @dataclass
@@ -86,21 +87,24 @@ class Job:
 
 
 @contextmanager
-def prepare(settings: Settings, say: Say) -> Iterator[Job]:
+def prepare(settings: Settings, say: Say, *, chosen: Chosen | None = None) -> Iterator[Job]:
     """Check everything that can be checked before the stages are opened, and lock the folder.
 
+    `chosen` tells what runs the members where that is not this process.
     Raises UsageError when the manifest, bundle or output folder is wrong, NothingNew for `since`.
     """
     models = bundle.load(settings.bundle)
-    choice = choice_of(settings, models)
     check_paths(settings)
+    _check_decode(settings, models)
+    choice = chosen(models) if chosen else choice_of(settings, models)
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite))
         earlier = Earlier(settings.since) if settings.since else None
         manifest = _listed(settings, folder, earlier, models, choice, say)
         layout = Layout.of(models, manifest, settings)
         recorded = None if settings.overwrite else folder.recorded()
-        advice = advise(settings, models, choice, recorded=recorded)
+        # a profile is for this machine
+        advice = Advice(settings) if chosen else advise(settings, models, choice, recorded=recorded)
         if advice.settings != settings:
             settings = advice.settings
             choice = choice_of(settings, models)
@@ -207,11 +211,12 @@ def close_ledger(
     *,
     decoder_restarts: int,
     decoder_refusals: int,
+    actors: dict[str, Any] | None = None,
 ) -> Summary:
     """Re-read the footers of all parts; only when they add up to the manifest does the run succeed."""
     parts = folder.complete(run)
     summary = summary_of(
-        folder.path, run, parts.values(), progress, meters, decoder_restarts, decoder_refusals
+        folder.path, run, parts.values(), progress, meters, decoder_restarts, decoder_refusals, actors
     )
     folder.succeed(summary.as_json())
     return summary

@@ -58,6 +58,9 @@ _OPERATING = frozenset(
         "metrics_file",
         "log_json",
         "dry_run",
+        "ray",
+        "actors",
+        "part_timeout_s",
     )
 )
 MAX_BATCH, MAX_PART_ROWS, MAX_WORKERS = 4096, 1_000_000, 1024
@@ -193,6 +196,27 @@ def option_parser(
         default=defaults.cuda_graph,
         help="replay each batch's step as one graph",
     )
+    add(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="several actors on Ray do it: one started here, or the cluster at HOST:PORT or auto",
+    )
+    add(
+        "--actors",
+        type=_count(MAX_WORKERS),
+        metavar="N",
+        help="with --ray: on CPUs (none beside GPUs, else as many as fit)",
+    )
+    add(
+        "--part-timeout",
+        dest="part_timeout_s",
+        type=_seconds,
+        default=defaults.part_timeout_s,
+        metavar="S",
+        help="with --ray: seconds without a finished batch after which an actor is replaced (%(default)g)",
+    )
     add("--metrics-file", type=Path, metavar="FILE", help="Prometheus text, written anew every few seconds")
     add("--log-json", action="store_true", help="one JSON object a line on stderr")
     add("--dry-run", action="store_true", help="only say what the run would do, as python -m engine.doctor")
@@ -247,6 +271,7 @@ def settings_from(arguments: list[str]) -> Settings:
     if given["finish_by"]:
         given["finish_by"] = parse_moment(given["finish_by"], datetime.now(UTC))
     del given["log_json"], given["dry_run"]
+    _check_ray(given)
     given["include"], given["exclude"] = tuple(given["include"]), tuple(given["exclude"])
     return Settings(limits=limits, overlap=not given.pop("serial"), redaction=_redaction(given), **given)
 
@@ -258,6 +283,24 @@ def _redaction(given: dict[str, Any]) -> Redaction | None:
     if given["paths_from"] and not (redact and given["only_errors"]):
         raise UsageError("--paths-from is for --only-errors of a run with --redact; give all three")
     return Redaction(read_salt(salt_file), tuple(sorted(set(keep)))) if redact else None
+
+
+def _check_ray(given: dict[str, Any]) -> None:
+    address = given["ray"]
+    if address is None:
+        if given["actors"]:
+            raise UsageError("--actors is of use with --ray only")
+        return
+    if not re.fullmatch(r"local|auto|[\w.-]+:\d{1,5}", address):
+        raise UsageError(
+            f"--ray {address}: allowed: nothing (a Ray of its own), auto, or a cluster's HOST:PORT"
+        )
+    if given["only_errors"]:
+        raise UsageError("--only-errors works in one process; leave --ray out")
+    if given["device"] not in ("auto", "cpu"):
+        raise UsageError(
+            f"--device {given['device']}: each actor on Ray has a GPU of its own; allowed: auto, cpu"
+        )
 
 
 def _take_from_run(given: dict[str, Any], changed: set[str]) -> None:

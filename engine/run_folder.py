@@ -15,6 +15,7 @@ from engine.storage.location import Url
 from engine.store import LOCK, STALE_S, StoreError, as_json, open_folder, reason
 
 RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
+ACTORS = "_actors.json"  # of a run on Ray: how often the canaries have come well through each
 
 
 def _short(value: object) -> str:
@@ -76,7 +77,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         names = self.files.names()
-        for name in [SUCCESS, *(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
+        for name in [SUCCESS, ACTORS, *(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
             self.files.delete(name)
 
     def listing(self) -> Path:
@@ -139,11 +140,32 @@ class RunFolder:
         self.files.write(name, lambda temporary: temporary.write_text(as_json(data)))
 
     def finished(self, run: dict[str, Any]) -> dict[int, Done]:
-        """The parts on disk, each where the manifest has it. Raises EngineError that names the wrong one."""
-        parts = finished(self.files, run["run_id"])
+        """The parts on disk, each where the manifest has it. Raises EngineError that names the wrong one.
+
+        A part by an actor on Ray counts once the canaries have come well through the actor after it.
+        """
+        parts, actors = finished(self.files, run["run_id"]), self.actors(run)
+        parts = {index: part for index, part in parts.items() if is_vouched(part, actors)}
         for index, part in parts.items():
             self._check(index, part.first_row, part.rows, run)
         return parts
+
+    def actors(self, run: dict[str, Any]) -> dict[str, Any]:
+        """What is recorded of each actor on Ray, by its id."""
+        try:
+            recorded = json.loads(self.files.read(ACTORS, lambda opened: opened.read()))
+            return dict(recorded["actors"]) if recorded["run_id"] == run["run_id"] else {}
+        except FileNotFoundError:
+            return {}
+        except StoreError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EngineError(
+                f"{self.path / ACTORS}: it can't be read ({error}); delete it and run again"
+            ) from None
+
+    def record_actors(self, run: dict[str, Any], actors: dict[str, Any]) -> None:
+        self._write(ACTORS, {"run_id": run["run_id"], "actors": actors})
 
     def complete(self, run: dict[str, Any]) -> dict[int, Done]:
         """All parts of the run; their footers have to add up to the manifest. Raises EngineError."""
@@ -166,6 +188,12 @@ class RunFolder:
                 f"{self.path / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
                 f"from row {first}; delete it and run again"
             )
+
+
+def is_vouched(part: Done, actors: dict[str, Any]) -> bool:
+    """Whether it is by a process of its own, or by an actor that was right after it too."""
+    actor = part.by.get("actor")
+    return actor is None or part.by["round"] < actors.get(actor, {}).get("rounds", 0)
 
 
 def parts_of(run: dict[str, Any]) -> int:

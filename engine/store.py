@@ -82,6 +82,10 @@ class Folder(Protocol):
         """Make the folder and keep other processes out. Raises BlockingIOError while one is in there."""
         ...
 
+    def sweep(self) -> None:
+        """Delete what writers that were killed have left half-written."""
+        ...
+
     def unlock(self, *, leave_no_trace: bool) -> None: ...
 
 
@@ -101,6 +105,7 @@ class LocalFolder:
         self.location = location
         self._created = False
         self._lock = -1
+        self._mine = f".{uuid.uuid4().hex[:8]}"  # several processes may write one part at once
 
     def names(self) -> list[str]:
         try:
@@ -116,7 +121,7 @@ class LocalFolder:
             return take(opened)
 
     def write(self, name: str, write_to: Callable[[Path], object]) -> None:
-        with atomic(self.location / name) as temporary:
+        with atomic(self.location / name, self._mine) as temporary:
             write_to(temporary)
 
     def delete(self, name: str) -> None:
@@ -133,8 +138,11 @@ class LocalFolder:
         self.location.parent.mkdir(parents=True, exist_ok=True)
         self.location.mkdir(mode=0o700, exist_ok=True)  # rows name people
         self._lock = hold(self.location / LOCK)
+        self.sweep()
+
+    def sweep(self) -> None:
         for leftover in self.location.glob(".*.tmp"):
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
     def unlock(self, *, leave_no_trace: bool) -> None:
         if leave_no_trace:
@@ -210,6 +218,9 @@ class ObjectFolder:
         if self.read(LOCK, lambda opened: opened.read()) != record:
             raise BlockingIOError
         threading.Thread(target=self._beat, args=(record,), name="lock", daemon=True).start()
+
+    def sweep(self) -> None:
+        """An upload that was cut off is not there."""
 
     def unlock(self, *, leave_no_trace: bool) -> None:
         self._done.set()
@@ -290,9 +301,10 @@ def _began(pid: object) -> str | None:
 class atomic:
     """`with atomic(path) as temporary:` write `temporary`; then it is synced and renamed to `path`."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, mark: str = "") -> None:
+        """`mark` tells the temporary files of several writers apart."""
         self._target = target
-        self._temporary = target.with_name(f".{target.name}.tmp")
+        self._temporary = target.with_name(f".{target.name}{mark}.tmp")
 
     def __enter__(self) -> Path:
         return self._temporary

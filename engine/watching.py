@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ def run(
     settings: Settings, *, watch: Watch, say: Say = lambda _: None, stop: threading.Event | None = None
 ) -> Summary:
     """Screen, or try failed rows again, as `settings` say. Raises ErrorRateError after too many errors."""
-    work = retry if settings.only_errors else screen
+    work = retry if settings.only_errors else _on_ray() if settings.ray else screen
     with ExitStack() as stack:
         seen = watch
         if settings.metrics_file:
@@ -50,6 +50,12 @@ def run(
                 f"{summary.errors} of {summary.rows} rows failed, more than --max-error-rate allows", summary
             )
     return summary
+
+
+def _on_ray() -> Callable[..., Summary]:
+    from engine.ray.driver import screen
+
+    return screen
 
 
 def snapshot(progress: Progress) -> dict[str, Any]:
