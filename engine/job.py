@@ -211,10 +211,14 @@ def close_ledger(
     *,
     decoder_restarts: int,
     decoder_refusals: int,
+    parts: dict[int, Done] | None = None,
     actors: dict[str, Any] | None = None,
 ) -> Summary:
-    """Re-read the footers of all parts; only when they add up to the manifest does the run succeed."""
-    parts = folder.complete(run)
+    """Re-read the footers of all parts; only when they add up to the manifest does the run succeed.
+
+    `parts`: what the footers say, where they were read just now.
+    """
+    parts = folder.complete(run, parts)
     summary = summary_of(
         folder.path, run, parts.values(), progress, meters, decoder_restarts, decoder_refusals, actors
     )

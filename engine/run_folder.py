@@ -167,9 +167,12 @@ class RunFolder:
     def record_actors(self, run: dict[str, Any], actors: dict[str, Any]) -> None:
         self._write(ACTORS, {"run_id": run["run_id"], "actors": actors})
 
-    def complete(self, run: dict[str, Any]) -> dict[int, Done]:
-        """All parts of the run; their footers have to add up to the manifest. Raises EngineError."""
-        parts = self.finished(run)
+    def complete(self, run: dict[str, Any], parts: dict[int, Done] | None = None) -> dict[int, Done]:
+        """All parts of the run; their footers have to add up to the manifest. Raises EngineError.
+
+        `parts`: as `finished` gives them, where that was called just now.
+        """
+        parts = self.finished(run) if parts is None else parts
         rows = run["rows"]
         for index in range(parts_of(run)):
             if index not in parts:

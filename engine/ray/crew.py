@@ -236,11 +236,7 @@ class Crew:
         died = isinstance(error, self.ray.exceptions.RayActorError)
         if not died or error.actor_init_failed:
             return _last_line(error)
-        return (
-            "its machine is gone"
-            if "node" in str(error).lower().split("node id")[0]
-            else "its process has died"
-        )
+        return "its machine is gone" if "its node has died" in str(error) else "its process has died"
 
     def _failed(self, hand: Hand, error: Any) -> None:
         """Its code has raised something."""
@@ -252,6 +248,8 @@ class Crew:
             self.refuse(hand, str(cause))
         elif isinstance(cause, EngineError):
             raise type(cause)(f"{where}{cause}")
+        elif hand.ready:  # a GPU that is broken, say
+            self.lose(hand, _last_line(error))
         else:
             raise RuntimeError(f"{where}{_last_line(error)}")
 
@@ -306,6 +304,8 @@ class Crew:
         """It is of no use."""
         self.say(f"an actor on {hand.host} is not used: {why}")
         self._drop(hand, guilty=False)
+        if not self.hands:
+            raise EngineError(f"no actor is left: {why}; the same command goes on where there are others")
 
     def _drop(self, hand: Hand, *, guilty: bool) -> None:
         hand.gone, hand.ready = True, False

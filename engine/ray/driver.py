@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,10 @@ PULSE_S = 1.0
 RECORD_S = 5.0  # between two looks at which actors were right
 OPEN_S = 900.0  # that opening may take: a GPU is tuned, graphs are compiled
 STRIKES = 3  # actors that die over a part before it is looked into
+MOST_CRASHED = 16  # rows of a part; more, and it is not the rows' fault
 IN_STAGES = 32  # batches that are in an actor's stages at once, about
 GRACE_S, CHECK_S = 4.0, 2.5  # parts that end within are finished before a stop; and then the canaries
-WITNESSES = 8
+WITNESSES = SHOWN = 8
 TOKEN = ".actors.tmp"
 
 
@@ -113,14 +115,15 @@ class Run:
         job.begin()
         if job.is_finished:
             return job.summary()
-        self.progress, self._before = job.progress(), job.progress()
+        self.progress = job.progress()
+        self._by_status = self.progress.by_status.copy()  # of parts that are done
         self._actors = job.folder.actors(job.run)
         self.supply = Supply(self._parts_of, set(range(parts_of(job.run))) - set(job.done))
         self._begun = True
         try:
             for hand in list(crew.hands):
                 self.greeted(hand)
-            self._work()
+            parts = self._work()
         finally:
             self.supply.close()
         job.folder.files.sweep()
@@ -130,6 +133,7 @@ class Run:
             job.run,
             self.progress,
             self._meters(),
+            parts=parts,
             decoder_restarts=sum(pulse.crashes for pulse in pulses),
             decoder_refusals=sum(pulse.refusals for pulse in pulses),
             actors={
@@ -205,7 +209,7 @@ class Run:
             job.resumed or leader is not None,
             self._stages_of,
             self._token,
-            self._witnesses(),
+            self._witnesses,
             leader.expected if leader else None,
         )
         hand.opening = time.monotonic()
@@ -231,6 +235,7 @@ class Run:
 
         self.crew.call(hand, "begin", self.job.run, then=begun)
 
+    @cached_property
     def _witnesses(self) -> tuple[str, ...]:
         """Some of the local files that the manifest names and that are there."""
         manifest = self.job.manifest
@@ -255,8 +260,8 @@ class Run:
                 self.crew.lose(hand, f"its stages did not open within {OPEN_S:g} s")
         self.crew.remind()
 
-    def _work(self) -> None:
-        """Until each part is done for good."""
+    def _work(self) -> dict[int, Done]:
+        """Until each part is done for good; returns what their footers say."""
         total = parts_of(self.job.run) - len(self.job.done)
         while True:
             while len(self.done) < total or any(self._unvouched.values()):
@@ -270,17 +275,12 @@ class Run:
                 self._show()
                 self._heed(total)
             self._record(now=True)
-            if not self._find_overwritten():
-                return
-
-    def _find_overwritten(self) -> bool:
-        """An actor that was given up may have written a part after the one that did it again."""
-        if not self.crew.past:
-            return False
-        missing = self.done.keys() - self.job.folder.finished(self.job.run).keys()
-        for index in missing:
-            self._do_again(index)
-        return bool(missing)
+            parts = self.job.folder.finished(self.job.run)
+            # an actor that was given up may have written one after the actor that did it again
+            if not (overwritten := self.done.keys() - parts.keys()):
+                return parts
+            for index in overwritten:
+                self._do_again(index)
 
     # parts
 
@@ -292,7 +292,7 @@ class Run:
             self.supply.take()
             part.crashed = self._crashed.get(part.index, frozenset())
             hand.parts[part.index] = part.rows
-            hand.alone = part.index in self._strikes
+            hand.alone = self._is_suspected(part)
             hand.began = hand.began or time.monotonic()
 
             def done(hand: Hand, done: Done) -> None:
@@ -302,7 +302,8 @@ class Run:
 
     def _taker(self, part: Part) -> Hand | None:
         """Who does it soonest, if anybody is to have it now. One that may end its actor goes to it alone."""
-        free = [hand for hand in self.crew.ready if self._has_room(hand, alone=part.index in self._strikes)]
+        alone = self._is_suspected(part)
+        free = [hand for hand in self.crew.ready if self._has_room(hand, alone=alone)]
         loads = {hand: Load(hand.rows_held, hand.rate) for hand in self.crew.ready}
         for hand in sorted(free, key=lambda hand: (len(hand.parts), hand.rows_held)):
             others = [load for other, load in loads.items() if other is not hand]
@@ -310,6 +311,10 @@ class Run:
             if self._is_in_time(hand, part) and not is_sooner_elsewhere(part.rows, loads[hand], others, left):
                 return hand
         return None
+
+    def _is_suspected(self, part: Part) -> bool:
+        """Whether an actor that had it has died: the next has it alone, so that the culprit is known."""
+        return self._strikes[part.index] > 0 or part.index in self._crashed
 
     def _has_room(self, hand: Hand, *, alone: bool) -> bool:
         if hand.alone or any(one.hand is hand for one in self._isolations):
@@ -332,12 +337,14 @@ class Run:
         hand.rows_done += hand.parts.pop(index)
         hand.alone = False
         self.done[index] = done
+        self._by_status.update(done.by_status)
         self._strikes.pop(index, None)
         self._unvouched.setdefault(hand.name, set()).add(index)
         self.progress.by_class.update(done.by_class)
 
     def _do_again(self, index: int) -> None:
         done = self.done.pop(index)
+        self._by_status.subtract(done.by_status)
         self.progress.by_class.subtract(done.by_class)
         self._again += 1
         self.supply.again(index)
@@ -372,9 +379,16 @@ class Run:
                 self._isolations.remove(isolation)
                 self._crashed[isolation.index] = frozenset(isolation.crashed)
                 self._strikes[isolation.index] = 0
-                self.crew.say(
-                    f"part {isolation.index}: {len(isolation.crashed)} rows end their process alone too"
-                )
+                first = isolation.index * self.job.part_rows
+                rows = ", ".join(str(first + position) for position in sorted(isolation.crashed)[:SHOWN])
+                many = len(isolation.crashed)
+                found = f"rows that end it alone too: {many} ({rows})" if many else "no row ends it alone"
+                self.crew.say(f"part {isolation.index}: {found}")
+                if many > MOST_CRASHED:
+                    raise EngineError(
+                        f"part {isolation.index}: {many} rows end the process that scores them, so something "
+                        "else is wrong; the same command goes on when it is mended"
+                    )
                 self.supply.again(isolation.index)
             elif isolation.hand is None:
                 free = (hand for hand in self.crew.ready if self._has_room(hand, alone=True))
@@ -450,16 +464,14 @@ class Run:
         return meters
 
     def _show(self) -> None:
-        by_status = Counter(self._before.by_status)
-        for part in self.done.values():
-            by_status.update(part.by_status)
+        by_status = self._by_status.copy()
         for hand in self.crew.ready:
             for index, found in (hand.pulse.underway if hand.pulse else {}).items():
                 if index in hand.parts:
                     by_status.update(found)
         progress = self.progress
         progress.by_status = by_status
-        rows_done = by_status.total() - self._before.by_status.total()
+        rows_done = by_status.total() - self.progress.rows_before
         if rows_done != progress.rows_done:
             progress.rows_done, progress.meters = rows_done, self._meters()
             self._watch(progress)
