@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from engine.gpu import machine
 from engine.settings import Settings, available_cpus
 
 INSTALL = "pip install -c constraints.txt '.[ray]'"
+ANSWER_S = 5.0
 STORE_BYTES = 256 << 20  # of a Ray started here: what is in it are the paths of a few parts
 
 
@@ -160,8 +162,13 @@ def _start(ray: Any, settings: Settings, scratch: str) -> None:
 
 
 def _join(ray: Any, address: str) -> None:
+    from ray._private.services import canonicalize_bootstrap_address
+
     try:
-        ray.init(address=address, configure_logging=False, log_to_driver=False)
+        found = canonicalize_bootstrap_address(address) or "nowhere:0"
+        host, _, port = found.rpartition(":")
+        socket.create_connection((host, int(port)), ANSWER_S).close()  # Ray itself asks for many minutes
+        ray.init(address=found, configure_logging=False, log_to_driver=False)
     except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
@@ -173,6 +180,7 @@ def _join(ray: Any, address: str) -> None:
 def _hush() -> None:
     """Ray's words about single processes are not for people: what matters of them is said in a line."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a run is reported to anyone
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     from ray._private import worker
