@@ -54,6 +54,7 @@ class Hello:
     """What an actor is."""
 
     host: str
+    pid: int
     choice: Choice
     bundle_sha256: str
     versions: dict[str, str]
@@ -178,7 +179,7 @@ class Actor:
             batch_size=settings.batch_size,
         )
         found = {"engine": __version__, **versions()}
-        return Hello(platform.node(), self._choice, self._models.sha256, found)
+        return Hello(platform.node(), os.getpid(), self._choice, self._models.sha256, found)
 
     def open(self, work: Work) -> Opened:
         """Open the stages; the canaries have to come through them well. Raises EngineError."""

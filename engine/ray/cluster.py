@@ -180,7 +180,6 @@ def _join(ray: Any, address: str) -> None:
 def _hush() -> None:
     """Ray's words about single processes are not for people: what matters of them is said in a line."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a run is reported to anyone
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     from ray._private import worker

@@ -89,6 +89,12 @@ class Hand:
         return self.hello.host if self.hello else "an actor"
 
     @property
+    def pid(self) -> int:
+        """Of its process, on its host."""
+        assert self.hello
+        return self.hello.pid
+
+    @property
     def underway(self) -> int:
         """Rows of parts that it has begun and not done."""
         found = self.pulse.underway if self.pulse else {}
@@ -281,7 +287,7 @@ class Crew:
         slot = hand.slot
         slot.failures = 0 if hand.began else slot.failures + 1
         if hand.ready:
-            self.say(f"an actor on {hand.host} is lost, another takes its place: {why}")
+            self.say(f"an actor on {hand.host} ({hand.pid}) is lost, another takes its place: {why}")
         self._drop(hand, guilty=guilty)
         if slot.failures < LIVES:
             self._start(slot)

@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.bundle import Bundle
 from engine.errors import EngineError, Stopped
 from engine.job import Job, Say, Watch, close_ledger, prepare
 from engine.ledger import Summary
@@ -29,7 +28,6 @@ from engine.ray.isolation import Isolation
 from engine.ray.supply import Supply
 from engine.records import Part
 from engine.run_folder import is_vouched, parts_of
-from engine.runners import Choice
 from engine.settings import Settings
 from engine.sink import Done
 from engine.storage import Storage
@@ -56,16 +54,17 @@ def screen(
 ) -> Summary:
     """As `engine.pipeline.screen`, by actors on the Ray that `settings.ray` names."""
     crew = Crew(settings, say, stop)
-
-    def chosen(models: Bundle) -> Choice:
-        return crew.assemble(models)
-
-    with closing(crew), prepare(settings, say, chosen=chosen) as job, closing(crew), _token(job) as token:
+    with (
+        closing(crew),
+        prepare(settings, say, chosen=crew.assemble) as job,
+        closing(crew),  # before the folder is unlocked
+        token_of(job) as token,
+    ):
         return Run(crew, job, token, watch, stop, stages_of or Stages).screen()
 
 
 @contextmanager
-def _token(job: Job) -> Iterator[tuple[str, str] | None]:
+def token_of(job: Job) -> Iterator[tuple[str, str] | None]:
     """A file in a local results folder by which actors know it again."""
     if not isinstance(job.folder.path, Path):
         yield None
@@ -106,7 +105,7 @@ class Run:
         self._strikes: Counter[int] = Counter()
         self._crashed: dict[int, frozenset[int]] = {}  # positions, of parts that were looked into
         self._isolations: list[Isolation] = []
-        self._again = 0  # parts that were given out once more
+        self.parts_again = 0  # parts that were given out once more
 
     def screen(self) -> Summary:
         job, crew = self.job, self.crew
@@ -140,7 +139,7 @@ class Run:
                 "started": len(crew.hands) + len(crew.past),
                 "lost": len(crew.past) - len(crew.refused),
                 "refused": crew.refused,
-                "parts_done_again": self._again,
+                "parts_done_again": self.parts_again,
                 "rows_crashed": sum(map(len, self._crashed.values())),
             },
         )
@@ -346,7 +345,7 @@ class Run:
         done = self.done.pop(index)
         self._by_status.subtract(done.by_status)
         self.progress.by_class.subtract(done.by_class)
-        self._again += 1
+        self.parts_again += 1
         self.supply.again(index)
 
     def lost(self, hand: Hand, *, guilty: bool) -> None:
@@ -355,7 +354,7 @@ class Run:
             if isolation.hand is hand:
                 isolation.died()
         for index in hand.parts:
-            self._again += 1
+            self.parts_again += 1
             self._strikes[index] += guilty
             self.supply.again(index)
         for index in self._unvouched.pop(hand.name, set()):

@@ -101,7 +101,7 @@ def test_actors_that_are_killed_change_nothing(start: Start, nodes: Nodes, plain
         wait_for_parts(process, output, count)
         time.sleep(rng.uniform(0, 0.3))
         os.kill(rng.choice(nodes.wait_for_actors(1)), signal.SIGKILL)
-    assert "is lost, another takes its place: its process has died" in ended(process)
+    assert ") is lost, another takes its place: its process has died" in ended(process)
     fared = check(output, plain)
     assert fared["lost"] == 3
     assert fared["parts_done_again"] > 0
