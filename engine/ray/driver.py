@@ -301,15 +301,9 @@ class Run:
 
     def _taker(self, part: Part) -> Hand | None:
         """Who does it soonest, if anybody is to have it now. One that may end its actor goes to it alone."""
-        alone = self._is_suspected(part)
-        free = [hand for hand in self.crew.ready if self._has_room(hand, alone=alone)]
-        loads = {hand: Load(hand.rows_held, hand.rate) for hand in self.crew.ready}
-        for hand in sorted(free, key=lambda hand: (len(hand.parts), hand.rows_held)):
-            others = [load for other, load in loads.items() if other is not hand]
-            left = self.supply.left * self.job.part_rows
-            if self._is_in_time(hand, part) and not is_sooner_elsewhere(part.rows, loads[hand], others, left):
-                return hand
-        return None
+        alone, ready = self._is_suspected(part), self.crew.ready
+        free = [hand for hand in ready if self._has_room(hand, alone=alone) and self._is_in_time(hand, part)]
+        return soonest(free, ready, part.rows, self.supply.left * self.job.part_rows)
 
     def _is_suspected(self, part: Part) -> bool:
         """Whether an actor that had it has died: the next has it alone, so that the culprit is known."""
@@ -520,6 +514,16 @@ class Load:
 
     rows: int
     rate: float | None  # rows per second; None: not known yet
+
+
+def soonest(free: Sequence[Hand], ready: Sequence[Hand], rows: int, left: int) -> Hand | None:
+    """Which of the actors that are `free` gets a part of `rows`, if any should, of `left` not given out."""
+    loads = {hand: Load(hand.rows_held, hand.rate) for hand in ready} if free else {}
+    for hand in sorted(free, key=lambda hand: (len(hand.parts), loads[hand].rows)):
+        others = [load for other, load in loads.items() if other is not hand]
+        if not is_sooner_elsewhere(rows, loads[hand], others, left):
+            return hand
+    return None
 
 
 def is_sooner_elsewhere(rows: int, mine: Load, others: Sequence[Load], left: int) -> bool:
