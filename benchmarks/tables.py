@@ -123,6 +123,26 @@ def restart_rows(found: Json) -> Iterator[Row]:
     yield what, f"{twice['median']:.0f}, at most {twice['most']}", f"a part: {twice['part_rows']}"
 
 
+def scaling_out_rows(found: Json) -> Iterator[Row]:
+    work, overhead = found["work"], found["overhead"]
+    low, high = overhead["interval"]
+    sure = "" if low is None else f", 95 % {100 * low:.1f} to {100 * high:.1f}"
+    yield (
+        f"`scaling-out`: what `--ray` takes from the rate of one process ({work['rows']} rows)",
+        f"{100 * overhead['median']:.1f} %{sure}",
+        f"{100 * overhead['limit']:g} %",
+    )
+    rates = found["null_rows_per_s"]
+    told = ", ".join(f"{name}: {one['median']:,.0f}" for name, one in rates.items())
+    yield f"rows/s with null stages ({work['null_rows']:,} rows)", told, ""
+    recovery = found["recovery"]
+    yield (
+        "an actor is killed: until another is at work (and rows scored again)",
+        f"{recovery['seconds']['median']:.1f} s ({recovery['rows_again']['median']:.0f})",
+        "",
+    )
+
+
 def scaling_rows(found: Json) -> Iterator[Row]:
     series = found["series"]
     line, most = series["rows"]["line"], series["rows"]["points"][-1]["x"]
@@ -196,6 +216,7 @@ ROWS: dict[str, Callable[[Json], Iterator[Row]]] = {  # by the name of the JSON 
     "decode-cpu": decode_rows,
     "restart-cpu": restart_rows,
     "scaling-cpu": scaling_rows,
+    "scaling-out-cpu": scaling_out_rows,
     "damage-cpu": damage_rows,
     "memory-cpu": memory_rows,
     "fuzz-cpu": fuzz_rows,

@@ -58,6 +58,9 @@ class Options(TypedDict, total=False):
     streams: int | None
     cuda_graph: bool | None
     metrics_file: str | os.PathLike[str] | None
+    ray: str | None
+    actors: int | None
+    part_timeout_s: float
     serial: bool
     shard: str | None  # "3/16"
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from engine import bundle, distance, tuned
 from engine.bundle import Bundle
 from engine.calibration import Asked, Sample, calibrate, check_counts, folds
+from engine.canaries import Step
 from engine.command import Parser, number
 from engine.errors import Stopped, UsageError
 from engine.job import Say, Watch, check_paths, choice_of, manifest_of
@@ -31,7 +32,7 @@ from engine.labels import Names, groups_of
 from engine.listing import PATH
 from engine.options import OPTIONS
 from engine.overlap import Meter
-from engine.pipeline import Opening, ScoreStage, Stages, screen
+from engine.pipeline import Opening, Stages, screen
 from engine.progress import Display
 from engine.records import FLAGS, Batch, Status
 from engine.results import MERGED, Results, opened
@@ -154,7 +155,7 @@ class _Keeping(Stages):
 
 @dataclass
 class _Copying:
-    step: ScoreStage
+    step: Step
     wanted: frozenset[int]
     kept: dict[int, Pixels]
 

@@ -100,12 +100,25 @@ def _machine(report: Report) -> None:
     gpus = _gpus()
     for text in gpus or ["none"]:
         report.line("GPU", text)
+    if report.settings.ray:
+        _ray(report)
     driver = machine.driver()
     if driver and int(driver.split(".")[0]) < machine.MIN_DRIVER and _gpu_wanted(report.settings):
         report.problem(
             f"the GPU's driver is {driver}, needed is r{machine.MIN_DRIVER} or newer",
             f"sudo apt install nvidia-driver-{machine.MIN_DRIVER}-server",
         )
+
+
+def _ray(report: Report) -> None:
+    """What --ray would start."""
+    from engine.ray import cluster
+
+    try:
+        report.line("Ray", cluster.outlook(report.settings))
+    except UsageError as error:
+        mend = cluster.INSTALL if "install it" in str(error) else "ray start --head"
+        report.problem(str(error), mend)
 
 
 def _gpu_wanted(settings: Settings) -> bool:

@@ -26,10 +26,11 @@ from engine.since import Earlier, write_new
 from engine.sink import Done, Layout, Sink
 from engine.storage import Url
 from engine.storage.location import absolute
-from engine.tuned import advise
+from engine.tuned import Advice, advise
 
 Watch = Callable[[Progress], None]
 Say = Callable[[str], None]
+Chosen = Callable[[Bundle], Choice]
 
 
 @dataclass
@@ -134,14 +135,16 @@ def indices_of(run: dict[str, Any], shard: Shard | None) -> Sequence[int]:
 
 
 @contextmanager
-def prepare(settings: Settings, say: Say) -> Iterator[Job]:
+def prepare(settings: Settings, say: Say, *, chosen: Chosen | None = None) -> Iterator[Job]:
     """Check everything that can be checked before the stages are opened, and lock the folder.
 
+    `chosen` tells what runs the members where that is not this process.
     Raises UsageError when the manifest, bundle or output folder is wrong, NothingNew for `since`.
     """
     models = bundle.load(settings.bundle)
-    choice = choice_of(settings, models)
     check_paths(settings)
+    _check_decode(settings, models)
+    choice = chosen(models) if chosen else choice_of(settings, models)
     with ExitStack() as stack:
         shared = settings.shard is not None
         folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite, shared=shared))
@@ -152,7 +155,8 @@ def prepare(settings: Settings, say: Say) -> Iterator[Job]:
         earlier = Earlier(settings.since) if settings.since else None
         manifest = _listed(settings, folder, earlier, models, choice, say)
         layout = Layout.of(models, manifest, settings, recorded)
-        advice = advise(settings, models, choice, recorded=recorded)
+        # a profile is for this machine
+        advice = Advice(settings) if chosen else advise(settings, models, choice, recorded=recorded)
         if advice.settings != settings:
             settings = advice.settings
             choice = choice_of(settings, models)
@@ -276,11 +280,14 @@ def close_ledger(
     decoder_refusals: int,
     shard: Shard | None = None,
     say: Say = lambda _: None,
+    parts: dict[int, Done] | None = None,
+    actors: dict[str, Any] | None = None,
 ) -> Summary:
     """Re-read the footers of all parts; only when they add up to the manifest does the run succeed.
 
-    A shard does so when no part of the run is left to the others; its summary is about its own parts. Raises
-    Stopped when parts of its own are missing that nobody has in hand.
+    `parts`: what the footers say, where they were read just now. A shard does so when no part of the run is
+    left to the others; its summary is about its own parts. Raises Stopped when parts of its own are missing
+    that nobody has in hand.
     """
     add_up = partial(
         summary_of,
@@ -290,12 +297,13 @@ def close_ledger(
         meters=meters,
         decoder_restarts=decoder_restarts,
         decoder_refusals=decoder_refusals,
+        actors=actors,
     )
     count, own = parts_of(run), indices_of(run, shard)
     with folder.turn(say):
         there = folder.there()
         if shard is None or (len(there) == count and not folder.succeeded()):
-            summary = add_up(folder.complete(run).values())
+            summary = add_up(folder.complete(run, parts).values())
             folder.files.sweep()
             folder.succeed(summary.as_json())
         if shard is None:

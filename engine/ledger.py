@@ -80,6 +80,7 @@ class Summary:
     decoder_restarts: int
     decoder_refusals: int  # images that the GPU's decoder refused
     shard: str | None = None  # "3/16" where this is about its parts only
+    actors: dict[str, Any] | None = None  # of a run on Ray: how they fared in this start
 
     @property
     def errors(self) -> int:
@@ -104,7 +105,8 @@ class Summary:
                 "limited_by": self.limited_by,
                 "decoder_restarts": self.decoder_restarts,
                 "decoder_refusals": self.decoder_refusals,
-            },
+            }
+            | ({"actors": self.actors} if self.actors else {}),
         }
 
 
@@ -116,6 +118,7 @@ def summary_of(
     meters: Mapping[str, Meter],
     decoder_restarts: int = 0,
     decoder_refusals: int = 0,
+    actors: dict[str, Any] | None = None,
 ) -> Summary:
     """Add up the parts of a complete run."""
     by_status, by_class = Counter[str](), Counter[str]()
@@ -123,7 +126,8 @@ def summary_of(
     for part in parts:
         by_status.update(part.by_status)
         by_class.update(part.by_class)
-        found = workers.setdefault(json.dumps(part.by), {**part.by, "parts": 0, "rows": 0})
+        by = {name: value for name, value in part.by.items() if name not in ("actor", "round")}
+        found = workers.setdefault(json.dumps(by), {**by, "parts": 0, "rows": 0})
         found["parts"], found["rows"] = found["parts"] + 1, found["rows"] + part.rows
     elapsed = progress.elapsed_s
     stages = {
@@ -148,4 +152,5 @@ def summary_of(
         max(meters, key=lambda name: meters[name].occupancy(elapsed)) if meters else None,
         decoder_restarts,
         decoder_refusals,
+        actors=actors,
     )

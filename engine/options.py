@@ -200,6 +200,32 @@ GROUPS: dict[str, tuple[Option, ...]] = {
             action="store_true",
         ),
     ),
+    "on several actors": (
+        _more(
+            "--ray",
+            "actors on Ray do it: one started here, or the cluster at HOST:PORT or auto",
+            operating=True,
+            nargs="?",
+            const="local",
+            metavar="ADDRESS",
+        ),
+        _more(
+            "--actors",
+            "with --ray: on CPUs (none beside GPUs, else as many as fit)",
+            operating=True,
+            type=whole(1, MAX_WORKERS),
+            metavar="N",
+        ),
+        _more(
+            "--part-timeout",
+            "with --ray: seconds without a finished batch after which an actor is replaced (%(default)g)",
+            operating=True,
+            dest="part_timeout_s",
+            type=number(0.1, 86_400),
+            default=_PLAIN.part_timeout_s,
+            metavar="S",
+        ),
+    ),
     "how strict": (
         _first(
             "--finish-by",

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, Self
 
 from engine.bundle import Bundle
+from engine.canaries import Step
 from engine.errors import EngineError, Stopped
 from engine.gpu import machine
 from engine.header import Header
@@ -54,10 +55,8 @@ class PixelStage(Protocol):
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]: ...
 
 
-class ScoreStage(Protocol):
-    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]: ...
-
-    def close(self) -> None: ...
+class ReadStage(Protocol):
+    def stage(self, parts: Iterable[Part], meter: Meter) -> Iterator[Batch]: ...
 
 
 def screen(
@@ -142,7 +141,7 @@ class Stages:
         return self
 
     preprocess: PixelStage
-    step: ScoreStage
+    step: Step
 
     def open(self, stack: ExitStack) -> None:
         """Set `preprocess` and `step`; what has to be closed goes to `stack`."""
@@ -222,9 +221,9 @@ def meters_for(workers: int, *, gpu: bool = False) -> dict[str, Meter]:
 
 def flow(
     parts: Iterator[Part],
-    reader: Reader,
+    reader: ReadStage,
     preprocess: PixelStage,
-    step: ScoreStage,
+    step: Step,
     sink: Sink,
     meters: dict[str, Meter],
     *,

@@ -344,6 +344,8 @@ class _Reading:
         self, job: _Job, attempt: _Attempt
     ) -> tuple[bytes, Header | None, ReadError | HeaderError | None]:
         data = b""
+        if job.batch.start + job.position in job.batch.part.crashed:
+            return data, None, ReadError(Status.CRASHED, "it ends the process that scores it, alone too")
         try:
             data = self._read(job, attempt)
             return data, header.parse(data, self._reader.limits.max_pixels), None

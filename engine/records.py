@@ -57,10 +57,16 @@ class Part:
     row: npt.NDArray[np.int64]  # [n], numbers in the manifest: consecutive, but for a retry of failed rows
     paths: list[str | None]
     columns: pa.Table  # the other manifest columns, same length as `paths`
+    crashed: frozenset[int] = frozenset()  # positions that are not scored: each ends the process that does
 
     @property
     def rows(self) -> int:
         return len(self.paths)
+
+    def slice(self, start: int, stop: int) -> Part:
+        """Some of its rows, by position."""
+        rows = slice(start, stop)
+        return Part(self.index, self.row[rows], self.paths[rows], self.columns.slice(start, stop - start))
 
 
 @dataclass(slots=True)

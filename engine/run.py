@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -50,6 +51,7 @@ def settings_from(arguments: list[str]) -> Settings:
     if given["finish_by"]:
         given["finish_by"] = parse_moment(given["finish_by"], datetime.now(UTC))
     del given["log_json"], given["dry_run"]
+    _check_ray(given)
     given["include"], given["exclude"] = tuple(given["include"]), tuple(given["exclude"])
     return Settings(limits=limits, overlap=not given.pop("serial"), redaction=_redaction(given), **given)
 
@@ -61,6 +63,25 @@ def _redaction(given: dict[str, Any]) -> Redaction | None:
     if given["paths_from"] and not (redact and given["only_errors"]):
         raise UsageError("--paths-from is for --only-errors of a run with --redact; give all three")
     return Redaction(read_salt(salt_file), tuple(sorted(set(keep)))) if redact else None
+
+
+def _check_ray(given: dict[str, Any]) -> None:
+    address = given["ray"]
+    if address is None:
+        if given["actors"]:
+            raise UsageError("--actors is of use with --ray only")
+        return
+    if not re.fullmatch(r"local|auto|[\w.-]+:\d{1,5}", address):
+        raise UsageError(
+            f"--ray {address}: allowed: nothing (a Ray of its own), auto, or a cluster's HOST:PORT"
+        )
+    for option in ("--only-errors", "--shard"):
+        if given[option[2:].replace("-", "_")]:
+            raise UsageError(f"{option} works in one process; leave --ray out")
+    if given["device"] not in ("auto", "cpu"):
+        raise UsageError(
+            f"--device {given['device']}: each actor on Ray has a GPU of its own; allowed: auto, cpu"
+        )
 
 
 def _take_from_run(given: dict[str, Any], changed: set[str]) -> None:

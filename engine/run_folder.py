@@ -21,6 +21,7 @@ EXPLANATIONS, INDEX, PICTURES = "explanations", "index.json", "row-*.png"  # of 
 REPORT = "report.html"  # of python -m engine.report; every finished run has one
 LOOK_S = 0.05, 1.0  # between two looks whether it is one's turn, on a disk and in an object store
 PATIENCE_S = 2.0
+ACTORS = "_actors.json"  # of a run on Ray: how often the canaries have come well through each
 
 
 def _short(value: object) -> str:
@@ -111,7 +112,7 @@ class RunFolder:
         names = self.files.names()
         self.withdraw()
         clear_explanations(open_folder(self.path / EXPLANATIONS))
-        for name in [*(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
+        for name in [ACTORS, *(name for name in names if fnmatch(name, "part-*.parquet")), RUN]:
             self.files.delete(name)
 
     def listing(self) -> Path:
@@ -190,9 +191,11 @@ class RunFolder:
     def finished(self, run: dict[str, Any], wanted: Container[int] | None = None) -> dict[int, Done]:
         """The parts on disk, each where the manifest has it; only `wanted` ones, if given.
 
-        Raises EngineError that names the wrong one.
+        A part by an actor on Ray counts once the canaries have come well through the actor after it. Raises
+        EngineError that names the wrong one.
         """
-        parts = finished(self.files, run["run_id"], wanted)
+        parts, actors = finished(self.files, run["run_id"], wanted), self.actors(run)
+        parts = {index: part for index, part in parts.items() if is_vouched(part, actors)}
         for index, part in parts.items():
             self._check(index, part.first_row, part.rows, run)
         return parts
@@ -217,9 +220,29 @@ class RunFolder:
             found = set(filter(self.files.is_claimed, found))
         return found
 
-    def complete(self, run: dict[str, Any]) -> dict[int, Done]:
-        """All parts of the run; their footers have to add up to the manifest. Raises EngineError."""
-        parts = self.finished(run)
+    def actors(self, run: dict[str, Any]) -> dict[str, Any]:
+        """What is recorded of each actor on Ray, by its id."""
+        try:
+            recorded = json.loads(self.files.read(ACTORS, lambda opened: opened.read()))
+            return dict(recorded["actors"]) if recorded["run_id"] == run["run_id"] else {}
+        except FileNotFoundError:
+            return {}
+        except StoreError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EngineError(
+                f"{self.path / ACTORS}: it can't be read ({error}); delete it and run again"
+            ) from None
+
+    def record_actors(self, run: dict[str, Any], actors: dict[str, Any]) -> None:
+        self._write(ACTORS, {"run_id": run["run_id"], "actors": actors})
+
+    def complete(self, run: dict[str, Any], parts: dict[int, Done] | None = None) -> dict[int, Done]:
+        """All parts of the run; their footers have to add up to the manifest. Raises EngineError.
+
+        `parts`: as `finished` gives them, where that was called just now.
+        """
+        parts = self.finished(run) if parts is None else parts
         rows = run["rows"]
         for index in range(parts_of(run)):
             if index not in parts:
@@ -247,6 +270,12 @@ def clear_explanations(folder: Folder) -> None:
     if names and isinstance(folder.location, Path):
         with suppress(OSError):  # somebody put something else there
             folder.location.rmdir()
+
+
+def is_vouched(part: Done, actors: dict[str, Any]) -> bool:
+    """Whether it is by a process of its own, or by an actor that was right after it too."""
+    actor = part.by.get("actor")
+    return actor is None or part.by["round"] < actors.get(actor, {}).get("rounds", 0)
 
 
 def parts_of(run: dict[str, Any]) -> int:

@@ -97,6 +97,9 @@ class Settings:
     cuda_graph: bool | None = None  # None: as tuned for this machine, else yes
     metrics_file: Path | None = None  # Prometheus text, written every few seconds
     shard: Shard | None = None  # others do the other parts of the run, in the same folder
+    ray: str | None = None  # "local", "auto" or HOST:PORT: actors on Ray run the stages
+    actors: int | None = None  # of them on CPUs
+    part_timeout_s: float = 300.0  # without a finished batch, after which an actor counts as hanging
 
 
 def available_cpus() -> int:

@@ -270,7 +270,7 @@ class Sink:
                 table.num_rows,
                 _counts(table, "status"),
                 _counts(table, "prediction"),
-                self._by,
+                dict(self._by),
                 written,
             )
             facts = {

@@ -127,6 +127,7 @@ class LocalFolder:
         self._created = False
         self._lock = -1
         self._numbered: NumberedLocks | None = None  # 0: the turn, from 1: parts; None unless shared
+        self._mine = f".{uuid.uuid4().hex[:8]}"  # several processes may write one part at once
 
     def names(self) -> list[str]:
         try:
@@ -142,7 +143,7 @@ class LocalFolder:
             return take(opened)
 
     def write(self, name: str, write_to: Callable[[Path], object]) -> None:
-        with atomic(self.location / name) as temporary:
+        with atomic(self.location / name, self._mine) as temporary:
             write_to(temporary)
 
     def delete(self, name: str) -> None:
@@ -491,9 +492,10 @@ def _began(pid: object) -> str | None:
 class atomic:
     """`with atomic(path) as temporary:` write `temporary`; then it is synced and renamed to `path`."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, mark: str = "") -> None:
+        """`mark` tells the temporary files of several writers apart."""
         self._target = target
-        self._temporary = target.with_name(f".{target.name}.tmp")
+        self._temporary = target.with_name(f".{target.name}{mark}.tmp")
 
     def __enter__(self) -> Path:
         return self._temporary

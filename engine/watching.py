@@ -45,7 +45,7 @@ def run(
 
     `arguments` are the command line that `settings` are from.
     """
-    work: Callable[..., Summary] = retry if settings.only_errors else screen
+    work: Callable[..., Summary] = retry if settings.only_errors else _on_ray() if settings.ray else screen
     if settings.device == ALL_GPUS:
         work = partial(fleet.run, arguments)
     with ExitStack() as stack:
@@ -78,6 +78,12 @@ def _report(summary: Summary, say: Say, stop: threading.Event | None) -> None:
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
         say(f"{REPORT} is not written: {why}; python -m engine.report RESULTS tries again")
+
+
+def _on_ray() -> Callable[..., Summary]:
+    from engine.ray.driver import screen
+
+    return screen
 
 
 def snapshot(progress: Progress) -> dict[str, Any]:

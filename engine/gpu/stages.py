@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import pyarrow as pa
 import torch
 
-from engine.bundle import Bundle, load_canaries
-from engine.errors import EngineError, ParityError, UsageError
+from engine.bundle import Bundle
+from engine.canaries import Canaries, check
+from engine.errors import EngineError, UsageError
 from engine.gpu import machine, tuning
-from engine.gpu.decode import Decoding, DevicePixels, GpuPreprocess
+from engine.gpu.decode import Decoding, GpuPreprocess
 from engine.gpu.step import GpuStep
 from engine.overlap import Meter
 from engine.preprocess.stage import Preprocess
-from engine.records import Batch, Part
+from engine.records import Batch
 
 if TYPE_CHECKING:
     from engine.pipeline import Opening
-
-CANARY_LIMIT = 5e-3  # largest difference in probability from the float32 reference
 
 
 def open_gpu(stack: ExitStack, opening: Opening) -> tuple[GpuPreprocess, GpuStep]:
@@ -142,40 +138,8 @@ def _step(stack: ExitStack, opening: Opening, *, compiled: bool) -> GpuStep:
 
 
 def check_canaries(models: Bundle, step: GpuStep) -> float:
-    """Score the bundle's canaries and return the largest difference in probability from their reference.
-
-    Raises ParityError when it is over the limit: a plan that was never executed, or another precision.
-    """
-    pixels, expected = load_canaries(models)
-    worst = 0.0
-    for batch in _canary_batches(pixels, step.batch_size):
-        for scored in step.stage(iter([batch]), Meter("canaries")):
-            assert scored.probabilities is not None
-            if scored.errors:
-                raise ParityError("a canary of the bundle has no score: a member gave what is not a number")
-            rows = expected[scored.start : scored.start + scored.rows]
-            worst = max(worst, float(np.abs(scored.probabilities - rows).max()))
-    if not worst <= CANARY_LIMIT:
-        raise ParityError(
-            f"the bundle's canaries differ from their float32 reference by {worst:.2g} in probability "
-            f"(allowed: {CANARY_LIMIT:g}): nothing was scored; --precision fp32 keeps full precision"
-        )
-    return worst
-
-
-def _canary_batches(pixels: Any, size: int) -> Iterator[Batch]:
-    part = Part(0, np.arange(len(pixels)), [None] * len(pixels), pa.table({}))
-    for start in range(0, len(pixels), size):
-        rows = pixels[start : start + size]
-        yield Batch(
-            part,
-            start,
-            np.zeros(len(rows), np.uint8),
-            np.zeros(len(rows), np.int32),
-            np.zeros(len(rows), np.int32),
-            index=np.arange(len(rows)),
-            device_pixels=DevicePixels([], np.ascontiguousarray(rows)),
-        )
+    """The largest difference in probability from the bundle's canaries. Raises ParityError: see `check`."""
+    return check(Canaries.of(models), step, step.batch_size, gpu=True)
 
 
 def _open_preprocess(stack: ExitStack, opening: Opening) -> GpuPreprocess:

@@ -16,10 +16,11 @@ from PIL import Image
 
 from engine import bundle as bundles
 from engine import tune
+from engine.canaries import CANARY_LIMIT
 from engine.errors import EngineError, ParityError
 from engine.gpu import stages
 from engine.gpu.decode import Decoding, GpuPreprocess
-from engine.gpu.stages import CANARY_LIMIT, check_canaries
+from engine.gpu.stages import check_canaries
 from engine.gpu.step import GpuStep
 from engine.manifest import open_manifest
 from engine.pipeline import Stages, screen

@@ -1,0 +1,225 @@
+"""`python -m benchmarks scaling-out`: what Ray costs beside one process, and what a killed actor costs.
+
+Overhead: `engine.run` with and without `--ray`, in turn, on the whole machine; rates from the first read to
+the last part, the last canaries included, as `_SUCCESS` has them. Null stages: neither decoder nor members,
+so that what is left is the work of the engine itself and of Ray. Recovery: from `kill -9` of one of two
+actors until another in its place holds a part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import processes, record
+from benchmarks.intervals import interval
+from benchmarks.restart import table_of
+from benchmarks.throughput import make_archive
+from engine import bundle
+from engine.errors import EngineError, Stopped
+from engine.provenance import CPU_BATCH
+from engine.settings import available_cpus
+
+LIMIT = 0.05  # of the rate
+RECOVERY_ROWS, RECOVERY_PART_ROWS = 100_000, 256
+_NULL = """
+import resource, sys
+from pathlib import Path
+from benchmarks.null import NullStages
+from engine.settings import Settings
+manifest, models, output, actors = sys.argv[1:]
+settings = Settings(
+    manifest=Path(manifest), bundle=Path(models), output=Path(output), device="cpu", workers=1
+)
+if actors == "0":
+    from engine.pipeline import screen
+else:
+    from dataclasses import replace
+    from engine.ray.driver import screen
+    settings = replace(settings, ray="local", actors=int(actors))
+summary = screen(settings, stages_of=NullStages)
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(summary.rows_done / summary.elapsed_s, used.ru_utime + used.ru_stime)
+"""
+
+
+def uniform_bundle(source: Path, target: Path) -> Path:
+    """`source` with canaries that expect what null stages give."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(source, target, copy_function=os.link)
+    models = bundle.load(source)
+    arrays = load_file(models.canaries.path)
+    arrays["probabilities"] = np.full_like(arrays["probabilities"], 1 / len(models.classes))
+    name = models.canaries.path.relative_to(source)
+    (target / name).unlink()
+    save_file(arrays, target / name)
+    description = json.loads((source / bundle.DESCRIPTION).read_text())
+    description["canaries"]["sha256"] = hashlib.sha256((target / name).read_bytes()).hexdigest()
+    (target / bundle.DESCRIPTION).unlink()
+    (target / bundle.DESCRIPTION).write_text(json.dumps(description))
+    return target
+
+
+def run(command: Sequence[object], environment: dict[str, str] | None = None) -> str:
+    done = processes.run([sys.executable, *map(str, command)], environment=environment)
+    if done.status:
+        raise EngineError(f"a run failed: {' '.join(done.errors.split())[-300:]}")
+    return done.output
+
+
+def rate_of(manifest: Path, models: Path, output: Path, *more: object) -> tuple[float, float]:
+    """Rows per second, and seconds of the command before and after its rows."""
+    options = ["-b", models, "-o", output, "--device", "cpu", "--batch-size", CPU_BATCH, "--part-rows", 256]
+    began = time.perf_counter()
+    run(["-m", "engine.run", manifest, *options, "--workers", available_cpus(), *more])
+    wall_s = time.perf_counter() - began
+    last = json.loads((output / "_SUCCESS").read_text())["last_start"]
+    return last["rows"] / last["elapsed_s"], wall_s - last["elapsed_s"]
+
+
+def overhead(console: Console, manifest: Path, models: Path, work: Path, rounds: int) -> dict[str, Any]:
+    """One process and one actor in turn; the rows have to be the same."""
+    alone, actor, around = [], [], []
+    for number in range(rounds):
+        outputs = work / f"alone-{number}", work / f"ray-{number}"
+        alone.append(rate_of(manifest, models, outputs[0])[0])
+        rate, seconds = rate_of(manifest, models, outputs[1], "--ray")
+        actor.append(rate)
+        around.append(seconds)
+        if not table_of(outputs[0]).equals(table_of(outputs[1])):
+            raise EngineError("the rows by an actor differ from those of one process")
+        console.print(f"round {number + 1}: {alone[-1]:.2f} images/s, with Ray {rate:.2f}", highlight=False)
+    lost = [1 - with_ray / without for with_ray, without in zip(actor, alone, strict=True)]
+    return {
+        "median": statistics.median(lost),
+        "interval": interval(lost),
+        "rounds": lost,
+        "limit": LIMIT,
+        "images_per_s": {"one process": alone, "ray": actor},
+        "seconds_around": {"median": statistics.median(around), "rounds": around},
+    }
+
+
+def null_rates(manifest: Path, models: Path, work: Path, actors: list[int], rounds: int) -> dict[str, Any]:
+    """Rows per second of null stages, and the driver's processor time a row."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(record.ROOT), *sys.path]))}
+    found: dict[str, Any] = {}
+    for number in range(rounds):
+        for count in (0, *actors):
+            name = f"{count} actor{'s' * (count > 1)}" if count else "one process"
+            output = work / f"null-{count}-{number}"
+            rate, core_s = run(["-c", _NULL, manifest, models, output, count], environment).split()
+            one = found.setdefault(name, {"rounds": [], "driver_core_s": []})
+            one["rounds"].append(float(rate))
+            one["driver_core_s"].append(float(core_s))
+            shutil.rmtree(output)
+    for one in found.values():
+        one["median"] = statistics.median(one["rounds"])
+    return found
+
+
+def recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[float, int]:
+    """Seconds from the kill of an actor until another holds a part; rows that were given out again."""
+    from engine.job import prepare
+    from engine.pipeline import Stages
+    from engine.ray.crew import Crew
+    from engine.ray.driver import Run, token_of
+    from engine.settings import Settings
+
+    settings = Settings(
+        manifest=manifest,
+        bundle=models,
+        output=work / f"killed-{number}",
+        device="cpu",
+        part_rows=RECOVERY_PART_ROWS,
+        workers=1,
+        ray="local",
+        actors=2,
+    )
+    stop, times = threading.Event(), dict[str, float]()
+    crew = Crew(settings, lambda _: None, stop)
+
+    def hurt() -> None:
+        wait_until(lambda: sum(hand.rows_done > 0 for hand in crew.ready) == 2)
+        victim = crew.ready[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        times["killed"] = time.monotonic()
+        wait_until(lambda: victim.gone and sum(bool(hand.parts) for hand in crew.ready) == 2)
+        times["back"] = time.monotonic()
+        stop.set()
+
+    with (
+        closing(crew),
+        prepare(settings, lambda _: None, chosen=crew.assemble) as job,
+        closing(crew),
+        token_of(job) as token,
+    ):
+        one = Run(crew, job, token, lambda _: None, stop, Stages)
+        thread = threading.Thread(target=hurt, daemon=True)
+        thread.start()
+        with suppress(Stopped):
+            one.screen()
+        thread.join()
+    if "back" not in times:
+        raise EngineError("the run was over before a killed actor was replaced")
+    return times["back"] - times["killed"], one.parts_again * RECOVERY_PART_ROWS
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 300
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def main(console: Console, options: Any) -> None:
+    before = record.machine()
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        manifest = make_archive(work, options.rows, options.side)
+        found = overhead(console, manifest, options.bundle, work, options.rounds)
+        long = make_archive(work, RECOVERY_ROWS, options.side)
+        kills = [recovery(long, options.bundle, work, number) for number in range(options.rounds)]
+        null = make_archive(work, options.null_rows, 64)
+        blank = uniform_bundle(options.bundle, work / "bundle")
+        rates = null_rates(null, blank, work, options.actors, options.rounds)
+    seconds, again = [seconds for seconds, _ in kills], [rows for _, rows in kills]
+    table = Table("figure", "measured", "limit", box=None, pad_edge=False)
+    table.add_row("overhead of --ray, %", f"{100 * found['median']:.1f}", f"<= {100 * LIMIT:g}")
+    for name, one in rates.items():
+        table.add_row(f"null stages, rows/s, {name}", f"{one['median']:,.0f}", "")
+    table.add_row("killed actor replaced, s", f"{statistics.median(seconds):.1f}", "")
+    console.print(table)
+    target = options.output / "scaling-out-cpu.json"
+    command = f"scaling-out --rows {options.rows} --null-rows {options.null_rows} --rounds {options.rounds}"
+    figures = {
+        "work": {
+            "rows": options.rows,
+            "null_rows": options.null_rows,
+            "image": f"{options.side} x {options.side} gray JPEG, quality 90",
+        },
+        "overhead": found,
+        "null_rows_per_s": rates,
+        "recovery": {
+            "seconds": {"median": statistics.median(seconds), "rounds": seconds},
+            "rows_again": {"median": statistics.median(again), "rounds": again},
+        },
+    }
+    record.write(target, command, figures, before=before)
+    console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,200 @@
+"""Ray itself: started here or joined, what it has room for, and its words kept off the log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import UsageError
+from engine.gpu import machine
+from engine.settings import Settings, available_cpus
+
+INSTALL = "pip install -c constraints.txt '.[ray]'"
+ANSWER_S = 5.0
+STORE_BYTES = 256 << 20  # of a Ray started here: what is in it are the paths of a few parts
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a machine of the cluster has."""
+
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Post:
+    """What one actor gets: a GPU or none, and this many CPU threads."""
+
+    gpu: bool
+    workers: int
+
+    def __str__(self) -> str:
+        threads = f"{self.workers} CPU thread{'s' * (self.workers > 1)}"
+        return f"a GPU and {threads}" if self.gpu else threads
+
+
+def library() -> Any:
+    """Ray. Raises UsageError where it is not installed."""
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError(
+            f"--ray needs Ray, which can't be imported ({error}); install it with: {INSTALL}"
+        ) from None
+    return ray
+
+
+def posts_for(nodes: Sequence[Node], settings: Settings) -> list[Post]:
+    """One actor for each GPU; `settings.actors` on CPUs beside them, or without a GPU as many as fit.
+
+    Where the user names no `workers`, the actors fill their machines.
+    """
+    gpus = 0 if settings.device == "cpu" else sum(node.gpus for node in nodes)
+    shared = settings.actors and gpus and all(node.gpus for node in nodes)
+    found = []
+    if gpus:
+        each = min(node.cpus // node.gpus for node in nodes if node.gpus)
+        found = [Post(True, settings.workers or max(1, each // 2 if shared else each))] * gpus
+        if not settings.actors:
+            return found
+    free = [
+        node.cpus - node.gpus * found[0].workers if shared else node.cpus
+        for node in nodes
+        if shared or not (gpus and node.gpus)
+    ]
+    workers = settings.workers or _workers(free, settings.actors)
+    fitting = sum(max(0, cpus) // workers for cpus in free)
+    return found + [Post(False, workers)] * (settings.actors or max(1, fitting))
+
+
+def _workers(cpus: Sequence[int], actors: int | None) -> int:
+    """Threads an actor, so that as many as are wanted fit; without a number, one a machine does."""
+    if not actors:
+        return max(1, min((count for count in cpus if count > 0), default=1))
+    most = max([1, *cpus])
+    return next((each for each in range(most, 0, -1) if sum(count // each for count in cpus) >= actors), 1)
+
+
+def here() -> Node:
+    """This machine."""
+    gpus = 0
+    if machine.present():
+        import torch
+
+        gpus = torch.cuda.device_count()
+    return Node(available_cpus(), gpus)
+
+
+def outlook(settings: Settings) -> str:
+    """What a run by these settings would start. Raises UsageError."""
+    version = library().__version__
+    if settings.ray == "local":
+        posts, where = posts_for([here()], settings), "a Ray of its own on this machine"
+    else:
+        with joined(settings) as cluster:
+            nodes = cluster.nodes()
+        posts, where = posts_for(nodes, settings), f"the Ray of {len(nodes)} nodes at {settings.ray}"
+    kinds = [f"{posts.count(post)} with {post}" for post in dict.fromkeys(posts)]
+    return f"{version}: {where}; actors: {', '.join(kinds)}"
+
+
+class Cluster:
+    """A Ray that this process is connected to."""
+
+    def __init__(self, ray: Any) -> None:
+        self.ray = ray
+
+    def nodes(self) -> list[Node]:
+        resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        return [Node(int(one.get("CPU", 0)), int(one.get("GPU", 0))) for one in resources]
+
+
+@contextmanager
+def joined(settings: Settings) -> Iterator[Cluster]:
+    """Start or join Ray; one that was started here ends with this. Raises UsageError.
+
+    Where the process is connected to a Ray already, that is used and left as it is.
+    """
+    ray = library()
+    if ray.is_initialized():
+        yield Cluster(ray)
+        return
+    _hush()
+    scratch = None
+    try:
+        with _own_signals():
+            if settings.ray == "local":
+                scratch = tempfile.mkdtemp(prefix="engine-ray-", dir="/tmp")  # sockets need a short path
+                _start(ray, settings, scratch)
+            else:
+                _join(ray, str(settings.ray))
+        yield Cluster(ray)
+    finally:
+        ray.shutdown()
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _start(ray: Any, settings: Settings, scratch: str) -> None:
+    machine_here = here()
+    posts = posts_for([machine_here], settings)
+    ray.init(
+        address="local",
+        # more than there are where the user names more: they are for placing actors only
+        num_cpus=max(machine_here.cpus, sum(post.workers for post in posts)),
+        num_gpus=machine_here.gpus,
+        object_store_memory=STORE_BYTES,
+        include_dashboard=False,
+        configure_logging=False,
+        log_to_driver=False,
+        _temp_dir=scratch,
+    )
+
+
+def _join(ray: Any, address: str) -> None:
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address(address) or "nowhere:0"
+        host, _, port = found.rpartition(":")
+        socket.create_connection((host, int(port)), ANSWER_S).close()  # Ray itself asks for many minutes
+        ray.init(address=found, configure_logging=False, log_to_driver=False)
+    except Exception as error:  # of many kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--ray {address}: no cluster can be joined there ({reason}); allowed: the address HOST:PORT "
+            "that `ray start` has printed, or auto, on a machine of the cluster"
+        ) from None
+
+
+def _hush() -> None:
+    """Ray's words about single processes are not for people: what matters of them is said in a line."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a run is reported to anyone
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    from ray._private import worker
+
+    worker._worker_logs_enabled = False  # prints on the death of any worker, whatever `log_to_driver` says
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray takes SIGTERM for itself; the run's own way of stopping stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, kept)

@@ -1,0 +1,272 @@
+"""What a run on Ray promises when actors, nodes and the driver are killed, hang, or go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.conftest import ROOT, write_images
+from tests.engine.ray.conftest import Nodes
+from tests.engine.ray.hurt.sitecustomize import DEADLY
+from tests.engine.test_nothing_lost import list_images, only_results_are_left, parts, table, wait_for_parts
+
+ROWS, PART_ROWS = 4000, 64
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
+    """A folder with images, the list m.txt of ROWS of them, and the results `plain` of one process."""
+    folder = tmp_path_factory.mktemp("plain")
+    list_images(folder, ROWS)
+    command = [sys.executable, "-m", "engine.run", "m.txt", "-b", bundle, "-o", "plain"]
+    subprocess.run(
+        [*map(str, command), "--part-rows", str(PART_ROWS)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+@pytest.fixture
+def start(plain: Path, bundle: Path, nodes: Nodes) -> Iterator[Start]:
+    """A run on the cluster in the background, in the folder `plain`."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str | Path, ray: str | None = None, rows: int = PART_ROWS) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "engine.run", *map(str, arguments), "-b", str(bundle)]
+        command += ["--ray", ray or nodes.address, "--part-rows", str(rows)]
+        process = subprocess.Popen(
+            command,
+            cwd=plain,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    for order in nodes.hurt.iterdir():
+        order.unlink()
+
+
+def ended(process: subprocess.Popen[str], status: int = 0) -> str:
+    """What the run said."""
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == status, said
+    assert "Traceback" not in said
+    return said
+
+
+def success(output: Path) -> dict:
+    return json.loads((output / "_SUCCESS").read_text())
+
+
+def check(output: Path, plain: Path) -> dict:
+    """The rows are those of one undisturbed process, and nothing else is in the folder."""
+    assert table(output).equals(table(plain / "plain"))
+    assert table(output).column("row").to_pylist() == list(range(ROWS))
+    (output / "_actors.json").rename(output.parent / f"{output.name}.json")
+    assert only_results_are_left(output)
+    found = success(output)
+    assert found["rows"] == ROWS
+    assert sum(one["rows"] for one in found["scored_by"]) == ROWS
+    return found["last_start"]["actors"]
+
+
+def test_actors_that_are_killed_change_nothing(start: Start, nodes: Nodes, plain: Path) -> None:
+    rng, output = random.Random(1), plain / "killed"
+    process = start("m.txt", "-o", output)
+    for count in (1, 10, 30):
+        wait_for_parts(process, output, count)
+        time.sleep(rng.uniform(0, 0.3))
+        os.kill(rng.choice(nodes.wait_for_actors(1)), signal.SIGKILL)
+    assert ") is lost, another takes its place: its process has died" in ended(process)
+    fared = check(output, plain)
+    assert fared["lost"] == 3
+    assert fared["parts_done_again"] > 0
+
+
+def test_a_node_that_goes_and_one_that_comes(start: Start, nodes: Nodes, plain: Path) -> None:
+    output = plain / "node"
+    process = start("m.txt", "-o", output, "--actors", "2")
+    wait_for_parts(process, output, 5)
+    nodes.tell("remove")
+    wait_for_parts(process, output, len(parts(output)) + 5)  # the other goes on
+    nodes.tell("add")
+    ended(process)
+    assert check(output, plain)["lost"] == 1
+
+
+@pytest.mark.parametrize("how", ["stopped", "hang"])
+def test_an_actor_that_hangs_is_replaced(start: Start, nodes: Nodes, plain: Path, how: str) -> None:
+    output = plain / how
+    process = start("m.txt", "-o", output, "--part-timeout", "2")
+    wait_for_parts(process, output, 5)
+    if how == "stopped":
+        os.kill(nodes.wait_for_actors(1)[0], signal.SIGSTOP)
+    else:
+        nodes.order("hang")
+    said = ended(process)
+    assert "(--part-timeout)" in said
+    assert check(output, plain)["lost"] == 1
+
+
+def test_drivers_are_killed_and_one_process_goes_on_with_it(start: Start, plain: Path, bundle: Path) -> None:
+    output = plain / "driver"
+    alone = [
+        sys.executable,
+        "-m",
+        "engine.run",
+        "m.txt",
+        "-b",
+        bundle,
+        "-o",
+        output,
+        "--part-rows",
+        PART_ROWS,
+    ]
+
+    def one_process() -> subprocess.Popen[str]:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(
+            list(map(str, alone)), cwd=plain, env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    for begin in (one_process, lambda: start("m.txt", "-o", output), lambda: start("m.txt", "-o", output)):
+        process = begin()
+        wait_for_parts(process, output, len(parts(output)) + 5)
+        process.kill()
+        process.communicate()
+        assert not (output / "_SUCCESS").exists()
+    ended(one_process())
+    assert success(output)["rows"] == ROWS
+    assert table(output).equals(table(plain / "plain"))
+
+
+def test_a_row_that_ends_its_actor_is_found(start: Start, plain: Path) -> None:
+    lines = (plain / "m.txt").read_text().splitlines()[:1000]
+    lines[437] = "images/deadly.png"
+    (plain / "deadly.txt").write_text("\n".join(lines))
+    image = next((plain / "images").glob("*.png"))
+    (plain / "images" / "deadly.png").write_bytes(image.read_bytes() + DEADLY)
+    output = plain / "deadly"
+    said = ended(start("deadly.txt", "-o", output))
+    assert "part 6: rows that end it alone too: 1 (437)" in said
+    found = table(output).to_pandas()
+    expected = table(plain / "plain").to_pandas()[:1000]
+    assert found.status[437] == "crashed"
+    assert "ends the process" in found.error[437]
+    pd.testing.assert_frame_equal(found.drop(437), expected.drop(437))
+    assert success(output)["last_start"]["actors"]["rows_crashed"] == 1
+
+
+def test_an_actor_whose_scores_go_wrong_is_refused(start: Start, nodes: Nodes, plain: Path) -> None:
+    output = plain / "noise"
+    process = start("m.txt", "-o", output)
+    wait_for_parts(process, output, 10)
+    nodes.order("noise")
+    said = ended(process)
+    assert "is refused: the bundle's canaries, right before, differ" in said
+    fared = check(output, plain)
+    assert len(fared["refused"]) == 1
+    assert fared["parts_done_again"] > 0
+
+
+def test_no_actor_is_right_from_the_start(start: Start, nodes: Nodes, plain: Path) -> None:
+    nodes.order("noise")
+    said = ended(start("m.txt", "-o", plain / "wrong", "--actors", "1"), status=4)
+    assert "no actor is left: the bundle's canaries differ from their float32 reference" in said
+    assert not (plain / "wrong").exists()
+
+
+def test_two_kinds_of_actors_share_the_work(start: Start, nodes: Nodes, plain: Path) -> None:
+    nodes.order("other")
+    output = plain / "kinds"
+    ended(start("m.txt", "-o", output, "--actors", "2"))
+    check(output, plain)
+    by = {one["precision"]: one["rows"] for one in success(output)["scored_by"]}
+    assert by.keys() == {"fp32", "slow"}
+    assert 0 < by["slow"] < ROWS / 4
+    recorded = json.loads((output / "_run.json").read_text())["result_options"]
+    assert [kind["precision"] for kind in recorded["kinds"]] == ["fp32", "slow"]
+    said = ended(start("m.txt", "-o", output, "--actors", "2"), status=2)  # without the slow one
+    assert "kinds was" in said
+
+
+def test_it_stops_cleanly_and_goes_on(start: Start, plain: Path) -> None:
+    output = plain / "interrupted"
+    process = start("m.txt", "-o", output)
+    wait_for_parts(process, output, 10)
+    os.killpg(process.pid, signal.SIGINT)
+    said = ended(process, status=5)
+    assert "the same command goes on" in said
+    kept = {path.name: path.stat().st_ino for path in parts(output)}
+    process = start("m.txt", "-o", output)
+    ended(process)
+    again = {path.name: path.stat().st_ino for path in parts(output)}
+    assert {name: again[name] for name in kept} == kept, "what was finished is vouched for"
+    check(output, plain)
+
+
+def test_a_ray_of_its_own_leaves_nothing_behind(start: Start, plain: Path) -> None:
+    output = plain / "own"
+    before = set(Path("/tmp").glob("engine-ray-*"))
+    process = start("m.txt", "-o", output, "--actors", "2", ray="local")
+    wait_for_parts(process, output, 5)
+    (scratch,) = set(Path("/tmp").glob("engine-ray-*")) - before
+    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode in (130, 5)
+    deadline = time.monotonic() + 15
+    while left := processes_of(scratch):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def processes_of(scratch: Path) -> list[str]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+        if str(scratch) in words:
+            found.append(words)
+    return found
+
+
+def test_storage_that_goes_away_is_one_line(start: Start, plain: Path) -> None:
+    folder = plain / "away"
+    write_images(folder / "images", 8)
+    lines = [f"images/image-{row % 8:02}{('.png', '.jpg')[row % 2]}" for row in range(ROWS)]
+    (folder / "m.txt").write_text("\n".join(lines))
+    output = plain / "away-results"
+    process = start(folder / "m.txt", "-o", output)
+    wait_for_parts(process, output, 5)
+    shutil.rmtree(folder / "images")
+    said = ended(process, status=1)
+    assert "error: the images have disappeared" in said.replace("vm: ", "")
+    assert said.count("error: ") == 1

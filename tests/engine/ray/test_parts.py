@@ -1,0 +1,222 @@
+"""What the driver decides, without Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from engine import bundle as bundles
+from engine.canaries import SHARE, Canaries, Guard, check
+from engine.errors import EngineError, ParityError, UsageError
+from engine.manifest import open_manifest
+from engine.overlap import Meter
+from engine.pipeline import Stages
+from engine.provenance import describe
+from engine.ray.actor import Actor, Brief, Work
+from engine.ray.cluster import Node, Post, posts_for
+from engine.ray.driver import Load, is_sooner_elsewhere
+from engine.ray.isolation import Isolation
+from engine.ray.supply import Supply
+from engine.records import Batch, Part, Status
+from engine.runners.onnx import OnnxRunner
+from engine.settings import Settings
+from engine.sink import Layout
+from engine.step import CpuStep
+from tests.conftest import write_images
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "expected"),
+    [
+        ([Node(8, 0)], {}, [Post(False, 8)]),
+        ([Node(8, 0)], {"actors": 3}, [Post(False, 2)] * 3),
+        ([Node(2, 0)], {"actors": 4}, [Post(False, 1)] * 4),
+        ([Node(8, 0)], {"workers": 3}, [Post(False, 3)] * 2),
+        ([Node(0, 0), Node(4, 0), Node(8, 0)], {}, [Post(False, 4)] * 3),
+        ([Node(32, 4)], {}, [Post(True, 8)] * 4),
+        ([Node(32, 4)], {"device": "cpu"}, [Post(False, 32)]),
+        ([Node(32, 4), Node(16, 0)], {}, [Post(True, 8)] * 4),
+        ([Node(32, 4), Node(16, 0)], {"actors": 2}, [Post(True, 8)] * 4 + [Post(False, 8)] * 2),
+        ([Node(16, 2)], {"actors": 1}, [Post(True, 4)] * 2 + [Post(False, 8)]),
+    ],
+)
+def test_actors_fill_the_machines(nodes: list[Node], options: dict, expected: list[Post]) -> None:
+    assert posts_for(nodes, Settings(manifest=Path("m"), **options)) == expected
+
+
+def test_a_slow_actor_gets_nothing_that_the_others_would_do_sooner() -> None:
+    fast, slow = Load(0, 100.0), Load(0, 1.0)
+    assert is_sooner_elsewhere(100, slow, [fast], left=100)
+    assert not is_sooner_elsewhere(100, slow, [fast], left=100_000)  # it helps
+    assert not is_sooner_elsewhere(100, fast, [slow, fast], left=100)
+    assert not is_sooner_elsewhere(100, Load(0, None), [fast], left=100)  # nobody knows yet
+    assert not is_sooner_elsewhere(100, slow, [Load(0, None)], left=100)
+    assert is_sooner_elsewhere(100, Load(1000, 1.0), [replace(slow, rows=500)], left=100)
+
+
+def part_of(rows: int, index: int = 0) -> Part:
+    return Part(index, np.arange(rows), [f"{row}" for row in range(rows)], pa.table({"_": pa.nulls(rows)}))
+
+
+def taken(supply: Supply, count: int) -> list[int]:
+    found: list[int] = []
+    deadline = time.monotonic() + 10
+    while len(found) < count and time.monotonic() < deadline:
+        if part := supply.peek():
+            supply.take()
+            found.append(part.index)
+    return found
+
+
+def test_what_is_lost_comes_again_and_little_is_held() -> None:
+    read: list[int] = []
+
+    def parts_of(wanted: set[int]) -> Iterator[Part]:
+        for index in sorted(wanted):
+            read.append(index)
+            yield part_of(1, index)
+
+    supply = Supply(parts_of, set(range(100)))
+    assert supply.left == 100
+    assert taken(supply, 3) == [0, 1, 2]
+    assert len(read) < 10
+    supply.again(1)
+    assert taken(supply, 98) == [*range(3, 100), 1]
+    time.sleep(0.05)
+    assert supply.peek() is None
+    assert supply.left == 0
+    supply.again(7)
+    assert taken(supply, 1) == [7]
+
+
+def test_a_manifest_that_goes_away_is_told() -> None:
+    def parts_of(wanted: set[int]) -> Iterator[Part]:
+        yield part_of(1)
+        raise OSError("gone")
+
+    supply = Supply(parts_of, {0, 1})
+    assert taken(supply, 1) == [0]
+    with pytest.raises(OSError, match="gone"):
+        taken(supply, 1)
+
+
+class Calls:
+    """A crew that only notes what is asked for."""
+
+    ray = property(lambda self: self)
+
+    def put(self, part: Part) -> Part:
+        return part
+
+    def call(self, hand, method, part, start, stop, then) -> None:
+        self.last = (start, stop, lambda: then(hand, None))
+
+
+@pytest.mark.parametrize("deadly", [set(), {0}, {13}, {9, 10, 40}])
+def test_isolation_finds_the_rows(deadly: set[int]) -> None:
+    crew, deaths = Calls(), 0
+    isolation = Isolation(crew, part_of(41), 8)
+    while not isolation.is_over:
+        if isolation.hand is None:
+            isolation.go_on("hand")
+        start, stop, lives = crew.last
+        if deadly & set(range(start, stop)):
+            isolation.died()
+            deaths += 1
+        else:
+            lives()
+    assert isolation.crashed == deadly
+    assert deaths <= 3 * len(deadly)
+
+
+def batches(count: int, rows: int, size: tuple[int, int]) -> Iterator[Batch]:
+    part = part_of(count * rows)
+    for start in range(0, count * rows, rows):
+        zeros = np.zeros(rows, np.int32)
+        batch = Batch(part, start, np.zeros(rows, np.uint8), zeros, zeros, index=np.arange(rows))
+        batch.pixels = np.zeros((rows, 1, *size), np.uint8)
+        yield batch
+
+
+def test_canaries_pass_among_the_images_and_are_not_seen_behind(bundle: Path) -> None:
+    models = bundles.load(bundle)
+    runners = [OnnxRunner(member, models) for member in models.members]
+    step, canaries = CpuStep(models, runners, lanes=2), Canaries.of(models)
+    assert check(canaries, step, 8, gpu=False) < 1e-5
+    guard = Guard(step, canaries, 8, gpu=False)
+    guard.check()
+    per_round = int(canaries.rows / SHARE) // 80
+    passed: list[int] = []
+    guard.passed = passed.append
+    found = list(guard.stage(batches(3 * per_round + 1, 80, models.size), Meter("members")))
+    assert [batch.start for batch in found] == [80 * number for number in range(3 * per_round + 1)]
+    assert passed == [2, 3, 4]
+
+    def wrong(pixels):
+        return OnnxRunner.infer(runners[0], pixels) + np.array([1, 0, 0], np.float32)
+
+    runners[0].infer = wrong
+    with pytest.raises(ParityError, match="right before"):
+        list(guard.stage(batches(per_round + 1, 80, models.size), Meter("members")))
+    step.close()
+
+
+@pytest.fixture
+def opened(tmp_path: Path, bundle: Path):
+    """An actor in this process, and what it is to open."""
+    images = write_images(tmp_path / "images", 8)
+    settings = Settings(manifest=images, bundle=bundle, output=tmp_path / "out")
+    settings.output.mkdir()
+    actor = Actor(Brief("one", settings, Post(False, 1)))
+    hello = actor.hello()
+    models = bundles.load(bundle)
+    manifest = open_manifest(images, listing=tmp_path / "listing.parquet")
+    run = describe(settings, None, manifest, models, hello.choice, None)
+    layout = Layout.of(models, manifest, settings)
+    work = Work(run, layout, manifest.root, False, Stages, None, (), None)
+    yield actor, work, manifest
+    actor._opened.close()
+
+
+def test_an_actor_holds_several_parts_and_writes_each(opened) -> None:
+    actor, work, manifest = opened
+    actor.open(work)
+    actor.begin(work.run)
+    done, threads = {}, []
+    for part in manifest.parts(3):
+        part.crashed = frozenset({1}) if part.index == 1 else frozenset()
+
+        def take(part: Part = part) -> None:
+            done[part.index] = actor.take(part)
+
+        threads.append(threading.Thread(target=take))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(60)
+    assert {index: one.rows for index, one in done.items()} == {0: 3, 1: 3, 2: 2}
+    assert done[1].by_status == {"ok": 2, Status.CRASHED.label: 1}
+    assert {one.by["round"] for one in done.values()} == {1}
+    pulse = actor.check()
+    assert (pulse.rounds, pulse.idle_s, pulse.underway) == (2, 0.0, {})
+    actor.probe(next(manifest.parts(8)), 2, 5)
+
+
+def test_a_machine_that_sees_other_folders_is_refused(opened, tmp_path: Path) -> None:
+    actor, work, manifest = opened
+    with pytest.raises(UsageError, match="not the same folder on every machine"):
+        actor.open(replace(work, token=("token", "mine")))
+    with pytest.raises(EngineError, match="not the same folder"):  # it is of no use any more
+        actor.take(next(manifest.parts(8)))
+
+
+def test_images_that_only_the_driver_sees_are_no_missing_rows(opened, tmp_path: Path) -> None:
+    actor, work, _ = opened
+    with pytest.raises(UsageError, match=r"nowhere\.png is there for the driver"):
+        actor.open(replace(work, witnesses=(str(tmp_path / "nowhere.png"),)))
