@@ -91,18 +91,18 @@ def restart_of(names: Names) -> None:
 
 
 def scaling_out_of(names: Names) -> None:
-    one = names.add_parser("scaling-out", help="what Ray costs beside one process, and recovery from a kill")
+    one = _named(names, "scaling-out", "what Ray costs beside one process, and recovery from a kill")
     _common(one, "scaling_out")
-    one.add_argument("--rows", type=int, default=2048, help="with real members (%(default)s)")
-    one.add_argument("--null-rows", type=int, default=400_000, help="(%(default)s)")
-    one.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
-    one.add_argument("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
-    one.add_argument("--actors", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="with null stages")
+    one.add("--rows", type=int, default=2048, help="with real members (%(default)s)")
+    one.add("--null-rows", type=int, default=400_000, metavar="ROWS", help="with null stages (%(default)s)")
+    one.add("--rounds", type=int, default=5, help="repetitions (%(default)s)")
+    one.add("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
+    one.add("--actors", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="with null stages")
 
 
 def paper_of(names: Names) -> None:
-    one = names.add_parser("paper", help="64 GPUs and 50 million images in figures, for docs/scaling-out.md")
-    one.add_argument("--rows", type=int, default=1_000_000, help="of what is measured here (%(default)s)")
+    one = _named(names, "paper", "64 GPUs and 50 million images in figures, for docs/scaling-out.md")
+    one.add("--rows", type=int, default=1_000_000, help="of what is measured here (%(default)s)")
     _output(one, "paper")
 
 

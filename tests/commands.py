@@ -43,7 +43,7 @@ def parser_of(command: str) -> Parser:
 def benchmark_names() -> list[str]:
     with pytest.raises(UsageError, match="invalid choice: '' ") as caught:
         parser_of("benchmarks").parse_args([""])
-    return re.findall(r"\w+", str(caught.value).split("choose from")[1].split(")")[0])
+    return re.findall(r"[\w-]+", str(caught.value).split("choose from")[1].split(")")[0])
 
 
 def check_lines(text: str) -> int:
