@@ -216,13 +216,16 @@ def _work(shape: Shape, tally: Tally) -> dict[str, Any]:
         }
         row["scores"] = [row[f"p_{name}"] for name in scores]
         row["label"] = shortened(_text(row.get(shape.label))) if shape.label else None
-    names = tally.risk.columns
     return {
         "rows": rows,
         "risk": len(risky),
         "abstained": len(abstained),
         "scores": scores,
-        "has": {name: name in names for name in ("triage", "abstain", "member_disagreement")},
+        "has": {
+            "triage": bool(tally.triage),
+            "abstain": bool(tally.abstained),
+            "member_disagreement": "member_disagreement" in tally.risk.columns,
+        },
         "label": shape.label,
         "choices": {
             "prediction": sorted({row["prediction"] for row in rows} - {None}),
