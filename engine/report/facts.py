@@ -216,13 +216,16 @@ def _work(shape: Shape, tally: Tally) -> dict[str, Any]:
         }
         row["scores"] = [row[f"p_{name}"] for name in scores]
         row["label"] = shortened(_text(row.get(shape.label))) if shape.label else None
-    names = tally.risk.columns
     return {
         "rows": rows,
         "risk": len(risky),
         "abstained": len(abstained),
         "scores": scores,
-        "has": {name: name in names for name in ("triage", "abstain", "member_disagreement")},
+        "has": {
+            "triage": bool(tally.triage),
+            "abstain": bool(tally.abstained),
+            "member_disagreement": "member_disagreement" in tally.risk.columns,
+        },
         "label": shape.label,
         "choices": {
             "prediction": sorted({row["prediction"] for row in rows} - {None}),
@@ -396,11 +399,19 @@ def _provenance(run: Mapping[str, Any], *, hide: bool) -> dict[str, Any]:
     }
 
 
+def _rounded(value: Any) -> Any:
+    """To three digits."""
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.3g}") if isinstance(value, float) else value
+
+
 def _flat(found: Any, name: str = "") -> dict[str, Any]:
     """Nested names joined by dots."""
     if not isinstance(found, Mapping):
-        return {name: found}
+        return {name: _rounded(found)}
     if {"value", "low", "high"} <= found.keys():
-        return {name: f"{shown(found['value'])} ({shown(found['low'])} to {shown(found['high'])})"}
+        value, low, high = (shown(_rounded(found[key])) for key in ("value", "low", "high"))
+        return {name: f"{value} ({low} to {high})"}
     joined = [_flat(value, f"{name}.{key}" if name else str(key)) for key, value in found.items()]
     return {key: value for one in joined for key, value in one.items()}

@@ -67,6 +67,7 @@ def with_operating_points(results: Path) -> Path:
             "abstain": ([bool(one) for one in reasons], pa.bool_()),
             "abstain_reasons": (reasons, pa.list_(pa.string())),
         }
+        table = table.drop_columns([name for name in added if name in table.column_names])
         for name, (values, kind) in added.items():
             known = [value if ok else None for value, ok in zip(values, scored, strict=True)]
             table = table.append_column(name, pa.array(known, kind))
