@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 PEERS = "benchmarks/peers/"
 # processes that others start, and so are the peers
-NO_COMMANDS = {"engine/preprocess/decoder.py", "engine/fleet.py"}
+NO_COMMANDS = {"engine/preprocess/decoder.py", "engine/fleet.py", "tests/engine/ray/nodes.py"}
 
 
 def commands() -> list[str]:

@@ -12,9 +12,10 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
@@ -22,10 +23,14 @@ from markdown_it import MarkdownIt
 import engine
 from engine import bundle as bundles
 from engine import plans
-from engine.gpu import choice, machine, stages
+from engine.canaries import Canaries, check
+from engine.errors import ParityError
+from engine.gpu import choice, machine
 from engine.header import dicom
 from engine.run_folder import RunFolder
 from engine.runners import choose
+from engine.runners.onnx import OnnxRunner
+from engine.step import CpuStep
 from tests.commands import benchmark_names, check_lines, commands, parser_of
 from tests.conftest import ROOT, write_images
 
@@ -239,14 +244,14 @@ def plan_of(member: bundles.Member) -> plans.Plan:
 
 
 def canaries(here: Path) -> str:
-    """On a GPU only; the words are those of the source."""
-    source = Path(stages.__file__).read_text()
-    text = "".join(
-        re.findall(r'^ {12}f?"(.*)"$', source.split("if not worst <= CANARY_LIMIT")[1], re.MULTILINE)[:2]
-    )
-    return "error: " + text.replace("{worst:.2g}", "0.03").replace(
-        "{CANARY_LIMIT:g}", f"{stages.CANARY_LIMIT:g}"
-    )
+    """A member that is not what it was when the bundle was made."""
+    models = bundles.load(here / "bundle")
+    runners = [OnnxRunner(member, models) for member in models.members]
+    step = CpuStep(models, runners, lanes=0)
+    found = Canaries.of(models)
+    with pytest.raises(ParityError) as caught:
+        check(replace(found, expected=found.expected + np.float32(0.03)), step, 8, gpu=False)
+    return f"error: {caught.value}"
 
 
 def said(manifest: str = "manifest.csv", **options: object) -> str:
