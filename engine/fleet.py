@@ -213,7 +213,7 @@ class _Fleet:
     def _take(self, child: _Child, event: dict[str, Any], watch: Watch) -> None:
         child.take(event)
         if event["event"] in ("progress", "summary"):
-            self._add_up()
+            self._add_up(event.get("elapsed_s") or 0.0)
             if self.progress.rows_done:
                 watch(self.progress)
         elif event.get("level") == "error" or event["event"] == "words":
@@ -222,13 +222,13 @@ class _Fleet:
             self._said.add(event["message"])  # most of them say the same
             self._say(event["message"])
 
-    def _add_up(self) -> None:
+    def _add_up(self, elapsed_s: float) -> None:
         progress, children = self.progress, self._children
         if not progress.rows:
             run = RunFolder(self._settings.output, overwrite=False).recorded()
             assert run is not None
             progress.rows = sum(rows_of(run, index) for index in self._indices(run))
-            progress.started = time.monotonic()
+            progress.started = time.monotonic() - elapsed_s
         progress.rows_before = sum(child.rows_before for child in children)
         progress.rows_done = sum(child.rows_done for child in children)
         progress.by_status = sum((Counter(child.by_status) for child in children), Counter())

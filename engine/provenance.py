@@ -21,7 +21,7 @@ CPU_BATCH = 8  # larger batches take more memory and are no faster
 CPU_PART_ROWS = 1024
 GPU_BATCH = 128  # or what the plans are made for
 GPU_PART_ROWS = 65_536
-PARTS_A_SHARD = 8  # at least
+PARTS_A_SHARD = 8  # about, if there are the rows
 
 
 def describe(

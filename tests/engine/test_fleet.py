@@ -143,7 +143,7 @@ def test_the_deadline_stops_all(start: Start, tmp_path: Path) -> None:
     moment = datetime.now() + timedelta(seconds=6)
     _, said = (process := start("m.txt", "--finish-by", moment.isoformat())).communicate(timeout=30)
     assert process.returncode == 5, said
-    assert abs((datetime.now() - moment).total_seconds()) < 3
+    assert -3 < (datetime.now() - moment).total_seconds() < 9, "as soon as a part allows"
     assert said.splitlines()[-1].endswith(" of 40000 rows are in finished parts; the same command goes on")
 
 

@@ -178,17 +178,19 @@ def test_other_plans_are_refused(start: Start, engine_run: Command, bundle: Path
 def test_five_start_in_the_same_instant_on_a_folder_that_is_listed_once(
     start: Start, bundle: Path, tmp_path: Path
 ) -> None:
-    """One of them has nothing to do."""
+    """Three of them have nothing to do."""
     images = write_images(tmp_path / "images", 12)
     (images / "notes").write_text("no image")
     for attempt in range(2):
-        names = ("-o", f"out{attempt}", "--part-rows", "3")
-        processes = [start(images, *names, "--shard", f"{number}/5") for number in range(1, 6)]
+        processes = [start(images, "-o", f"out{attempt}", "--shard", f"{number}/5") for number in range(1, 6)]
         said = [ended(process) for process in processes]
         output = tmp_path / f"out{attempt}"
         assert table(output).column("row").to_pylist() == list(range(12))
         assert sum("listed 12 images" in one for one in said) == 1
-        assert "shard 5/5 is done: 0 of 4 parts" in said[4] or "all 4 parts" in said[4]
+        words = ("shard 5/5 is done: 0 of 2 parts", "with it all 2 parts", "is finished already")
+        assert any(one in said[4] for one in words), said[4]
+        run = json.loads((output / "_run.json").read_text())
+        assert run["result_options"]["part_rows"] == 8, "a batch; 1024 would be one part"
         assert (output / "_SUCCESS").exists()
 
 
