@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as library
 
-from engine import evaluate
+from engine import evaluate, intervals
 from engine.intervals import draws
 from training import ensemble, metrics
 
@@ -157,7 +157,7 @@ def test_the_seed_decides_and_blocks_do_not(monkeypatch):
     first = judge(probabilities, labels)
     assert judge(probabilities, labels) == first
     assert judge(probabilities, labels, seed=1)["auc"] != first["auc"]
-    monkeypatch.setattr(evaluate, "_BLOCK", 90 * 7)
+    monkeypatch.setattr(intervals, "_BLOCK", 90 * 7)
     assert judge(probabilities, labels) == first
 
 

@@ -373,5 +373,5 @@ def test_two_shards_into_an_object_store(
     said = [ended(process) for process in processes]
     assert stored_rows(client, "shards/").equals(local_rows)
     others = {key for key in keys(client, "shards/") if not key.startswith("part-")}
-    assert others == {"_run.json", "_SUCCESS"}
+    assert others == {"_run.json", "_SUCCESS", "report.html"}
     assert any("and with it all 6 parts" in one for one in said)
