@@ -12,7 +12,7 @@ run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
 	@$(BIN)/python -c 'import engine; \
 	  rows = engine.read_results("demo/results").sort_values("p_osteoporosis", ascending=False); \
 	  print("\nThe rows with the highest probability of osteoporosis, of", len(rows), "in demo/results:\n"); \
-	  print(rows[["row", "path", "label", "prediction", "confidence", "p_osteoporosis"]].head(10).to_string(index=False))'
+	  print(rows[["row", "path", "label", "prediction", "p_osteoporosis", "triage"]].head(10).to_string(index=False))'
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest
@@ -66,10 +66,14 @@ clean:
 demo/images/normal: | .venv/training.stamp
 	$(BIN)/python -m training.synthetic demo/images --class-folders --count 150 --seed 1 --size 256 384
 
+demo/labelled/normal: | .venv/training.stamp
+	$(BIN)/python -m training.synthetic demo/labelled --class-folders --count 60 --seed 4 --size 256 384
+
 # the results of an older bundle go with it
-demo/bundle/ensemble.json: demo/images/normal
+demo/bundle/ensemble.json: demo/images/normal demo/labelled/normal
 	rm -rf demo/results
 	$(BIN)/python -m training demo/images -o demo/bundle --weights none --freeze --copies 0 --seed 1 --overwrite
+	$(BIN)/python -m engine.calibrate demo/bundle --on demo/labelled
 
 demo/contest/ensemble.json: | .venv/training.stamp
 	$(BIN)/python -m benchmarks bundle demo/contest
