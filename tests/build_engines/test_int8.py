@@ -192,7 +192,7 @@ def test_the_engine_runs_them_when_asked_and_records_it(built, archive, engine_r
     assert engine_run(*arguments[:-2], "--precision", "fp32").returncode == 2
     run = engine_run(*arguments[:3], "-o", "float", "--device", "cpu")
     assert run.returncode == 0, run.stderr
-    read = [pq.read_table(archive.parent / name).to_pandas() for name in ("results", "float")]
+    read = [engine.read_results(archive.parent / name) for name in ("results", "float")]
     difference = np.abs(read[0]["p_normal"] - read[1]["p_normal"])
     assert 0 < difference.max() < 0.2
 
