@@ -278,7 +278,9 @@ class _ParquetSource:
     def __init__(self, source: Path) -> None:
         self._source = source
         with pq.ParquetFile(source) as opened:
-            self.schema = pa.schema([_as_string(field) for field in opened.schema_arrow])
+            self.schema = pa.schema(
+                [field.with_type(_without_views(field.type)) for field in opened.schema_arrow]
+            )
             self.rows = opened.metadata.num_rows
         self.sha256 = _sha256(source)
 
@@ -288,9 +290,11 @@ class _ParquetSource:
                 yield pa.Table.from_batches([batch]).cast(self.schema)
 
 
-def _as_string(field: pa.Field[Any]) -> pa.Field[Any]:
-    """The same, where it is a string view, which much of Arrow can't work with."""
-    return field.with_type(pa.string()) if pa.types.is_string_view(field.type) else field
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """The same type with strings in place of string views, which much of Arrow can't work with."""
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
+    return pa.string() if pa.types.is_string_view(kind) else kind
 
 
 class _TextSource:

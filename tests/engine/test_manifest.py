@@ -93,7 +93,8 @@ def test_parquet_keeps_types_and_order(tmp_path: Path) -> None:
             "note": ["a", None, "c", "d"],
         }
     )
-    views = table.set_column(3, "note", table["note"].cast(pa.string_view()))  # comes as strings
+    views = table.set_column(3, "note", table["note"].cast(pa.string_view()))  # come as strings
+    views = views.set_column(2, "tags", table["tags"].cast(pa.list_(pa.string_view())))
     pq.write_table(views, tmp_path / "m.parquet", row_group_size=1)
     manifest = open_manifest(tmp_path / "m.parquet")
     parts = list(manifest.parts(3))
