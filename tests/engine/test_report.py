@@ -442,7 +442,7 @@ def test_throughput_leaves_pauses_out() -> None:
     few = throughput({"started": began.isoformat()}, done[:2])
     assert few is not None
     assert few["chart"] is None
-    assert throughput({"started": began.isoformat()}, [Done(0, 0, 1, {}, {}, None)]) is None
+    assert throughput({"started": began.isoformat()}, [Done(0, 0, 1, {}, {}, {}, None)]) is None
 
 
 @pytest.mark.parametrize(
