@@ -88,7 +88,7 @@ def load(path: Path) -> Bundle:
         raise UsageError(f"bundle {path}: {why}; {hint}") from None
     try:
         bundle = _parse(path, json.loads(raw), hashlib.sha256(raw).hexdigest())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"bundle {path}: {DESCRIPTION}: {_one_line(reason)}") from None
     _check_hashes(bundle)

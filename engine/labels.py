@@ -36,6 +36,8 @@ class Names:
 
     def find(self, name: str) -> int | None:
         """The class's position, None for a name that stands for none."""
+        if name in self.classes:  # there may be another that differs in case alone
+            return self.classes.index(name)
         position = self._known.get(key(name))
         if position is not None and key(name) != key(self.classes[position]):
             self.aliases.add(name)

@@ -250,7 +250,7 @@ def _path_column(source: Path, rows: _Source, wanted: str | None, root: Place) -
     kind = rows.schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UsageError(f"manifest {source}: column {column!r} holds {kind}, not paths; see --path-column")
     if column in (wanted, PATH):
         return column
@@ -278,13 +278,23 @@ class _ParquetSource:
     def __init__(self, source: Path) -> None:
         self._source = source
         with pq.ParquetFile(source) as opened:
-            self.schema, self.rows = opened.schema_arrow.remove_metadata(), opened.metadata.num_rows
+            self.schema = pa.schema(
+                [field.with_type(_without_views(field.type)) for field in opened.schema_arrow]
+            )
+            self.rows = opened.metadata.num_rows
         self.sha256 = _sha256(source)
 
     def tables(self) -> Iterator[pa.Table]:
         with pq.ParquetFile(self._source) as opened:
             for batch in opened.iter_batches(65_536):
-                yield pa.Table.from_batches([batch]).replace_schema_metadata(None)
+                yield pa.Table.from_batches([batch]).cast(self.schema)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    """The same type with strings in place of string views, which much of Arrow can't work with."""
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_views(kind.value_type)))
+    return pa.string() if pa.types.is_string_view(kind) else kind
 
 
 class _TextSource:

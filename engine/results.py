@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from engine.errors import EngineError, UsageError
-from engine.run_folder import SUCCESS, RunFolder, parts_of
+from engine.run_folder import RUN, SUCCESS, RunFolder, parts_of
 from engine.settings import parse_location
 from engine.sink import METADATA, Done, part_name
 from engine.storage import Url
@@ -148,6 +148,10 @@ def _of_run(place: Place, *, unfinished: bool) -> Results:
     folder = RunFolder.existing(place)
     run = folder.recorded()
     assert run is not None
+    try:
+        _check(run)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UsageError(f"results {place}: {RUN} makes no sense: {error!r}"[:300]) from None
     done = folder.finished(run)
     rows = sum(part.rows for part in done.values())
     finished = folder.succeeded() and len(done) == parts_of(run)
@@ -170,12 +174,26 @@ def _merged(place: Place, files: Folder) -> Results:
         rows = sum(files.read(name, pq.read_metadata).num_rows for name in names)
         if rows != run["rows"]:
             raise ValueError(f"{rows} rows in the parts, {run['rows']} in {MERGED}")
-        needed = [  # by merging again
-            (datetime.fromisoformat(one["started"]), one["classes"], one["result_options"]["root"])
-            for one in run["runs"].values()
-        ]
-        if not needed:
+        for one in run["runs"].values():
+            _check(one)
+        if not run["runs"]:
             raise ValueError("no runs")
-    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, pa.ArrowException) as error:
         raise UsageError(f"results {place}: {MERGED}: {' '.join(str(error).split())[:200]}") from None
     return Results(place, files, run, names, rows, (), finished=True)
+
+
+def _check(run: dict[str, Any]) -> None:
+    """What readers take for granted in `_run.json`. Raises ValueError, KeyError, TypeError ..."""
+    options = run["result_options"]
+    datetime.fromisoformat(run["started"])
+    fine = (
+        isinstance(run["run_id"], str)
+        and isinstance(options["root"], str)
+        and all(isinstance(name, str) for name in [run["classes"][0], *run["classes"], *run["weights"]])
+        and int(run["rows"]) >= 0 < int(options["part_rows"])
+        and all(isinstance(run.get(name) or {}, dict) for name in ("weights", "groups", "versions", "tuning"))
+        and all(isinstance(run.get(name) or {}, dict) for name in ("machine", "operating_points"))
+    )
+    if not fine:
+        raise ValueError("a field is of another kind than engine.run writes")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 from engine.privacy import scrubbed
 from engine.records import Status
 from engine.report.bars import bars
-from engine.report.gather import BINS, SAMPLE, Shape, Tally
+from engine.report.gather import BINS, SAMPLE, Labelled, Shape, Tally
 from engine.report.page import count, counted, number, percent, shown
 from engine.results import Results
 from engine.sink import Done
@@ -266,7 +265,7 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
         "voters": voters,
         "rows": len(truth),
         "all_rows": labelled.rows,
-        "notes": _notes(labelled.rows, labelled.labels, labelled.others, labelled.unknown),
+        "notes": _notes(labelled, tally.names.read_as()),
         "show_matrix": len(shape.classes) <= MATRIX_CLASSES,
         "roc": plot("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
         "reliability": plot(
@@ -277,8 +276,11 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
     }
 
 
-def _notes(scored: int, labels: int, others: int, unknown: Counter[str]) -> list[str]:
+def _notes(labelled: Labelled, read_as: list[str]) -> list[str]:
     notes = []
+    if read_as:
+        notes.append(f"Labels were read so: {', '.join(read_as)}.")
+    scored, labels, others, unknown = labelled.rows, labelled.labels, labelled.others, labelled.unknown
     if labels > scored:
         notes.append(
             f"Not counted, since they have no score: {counted(labels - scored, 'row')} with a label."

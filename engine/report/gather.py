@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from engine.errors import EngineError, UsageError
+from engine.labels import Names
 from engine.listing import PATH
 from engine.records import Status
 from engine.results import Results
@@ -184,6 +185,7 @@ class Tally:
         }
         self.risk, self.abstaining = Top(listed), Top(listed)
         self.labelled = Labelled()
+        self.names = Names.of(shape.classes)
 
     @property
     def scored(self) -> int:
@@ -300,15 +302,13 @@ class Tally:
         return places if same else self._places(cast(Any, _words(scored.column(label))))
 
     def _places(self, words: Any) -> Counts:
-        """The class [n] that each word names, as it is spelled or in any case; -1 for none."""
-        spelled = {name: place for place, name in enumerate(self.shape.classes)}
-        folded = {name.strip().casefold(): place for name, place in spelled.items()}
+        """The class [n] that each word stands for; -1 for none."""
         encoded = words.dictionary_encode()
-        places = [
-            spelled.get(word, folded.get(word.strip().casefold(), -1)) if word is not None else -1
+        found_as = [
+            -1 if word is None or (place := self.names.find(word)) is None else place
             for word in [*encoded.dictionary.to_pylist(), None]
         ]
-        found: Counts = np.array(places)[encoded.indices.fill_null(len(places) - 1).to_numpy()]
+        found: Counts = np.array(found_as)[encoded.indices.fill_null(len(found_as) - 1).to_numpy()]
         return found
 
 

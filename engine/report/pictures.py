@@ -24,7 +24,7 @@ from engine.store import open_folder, reason
 
 SIDE = 192  # pixels of a thumbnail, before it gets its image's shape
 MOST_BYTES = 4 << 20  # of an overlay
-MOST_ROWS = 200  # whose overlays are shown
+MOST_OVERLAYS = 48 << 20  # bytes of all overlays; a browser has to hold the page
 _NAME = re.compile(r"row-\d{9,}-[^/\\]+\.png")
 _PNG = b"\x89PNG\r\n\x1a\n"
 Say = Callable[[str], None]
@@ -96,19 +96,25 @@ def explanations(results: Results, *, say: Say) -> tuple[str, list[Explained]]:
         if index["run_id"] not in results.runs:
             say(f"{EXPLANATIONS}/ is of another run: left out")
             return "", []
-        found = []
-        for one in index["rows"][:MOST_ROWS]:
-            voters = {
-                str(voter): _overlay(folder.read(name, lambda opened: opened.read(MOST_BYTES)))
-                for voter, name in one["voters"].items()
-                if _NAME.fullmatch(name)
-            }
+        method, found, left = str(index.get("method") or ""), list[Explained](), MOST_OVERLAYS
+        for place, one in enumerate(index["rows"]):
+            voters = {}
+            for voter, name in one["voters"].items():
+                if not _NAME.fullmatch(name):
+                    continue
+                data = folder.read(name, lambda opened: opened.read(MOST_BYTES))
+                left -= len(data)
+                if left < 0:
+                    rest = len(index["rows"]) - place
+                    say(f"the first {place} explanations are on the page, {rest} more in {EXPLANATIONS}/")
+                    return method, found
+                voters[str(voter)] = _overlay(data)
             named = str(one.get("class") or index.get("class") or "")
             found.append(Explained(int(one["row"]), printable(named), printable(voters)))
-        return str(index.get("method") or ""), found
+        return method, found
     except OSError as error:
         say(f"{EXPLANATIONS}/ is left out: {reason(error)}")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         say(f"{EXPLANATIONS}/{INDEX} is left out: it is not what engine.explain writes")
     return "", []
 

@@ -25,7 +25,7 @@ import engine
 from engine.errors import EngineError, UsageError
 from engine.merge import merge
 from engine.report import __main__ as command
-from engine.report import write
+from engine.report import pictures, write
 from engine.report.facts import throughput
 from engine.report.gather import Top
 from engine.report.page import number, printable, shown
@@ -179,6 +179,20 @@ def test_explanations_that_are_none(
     assert "Explanations" not in page_of(results).headings
 
 
+def test_explanations_that_no_browser_could_hold(
+    screened: Screen, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = screened(path=names(4))
+    index = with_explanations(results, row=1) / "index.json"
+    found = json.loads(index.read_text())
+    index.write_text(json.dumps(found | {"rows": found["rows"] * 3}))
+    picture = next(index.parent.glob("*.png")).stat().st_size
+    monkeypatch.setattr(pictures, "MOST_OVERLAYS", 2 * picture)
+    assert command.main([str(results)]) == 0
+    assert "the first 2 explanations are on the page, 1 more in explanations/" in capsys.readouterr().err
+    assert page_of(results).values("class").count("saliency") == 2
+
+
 def test_what_is_hostile_is_text(archive: Path, tmp_path: Path) -> None:
     evil = ("normal", "</style><script>alert(5)</script>", '"onmouseover=alert(6) x="')
     for name in HOSTILE[:6:2]:
@@ -270,9 +284,12 @@ def test_unfinished_and_older_results(screened: Screen, capsys: pytest.CaptureFi
 
 
 def test_label_columns(screened: Screen, capsys: pytest.CaptureFixture[str]) -> None:
-    results = screened(path=names(6), grade=["normal"] * 6, side=[1.5] * 6)
+    results = screened(path=names(6), grade=["normal"] * 6, side=[1.5] * 6, public=["OS", "healthy", "1"] * 2)
     assert "Against the labels" not in page_of(results).headings
     assert "whose grade is one" in page_of(results, label_column="grade").section("Against the labels")
+    aliases = page_of(results, label_column="public").section("Against the labels")
+    assert "6 rows" in aliases
+    assert "1 as osteopenia, OS as osteoporosis, healthy as normal" in aliases
     assert command.main([str(results), "--label-column", "gade"]) == 2
     assert "no column 'gade'; --label-column names one of row, path, grade" in capsys.readouterr().err
     assert command.main([str(results), "--label-column", "side"]) == 2
@@ -416,7 +433,7 @@ def test_the_highest_rows_whatever_the_cuts() -> None:
 def test_throughput_leaves_pauses_out() -> None:
     began = datetime(2031, 5, 17, 20, tzinfo=UTC)
     at = [10, 20, 30, 40, 50, 50_000, 50_010, 50_020]
-    done = [Done(place, 0, 100, {}, {}, began + timedelta(seconds=s)) for place, s in enumerate(at)]
+    done = [Done(place, 0, 100, {}, {}, {}, began + timedelta(seconds=s)) for place, s in enumerate(at)]
     found = throughput({"started": began.isoformat()}, done)
     assert found is not None
     assert "800 rows in 1 min, start-up included: 10 a second" in found["text"]
@@ -425,7 +442,7 @@ def test_throughput_leaves_pauses_out() -> None:
     few = throughput({"started": began.isoformat()}, done[:2])
     assert few is not None
     assert few["chart"] is None
-    assert throughput({"started": began.isoformat()}, [Done(0, 0, 1, {}, {}, None)]) is None
+    assert throughput({"started": began.isoformat()}, [Done(0, 0, 1, {}, {}, {}, None)]) is None
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,11 @@ def test_an_unfinished_run_is_refused_unless_asked_for(screened: Screen, tmp_pat
         merge([output], tmp_path / "merged")
     with pytest.raises(UsageError, match=r"no _run\.json there"):
         engine.read_results(tmp_path)
+    run = json.loads((output / "_run.json").read_text())
+    for changed in ({"classes": []}, {"started": "soon"}, {"weights": ["member0"]}, {"run_id": 5}):
+        (output / "_run.json").write_text(json.dumps(run | changed))
+        with pytest.raises(UsageError, match=r"_run\.json makes no sense"):
+            engine.read_results(output, unfinished=True)
 
 
 def test_the_newest_score_of_each_image_wins(

@@ -191,6 +191,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, calibrated: tuple[float, di
         ("target", None, "none of"),
         ("rule_out below", float("nan"), "nan is not a number from 0 to 1"),
         ("rule_out below", float("-inf"), "-inf is not"),
+        ("rule_out below", 10**400, "too large"),
         ("rule_out below", -0.1, "-0.1 is not"),
         ("refer above", 1.5, "1.5 is not"),
         ("refer above", "0.5", "'0.5' is not"),
