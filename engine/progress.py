@@ -101,6 +101,10 @@ def show_summary(console: Console, summary: Summary) -> None:
         counts.add_row(status, str(count))
     for name, count in summary.by_class.items():
         counts.add_row(f"  predicted {name}", str(count))
+    for name in ("lost", "refused", "parts_done_again"):
+        if summary.actors and (found := summary.actors[name]):
+            words = name.replace("_", " ") if name.startswith("parts") else f"actors {name}"
+            counts.add_row(words, str(len(found) if isinstance(found, list) else found))
     if summary.rows_done:
         counts.add_row("images/s", f"{summary.rows_done / summary.elapsed_s:.1f}")
         counts.add_row("seconds", f"{summary.elapsed_s:.1f}")

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.scaling import line_through
+from benchmarks.scaling_out import uniform_bundle
+from engine import bundle as bundles
 from tests.conftest import run_module
 from tests.tolerances import FAST_MEAN
 
@@ -64,3 +67,11 @@ def test_a_kill_costs_no_more_than_the_parts_that_were_open(tmp_path: Path, bund
 def test_host_cost(tmp_path: Path, bundle: Path) -> None:
     found = figures(tmp_path, "throughput-null-cpu", "throughput", "--null", "--rows", "2000", "-b", bundle)
     assert found
+
+
+def test_null_stages_pass_the_canaries_of_their_bundle(tmp_path: Path, bundle: Path) -> None:
+    made = bundles.load(uniform_bundle(bundle, tmp_path / "bundle"))
+    _, expected = bundles.load_canaries(made)
+    assert (expected == np.float32(1 / 3)).all()
+    assert made.members[0].files == bundles.load(tmp_path / "bundle").members[0].files
+    assert bundles.load(bundle).sha256 != made.sha256

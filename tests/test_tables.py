@@ -28,6 +28,24 @@ def test_the_paper_on_scaling_out_has_the_figures_of_its_json() -> None:
     assert faster["driver_cores"] > 4, "a driver that takes 10 ms a part is too slow for 438 a second"
 
 
+def test_what_ray_costs_is_told() -> None:
+    found = {
+        "work": {"rows": 2048, "null_rows": 400_000},
+        "overhead": {"median": 0.021, "interval": [0.012, 0.03], "limit": 0.05},
+        "null_rows_per_s": {"one process": {"median": 24_000.4}, "2 actors": {"median": 36_000}},
+        "recovery": {"seconds": {"median": 4.21}, "rows_again": {"median": 512}},
+    }
+    assert list(tables.scaling_out_rows(found)) == [
+        (
+            "`scaling-out`: what `--ray` takes from the rate of one process (2048 rows)",
+            "2.1 %, 95 % 1.2 to 3.0",
+            "5 %",
+        ),
+        ("rows/s with null stages (400,000 rows)", "one process: 24,000, 2 actors: 36,000", ""),
+        ("an actor is killed: until another is at work (and rows scored again)", "4.2 s (512)", ""),
+    ]
+
+
 def test_figures_follow_their_json(tmp_path: Path) -> None:
     found = json.loads((RESULTS / "memory-cpu.json").read_text())
     found["growth_mb"], found["machine"]["processor"] = 71.4, "Another"

@@ -25,7 +25,7 @@ PARTS, PULSE = "parts", "pulse"  # concurrency groups: what may be asked of an a
 MOST_PARTS = 24  # that an actor may hold
 GATHER_S = 20.0  # for actors that the cluster has no room for as yet
 REMIND_S = 30.0
-LIVES = 3  # of an actor that never gets as far as to take a part
+LIVES, MOST_LIVES = 3, 10  # actors in a row that die before they take a part: then a pause, then an end
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Kind:
             choice.runner, choice.device, choice.precision, plans, choice.gpu.name if choice.gpu else None
         )
 
-    def as_json(self, batch_size: int | None) -> dict[str, Any]:
+    def as_json(self, batch_size: int) -> dict[str, Any]:
         return asdict(self) | {"plans": dict(self.plans) or None, "batch_size": batch_size}
 
 
@@ -55,6 +55,7 @@ class Slot:
 
     post: Post
     failures: int = 0  # actors in a row that died before they took a part
+    start_at: float | None = None  # when the next is started, after such failures
 
 
 @dataclass(eq=False)
@@ -64,6 +65,7 @@ class Hand:
     name: str
     slot: Slot
     handle: Any
+    late: bool = False  # it was started when the run had begun
     hello: Hello | None = None
     opening: float | None = None  # when it was asked to open its stages
     opened: bool = False
@@ -133,6 +135,7 @@ class Crew:
         self.past: list[Hand] = []  # that are
         self.refused: list[str] = []
         self.owner: Owner | None = None
+        self.begun = False  # the run: who comes now and is of no use doesn't end it
         self._waiting: dict[Any, tuple[Hand, Then]] = {}
         self._stack = ExitStack()
         self._reminded = time.monotonic()
@@ -165,15 +168,8 @@ class Crew:
         words = [
             f"{count} on {what}s" for count, what in ((gpus, "GPU"), (len(self.hands) - gpus, "CPU")) if count
         ]
-        hosts = len(self.hosts)
-        on = (
-            f"{hosts} machines"
-            if hosts > 1
-            else "this machine"
-            if self.settings.ray == "local"
-            else "1 machine"
-        )
-        return replace(choice, reason=f"{choice.reason}; Ray actors: {', '.join(words)}, {on}")
+        hosts = f"{len(self.hosts)} machine{'s' * (len(self.hosts) > 1)}"
+        return replace(choice, reason=f"{choice.reason}; Ray actors: {', '.join(words)}, {hosts}")
 
     @property
     def hosts(self) -> set[str]:
@@ -193,16 +189,13 @@ class Crew:
         name = uuid.uuid4().hex[:12]
         post = slot.post
         settings = replace(
-            self.settings,
-            output=absolute(self.settings.output),
-            bundle=self.settings.bundle.absolute(),
-            batch_size=self.settings.batch_size,
+            self.settings, output=absolute(self.settings.output), bundle=self.settings.bundle.absolute()
         )
         options: dict[str, Any] = {"num_cpus": post.workers, "max_restarts": 0}
         if post.gpu:
             options["num_gpus"] = 1
         handle = self._remote.options(**options).remote(Brief(name, settings, post))
-        hand = Hand(name, slot, handle)
+        hand = Hand(name, slot, handle, late=self.begun)
         self.hands.append(hand)
         self.call(hand, "hello", then=self._greeted)
 
@@ -215,6 +208,10 @@ class Crew:
 
     def turn(self, wait_s: float) -> None:
         """Handle the answers that are there, or come within `wait_s`. Raises EngineError to end the run."""
+        for slot in self.slots:
+            if slot.start_at and time.monotonic() > slot.start_at:
+                slot.start_at = None
+                self._start(slot)
         if not self._waiting:
             time.sleep(wait_s)
             return
@@ -253,34 +250,44 @@ class Crew:
         if isinstance(cause, ParityError):
             self.refuse(hand, str(cause))
         elif isinstance(cause, EngineError):
-            raise type(cause)(f"{where}{cause}")
+            self._of_no_use(hand, type(cause)(f"{where}{cause}"))
         elif hand.ready:  # a GPU that is broken, say
             self.lose(hand, _last_line(error))
         else:
             raise RuntimeError(f"{where}{_last_line(error)}")
 
+    def _of_no_use(self, hand: Hand, error: EngineError) -> None:
+        """Raises `error`, but for an actor that came later and has not done anything yet."""
+        if hand.ready or not hand.late:
+            raise error
+        self.dismiss(hand, str(error))
+
     def _greeted(self, hand: Hand, hello: Hello) -> None:
-        """Raises UsageError where it has another bundle or other versions."""
         hand.hello = hello
+        if problem := self._problem(hello):
+            self._of_no_use(hand, UsageError(problem))
+        elif self.owner:
+            self.owner.greeted(hand)
+
+    def _problem(self, hello: Hello) -> str | None:
+        """Why an actor's scores would not be those of the others."""
         if hello.bundle_sha256 != self._models.sha256:
-            raise UsageError(
-                f"bundle {self.settings.bundle}: another one on {hello.host}; the same has to be on every "
-                "machine"
+            return (
+                f"bundle {self.settings.bundle}: another one on {hello.host}; give the same to all machines"
             )
         ours = {"engine": __version__, **versions()}
         for name in ours.keys() | hello.versions.keys():
             if ours.get(name) != hello.versions.get(name):
-                raise UsageError(
+                return (
                     f"{hello.host} has {name} {hello.versions.get(name) or 'not'}, here is "
                     f"{ours.get(name) or 'none'}; install the same on every machine (constraints.txt)"
                 )
-        if self.owner:
-            self.owner.greeted(hand)
+        return None
 
-    def lose(self, hand: Hand, why: str, *, guilty: bool = True) -> None:
+    def lose(self, hand: Hand, why: str) -> None:
         """Give an actor up, whatever it is doing, and put another in its place.
 
-        Raises EngineError when those in that place die again and again.
+        Raises EngineError when no actor lives long enough to take a part.
         """
         if hand.gone:
             return
@@ -288,15 +295,15 @@ class Crew:
         slot.failures = 0 if hand.began else slot.failures + 1
         if hand.ready:
             self.say(f"an actor on {hand.host} ({hand.pid}) is lost, another takes its place: {why}")
-        self._drop(hand, guilty=guilty)
+        self._drop(hand, guilty=True)
         if slot.failures < LIVES:
             self._start(slot)
             return
-        if not any(other.hello for other in self.hands):
-            raise EngineError(f"actors don't live here: {why}")
-        self.say(
-            f"{hand.host}: {slot.failures} actors have died before they began, no more are started: {why}"
-        )
+        hopeless = slot.failures >= MOST_LIVES or not any(one.began for one in (*self.hands, *self.past))
+        if hopeless and not self.ready:
+            raise EngineError(f"no actor lives long enough to take a part: {why}")
+        self.say(f"{slot.failures} actors have died before they took a part, the last since: {why}")
+        slot.start_at = time.monotonic() + REMIND_S
 
     def refuse(self, hand: Hand, why: str) -> None:
         """Its scores are wrong: no actor takes its place. Raises ParityError when no other is left."""

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, Stopped
+from engine.errors import EngineError, ParityError, Stopped
 from engine.job import Job, Say, Watch, close_ledger, prepare
 from engine.ledger import Summary
 from engine.overlap import Meter
@@ -97,7 +97,6 @@ class Run:
         self._stages_of = stages_of
         self._leaders: dict[Kind, Opened] = {}
         self._batch_sizes: dict[Kind, int] = {}
-        self._begun = False
         self.done: dict[int, Done] = {}  # by this start
         self._unvouched: dict[str, set[int]] = {}  # parts that are done, by the actor's name
         self._actors: dict[str, Any] = {}  # `_actors.json`
@@ -118,7 +117,7 @@ class Run:
         self._by_status = self.progress.by_status.copy()  # of parts that are done
         self._actors = job.folder.actors(job.run)
         self.supply = Supply(self._parts_of, set(range(parts_of(job.run))) - set(job.done))
-        self._begun = True
+        crew.begun = True
         try:
             for hand in list(crew.hands):
                 self.greeted(hand)
@@ -152,23 +151,25 @@ class Run:
         run, settings = self.job.run, self.job.settings
         recorded = None if settings.overwrite else self.job.folder.recorded()
         choices = {hand.kind: hand.hello.choice for hand in self.crew.hands if hand.hello}
-        before = {json.dumps(one | {"batch_size": None}): one["batch_size"] for one in _kinds(recorded)}
+        before = {_key(one): one["batch_size"] for one in _kinds(recorded)}
         for kind, choice in choices.items():
             default = settings.batch_size or defaults(choice)[0]
-            known = before.get(json.dumps(kind.as_json(None)), default)
+            known = before.get(_key(kind.as_json(default)), default)
             self._batch_sizes[kind] = known if len(choices) > 1 else run["result_options"]["batch_size"]
         for kind in choices:
             self._lead(kind)
         if len(choices) > 1:
             kinds = [kind.as_json(size) for kind, size in self._batch_sizes.items()]
-            run["result_options"]["kinds"] = sorted(kinds, key=json.dumps)
+            run["result_options"]["kinds"] = sorted(kinds, key=_key)
             if settings.part_rows is None and recorded is None:
                 run["result_options"]["part_rows"] = min(defaults(choice)[1] for choice in choices.values())
 
     def _lead(self, kind: Kind) -> None:
-        """Open one actor of a kind; another when it is lost."""
+        """Open one actor of a kind; another when it is lost. Raises ParityError when all are refused."""
         asked: Hand | None = None
         while kind not in self._leaders:
+            if not any(hand.slot.post.gpu == (kind.gpu is not None) for hand in self.crew.hands):
+                raise ParityError(f"no actor is left of a kind: {self.crew.refused[-1]}")
             if asked is None or asked.gone:
                 there = (hand for hand in self.crew.hands if hand.hello and hand.kind == kind)
                 if asked := next(there, None):
@@ -179,7 +180,7 @@ class Run:
 
     def greeted(self, hand: Hand) -> None:
         """An actor is there, now or since before the run began."""
-        if not self._begun or not hand.hello:
+        if not self.crew.begun or not hand.hello:
             return
         if hand.kind not in self._batch_sizes:
             self.crew.dismiss(hand, "the run has begun without such actors")
@@ -225,7 +226,7 @@ class Run:
                 run["result_options"]["batch_size"] = opened.batch_size
                 run["tuning"] |= opened.tuning
             run["versions"] |= opened.versions
-        if self._begun:
+        if self.crew.begun:
             self._begin(hand)
 
     def _begin(self, hand: Hand) -> None:
@@ -535,6 +536,10 @@ def is_sooner_elsewhere(rows: int, mine: Load, others: Sequence[Load], left: int
     held = sum(other.rows for other in others if other.rate)
     theirs_s = (held + left - rows) / sum(rates) + rows / max(rates)
     return theirs_s < (mine.rows + rows) / mine.rate
+
+
+def _key(kind: dict[str, Any]) -> str:
+    return json.dumps(kind | {"batch_size": None}, sort_keys=True)
 
 
 def _kinds(recorded: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ class EnsembleScorer:
         """As the reader does it with what is in a file."""
         data = b"" if image is None else bytes(image)
         if not data:
-            batch.fail(position, Status.EMPTY, "the image has 0 bytes")
+            batch.fail(position, Status.EMPTY, "the file has 0 bytes")
             return
         try:
             found = header.parse(data, self._max_pixels)

@@ -209,6 +209,16 @@ def test_an_actor_holds_several_parts_and_writes_each(opened) -> None:
     actor.probe(next(manifest.parts(8)), 2, 5)
 
 
+def test_int8_is_held_against_the_first_actor_and_not_against_float32(opened, bundle: Path) -> None:
+    actor, work, _ = opened
+    actor._choice = replace(actor._choice, precision="int8")
+    expected = actor.open(work).expected
+    _, float32 = bundles.load_canaries(bundles.load(bundle))
+    assert np.abs(expected - float32).max() < 1e-5
+    with pytest.raises(ParityError, match="differ"):
+        actor.open(replace(work, expected=expected + np.float32(0.01)))
+
+
 def test_a_machine_that_sees_other_folders_is_refused(opened, tmp_path: Path) -> None:
     actor, work, manifest = opened
     with pytest.raises(UsageError, match="not the same folder on every machine"):

@@ -1,0 +1,92 @@
+"""`EnsembleScorer`: the engine's numbers on the blocks of a dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from engine import bundle as bundles
+from engine.errors import UsageError
+from engine.pipeline import screen
+from engine.ray import EnsembleScorer
+from engine.settings import Settings
+from tests.conftest import ROOT
+from tests.engine.ray.conftest import Nodes
+from tests.engine.test_nothing_lost import table
+
+DATA = """
+import json, sys
+import ray
+from engine.ray import EnsembleScorer
+address, bundle, folder = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+ray.data.DataContext.get_current().enable_progress_bars = False
+rows = ray.data.read_binary_files(folder, include_paths=True).map_batches(
+    EnsembleScorer,
+    fn_constructor_kwargs={"bundle": bundle, "workers": 1},
+    concurrency=1,
+    batch_size=16,
+    batch_format="numpy",
+).take_all()
+names = [row["path"].rpartition("/")[2] for row in rows]
+print(json.dumps({name: [row["status"], float(row["p_osteopenia"])] for name, row in zip(names, rows)}))
+"""
+
+
+@pytest.fixture
+def expected(archive: Path, bundle: Path, tmp_path: Path) -> pd.DataFrame:
+    """What a run says of `archive`, two of whose files are damaged."""
+    (archive / "image-03.jpg").write_bytes(b"")
+    damaged = archive / "image-06.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    screen(Settings(manifest=archive, bundle=bundle, output=tmp_path / "out"))
+    return table(tmp_path / "out").to_pandas()
+
+
+def test_a_block_gets_the_numbers_of_a_run(archive: Path, bundle: Path, expected: pd.DataFrame) -> None:
+    scorer = EnsembleScorer(bundle, workers=1)
+    images = np.array([(archive / path).read_bytes() for path in expected.path], object)
+    found = pd.DataFrame(scorer({"bytes": images, "number": np.arange(len(images))}))
+    assert found.number.tolist() == list(range(len(images)))
+    for name in ("status", "error", "prediction"):
+        assert found[name].tolist() == expected[name].fillna("").tolist()
+    scores = [name for name in expected if "p_" in name] + ["confidence"]
+    pd.testing.assert_frame_equal(found[scores], expected[scores], check_exact=True)
+    assert found.status[3] == "empty"
+    assert found.status[6] == "truncated"
+    scorer.close()
+
+
+def test_pixels_go_straight_to_the_members(bundle: Path) -> None:
+    pixels, probabilities = bundles.load_canaries(bundles.load(bundle))
+    scorer = EnsembleScorer(bundle, workers=1)
+    found = scorer({"pixels": pixels})
+    names = [name for name in found if name.startswith("p_")]
+    assert np.abs(np.stack([found[name] for name in names], 1) - probabilities).max() < 1e-5
+    assert set(found["status"]) == {"ok"}
+    assert len(scorer({"bytes": np.array([], object)})["status"]) == 0
+    with pytest.raises(UsageError, match=r"allowed: uint8 \[N, 1, 64, 64\]"):
+        scorer({"pixels": pixels[:, 0]})
+    with pytest.raises(UsageError, match="it has to have a column bytes or pixels"):
+        scorer({"image": pixels})
+    scorer.close()
+
+
+def test_in_a_pipeline_of_ray_data(archive: Path, bundle: Path, expected: pd.DataFrame, nodes: Nodes) -> None:
+    command = [sys.executable, "-c", DATA, nodes.address, str(bundle), str(archive)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) == len(expected)
+    for row in expected.itertuples():
+        status, score = found[row.path]
+        assert status == row.status
+        assert score == pytest.approx(row.p_osteopenia, abs=1e-6, nan_ok=True)
