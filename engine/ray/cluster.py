@@ -9,6 +9,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,8 +142,11 @@ def joined(settings: Settings) -> Iterator[Cluster]:
         yield Cluster(ray)
     finally:
         ray.shutdown()
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+        for _ in range(5 if scratch else 0):  # Ray's processes write until they have ended
+            shutil.rmtree(str(scratch), ignore_errors=True)
+            if not os.path.exists(str(scratch)):
+                break
+            time.sleep(0.2)
 
 
 def _start(ray: Any, settings: Settings, scratch: str) -> None:
