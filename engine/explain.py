@@ -68,6 +68,7 @@ NEEDED = ("captum", "matplotlib", "PIL", "safetensors", "torch", "torchvision")
 TOLERANCE = {"fp32": 2e-3, "fp16": 0.02, "int8": 0.15}
 TOLERANCE_GPU = 0.02  # DALI's pixels are within 2 gray levels, on average, of the CPU's
 _OWN = re.compile(rf"row-\d+-\w+\.png|{re.escape(INDEX)}|{re.escape(LOCK)}|\..*\.tmp")
+_NO_POINTS = "; only runs with operating points abstain"
 _OF_REDACTED = ("salt_file", "paths_from", "root")
 FOOT = (
     "Orange raised the probability, blue lowered it, compared with typical images. "
@@ -230,7 +231,8 @@ class _Run:
         fine = [one for one in asked.rows if named.get(one) == Status.OK.label]
         rows = list(dict.fromkeys([*fine, *best.rows, *abstained]))
         if not rows:
-            raise UsageError(f"results {self.folder.path}: none of its rows with a score was asked for")
+            hint = _NO_POINTS if asked.abstained and not self.facts.get("operating_points") else ""
+            raise UsageError(f"results {self.folder.path}: none of its rows with a score was asked for{hint}")
         if len(rows) > MAX_ROWS:
             raise UsageError(f"{len(rows)} rows; allowed: up to {MAX_ROWS} at once")
         return rows, spread.rows
@@ -243,7 +245,7 @@ class _Run:
     def _check(self, index: int, columns: list[str]) -> None:
         known = self.folder.files.read(part_name(index), pq.read_schema).names
         if missing := [column for column in columns if column not in known]:
-            hint = "; only runs with operating points abstain" if missing[0] == "abstain" else ""
+            hint = _NO_POINTS if missing[0] == "abstain" else ""
             raise UsageError(f"results {self.folder.path}: no column {missing[0]!r}{hint}")
 
     def parts_of(self, rows: Iterable[int]) -> Iterator[Part]:
@@ -559,6 +561,8 @@ def main(arguments: list[str] | None = None) -> int:
                 watch=lambda done, rows: bar.update(task, completed=done, total=rows),
             )
         say(f"{done.explained} of {done.asked} rows explained; research use only")
+        if not given["output"] and not given["redact"]:
+            say(f"on the page, too: python -m engine.report {given['manifest']}")
         print(done.output)
         return 0
 

@@ -263,7 +263,9 @@ class RunFolder:
 
 
 def clear_explanations(folder: Folder) -> None:
-    """Delete the explanations in `folder`, and the folder if it is empty then."""
+    """Delete the explanations in `folder`, and the folder if it is empty then; not behind a link."""
+    if isinstance(folder.location, Path) and folder.location.is_symlink():
+        return
     names = folder.names()
     for name in [INDEX, *(name for name in names if fnmatch(name, PICTURES))] if names else []:
         folder.delete(name)

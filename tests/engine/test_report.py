@@ -29,7 +29,9 @@ from engine.report import pictures, write
 from engine.report.facts import throughput
 from engine.report.gather import Top
 from engine.report.page import number, printable, shown
+from engine.run_folder import clear_explanations
 from engine.sink import Done
+from engine.store import open_folder
 from tests.bundles import CLASSES, write_bundle
 from tests.conftest import ROOT
 from tests.engine.reports import HOSTILE, LABELS, with_explanations, with_operating_points
@@ -335,6 +337,10 @@ def test_only_errors_writes_it_anew_and_overwrite_takes_it_along(
         )
     assert not (results / "report.html").exists()
     assert not (results / "explanations").exists()
+    (archive / "row-1.png").touch()
+    (results / "explanations").symlink_to(archive)
+    clear_explanations(open_folder(results / "explanations"))
+    assert (archive / "row-1.png").exists()  # somebody else's
 
 
 def test_a_page_that_cannot_be_made_costs_the_run_nothing(
