@@ -21,6 +21,7 @@ from engine.provenance import defaults
 from engine.records import Batch, Part, Status
 from engine.runners import choose
 from engine.settings import Limits, Settings
+from engine.triage import Floats, Triage
 
 
 class EnsembleScorer:
@@ -31,9 +32,10 @@ class EnsembleScorer:
         )
 
     A block has a column `bytes` with encoded images, or `pixels`, uint8 [N, 1, H, W] of the bundle's size.
-    Its other columns are kept. Added are, as `engine.run` has them: `status`, `error` and `prediction` (""
-    where there is none), `confidence`, `p_<class>` and `<member>_p_<class>`, float32 (NaN when not ok). The
-    rows keep their order, and a bad image costs its own row only.
+    Its other columns are kept. Added are, as `engine.run` has them: `status`, `error`, `prediction`, `triage`
+    ("" where there is none), `confidence`, `p_<class>`, `<member>_p_<class>`, `p_<group>`, `entropy`,
+    `member_disagreement`, float32 (NaN when not ok), `abstain` (False when not known) and `abstain_reasons`,
+    joined by commas. The rows keep their order, and a bad image costs its own row only.
     """
 
     def __init__(
@@ -128,6 +130,8 @@ class EnsembleScorer:
         error, prediction = np.full(rows, "", object), np.full(rows, "", object)
         confidence = np.full(rows, np.nan, np.float32)
         scores = np.full((1 + len(models.members), rows, len(models.classes)), np.nan, np.float32)
+        distances = np.full((len(models.members), rows), np.nan, np.float32)
+        flags: dict[int, list[str]] = {}
         for batch in batches:
             assert batch.probabilities is not None
             assert batch.members is not None
@@ -138,6 +142,9 @@ class EnsembleScorer:
             prediction[where] = np.array(models.classes, object)[batch.prediction]
             confidence[where] = batch.confidence
             scores[0, where], scores[1:, where] = batch.probabilities, batch.members
+            if batch.distances is not None:
+                distances[:, where] = batch.distances
+            flags.update((batch.start + position, names) for position, names in batch.flags.items())
         voters = ["", *(f"{member.name}_" for member in models.members)]
         columns = {
             f"{voter}p_{name}": scores[place, :, number]
@@ -149,7 +156,25 @@ class EnsembleScorer:
             "error": error.astype(str),
             "prediction": prediction.astype(str),
         }
-        return named | {"confidence": confidence} | columns
+        return named | {"confidence": confidence} | columns | self._triage(scores, distances, flags)
+
+    def _triage(
+        self, scores: Floats, distances: Floats, flags: Mapping[int, Sequence[str]]
+    ) -> dict[str, npt.NDArray[Any]]:
+        """What follows from scores [1 + M, N, C], NaN where a row has none."""
+        triage, failed = Triage.of(self._models), np.isnan(scores[0, :, 0])
+        known = np.where(failed[:, None], np.float32(0), scores)
+        found = triage.columns(known[0], known[1:], distances, flags, failed)
+        columns = dict(zip((field.name for field in triage.fields), found, strict=True))
+        reasons = [",".join(names or ()) for names in columns.pop("abstain_reasons").to_pylist()]
+        words = [name or "" for name in columns.pop("triage").to_pylist()]
+        abstain = [bool(answer) for answer in columns.pop("abstain").to_pylist()]
+        numbers = {name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()}
+        return numbers | {
+            "triage": np.array(words, str),
+            "abstain": np.array(abstain, bool),
+            "abstain_reasons": np.array(reasons, str),
+        }
 
 
 def _batches(rows: int, size: int) -> list[Batch]:

@@ -483,7 +483,7 @@ def test_what_is_listed_is_decided_by_content(tmp_path: Path) -> None:
     ("name", "make", "complaint"),
     [
         ("images.dat", tar, "rename it"),
-        ("sheet.xlsx", zipped, "rename it"),
+        ("sheet.xlsx", zipped, "save it as CSV"),
         ("x.tar", tar, "listed 0 images; skipped 1 not images"),
     ],
 )

@@ -172,6 +172,6 @@ def test_members_whose_layout_has_a_version_load(tmp_path: Path) -> None:
     )
     file = BundleFile(tmp_path / "weights", "")
     member = Member("one", "mnasnet0_5", 1.0, 1.0, {"safetensors": file})
-    bundle = Bundle(tmp_path, ("a", "b", "c"), (64, 64), "none", "exact", 1.0, (member,), file, "")
+    bundle = Bundle(tmp_path, ("a", "b", "c"), (64, 64), "none", "exact", 1.0, (member,), file, {}, None, "")
     pixels = torch.full((1, 1, 64, 64), 100, dtype=torch.uint8)
     torch.testing.assert_close(load(member, bundle)(pixels), network(pixels))
