@@ -419,7 +419,7 @@ class _Pictures:
         for voter, one in maps.items():
             caption = Caption(heading, texts[voter], unit, FOOT)
             write = partial(draw, gray=gray, change=one, limit=limit, caption=caption)
-            self._folder.write(_picture(row, voter), write)
+            self._write(_picture(row, voter), write)
         self._found[row] = {
             "row": row,
             "class": self._run.name,
@@ -458,7 +458,15 @@ class _Pictures:
             "compared_with": about,
             "rows": [self._found[row] for row in rows if row in self._found],
         }
-        self._folder.write(INDEX, lambda temporary: temporary.write_text(as_json(index)))
+        self._write(INDEX, lambda temporary: temporary.write_text(as_json(index)))
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        try:
+            self._folder.write(name, write)
+        except OSError as error:
+            raise EngineError(
+                f"{self._place / name}: {reason(error)}; the same command starts again"
+            ) from None
 
 
 def _percent(probability: float) -> str:

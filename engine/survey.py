@@ -127,6 +127,8 @@ def _mended(report: Report, error: str) -> str:
     _, installs, command = error.partition("install it with: ")
     if installs:
         return command
+    if "no such file" in error:
+        return "python -m engine.manifest FOLDER -o list.parquet"
     if "python -m engine.manifest" in error:
         return f"python -m engine.manifest {where} -o list.parquet"
     options = {"--root": "--root FOLDER", "--path-column": "--path-column NAME", "--keep": "--redact"}

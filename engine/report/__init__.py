@@ -72,6 +72,8 @@ def render(
         raise UsageError(
             f"--label-column {label_column}: no value is a class; allowed: {', '.join(shape.classes)}"
         )
+    if tally.labelled.others and not tally.labelled.labels:
+        say(f"no figures of merit: no value of column {shape.label!r} is a class")
     facts = printable(facts_of(results, _success(results), shape, tally))
     thumbs: dict[int, pictures.Picture] = {}
     method, explained = "", list[pictures.Explained]()

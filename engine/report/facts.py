@@ -265,7 +265,7 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
         "voters": voters,
         "rows": len(truth),
         "all_rows": labelled.rows,
-        "notes": _notes(labelled, tally.names.read_as()),
+        "notes": _notes(labelled, tally.names.read_as(), ensemble["per_class"]),
         "show_matrix": len(shape.classes) <= MATRIX_CLASSES,
         "roc": plot("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
         "reliability": plot(
@@ -276,8 +276,10 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
     }
 
 
-def _notes(labelled: Labelled, read_as: list[str]) -> list[str]:
+def _notes(labelled: Labelled, read_as: list[str], per_class: Mapping[str, Any]) -> list[str]:
     notes = []
+    if absent := [name for name, found in per_class.items() if not found["images"]]:
+        notes.append(f"No row here has the label {' or '.join(absent)}, which counts as 0 in the means.")
     if read_as:
         notes.append(f"Labels were read so: {', '.join(read_as)}.")
     scored, labels, others, unknown = labelled.rows, labelled.labels, labelled.others, labelled.unknown

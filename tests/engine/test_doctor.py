@@ -113,7 +113,7 @@ def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp
             r"bundle .*no: no ensemble\.json there",
             f"python -m training DATA -o {tmp_path}/no",
         ),
-        ({"manifest": tmp_path / "no.csv"}, "no such file", "python -m engine.run MANIFEST"),
+        ({"manifest": tmp_path / "no.csv"}, "no such file", "python -m engine.manifest FOLDER"),
         ({"manifest": names}, "9 of 9 files are not there", "--root FOLDER"),
         ({"root": tmp_path / "no"}, "no such folder", "--root FOLDER"),
         ({"path_column": "file"}, "no column 'file'", "--path-column NAME"),
@@ -143,14 +143,18 @@ def test_no_path_is_shown_with_redact(
     monkeypatch.setattr(doctor, "hush_libraries", lambda: None)  # for good, and of this process
     secret = tmp_path / "DOE^JANE"
     manifest.parent.rename(secret)
-    for place, status in ((secret / "manifest.csv", 0), (secret / "DOE.csv", 2), (secret, 2)):
+    for place, status, command in (
+        (secret / "manifest.csv", 0, "run"),
+        (secret / "DOE.csv", 2, "manifest FOLDER -o"),
+        (secret, 2, "manifest MANIFEST -o"),
+    ):
         options = [str(place), "-b", str(bundle), "-o", str(secret / "out"), "--redact"]
         options += ["--device", "cpu"]
         assert doctor.main(options) == status
         said = capfd.readouterr()
         for word in ("DOE", "JANE", "image-0", str(tmp_path)):
             assert word not in said.out + said.err, said.out
-        assert f"python -m engine.{'manifest MANIFEST -o' if place == secret else 'run'}" in said.out
+        assert f"python -m engine.{command}" in said.out
     dry = run_module("engine.run", [*options, "--dry-run"], folder=tmp_path, timeout_s=60)
     assert (dry.returncode, "DOE" in dry.stdout + dry.stderr, "rows" in dry.stdout) == (2, False, False)
 

@@ -285,10 +285,18 @@ def test_unfinished_and_older_results(screened: Screen, capsys: pytest.CaptureFi
     assert not {"Triage", "Throughput", "Stages", "Against the labels"} & set(page.headings)
 
 
+def test_labels_that_are_all_strange(screened: Screen, capsys: pytest.CaptureFixture[str]) -> None:
+    results = screened(path=names(4), label=["left", "right"] * 2)
+    assert command.main([str(results)]) == 0
+    assert "no figures of merit: no value of column 'label' is a class" in capsys.readouterr().err
+
+
 def test_label_columns(screened: Screen, capsys: pytest.CaptureFixture[str]) -> None:
     results = screened(path=names(6), grade=["normal"] * 6, side=[1.5] * 6, public=["OS", "healthy", "1"] * 2)
     assert "Against the labels" not in page_of(results).headings
-    assert "whose grade is one" in page_of(results, label_column="grade").section("Against the labels")
+    graded = page_of(results, label_column="grade").section("Against the labels")
+    assert "whose grade is one" in graded
+    assert "No row here has the label osteopenia or osteoporosis" in graded
     aliases = page_of(results, label_column="public").section("Against the labels")
     assert "6 rows" in aliases
     assert "1 as osteopenia, OS as osteoporosis, healthy as normal" in aliases
