@@ -74,14 +74,18 @@ def scores(canaries: Canaries, step: Step, batch_size: int, *, gpu: bool) -> npt
 
 def check(canaries: Canaries, step: Step, batch_size: int, *, gpu: bool) -> float:
     """Score the canaries and return the largest difference. Raises ParityError when it is over the limit."""
-    scored = step.stage(canaries.batches(batch_size, gpu=gpu), Meter("canaries"))
-    worst = max(canaries.difference(batch) for batch in scored)
+    worst = _worst(canaries, step, batch_size, gpu=gpu)
     if not worst <= CANARY_LIMIT:
         raise ParityError(
             f"the bundle's canaries differ from their float32 reference by {worst:.2g} in probability "
             f"(allowed: {CANARY_LIMIT:g}): nothing was scored; --precision fp32 keeps full precision"
         )
     return worst
+
+
+def _worst(canaries: Canaries, step: Step, batch_size: int, *, gpu: bool) -> float:
+    scored = step.stage(canaries.batches(batch_size, gpu=gpu), Meter("canaries"))
+    return max(canaries.difference(batch) for batch in scored)
 
 
 class Guard:
@@ -101,7 +105,10 @@ class Guard:
 
     def check(self) -> None:
         """A round by itself; while nothing else is in the step."""
-        check(self._canaries, self._step, self._batch_size, gpu=self._gpu)
+        if self.rounds:
+            self._expect(_worst(self._canaries, self._step, self._batch_size, gpu=self._gpu))
+        else:
+            check(self._canaries, self._step, self._batch_size, gpu=self._gpu)
         self._rows = 0
         self._pass()
 
@@ -123,14 +130,17 @@ class Guard:
                 yield batch
 
     def _see(self, batch: Batch) -> None:
-        worst = self._canaries.difference(batch)
+        self._expect(self._canaries.difference(batch))
+        if batch.start + batch.rows == self._canaries.rows:
+            self._pass()
+
+    @staticmethod
+    def _expect(worst: float) -> None:
         if not worst <= CANARY_LIMIT:
             raise ParityError(
                 f"the bundle's canaries, right before, differ from their reference by {worst:.2g} in "
                 f"probability (allowed: {CANARY_LIMIT:g})"
             )
-        if batch.start + batch.rows == self._canaries.rows:
-            self._pass()
 
     def _pass(self) -> None:
         self.rounds += 1
