@@ -15,6 +15,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Echo:
 
     def take(self, part: Part) -> Done:
         by = {"host": "node", "device": "cuda:0", "gpu": "H100", "actor": "0123456789ab", "round": 7}
-        return Done(part.index, 0, part.rows, {"ok": part.rows}, {"normal": part.rows}, by)
+        return Done(part.index, 0, part.rows, {"ok": part.rows}, {"normal": part.rows}, by, datetime.now(UTC))
 
     def pulse(self) -> dict[str, Any]:
         return {"underway": {7: {"ok": 1000}, 8: {"ok": 10}}, "meters": {"read": (1, 2.0, 3.0, 4.0)}}

@@ -60,7 +60,8 @@ class Job:
             self.say(line)
         if self.folder.succeeded():
             with self.folder.turn(self.say):  # it may be finished since the parts were looked at
-                if not self.folder.there() >= set(self.indices):
+                # a part may be there and not count: see `RunFolder.finished`
+                if not self.settings.shard or not self.folder.there() >= set(self.indices):
                     self.folder.withdraw()
 
     @property

@@ -224,7 +224,11 @@ class RunFolder:
         """What is recorded of each actor on Ray, by its id."""
         try:
             recorded = json.loads(self.files.read(ACTORS, lambda opened: opened.read()))
-            return dict(recorded["actors"]) if recorded["run_id"] == run["run_id"] else {}
+            actors = dict(recorded["actors"]) if recorded["run_id"] == run["run_id"] else {}
+            for name, actor in actors.items():
+                if not isinstance(actor["rounds"], int):
+                    raise ValueError(f"rounds of {name} are {actor['rounds']!r}")
+            return actors
         except FileNotFoundError:
             return {}
         except StoreError:

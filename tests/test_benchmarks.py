@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from benchmarks.paper import Echo
 from benchmarks.scaling import line_through
 from benchmarks.scaling_out import uniform_bundle
 from engine import bundle as bundles
+from engine.records import Part
 from tests.conftest import run_module
 from tests.tolerances import FAST_MEAN
 
@@ -75,3 +78,8 @@ def test_null_stages_pass_the_canaries_of_their_bundle(tmp_path: Path, bundle: P
     assert (expected == np.float32(1 / 3)).all()
     assert made.members[0].files == bundles.load(tmp_path / "bundle").members[0].files
     assert bundles.load(bundle).sha256 != made.sha256
+
+
+def test_the_paper_s_actor_answers_as_the_engine_s() -> None:
+    done = Echo().take(Part(7, np.arange(4), ["a"] * 4, pa.table({})))
+    assert (done.index, done.rows, done.by_status) == (7, 4, {"ok": 4})

@@ -21,6 +21,10 @@ from engine.settings import Settings, available_cpus
 
 INSTALL = "pip install -c constraints.txt '.[ray]'"
 ANSWER_S = 5.0
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS = bytes(
+    (0, 0, 0, 4, 0, 0, 0, 0, 0)
+)  # an empty frame of them, which the server has to answer with one
 STORE_BYTES = 256 << 20  # of a Ray started here: what is in it are the paths of a few parts
 
 
@@ -170,8 +174,7 @@ def _join(ray: Any, address: str) -> None:
 
     try:
         found = canonicalize_bootstrap_address(address) or "nowhere:0"
-        host, _, port = found.rpartition(":")
-        socket.create_connection((host, int(port)), ANSWER_S).close()  # Ray itself asks for many minutes
+        _ask(found)  # Ray itself asks for many minutes
         ray.init(address=found, configure_logging=False, log_to_driver=False)
     except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())[:200]
@@ -179,6 +182,19 @@ def _join(ray: Any, address: str) -> None:
             f"--ray {address}: no cluster can be joined there ({reason}); allowed: the address HOST:PORT "
             "that `ray start` has printed, or auto, on a machine of the cluster"
         ) from None
+
+
+def _ask(address: str) -> None:
+    """Raises OSError where nothing answers, or something else than Ray, whose first words are HTTP/2's."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), ANSWER_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return
+        connection.sendall(HELLO + SETTINGS)
+        with connection.makefile("rb") as answers:
+            answer = answers.read(len(SETTINGS))
+    if answer[3:4] != SETTINGS[3:4]:
+        raise ConnectionError("what answers there is not Ray")
 
 
 def _hush() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,16 +21,45 @@ from engine.overlap import Meter
 from engine.pipeline import Stages
 from engine.provenance import describe
 from engine.ray.actor import Actor, Brief, Work
-from engine.ray.cluster import Node, Post, posts_for
+from engine.ray.cluster import Node, Post, joined, posts_for
 from engine.ray.driver import Load, is_sooner_elsewhere
 from engine.ray.isolation import Isolation
 from engine.ray.supply import Supply
 from engine.records import Batch, Part, Status
+from engine.run_folder import RunFolder
 from engine.runners.onnx import OnnxRunner
 from engine.settings import Settings
 from engine.sink import Layout
 from engine.step import CpuStep
 from tests.conftest import write_images
+
+
+@pytest.mark.parametrize("recorded", ["[]", "{}", '{"a": 7}', '{"a": {}}', '{"a": {"rounds": "2"}}'])
+def test_a_record_of_actors_that_makes_no_sense_is_named(tmp_path: Path, recorded: str) -> None:
+    (tmp_path / "_actors.json").write_text(f'{{"run_id": "r", "actors": {recorded}}}')
+    folder = RunFolder(tmp_path, overwrite=False)
+    if recorded in ("[]", "{}"):
+        assert folder.actors({"run_id": "r"}) == {}
+        return
+    with pytest.raises(EngineError, match=r"_actors\.json: it can't be read .*; delete it and run again"):
+        folder.actors({"run_id": "r"})
+
+
+def test_what_is_not_ray_is_not_waited_for() -> None:
+    with socket.create_server(("", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        settings = Settings(manifest=Path(), ray=f"localhost:{server.getsockname()[1]}")
+        with pytest.raises(UsageError, match="what answers there is not Ray"), joined(settings):
+            pass
+        thread.join()
 
 
 @pytest.mark.parametrize(
