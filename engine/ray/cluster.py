@@ -11,8 +11,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
@@ -21,6 +22,7 @@ from engine.settings import Settings, available_cpus
 
 INSTALL = "pip install -c constraints.txt '.[ray]'"
 ANSWER_S = 5.0
+SHUTDOWN_S = 20.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = bytes(
     (0, 0, 0, 4, 0, 0, 0, 0, 0)
@@ -145,12 +147,26 @@ def joined(settings: Settings) -> Iterator[Cluster]:
                 _join(ray, str(settings.ray))
         yield Cluster(ray)
     finally:
-        ray.shutdown()
+        _leave(ray, scratch)
         for _ in range(5 if scratch else 0):  # Ray's processes write until they have ended
             shutil.rmtree(str(scratch), ignore_errors=True)
             if not os.path.exists(str(scratch)):
                 break
             time.sleep(0.2)
+
+
+def _leave(ray: Any, scratch: str | None) -> None:
+    """End the connection; a Ray started here that does not end by itself is killed."""
+    leaving = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    leaving.start()
+    leaving.join(SHUTDOWN_S)
+    if not (leaving.is_alive() and scratch):
+        return
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            if scratch.encode() in (folder / "cmdline").read_bytes() and folder.name != str(os.getpid()):
+                os.kill(int(folder.name), signal.SIGKILL)
+    leaving.join(SHUTDOWN_S)
 
 
 def _start(ray: Any, settings: Settings, scratch: str) -> None:
