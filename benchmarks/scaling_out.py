@@ -66,7 +66,7 @@ def uniform_bundle(source: Path, target: Path) -> Path:
     shutil.copytree(source, target, copy_function=os.link)
     models = bundle.load(source)
     arrays = load_file(models.canaries.path)
-    arrays["probabilities"] = np.full_like(arrays["probabilities"], 1 / len(models.classes))
+    arrays["logits"] = np.zeros_like(arrays["logits"])
     name = models.canaries.path.relative_to(source)
     (target / name).unlink()
     save_file(arrays, target / name)

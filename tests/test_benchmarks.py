@@ -75,7 +75,7 @@ def test_host_cost(tmp_path: Path, bundle: Path) -> None:
 def test_null_stages_pass_the_canaries_of_their_bundle(tmp_path: Path, bundle: Path) -> None:
     made = bundles.load(uniform_bundle(bundle, tmp_path / "bundle"))
     _, expected = bundles.load_canaries(made)
-    assert (expected == np.float32(1 / 3)).all()
+    assert np.abs(expected - 1 / 3).max() < 1e-6
     assert made.members[0].files == bundles.load(tmp_path / "bundle").members[0].files
     assert bundles.load(bundle).sha256 != made.sha256
 
