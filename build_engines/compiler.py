@@ -73,12 +73,16 @@ def _interruptibly(
     """
     stop = threading.Event()
     config.progress_monitor = monitor_for(backend, phases, stop)
-    with ThreadPoolExecutor(1, thread_name_prefix="build") as worker:
-        try:
-            return worker.submit(builder.build_serialized_network, network, config).result()
-        except KeyboardInterrupt:
-            stop.set()  # and wait for the builder, which ends at its next step
-            raise
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="build") as worker:
+            try:
+                return worker.submit(builder.build_serialized_network, network, config).result()
+            except KeyboardInterrupt:
+                stop.set()  # and wait for the builder, which ends at its next step
+                raise
+    except KeyboardInterrupt:
+        backend.logger.errors.clear()  # what the builder said of it is no reason for what fails later
+        raise
 
 
 def _configured(

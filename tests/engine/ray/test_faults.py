@@ -126,8 +126,9 @@ def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) 
     wait_for_parts(process, output, len(parts(output)) + 2)
     nodes.order("hang")  # a member
     said = ended(process)
-    assert "no answer for 2 s (--part-timeout)" in said
-    assert "no finished batch for 2 s (--part-timeout)" in said
+    # a stopped process may first be missed for its answers or for its batches
+    assert said.count("no answer for 2 s (--part-timeout)") <= 1
+    assert said.count("for 2 s (--part-timeout)") == 2
     assert check(output, plain)["lost"] == 2
 
 
