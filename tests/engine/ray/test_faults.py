@@ -126,7 +126,7 @@ def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) 
     wait_for_parts(process, output, len(parts(output)) + 2)
     nodes.order("hang")  # a member
     said = ended(process)
-    # a stopped process may first be missed for its answers or for its batches; the other may be through by then
+    # a stopped process may first be missed for its answers or its batches; the other may be through by then
     assert 1 <= said.count("for 2 s (--part-timeout)") == check(output, plain)["lost"] <= 2
 
 
