@@ -27,15 +27,16 @@ from rich.console import Console
 
 from benchmarks import record
 from benchmarks.throughput import DISTINCT, make_archive
+from engine.canaries import SHARE
 from engine.manifest import Manifest, open_manifest
-from engine.provenance import CPU_PART_ROWS, GPU_PART_ROWS
+from engine.provenance import CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.ray.actor import Pulse
 from engine.ray.cluster import Post, joined
 from engine.ray.crew import Hand, Slot
-from engine.ray.driver import soonest
+from engine.ray.driver import IN_STAGES, soonest
 from engine.records import Part
 from engine.settings import Settings
-from engine.sink import METADATA, Done, finished
+from engine.sink import FOOTERS_AT_ONCE, METADATA, Done, finished
 from engine.store import LocalFolder
 
 DOCUMENT = record.ROOT / "docs" / "scaling-out.md"
@@ -47,7 +48,7 @@ NODE_BITS = 100e9  # of a node's network, per second
 LATENCY_S = 0.03  # of a request to an object store
 # requests, counted against an S3 emulator: an image, a part written, a footer read, names of a listing's page
 IMAGE_GETS, PART_WRITES, FOOTER_GETS, PAGE = 2, 4, 2, 1000
-FOOTERS_AT_ONCE, CALLS = 16, 400
+CALLS = 400
 CANARIES = 32
 Json = dict[str, Any]
 
@@ -167,7 +168,7 @@ def worked_out(found: Json, part_rows: int, rate: int) -> Json:
     total = GPUS * rate
     parts = -(-IMAGES // part_rows)
     rounds = -(-parts // GPUS)
-    held = max(2, 2 + 32 * 128 // part_rows)  # parts an actor has, see driver._has_room
+    held = max(2, 2 + IN_STAGES * GPU_BATCH // part_rows)  # parts an actor has, see driver._has_room
     driver_ms = (
         found[f"part_of_{part_rows}_core_ms"]
         + found[f"parts_of_{part_rows}_us_a_row"] * part_rows / 1000
@@ -193,7 +194,7 @@ def worked_out(found: Json, part_rows: int, rate: int) -> Json:
         "image_requests_per_s": IMAGE_GETS * total,
         "prefixes": IMAGE_GETS * total / STORE_GETS,
         "gbit_per_s_a_node": 8 * total * found["image_bytes"] / NODES / 1e9,
-        "lost_by_a_kill": held * part_rows + max(CANARIES * 200, part_rows),
+        "lost_by_a_kill": held * part_rows + max(int(CANARIES / SHARE), part_rows),
     }
 
 

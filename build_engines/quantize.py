@@ -203,9 +203,8 @@ def _correct_biases(quantized: onnx.GraphProto, original: onnx.GraphProto, means
             numpy_helper.to_array(tensors[name]) for one in pair if one for name in one.input[:2]
         )
         error = numpy_helper.to_array(exact[weights[node.name]]) - rounded * scale[:, None, None, None]
-        groups = (
-            len(means[node.name]) // error.shape[1]
-        )  # of a grouped convolution: each sees its own channels
+        # of a grouped convolution: each sees its own channels
+        groups = len(means[node.name]) // error.shape[1]
         seen = np.repeat(means[node.name].reshape(groups, -1), len(error) // groups, axis=0)  # [out, in]
         missing = (error.sum(axis=(2, 3)) * seen).sum(axis=1)
         bias = tensors[pair[1].input[0]]

@@ -362,10 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.known = places(settings)
         return report_to(sys.stdout, settings, manifest=manifest, say=say, stop=threading.Event())
 
-    try:
-        return answered(console, work)
-    except KeyboardInterrupt:
-        return 130
+    return answered(console, work)
 
 
 if __name__ == "__main__":

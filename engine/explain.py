@@ -574,10 +574,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(done.output)
         return 0
 
-    try:
-        return answered(console, work)
-    except KeyboardInterrupt:
-        return 130
+    return answered(console, work)
 
 
 if __name__ == "__main__":

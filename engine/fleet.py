@@ -197,10 +197,8 @@ class _Fleet:
                 self._stopped = True
                 self._waiting.clear()
                 deadline = self._settings.finish_by
-                if (
-                    deadline is None or datetime.now(UTC) < deadline
-                ):  # they know it, and a second is "at once"
-                    for child in running:
+                if deadline is None or datetime.now(UTC) < deadline:
+                    for child in running:  # they know a deadline, and a second signal means "at once"
                         child.process.send_signal(signal.SIGTERM)
 
     def _start(self, device: str) -> _Child:

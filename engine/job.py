@@ -309,9 +309,8 @@ def close_ledger(
             folder.succeed(summary.as_json())
         if shard is None:
             return summary
-    held = folder.claimed(
-        set(own) - there
-    )  # before the parts are looked at: who lets go of one has written it
+    # before the parts are looked at: who lets go of one has written it
+    held = folder.claimed(set(own) - there)
     parts = folder.finished(run, own)
     say(_how_far(shard, own, held, set(parts), len(there), count))
     rows = sum(part.rows for part in parts.values())

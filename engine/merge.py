@@ -281,10 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(given.output)
         return 0
 
-    try:
-        return answered(Console(stderr=True, emoji=False), work)
-    except KeyboardInterrupt:
-        return 130
+    return answered(Console(stderr=True, emoji=False), work)
 
 
 def _tell(outcome: Outcome) -> None:

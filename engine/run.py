@@ -135,6 +135,8 @@ def answered(console: Console, work: Callable[[], int]) -> int:
     except OSError as error:  # a full disk, a folder that went away
         where = f"{error.filename}: " if error.filename else ""
         return _failed(console, f"{where}{error.strerror or error}", 1)
+    except KeyboardInterrupt:  # of a command that has no way of its own to stop
+        return 130
     except Exception as error:
         if "ENGINE_DEBUG" in os.environ:
             raise

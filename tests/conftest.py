@@ -92,6 +92,19 @@ def run_module(
     )
 
 
+def in_background(arguments: Sequence[str | Path], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """`python ARGUMENTS` in `folder`, in a session of its own, with its standard error to be read."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`gpu` and `browser` tests skip where there is none; with REQUIRE_GPU=1, REQUIRE_BROWSER=1 they fail."""
     there = {

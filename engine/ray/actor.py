@@ -69,9 +69,7 @@ class Work:
     root: Place
     resumed: bool  # keep what is tuned
     stages_of: type[Stages]
-    token: (
-        tuple[str, str] | None
-    )  # name and content of a file in the results folder, to see that it is the same
+    token: tuple[str, str] | None  # name and content of a file in the results folder, to know it by
     witnesses: tuple[str, ...]  # files that the driver sees
     expected: npt.NDArray[np.float32] | None  # scores of canaries where the bundle's can't be held against
 
@@ -154,7 +152,7 @@ class _Underway:
 
 
 class Actor:
-    """What runs in Ray's worker process; its methods are called over there by `driver.Hand`."""
+    """What runs in Ray's worker process; its methods are called over there by `crew.Crew`."""
 
     def __init__(self, brief: Brief) -> None:
         self._brief, self._settings = brief, replace(brief.settings, workers=brief.post.workers)

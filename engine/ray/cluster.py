@@ -24,9 +24,7 @@ INSTALL = "pip install -c constraints.txt '.[ray]'"
 ANSWER_S = 5.0
 SHUTDOWN_S = 20.0
 HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS = bytes(
-    (0, 0, 0, 4, 0, 0, 0, 0, 0)
-)  # an empty frame of them, which the server has to answer with one
+SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # an empty frame, to be answered with one of its kind
 STORE_BYTES = 256 << 20  # of a Ray started here: what is in it are the paths of a few parts
 
 

@@ -6,17 +6,16 @@ import base64
 import hashlib
 import json
 import threading
-from collections.abc import Callable
 from typing import Any
 
 from engine.errors import EngineError, UsageError
+from engine.job import Say
 from engine.results import Results, opened
 from engine.run_folder import REPORT, SUCCESS
 from engine.storage.location import Place
 from engine.store import reason
 
 ROWS = 200  # of each list
-Say = Callable[[str], None]
 
 
 def write(

@@ -52,10 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(write(given.pop("results"), say=say, **given))
         return 0
 
-    try:
-        return answered(console, work)
-    except KeyboardInterrupt:
-        return 130
+    return answered(console, work)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,8 @@ LABEL = "label"
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-_LISTED: dict[
-    str, Callable[[Any], bool]
-] = {  # what the work list shows, where a column is there and of the kind
+# what the work list shows, where a column is there and of the kind
+_LISTED: dict[str, Callable[[Any], bool]] = {
     "row": pa.types.is_integer,
     PATH: pa.types.is_string,
     "run_id": pa.types.is_string,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from engine.errors import EngineError
+from engine.job import Say
 from engine.preprocess.stage import load_pixels
 from engine.report.page import printable
 from engine.results import Results
@@ -27,7 +28,6 @@ MOST_BYTES = 4 << 20  # of an overlay
 MOST_OVERLAYS = 48 << 20  # bytes of all overlays; a browser has to hold the page
 _NAME = re.compile(r"row-\d{9,}-[^/\\]+\.png")
 _PNG = b"\x89PNG\r\n\x1a\n"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from tests.conftest import ROOT, Command, write_images
+from tests.conftest import ROOT, Command, in_background, write_images
 from tests.engine.test_decoder import FAULTS, jpeg
 
 HANGING_READ = """
@@ -52,17 +52,9 @@ def start(tmp_path: Path, bundle: Path):
     started: list[subprocess.Popen[str]] = []
 
     def run(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "engine.run", *map(str, arguments), "-b", str(bundle)],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+        command = ["-m", "engine.run", *arguments, "-b", bundle]
+        started.append(in_background(command, tmp_path, **environment))
+        return started[-1]
 
     yield run
     for process in started:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.conftest import ROOT, write_images
+from tests.conftest import in_background, run_module, write_images
 from tests.engine.ray.conftest import Nodes
 from tests.engine.ray.hurt.sitecustomize import DEADLY
 from tests.engine.test_nothing_lost import list_images, only_results_are_left, parts, table, wait_for_parts
@@ -30,14 +30,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
     """A folder with images, the list m.txt of ROWS of them, and the results `plain` of one process."""
     folder = tmp_path_factory.mktemp("plain")
     list_images(folder, ROWS)
-    command = [sys.executable, "-m", "engine.run", "m.txt", "-b", bundle, "-o", "plain"]
-    subprocess.run(
-        [*map(str, command), "--part-rows", str(PART_ROWS)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-    )
+    arguments = ["m.txt", "-b", bundle, "-o", "plain", "--part-rows", str(PART_ROWS)]
+    run_module("engine.run", arguments, folder=folder, timeout_s=120).check_returncode()
     return folder
 
 
@@ -47,19 +41,10 @@ def start(plain: Path, bundle: Path, nodes: Nodes) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def run(*arguments: str | Path, ray: str | None = None, rows: int = PART_ROWS) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "engine.run", *map(str, arguments), "-b", str(bundle)]
+        command = ["-m", "engine.run", *arguments, "-b", bundle]
         command += ["--ray", ray or nodes.address, "--part-rows", str(rows)]
-        process = subprocess.Popen(
-            command,
-            cwd=plain,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+        started.append(in_background(command, plain))
+        return started[-1]
 
     yield run
     for process in started:
@@ -132,24 +117,10 @@ def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) 
 
 def test_drivers_are_killed_and_one_process_goes_on_with_it(start: Start, plain: Path, bundle: Path) -> None:
     output = plain / "driver"
-    alone = [
-        sys.executable,
-        "-m",
-        "engine.run",
-        "m.txt",
-        "-b",
-        bundle,
-        "-o",
-        output,
-        "--part-rows",
-        PART_ROWS,
-    ]
+    alone = ["-m", "engine.run", "m.txt", "-b", bundle, "-o", output, "--part-rows", str(PART_ROWS)]
 
     def one_process() -> subprocess.Popen[str]:
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
-            list(map(str, alone)), cwd=plain, env=environment, stderr=subprocess.PIPE, text=True
-        )
+        return in_background(alone, plain)
 
     for begin in (one_process, lambda: start("m.txt", "-o", output), lambda: start("m.txt", "-o", output)):
         process = begin()
@@ -267,5 +238,5 @@ def test_storage_that_goes_away_is_one_line(start: Start, plain: Path) -> None:
     wait_for_parts(process, output, 5)
     shutil.rmtree(folder / "images")
     said = ended(process, status=1)
-    assert "error: the images have disappeared" in said.replace("vm: ", "")
+    assert "error: the images have disappeared" in said.replace(f"{platform.node()}: ", "")
     assert said.count("error: ") == 1
