@@ -1,0 +1,1 @@
+"""Hold what every layer uses: border records, settings, errors, overlap, hardware, redaction."""
