@@ -17,7 +17,7 @@ class _Member(Record):
 
 class _Ensemble(Record):
     members: tuple[_Member, ...]
-    limits: dict[str, float] = {}
+    limits: dict[str, float] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.members:
@@ -39,7 +39,7 @@ class _Ensemble(Record):
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(text: str, error: str) -> None:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         from_json(text, _Ensemble)
     assert str(caught.value) == error
 
@@ -48,7 +48,7 @@ def test_a_wrong_field_is_named_with_its_value(text: str, error: str) -> None:
     "text", ["", "{", '{"members": [{"name": "a", "weight": NaN}]}', "[" * 100_000, b"\xff"]
 )
 def test_what_is_not_json_is_said_in_one_line(text: str | bytes) -> None:
-    with pytest.raises(ValueError, match="^it is not JSON") as caught:
+    with pytest.raises(ValueError, match=r"^it is not JSON") as caught:
         from_json(text, _Ensemble)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
