@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.bundle import Bundle
+from engine.core.json_records import to_builtins
 from engine.core.version import __version__
 from engine.manifest import Manifest
 from engine.runners import Choice
@@ -82,7 +83,7 @@ def describe(
         "classes": list(models.classes),
         "target": models.target,
         "groups": {name: list(classes) for name, classes in models.groups.items()},
-        "operating_points": models.operating_points and models.operating_points.recorded,
+        "operating_points": models.operating_points and to_builtins(models.operating_points),
         "out_of_distribution": _out_of_distribution(models, choice),
         "weights": {member.name: member.weight for member in models.members},
         "machine": {

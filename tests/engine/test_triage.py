@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from pathlib import Path
@@ -11,30 +10,29 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from msgspec.structs import replace
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as entropy_of
 
 from engine import bundle as bundles
 from engine.calibration import Asked, Sample, calibrate
 from engine.errors import UsageError
+from engine.operating_points import DOUBTFUL, ZONES, DistanceLimits, LabelledData, OperatingPoints
 from engine.records import FLAGS
-from engine.triage import DOUBTFUL, REASONS, ZONES, OperatingPoints, Triage, disagreement, entropy, zones
+from engine.triage import REASONS, Triage, disagreement, entropy, zones
 from tests.bundles import CLASSES, write_bundle
 from tests.tolerances import ROUNDING
 
-FACTS = {
-    "data": {
-        "sha256": "a" * 64,
-        "manifest_sha256": "b" * 64,
-        "bundle_sha256": "c" * 64,
-        "precision": "fp32",
-        "images": 400,
-        "by_class": dict.fromkeys(CLASSES, 100),
-        "patients": None,
-        "left_out": {"corrupt": 3},
-    },
-    "made": "2031-05-17T06:00:00+00:00",
-}
+DATA = LabelledData(
+    sha256="a" * 64,
+    manifest_sha256="b" * 64,
+    bundle_sha256="c" * 64,
+    precision="fp32",
+    images=400,
+    by_class=dict.fromkeys(CLASSES, 100),
+    patients=None,
+    left_out={"corrupt": 3},
+)
 
 
 def probabilities(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -42,19 +40,17 @@ def probabilities(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def calibrated() -> tuple[float, dict[str, Any]]:
-    """Temperature and operating points, as engine.calibrate gives them."""
+def points() -> OperatingPoints:
+    """As engine.calibrate finds them."""
     members, rng = probabilities(2, 400), np.random.default_rng(1)
     labels = (members.mean(axis=0).cumsum(axis=1) < rng.random((400, 1))).sum(axis=1)
-    temperature, points = calibrate(
-        Sample(members, labels, np.arange(400)), CLASSES, (0.6, 0.4), Asked(target="osteoporosis")
-    )
-    return temperature, points | FACTS
+    sample = Sample(members, labels, np.arange(400))
+    return calibrate(sample, CLASSES, (0.6, 0.4), Asked(target="osteoporosis"), DATA)
 
 
-def triage_of(points: dict[str, Any] | None, temperature: float = 1.0) -> Triage:
-    parsed = OperatingPoints.parse(points, CLASSES, ("one", "two"), temperature) if points else None
-    return Triage(CLASSES, (0.6, 0.4), {"bone_loss": (1, 2)}, parsed)
+def triage_of(points: OperatingPoints | None) -> Triage:
+    limits = tuple(points.distances.values()) if points else ()
+    return Triage(CLASSES, (0.6, 0.4), {"bone_loss": (1, 2)}, points, limits)
 
 
 def test_entropy_and_disagreement_are_scipys() -> None:
@@ -94,11 +90,9 @@ def test_triage_rises_with_the_probability() -> None:
     assert (once == 1).sum() == 1  # what equals both
 
 
-def test_columns(calibrated: tuple[float, dict[str, Any]]) -> None:
-    temperature, points = calibrated
-    points = copy.deepcopy(points)
-    points["abstain"]["distance"] = {"quantile": 0.99, "images": 400, "above": {"one": 1.5, "two": 1.5}}
-    triage = triage_of(points, temperature)
+def test_columns(points: OperatingPoints) -> None:
+    far = DistanceLimits(quantile=0.99, images=400, above={"one": 1.5, "two": 1.5})
+    triage = triage_of(replace(points, abstain=replace(points.abstain, distance=far)))
     rows = 2000
     members = probabilities(2, rows, seed=2)
     mixed = 0.6 * members[0] + np.float32(0.4) * members[1]
@@ -117,14 +111,15 @@ def test_columns(calibrated: tuple[float, dict[str, Any]]) -> None:
     assert table.schema.field("abstain").type == pa.bool_()
     assert all(column.null_count == failed.sum() for column in table.columns)
     assert np.allclose(table["p_bone_loss"].to_pylist()[1], mixed[1, 1:].sum())
-    limit = points["abstain"]["disagreement"]["above"]
+    limit = points.abstain.disagreement.above
+    assert limit is not None
     for row, (score, apart, found) in enumerate(
         zip(mixed[:, 2], disagreement(members, (0.6, 0.4)), table.to_pylist(), strict=True)
     ):
         if failed[row]:
             assert set(found.values()) == {None}
             continue
-        low, high = points["rule_out"]["below"], points["refer"]["above"]
+        low, high = points.rule_out.below, points.refer.above
         zone = "rule_out" if score < low else "refer" if score > high else "gray_zone"
         reasons = [
             reason
@@ -152,10 +147,9 @@ def test_no_operating_points_no_triage() -> None:
     assert [column.null_count for column in table.columns] == [0, 0, 0, 9, 9, 9]
 
 
-def test_a_row_costs_less_than_a_microsecond(calibrated: tuple[float, dict[str, Any]]) -> None:
+def test_a_row_costs_less_than_a_microsecond(points: OperatingPoints) -> None:
     """On an idle core about 0.3; a whole GPU part at once. The limit has room for a busy machine."""
-    temperature, points = calibrated
-    triage, rows = triage_of(points, temperature), 65_536
+    triage, rows = triage_of(points), 65_536
     members, failed = probabilities(2, rows), np.zeros(rows, np.bool_)
     distances = np.ones((2, rows), np.float32)
     took = []
@@ -174,12 +168,12 @@ def test_flags_are_those_that_stages_give() -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, calibrated: tuple[float, dict[str, Any]]) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, points: OperatingPoints) -> Path:
     path = write_bundle(tmp_path_factory.mktemp("calibrated") / "bundle")
-    temperature, points = calibrated
-    loaded = bundles.revise(bundles.load(path), {"temperature": temperature, "operating_points": points})
+    loaded = bundles.revise(bundles.load(path), points)
     assert bundles.load(path) == loaded
-    assert loaded.operating_points
+    assert loaded.operating_points == points
+    assert loaded.temperature == points.temperature.value
     assert loaded.target == loaded.operating_points.target == "osteoporosis"
     return path
 
@@ -277,14 +271,14 @@ def test_groups_that_make_no_sense(folder: Path, groups: Any, complaint: str) ->
         description.write_bytes(good)
 
 
-def test_a_bundle_that_changed_meanwhile_is_left_alone(folder: Path) -> None:
+def test_a_bundle_that_changed_meanwhile_is_left_alone(folder: Path, points: OperatingPoints) -> None:
     loaded = bundles.load(folder)
     description = folder / "ensemble.json"
     good = description.read_bytes()
     description.write_bytes(good + b"\n")
     try:
         with pytest.raises(UsageError, match="changed meanwhile"):
-            bundles.revise(loaded, {"temperature": 1.0})
+            bundles.revise(loaded, points)
         assert description.read_bytes() == good + b"\n"
     finally:
         description.write_bytes(good)
