@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from engine import __version__, bundle
+from engine import bundle
 from engine.canaries import Canaries, Guard, scores
+from engine.core.version import __version__
 from engine.errors import EngineError, Stopped, UsageError
 from engine.overlap import Meter
 from engine.pipeline import Opening, Stages, flow
