@@ -85,21 +85,19 @@ def test_what_is_promised_is_kept_on_fresh_images() -> None:
         likely, labels = truth(300, 100 + seed)
         points = points_of(sample_of(said(likely, 2.0), labels))
         temperature = points.temperature
-        scores = tempered(sure, temperature["value"])[:, TARGET]
+        scores = tempered(sure, temperature.value)[:, TARGET]
         low, high = points.rule_out.below, points.refer.above
         on_data = points.rule_out.on_data.sensitivity
         true = float((scores[positive] >= low).mean())
         kept.append(true)
-        optimistic.append(on_data["value"])
+        optimistic.append(on_data.value)
         honest.append(points.rule_out.cross_fitted.sensitivity.value)
         specific = points.refer.on_data.specificity
-        covered["rule_out"] += on_data["low"] <= true <= on_data["high"]
-        covered["refer"] += specific["low"] <= (scores[~positive] <= high).mean() <= specific["high"]
+        covered["rule_out"] += on_data.low <= true <= on_data.high
+        covered["refer"] += specific.low <= (scores[~positive] <= high).mean() <= specific.high
         ideal = np.quantile(scores[positive], 0.1)
-        covered["threshold"] += (
-            points.rule_out.interval[0] <= ideal <= points.rule_out.interval[1]
-        )
-        covered["temperature"] += temperature["interval"][0] <= 2.0 <= temperature["interval"][1]
+        covered["threshold"] += points.rule_out.interval[0] <= ideal <= points.rule_out.interval[1]
+        covered["temperature"] += temperature.interval[0] <= 2.0 <= temperature.interval[1]
         assert min(optimistic) >= 0.9
     assert min(covered.values()) >= 35, covered  # 38 on average
     assert np.mean(kept) == pytest.approx(0.9, abs=0.015)

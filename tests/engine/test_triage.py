@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,40 +184,46 @@ def folder(tmp_path_factory: pytest.TempPathFactory, points: OperatingPoints) ->
 @pytest.mark.parametrize(
     ("place", "value", "complaint"),
     [
-        ("target", "osteopetrosis", "none of normal, osteopenia"),
-        ("target", None, "none of"),
-        ("rule_out below", float("nan"), "nan is not a number from 0 to 1"),
-        ("rule_out below", float("-inf"), "-inf is not"),
-        ("rule_out below", 10**400, "too large"),
-        ("rule_out below", -0.1, "-0.1 is not"),
-        ("refer above", 1.5, "1.5 is not"),
-        ("refer above", "0.5", "'0.5' is not"),
-        ("refer above", True, "True is not"),
-        ("refer above", 0.0001, "is over refer above 0.0001"),
-        ("rule_out interval", [0.5, 0.1], "not in order"),
-        ("rule_out interval", 0.5, "not an interval"),
-        ("refer on_data sensitivity low", 1.0, "not in order"),
-        ("refer on_data sensitivity hits", -1, "not a count"),
-        ("refer cross_fitted ppv", {}, "missing or unknown"),
-        ("asked sensitivity", float("inf"), "inf is not"),
-        ("level", 95, "95 is not"),
-        ("crossed", 0, "crossed"),
+        ("target", "osteopetrosis", "target 'osteopetrosis' is none of normal, osteopenia"),
+        ("target", None, "target is null: expected a text"),
+        ("rule_out below", float("nan"), "rule_out.below is NaN: expected a finite number"),
+        ("rule_out below", float("-inf"), "rule_out.below is -Infinity: expected a finite number"),
+        ("rule_out below", 10**400, "rule_out.below is 1000.*out of range"),
+        pytest.param("rule_out below", 10**5000, "4300 digits", id="digits without end"),
+        ("rule_out below", -0.1, "rule_out.below is -0.1: expected a number >= 0"),
+        ("refer above", 1.5, "refer.above is 1.5: expected a number <= 1"),
+        ("refer above", "0.5", 'refer.above is "0.5": expected a number'),
+        ("refer above", True, "refer.above is true: expected a number"),
+        ("refer above", 0.0001, "is over refer.above 0.0001"),
+        ("rule_out interval", [0.5, 0.1], r"rule_out: interval \[0.5, 0.1\] is not in order"),
+        ("rule_out interval", 0.5, "rule_out.interval is 0.5: expected a list"),
+        ("refer on_data sensitivity low", 1.0, "refer.on_data.sensitivity: low, value, high .* not in order"),
+        ("refer on_data sensitivity low", None, "low, value and high are numbers where there are images"),
+        ("refer on_data sensitivity of", 0, "low, value and high are numbers where there are images"),
+        ("refer on_data sensitivity hits", -1, "sensitivity.hits is -1: expected a whole number >= 0"),
+        ("refer cross_fitted ppv", {}, "refer.cross_fitted.ppv.hits is missing"),
+        ("asked sensitivity", float("inf"), "asked.sensitivity is Infinity"),
+        ("level", 95, "level is 95: expected a number <= 1"),
+        ("crossed", 0, "crossed is 0: expected true or false"),
         ("temperature value", 3.0, "is not the ensemble's"),
-        ("temperature nll after", float("nan"), "nan is not"),
-        ("zones refer images", 1.5, "not a count"),
-        ("abstain disagreement above", float("nan"), "nan is not"),
-        ("abstain disagreement above", -1, "-1 is not"),
-        ("abstain image_flags", ["blurred"], "'blurred'.*allowed: first_frame"),
-        ("abstain image_flags", "inverse_lut", "allowed"),
-        ("abstain image_flags", [["x"]], "allowed"),
+        ("temperature interval", [2.0, 1.0], "temperature: interval .* is not in order"),
+        ("temperature nll after", float("nan"), "temperature.nll.after is NaN"),
+        ("zones refer images", 1.5, "zones.refer.images is 1.5: expected a whole number"),
+        ("abstain disagreement above", float("nan"), "abstain.disagreement.above is NaN"),
+        ("abstain disagreement above", -1, "abstain.disagreement.above is -1: expected a number >= 0"),
+        ("abstain image_flags", ["blurred"], "'blurred'.*allowed, each once: first_frame"),
+        ("abstain image_flags", ["colour", "colour"], "allowed, each once"),
+        ("abstain image_flags", "inverse_lut", 'image_flags is "inverse_lut": expected a list'),
+        ("abstain image_flags", [["x"]], r'image_flags\[0\] is \["x"\]: expected a text'),
         ("abstain distance", {"quantile": 0.99, "images": 9, "above": {}}, "'member0', 'member1' missing"),
-        ("abstain surprise", 1, "'surprise' missing or unknown"),
-        ("data sha256", "no", "sha256"),
-        ("data by_class", {"normal": 1}, "missing or unknown"),
-        ("data left_out", [1], "left_out"),
-        ("data images", "many", "not a count"),
-        ("made", "yesterday", "yesterday"),
-        ("made", 5, "made"),
+        ("abstain surprise", 1, "abstain.surprise: unknown field"),
+        ("data sha256", "no", 'data.sha256 is "no": expected 64 digits of 0-9 and a-f'),
+        ("data by_class", {"normal": 1}, "data.by_class: 'osteopenia', 'osteoporosis' missing or unknown"),
+        ("data left_out", [1], r"data.left_out is \[1\]: expected an object"),
+        ("data left_out", {"corrupt": -1}, "data.left_out.corrupt is -1: expected a whole number >= 0"),
+        ("data images", "many", 'data.images is "many": expected a whole number'),
+        ("made", "yesterday", "made 'yesterday' is not a date and time"),
+        ("made", 5, "made is 5: expected a text"),
     ],
 )
 def test_operating_points_that_make_no_sense(folder: Path, place: str, value: Any, complaint: str) -> None:
@@ -226,7 +235,8 @@ def test_operating_points_that_make_no_sense(folder: Path, place: str, value: An
     for key in keys:
         inside = inside[key]
     inside[last] = value
-    description.write_text(json.dumps(data))
+    with without_limit_of_digits():
+        description.write_text(json.dumps(data))
     try:
         with pytest.raises(UsageError, match=complaint) as caught:
             bundles.load(folder)
@@ -234,6 +244,17 @@ def test_operating_points_that_make_no_sense(folder: Path, place: str, value: An
         assert len(str(caught.value)) < 400 + len(str(folder))
     finally:
         description.write_bytes(good)
+
+
+@contextmanager
+def without_limit_of_digits() -> Iterator[None]:
+    """Let numbers be written that Python refuses to read."""
+    before = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(before)
 
 
 @pytest.mark.parametrize("section", [[], "x", 7, {}, {"target": "normal"}])
@@ -251,13 +272,13 @@ def test_half_a_section(folder: Path, section: Any) -> None:
 @pytest.mark.parametrize(
     ("groups", "complaint"),
     [
-        ([], "not classes by name"),
-        ({"bone loss": ["normal"]}, "group name 'bone loss'"),
-        ({"normal": ["osteopenia"]}, "group name 'normal'"),
+        ([], r"groups is \[\]: expected an object"),
+        ({"bone loss": ["normal"]}, 'groups: key "bone loss": expected a name of a-z, 0-9 and _'),
+        ({"normal": ["osteopenia"]}, "group normal: it has the name of a class"),
         ({"a": []}, r"group a: \[\]"),
         ({"a": ["osteopetrosis"]}, "allowed: some of normal"),
         ({"a": ["normal", "normal"]}, "allowed: some of"),
-        ({"a": "normal"}, "allowed: some of"),
+        ({"a": "normal"}, 'groups.a is "normal": expected a list'),
     ],
 )
 def test_groups_that_make_no_sense(folder: Path, groups: Any, complaint: str) -> None:
