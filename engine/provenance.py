@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from engine import __version__
 from engine.bundle import Bundle
+from engine.core.version import __version__
 from engine.manifest import Manifest
 from engine.runners import Choice
 from engine.settings import Settings

@@ -65,7 +65,7 @@ def retry(
         stages = stack.enter_context(Stages(opening))
         layout = Layout.of_part(models, folder.files, min(failed), run, redaction=settings.redaction)
         folder.withdraw()
-        parts = failed_rows(folder.files, sorted(failed), layout)
+        parts = failed_rows(folder.files, sorted(failed), layout.passthrough.names)
         if manifest:
             parts = with_paths(parts, manifest.parts(options["part_rows"], failed))
         stages.run(parts, Sink(folder.files, layout, run, worker(choice), fold=True), progress, watch, stop)
