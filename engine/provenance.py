@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import uuid
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -89,7 +88,7 @@ def describe(
         "machine": {
             "system": f"{platform.system()} {platform.release()}",
             "processor": processor_name(),
-            "gpu": asdict(choice.gpu) if choice.gpu else None,
+            "gpu": to_builtins(choice.gpu),
         },
         "chosen": choice.reason,
         "tuning": tuning,
