@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 DESCRIPTION = "ensemble.json"
 Name = Annotated[str, text("[a-z0-9_]{1,64}", "a name of a-z, 0-9 and _")]
 Side = Annotated[int, Meta(ge=1, le=8192)]  # pixels

@@ -18,7 +18,7 @@ from engine.core.json_records import Count, NotNegative, Record, Sha256, from_js
 from engine.errors import UsageError
 from engine.store import atomic
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 PLANS = "plans"
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT for RTX builds for
 INT8 = "onnx-int8"  # the target of INT8 graphs for the CPU
