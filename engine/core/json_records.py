@@ -17,15 +17,17 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base class of everything that is read from or written to JSON.
 
     A subclass checks relations between its fields in `__post_init__` and raises ValueError there.
-    Fields that older versions did not write have a default.
+    Fields that older versions did not write have a default. A subclass says `kw_only=True` again, which
+    msgspec does not inherit.
     """
 
 
 def from_json(text: bytes | str, kind: type[T]) -> T:
     """Parse `text` into a `kind`. Raises ValueError in one line: field, value, what is allowed."""
     try:
-        data = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
+        # not msgspec's: paths that are not UTF-8 are stored as lone surrogates, which it refuses
+        data = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({_one_line(error)})") from None
     return from_builtins(data, kind)
 
@@ -40,14 +42,18 @@ def from_builtins(data: Any, kind: type[T]) -> T:
         raise ValueError(_explain(str(error), data)) from None
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
 def to_builtins(record: Any) -> Any:
     """Return the dicts, lists, texts and numbers that `to_json` writes."""
     return msgspec.to_builtins(record)
 
 
 def to_json(record: Any) -> str:
-    """Return indented JSON. Raises ValueError for a number that JSON cannot hold (NaN, infinity)."""
-    return json.dumps(to_builtins(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Return indented JSON in ASCII. Raises ValueError for a number that JSON cannot hold (NaN, infinity)."""
+    return json.dumps(to_builtins(record), indent=2, allow_nan=False) + "\n"
 
 
 def _explain(message: str, data: Any) -> str:
