@@ -11,12 +11,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from engine.core.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from engine.api import screen
     from engine.errors import EngineError, ErrorRateError, NothingNew, ParityError, Stopped, UsageError
     from engine.results import open_results, read_results
 
-__version__ = "0.1.0"
 __all__ = [
     "EngineError",
     "ErrorRateError",

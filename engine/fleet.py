@@ -75,7 +75,8 @@ def shards_here(settings: Settings, devices: int) -> list[Shard]:
     """Machine K of N has its share of the shards that the run is cut into already, else one for each GPU."""
     here = settings.shard or Shard(1, 1)
     folder = RunFolder(settings.output, overwrite=False)
-    recorded = (folder.recorded() or {}).get("result_options", {}).get("shards") or 0
+    run = folder.recorded()
+    recorded = run and run.result_options.shards
     count = recorded if recorded and recorded % here.of == 0 else here.of * devices
     each = count // here.of
     return [Shard(number, count) for number in range((here.number - 1) * each + 1, here.number * each + 1)]

@@ -66,14 +66,14 @@ class Progress:
         return min(1.0, done / self.rows) if self.rows else 1.0
 
 
-class ScoredBy(Scorer, kw_only=True):
+class ScoredBy(Scorer):
     """A scorer, and how much it wrote."""
 
     parts: int
     rows: int
 
 
-class StageTimes(Record, kw_only=True):
+class StageTimes(Record):
     """Where the time of a stage went: at work, waiting for input, waiting to hand on."""
 
     busy_s: float
@@ -82,7 +82,7 @@ class StageTimes(Record, kw_only=True):
     occupancy: float  # share of its lanes' time at work
 
 
-class ActorCounts(Record, kw_only=True):
+class ActorCounts(Record):
     """Of a run on Ray: how its actors fared in this start."""
 
     started: int
@@ -92,7 +92,7 @@ class ActorCounts(Record, kw_only=True):
     rows_crashed: int
 
 
-class LastStart(Record, kw_only=True):
+class LastStart(Record):
     """What the start that finished a run did."""
 
     rows: int
@@ -104,7 +104,7 @@ class LastStart(Record, kw_only=True):
     actors: ActorCounts | UnsetType = UNSET
 
 
-class Success(Record, kw_only=True):
+class Success(Record):
     """`_SUCCESS`: the sums of a finished run, and what `--log-json` says at its end. Read since 0.1.0."""
 
     run_id: str
@@ -185,12 +185,11 @@ def summary_of(
 ) -> Summary:
     """Add up the parts of a complete run."""
     by_status, by_class = Counter[str](), Counter[str]()
-    scorers: dict[Scorer, Counter[str]] = {}
+    scorers: dict[Scorer, list[int]] = {}  # rows of each part
     for part in parts:
         by_status.update(part.by_status)
         by_class.update(part.by_class)
-        scorer = replace(part.by, actor=None, round=0)
-        scorers.setdefault(scorer, Counter()).update(parts=1, rows=part.rows)
+        scorers.setdefault(replace(part.by, actor=None, round=0), []).append(part.rows)
     elapsed = progress.elapsed_s
     stages = {
         name: StageTimes(
@@ -207,7 +206,7 @@ def summary_of(
         run.rows,
         dict(by_status),
         dict(by_class),
-        tuple(ScoredBy(**asdict(scorer), **counts) for scorer, counts in scorers.items()),
+        tuple(ScoredBy(**asdict(one), parts=len(rows), rows=sum(rows)) for one, rows in scorers.items()),
         progress.rows_done,
         round(elapsed, 3),
         stages,

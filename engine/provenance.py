@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal, Self
 from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import replace
 
-from engine import __version__
 from engine.bundle import Bundle
-from engine.core.json_records import Record, from_json, to_builtins
+from engine.core.json_records import Count, Record, from_json, to_builtins
 from engine.core.tuning import Settled, Tuning
+from engine.core.version import __version__
 from engine.manifest import Manifest
 from engine.plans import Gpu
 from engine.records import Scorer
@@ -31,11 +31,10 @@ GPU_BATCH = 128  # or what the plans are made for
 GPU_PART_ROWS = 65_536
 PARTS_A_SHARD = 8  # about, if there are the rows
 
-Positive = Annotated[int, Meta(ge=1)]
-Count = Annotated[int, Meta(ge=0)]
+PositiveInt = Annotated[int, Meta(ge=1)]
 
 
-class HardwareGroup(Record, kw_only=True):
+class HardwareGroup(Record):
     """Actors of a run on Ray that give the same scores, bit for bit, and are given the same batches."""
 
     runner: str
@@ -43,10 +42,10 @@ class HardwareGroup(Record, kw_only=True):
     precision: str
     plans: dict[str, str] | None  # sha256 by member
     gpu: str | None
-    batch_size: Positive
+    batch_size: PositiveInt
 
 
-class ResultOptions(Record, kw_only=True):
+class ResultOptions(Record):
     """Options that decide the results, which may not change on resume."""
 
     manifest_sha256: str
@@ -63,9 +62,9 @@ class ResultOptions(Record, kw_only=True):
     plans: dict[str, str] | None = None  # sha256 by member
     decode: str | None = None
     decoder: str | None = None  # None on the CPU, which has but one
-    batch_size: Positive
-    part_rows: Positive
-    shards: Positive | None = None
+    batch_size: PositiveInt
+    part_rows: PositiveInt
+    shards: PositiveInt | None = None
     max_pixels: Count
     max_file_size: Count
     include_uids: bool = False
@@ -112,7 +111,7 @@ class ResultOptions(Record, kw_only=True):
         )
 
 
-class Machine(Record, kw_only=True):
+class Machine(Record):
     """Where a run was begun."""
 
     system: str
@@ -125,14 +124,14 @@ class Machine(Record, kw_only=True):
         return cls(system=system, processor=processor_name(), gpu=choice.gpu)
 
 
-class UsedProfile(Record, kw_only=True):
+class UsedProfile(Record):
     """The profile of `engine.tune` that a run was begun with, and what it took from it."""
 
     file: str
     knobs: dict[str, bool | int | str | dict[str, int | float]]
 
 
-class RunRecord(Record, kw_only=True):
+class RunRecord(Record):
     """`_run.json`: the options that decide the results, and facts. Read since version 0.1.0."""
 
     format: Literal[1] = 1
@@ -198,7 +197,7 @@ class RunRecord(Record, kw_only=True):
             classes=bundle.classes,
             target=bundle.target,
             groups=dict(bundle.groups),
-            operating_points=points and points.recorded,
+            operating_points=points.recorded if points else None,
             out_of_distribution=_out_of_distribution(bundle, choice),
             weights={member.name: member.weight for member in bundle.members},
             machine=Machine.create(choice),

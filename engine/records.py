@@ -52,7 +52,7 @@ FLAGS = (
 )
 
 
-class Scorer(Record, kw_only=True, omit_defaults=True):
+class Scorer(Record, omit_defaults=True):
     """Host, device, runner and precision that scored a part; empty in results of older versions."""
 
     host: str = ""

@@ -16,9 +16,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from msgspec import Meta
 
-from engine.core.json_records import Record, from_json, to_builtins
+from engine.core.json_records import Count, Record, from_json, to_builtins
 from engine.errors import EngineError, UsageError
-from engine.provenance import Count, RunRecord
+from engine.provenance import RunRecord
 from engine.run_folder import SUCCESS, RunFolder
 from engine.settings import parse_location
 from engine.sink import METADATA, Done, part_name
@@ -78,7 +78,7 @@ def provenance(dataset: ds.Dataset) -> dict[str, Any]:
     return dict(json.loads(dataset.schema.metadata[METADATA]))
 
 
-class Origin(Record, kw_only=True):
+class Origin(Record):
     """What the metadata of merged parts say: the runs that rows are from."""
 
     format: Literal[1] = 1
@@ -86,7 +86,7 @@ class Origin(Record, kw_only=True):
     runs: Annotated[dict[str, RunRecord], Meta(min_length=1)]  # by id
 
 
-class MergedRecord(Origin, kw_only=True):
+class MergedRecord(Origin):
     """`_merged.json`. Read since version 0.1.0."""
 
     rows: Count
@@ -94,7 +94,7 @@ class MergedRecord(Origin, kw_only=True):
     by_status: dict[str, int]
 
 
-class MergedSuccess(Record, kw_only=True):
+class MergedSuccess(Record):
     """`_SUCCESS` of merged results."""
 
     rows: Count

@@ -75,7 +75,7 @@ def retry(
             redaction=settings.redaction,
         )
         folder.withdraw()
-        parts = failed_rows(folder.files, sorted(failed), layout)
+        parts = failed_rows(folder.files, sorted(failed), layout.passthrough.names)
         if manifest:
             parts = with_paths(parts, manifest.parts(options.part_rows, failed))
         sink = Sink(folder.files, layout, run.to_metadata(), scorer_of(choice), fold=True)

@@ -27,7 +27,7 @@ PATIENCE_S = 2.0
 ACTORS = "_actors.json"  # of a run on Ray: how often the canaries have come well through each
 
 
-class ActorRecord(Record, kw_only=True):
+class ActorRecord(Record):
     """An actor of a run on Ray."""
 
     host: str = ""
@@ -35,21 +35,21 @@ class ActorRecord(Record, kw_only=True):
     rounds: int  # how often the canaries have come well through it
 
 
-class ActorsRecord(Record, kw_only=True):
+class ActorsRecord(Record):
     """`_actors.json`: which actors gave right scores until when."""
 
     run_id: str
     actors: dict[str, ActorRecord]  # by id
 
 
-class ReferenceImages(Record, kw_only=True, omit_defaults=True):
+class ReferenceImages(Record, omit_defaults=True):
     """Images that explained ones are compared with: rows of the run, or the bundle's canaries."""
 
     rows: tuple[int, ...] = ()
     canaries: int = 0
 
 
-class ExplainedRow(Record, kw_only=True):
+class ExplainedRow(Record):
     """A row of `explanations/index.json`."""
 
     row: int
@@ -61,7 +61,7 @@ class ExplainedRow(Record, kw_only=True):
     scale: float  # largest change of the probability by one place
 
 
-class ExplanationIndex(Record, kw_only=True):
+class ExplanationIndex(Record):
     """`explanations/index.json`, by `engine.explain`."""
 
     run_id: str

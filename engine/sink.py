@@ -200,7 +200,7 @@ class _OpenPart:
         return pa.array(words, pa.string())
 
 
-class PartFooter(Record, kw_only=True):
+class PartFooter(Record):
     """What the metadata of a part say of it."""
 
     part: int  # index
@@ -318,11 +318,11 @@ class Sink:
         return done
 
 
-def failed_rows(folder: Folder, indices: Iterable[int], layout: Layout) -> Iterator[Part]:
-    """The rows of finished parts that failed, to be tried again."""
+def failed_rows(folder: Folder, indices: Iterable[int], columns: Sequence[str]) -> Iterator[Part]:
+    """Yield the rows of finished parts that failed, to be tried again, with `columns` of the results."""
     done = pa.array([Status.OK.label, Status.SKIPPED.label])
     failed = pc.invert(pc.is_in(pc.field("status"), done))
-    yield from rows_again(folder, dict.fromkeys(indices, failed), layout.passthrough.names)
+    yield from rows_again(folder, dict.fromkeys(indices, failed), columns)
 
 
 def rows_again(folder: Folder, wanted: Mapping[int, pc.Expression], columns: Sequence[str]) -> Iterator[Part]:

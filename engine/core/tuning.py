@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 from engine.core.json_records import Record
 
 
-class DecodeTuning(Record, kw_only=True):
+class DecodeTuning(Record):
     """How JPEGs are split between the GPU's decoder, its CUDA kernels and the CPU (NVIDIA DALI's names)."""
 
     hw_decoder_load: float = 0.65
@@ -19,13 +19,13 @@ class DecodeTuning(Record, kw_only=True):
     cpu_share: float = 0.0  # of the JPEGs, by the length of the file; 1: of every image
 
 
-class DecodeTrial(DecodeTuning, kw_only=True):
+class DecodeTrial(DecodeTuning):
     """A setting that was tried."""
 
     images_per_s: float
 
 
-class StreamTuning(Record, kw_only=True):
+class StreamTuning(Record):
     """Members on CUDA streams of their own, compared with one after the other."""
 
     concurrent: bool
@@ -34,7 +34,7 @@ class StreamTuning(Record, kw_only=True):
     gain: float  # sequential / concurrent
 
 
-class Tuning(Record, kw_only=True, omit_defaults=True):
+class Tuning(Record, omit_defaults=True):
     """`tuning` of `_run.json`: what was measured on the GPU, and chosen; empty for a run on the CPU."""
 
     batch_size_asked: int | None = None  # where it was halved because GPU memory was short

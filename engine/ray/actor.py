@@ -22,9 +22,10 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
-from engine import __version__, bundle
+from engine import bundle
 from engine.canaries import Canaries, Guard, scores
 from engine.core.tuning import Settled, Tuning
+from engine.core.version import __version__
 from engine.errors import EngineError, Stopped, UsageError
 from engine.overlap import Meter
 from engine.pipeline import Opening, Stages, flow

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from engine import __version__
 from engine.bundle import Bundle
+from engine.core.version import __version__
 from engine.errors import EngineError, ParityError, Stopped, UsageError
 from engine.job import Say
 from engine.provenance import HardwareGroup, versions

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
 
-from engine.core.json_records import Record, from_json, to_json
+from engine.core.json_records import Fraction, Record, Sha256, from_builtins, from_json, text, to_json
+
+
+class _Limits(Record):
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    sha256: Sha256 | None = None
+
+    def __post_init__(self) -> None:
+        if self.interval[0] > self.interval[1]:
+            raise ValueError(f"interval {self.interval} is not in order")
 
 
 class _Member(Record):
@@ -18,6 +27,10 @@ class _Member(Record):
 class _Ensemble(Record):
     members: tuple[_Member, ...]
     limits: dict[str, float] = msgspec.field(default_factory=dict)
+    by_name: dict[Annotated[str, text("[a-z ]+", "letters of a-z")], _Limits] = msgspec.field(
+        default_factory=dict
+    )
+    decode: Literal["exact", "fast"] | None = None
 
     def __post_init__(self) -> None:
         if not self.members:
@@ -36,6 +49,10 @@ class _Ensemble(Record):
         ('{"members": [{"name": "a"}]}', "members[0].weight is missing"),
         ('{"members": []}', "members is empty"),
         ("[1]", "expected `object`, got `array`"),
+        ('{"members": [{"name": "a", "weight": NaN}]}', "members[0].weight is NaN: expected a finite number"),
+        ('{"members": [], "limits": {"x": 1e999}}', "limits.x is Infinity: expected a finite number"),
+        ('{"members": [], "decode": "sloppy"}', 'decode is "sloppy": allowed: exact, fast'),
+        ('{"a\x7f\\u202e": 1}', '["a\\x7f\\u202e"]: unknown field'),
     ],
 )
 def test_a_wrong_field_is_named_with_its_value(text: str, error: str) -> None:
@@ -45,8 +62,25 @@ def test_a_wrong_field_is_named_with_its_value(text: str, error: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", '{"members": [{"name": "a", "weight": NaN}]}', "[" * 100_000, b"\xff"]
+    ("limits", "error"),
+    [
+        ({"interval": [0, 7]}, 'by_name["b c"].interval[1] is 7: expected `float` <= 1.0'),
+        ({"interval": [0.5, 0.1]}, 'by_name["b c"]: interval (0.5, 0.1) is not in order'),
+        ({"sha256": "00"}, 'by_name["b c"].sha256 is "00": expected 64 digits of 0-9 and a-f'),
+        ({"high": 1}, 'by_name["b c"].high: unknown field'),
+        (7, 'by_name["b c"] is 7: expected `object`, got `int`'),
+    ],
 )
+def test_the_entry_of_a_dict_is_named(limits: Any, error: str) -> None:
+    for entries in ({"b c": limits}, {"a": {}, "b c": limits}, {"b c": limits, "d": {}, "e": {}, "f": {}}):
+        with pytest.raises(ValueError, match=r".") as caught:
+            from_builtins({"members": [{"name": "a", "weight": 1}], "by_name": entries}, _Ensemble)
+        assert str(caught.value) == error
+    with pytest.raises(ValueError, match=r'^by_name: key "A": expected letters of a-z$'):
+        from_builtins({"members": [], "by_name": {"a": {}, "A": {}}}, _Ensemble)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, b"\xff", "1" * 10_000])
 def test_what_is_not_json_is_said_in_one_line(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"^it is not JSON") as caught:
         from_json(text, _Ensemble)
