@@ -13,8 +13,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from engine.bundle import Decode
-from engine.header import Header
 from engine.preprocess.stage import load_pixels
+from engine.records import Header
 from training.listing import Labels, Listing, check_counts
 
 Pixels = npt.NDArray[np.uint8]

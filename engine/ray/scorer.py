@@ -54,7 +54,7 @@ class EnsembleScorer:
         choice = choose(runner, device, self._models, precision=precision, batch_size=batch_size)
         limits = Limits(max_pixels=max_pixels)
         settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, limits=limits)
-        self._gpu, self._max_pixels = choice.gpu is not None, max_pixels
+        self._max_pixels = max_pixels
         opening = Opening(
             *(settings, self._models, choice, lambda _: None, Path()),
             batch_size=batch_size or defaults(choice)[0],
@@ -116,12 +116,7 @@ class EnsembleScorer:
         for batch in batches:
             found = np.ascontiguousarray(pixels[batch.start : batch.start + batch.rows])
             batch.index = np.arange(batch.rows)
-            if self._gpu:
-                from engine.gpu.decode import DevicePixels
-
-                batch.device_pixels = DevicePixels([], found)
-            else:
-                batch.pixels = found
+            batch.pixels = found
         return batches
 
     def _columns(self, batches: Sequence[Batch]) -> dict[str, npt.NDArray[Any]]:

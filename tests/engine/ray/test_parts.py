@@ -33,8 +33,8 @@ from engine.runners.onnx import OnnxRunner
 from engine.settings import Settings
 from engine.sink import Layout
 from engine.step import CpuStep
-from tests.conftest import write_images
-from tests.records import run_record
+from tests.helpers.images import write_images
+from tests.helpers.records import run_record
 
 
 @pytest.mark.parametrize("recorded", ["[]", "{}", '{"a": 7}', '{"a": {}}', '{"a": {"rounds": "2"}}'])
@@ -182,8 +182,8 @@ def test_canaries_pass_among_the_images_and_are_not_seen_behind(bundle: Path) ->
     models = bundles.load(bundle)
     runners = [OnnxRunner(member, models) for member in models.members]
     step, canaries = CpuStep(models, runners, lanes=2), Canaries.of(models)
-    assert check(canaries, step, 8, gpu=False) < 1e-5
-    guard = Guard(step, canaries, 8, gpu=False)
+    assert check(canaries, step, 8) < 1e-5
+    guard = Guard(step, canaries, 8)
     guard.check()
     per_round = int(canaries.rows / SHARE) // 80
     passed: list[int] = []

@@ -17,9 +17,9 @@ from engine.errors import UsageError
 from engine.pipeline import screen
 from engine.ray import EnsembleScorer
 from engine.settings import Settings
-from tests.conftest import ROOT
-from tests.engine.ray.conftest import Nodes
-from tests.engine.test_nothing_lost import table
+from tests.helpers.nodes import Nodes
+from tests.helpers.processes import ROOT
+from tests.system.test_interruptions import table
 
 DATA = """
 import json, sys
