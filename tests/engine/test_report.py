@@ -27,10 +27,10 @@ from engine.merge import merge
 from engine.report import __main__ as command
 from engine.report import pictures, write
 from engine.report.facts import throughput
-from engine.report.gather import Top
 from engine.report.page import number, printable, shown
 from engine.run_folder import clear_explanations
 from engine.sink import Done
+from engine.stats.top_k import TopK
 from engine.store import open_folder
 from tests.bundles import CLASSES, write_bundle
 from tests.conftest import ROOT
@@ -435,11 +435,11 @@ def test_the_highest_rows_whatever_the_cuts() -> None:
     rows = pa.table({"row": np.arange(1000)})
     wanted = np.lexsort((np.arange(1000), -scores))[:40].tolist()
     for size in (1, 7, 300, 1000):
-        top = Top(40)
+        top = TopK(40)
         for start in range(0, 1000, size):
             top.add(rows.slice(start, size), scores[start : start + size])
         assert [row["row"] for row in top.rows()] == wanted
-    none = Top(0)
+    none = TopK(0)
     none.add(rows, scores)
     assert none.rows() == []
 
