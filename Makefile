@@ -38,10 +38,13 @@ peers: .venv/peers.stamp demo/contest/plans/onnx-int8/resnet50.json
 	$(BIN)/python -m benchmarks peers -b demo/contest --archive uniform
 	$(BIN)/python -m benchmarks tables
 
+STAND_IN := tests/engine/pipeline/test_open_gpu.py tests/engine/preprocess/test_gpu*.py \
+  tests/engine/runners tests/engine/scoring/test_gpu*.py
+
 # no test may skip for want of a GPU; the JSON goes to benchmarks/results
 gpu-proof:
-	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest tests/engine/gpu
-	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest -m gpu tests/training/test_fit.py
+	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest -m gpu tests/engine/pipeline tests/training/test_fit.py
+	REQUIRE_GPU=1 $(GPU_PYTHON) -m pytest $(STAND_IN)
 	$(GPU_PYTHON) -m benchmarks gpu
 
 fuzz: .venv/dev.stamp

@@ -16,7 +16,7 @@ import engine
 from engine.api import NOT_HERE, Options
 from engine.ledger import Progress
 from engine.options import OPTIONS
-from tests.conftest import ROOT
+from tests.helpers.processes import ROOT
 
 
 def test_importing_is_light() -> None:

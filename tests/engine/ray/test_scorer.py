@@ -22,10 +22,10 @@ from engine.ray import EnsembleScorer
 from engine.reader import Reader
 from engine.records import Part
 from engine.settings import Limits, Settings
-from tests.conftest import ROOT
-from tests.engine.ray.conftest import Nodes
-from tests.engine.test_nothing_lost import table
-from tests.images import encode, smooth
+from tests.helpers.images import encode, smooth
+from tests.helpers.nodes import Nodes
+from tests.helpers.processes import ROOT
+from tests.system.test_interruptions import table
 
 DATA = """
 import json, sys
