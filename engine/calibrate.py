@@ -35,6 +35,7 @@ from engine.options import OPTIONS
 from engine.overlap import Meter
 from engine.pipeline import Opening, Stages, screen
 from engine.progress import Display
+from engine.provenance import RunRecord
 from engine.records import FLAGS, Batch, Status
 from engine.results import MERGED, Results, opened
 from engine.run import answered, hush_libraries, stop_on_signal
@@ -231,10 +232,10 @@ def _read(
         if _as_trained(run) != trained:
             raise UsageError(f"results {results.place}: they are of another bundle than {models.path}")
     (one, *others) = results.runs.values()
-    options = one["result_options"]
+    options = one.result_options
     dataset = results.dataset()
     there = dataset.schema.names
-    label, group = _columns(there, options.get("column_prefix", ""), columns)
+    label, group = _columns(there, options.column_prefix, columns)
     scores = [f"{member.name}_p_{name}" for member in models.members for name in models.classes]
     wanted = dict.fromkeys(["row", PATH, "status", *filter(None, (label, group)), *scores])
     table = dataset.to_table(columns=list(wanted))
@@ -262,9 +263,9 @@ def _read(
         table.column("row").to_numpy(),
         LabelledData(
             sha256=digest.hexdigest(),
-            manifest_sha256=None if others else options["manifest_sha256"],
+            manifest_sha256=None if others else options.manifest_sha256,
             bundle_sha256=trained,
-            precision=options["precision"],
+            precision=options.precision,
             images=len(labels),
             by_class=dict(zip(models.classes, counts.tolist(), strict=True)),
             patients=len(np.unique(groups)) if group else None,
@@ -273,10 +274,10 @@ def _read(
     )
 
 
-def _as_trained(run: dict[str, Any]) -> str:
+def _as_trained(run: RunRecord) -> str:
     """The hash of a run's bundle before it was calibrated, which changes no member and no weight."""
-    points = run.get("operating_points")
-    return str(points["data"]["bundle_sha256"] if points else run["result_options"]["bundle_sha256"])
+    points = run.operating_points
+    return str(points["data"]["bundle_sha256"]) if points else run.result_options.bundle_sha256
 
 
 def _columns(there: list[str], prefix: str, columns: Columns) -> tuple[str | None, str | None]:
