@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.distance import OUTPUT
 from engine.ensemble import fuse
 from engine.errors import UsageError
+from engine.settings import DECODES, Decode
 from engine.store import atomic
 from engine.triage import OperatingPoints
 
@@ -27,8 +28,6 @@ DESCRIPTION = "ensemble.json"
 _MEMBER_NAME = re.compile(r"[a-z0-9_]{1,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_SIDE = 8192
-Decode = Literal["exact", "fast"]  # JPEG in full, or near the size that is needed by a scaled DCT
-DECODES: tuple[Decode, ...] = get_args(Decode)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -25,14 +25,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 
+from engine.cli.terminal import run_command
 from engine.command import Parser
 from engine.errors import EngineError, UsageError
 from engine.listing import PATH
 from engine.records import Status
 from engine.results import MERGED, Results, opened
-from engine.run import answered
 from engine.run_folder import SUCCESS
 from engine.settings import parse_location
 from engine.since import DECISIVE, decisive
@@ -281,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(given.output)
         return 0
 
-    return answered(Console(stderr=True, emoji=False), work)
+    return run_command(work)
 
 
 def _tell(outcome: Outcome) -> None:

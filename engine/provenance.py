@@ -14,13 +14,9 @@ from engine.bundle import Bundle
 from engine.core.version import __version__
 from engine.manifest import Manifest
 from engine.runners import Choice
-from engine.settings import Settings
+from engine.settings import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS, Settings
 from engine.storage.location import absolute
 
-CPU_BATCH = 8  # larger batches take more memory and are no faster
-CPU_PART_ROWS = 1024
-GPU_BATCH = 128  # or what the plans are made for
-GPU_PART_ROWS = 65_536
 PARTS_A_SHARD = 8  # about, if there are the rows
 
 

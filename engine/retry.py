@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 
 from engine import bundle
 from engine.bundle import Bundle
+from engine.core.deadline import Deadline
 from engine.errors import UsageError
 from engine.job import Say, Watch
 from engine.ledger import Progress, Summary, summary_of
@@ -30,7 +30,7 @@ def retry(
     *,
     watch: Watch = lambda _: None,
     say: Say = lambda _: None,
-    stop: threading.Event | None = None,
+    deadline: Deadline | None = None,
 ) -> Summary:
     """Try the failed rows of the finished run in the folder `settings.manifest` again, with its options.
 
@@ -68,7 +68,8 @@ def retry(
         parts = failed_rows(folder.files, sorted(failed), layout.passthrough.names)
         if manifest:
             parts = with_paths(parts, manifest.parts(options["part_rows"], failed))
-        stages.run(parts, Sink(folder.files, layout, run, worker(choice), fold=True), progress, watch, stop)
+        sink = Sink(folder.files, layout, run, worker(choice), fold=True)
+        stages.run(parts, sink, progress, watch, deadline or Deadline(settings.finish_by))
         return stages.close_ledger(folder, run, progress)
 
 
@@ -92,10 +93,12 @@ def as_in_run(settings: Settings, options: dict[str, Any]) -> tuple[Settings, Ma
 
     Raises UsageError when what was given does not fit the run.
     """
-    limits = replace(
-        settings.limits, max_pixels=options["max_pixels"], max_file_size=options["max_file_size"]
+    settings = replace(
+        settings,
+        max_pixels=options["max_pixels"],
+        max_file_size=options["max_file_size"],
+        redaction=_same_redaction(settings, options),
     )
-    settings = replace(settings, limits=limits, redaction=_same_redaction(settings, options))
     return settings, _paths_again(settings, options)
 
 

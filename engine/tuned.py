@@ -19,8 +19,8 @@ from typing import Any
 
 from engine.bundle import Bundle
 from engine.provenance import processor_name, versions
-from engine.runners import RUNNERS, Choice
-from engine.settings import Settings, available_cpus
+from engine.runners import Choice
+from engine.settings import RUNNERS, Settings, available_cpus
 from engine.store import as_json, atomic
 
 FORMAT = 1

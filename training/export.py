@@ -24,12 +24,13 @@ from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import save as tensors_to_bytes
 
 from engine import bundle as bundles
-from engine.bundle import IMAGENET_MEAN, IMAGENET_STD, Decode
+from engine.bundle import IMAGENET_MEAN, IMAGENET_STD
 from engine.ensemble import softmax
 from engine.errors import ParityError, UsageError
 from engine.labels import groups_of
 from engine.network import Network, folded
 from engine.runners.onnx import OnnxRunner
+from engine.settings import Decode
 from training.data import Pixels
 from training.features import infer
 

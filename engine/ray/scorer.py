@@ -53,7 +53,7 @@ class EnsembleScorer:
         self._models = bundles.load(Path(bundle))
         choice = choose(runner, device, self._models, precision=precision, batch_size=batch_size)
         limits = Limits(max_pixels=max_pixels)
-        settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, limits=limits)
+        settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, **vars(limits))
         self._batch_size = batch_size or defaults(choice)[0]
         self._gpu, self._max_pixels = choice.gpu is not None, max_pixels
         options: dict[str, Any] = {"batch_size": self._batch_size, "decoder": "auto"}
