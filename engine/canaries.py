@@ -42,21 +42,15 @@ class Canaries:
     def rows(self) -> int:
         return len(self.pixels)
 
-    def batches(self, size: int, *, gpu: bool) -> Iterator[Batch]:
+    def batches(self, size: int) -> Iterator[Batch]:
         """All of them, as the stage before the members would hand them on."""
         part = Part(-1, np.arange(self.rows), [None] * self.rows, pa.table({}))
         for start in range(0, self.rows, size):
             pixels = np.ascontiguousarray(self.pixels[start : start + size])
             rows = len(pixels)
             none = np.zeros(rows, np.int32)
-            batch = Batch(part, start, np.zeros(rows, np.uint8), none, none, index=np.arange(rows))
-            if gpu:
-                from engine.gpu.decode import DevicePixels
-
-                batch.device_pixels = DevicePixels([], pixels)
-            else:
-                batch.pixels = pixels
-            yield batch
+            status = np.zeros(rows, np.uint8)
+            yield Batch(part, start, status, none, none, index=np.arange(rows), pixels=pixels)
 
     def difference(self, scored: Batch) -> float:
         """The largest from the reference, in probability. Raises ParityError where there is no score."""
@@ -66,15 +60,15 @@ class Canaries:
         return float(np.abs(scored.probabilities - rows).max())
 
 
-def scores(canaries: Canaries, step: Step, batch_size: int, *, gpu: bool) -> npt.NDArray[np.float32]:
+def scores(canaries: Canaries, step: Step, batch_size: int) -> npt.NDArray[np.float32]:
     """What the canaries get, float32 [N, C]: the reference where another precision's is of no use."""
-    scored = step.stage(canaries.batches(batch_size, gpu=gpu), Meter("canaries"))
+    scored = step.stage(canaries.batches(batch_size), Meter("canaries"))
     return np.concatenate([batch.probabilities for batch in scored if batch.probabilities is not None])
 
 
-def check(canaries: Canaries, step: Step, batch_size: int, *, gpu: bool) -> float:
+def check(canaries: Canaries, step: Step, batch_size: int) -> float:
     """Score the canaries and return the largest difference. Raises ParityError when it is over the limit."""
-    worst = _worst(canaries, step, batch_size, gpu=gpu)
+    worst = _worst(canaries, step, batch_size)
     if not worst <= CANARY_LIMIT:
         raise ParityError(
             f"the bundle's canaries differ from their float32 reference by {worst:.2g} in probability "
@@ -83,8 +77,8 @@ def check(canaries: Canaries, step: Step, batch_size: int, *, gpu: bool) -> floa
     return worst
 
 
-def _worst(canaries: Canaries, step: Step, batch_size: int, *, gpu: bool) -> float:
-    scored = step.stage(canaries.batches(batch_size, gpu=gpu), Meter("canaries"))
+def _worst(canaries: Canaries, step: Step, batch_size: int) -> float:
+    scored = step.stage(canaries.batches(batch_size), Meter("canaries"))
     return max(canaries.difference(batch) for batch in scored)
 
 
@@ -96,8 +90,8 @@ class Guard:
     round does not end well.
     """
 
-    def __init__(self, step: Step, canaries: Canaries, batch_size: int, *, gpu: bool) -> None:
-        self._step, self._canaries, self._batch_size, self._gpu = step, canaries, batch_size, gpu
+    def __init__(self, step: Step, canaries: Canaries, batch_size: int) -> None:
+        self._step, self._canaries, self._batch_size = step, canaries, batch_size
         self._every_rows = canaries.rows / SHARE
         self._rows = 0  # since a round began
         self.rounds = 0
@@ -106,9 +100,9 @@ class Guard:
     def check(self) -> None:
         """A round by itself; while nothing else is in the step."""
         if self.rounds:
-            self._expect(_worst(self._canaries, self._step, self._batch_size, gpu=self._gpu))
+            self._expect(_worst(self._canaries, self._step, self._batch_size))
         else:
-            check(self._canaries, self._step, self._batch_size, gpu=self._gpu)
+            check(self._canaries, self._step, self._batch_size)
         self._rows = 0
         self._pass()
 
@@ -125,7 +119,7 @@ class Guard:
             for batch in source:
                 if self._rows >= self._every_rows:
                     self._rows = 0
-                    yield from self._canaries.batches(self._batch_size, gpu=self._gpu)
+                    yield from self._canaries.batches(self._batch_size)
                 self._rows += batch.rows
                 yield batch
 

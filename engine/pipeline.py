@@ -13,14 +13,13 @@ from engine.canaries import Step
 from engine.core.deadline import Deadline
 from engine.errors import EngineError
 from engine.gpu import machine
-from engine.header import Header
 from engine.job import Job, Say, Watch, close_ledger, prepare
 from engine.ledger import Progress, Summary
 from engine.manifest import Manifest
 from engine.overlap import Meter, prefetch
 from engine.preprocess.stage import Preprocess
 from engine.reader import Reader
-from engine.records import Batch, Part
+from engine.records import Batch, Header, Part
 from engine.run_folder import RunFolder
 from engine.runners import Choice, Runner, open_runner
 from engine.settings import Settings, available_cpus

@@ -21,9 +21,9 @@ import nvtx
 
 from engine import header
 from engine.errors import EngineError
-from engine.header import Header, HeaderError
+from engine.header import HeaderError
 from engine.overlap import Meter
-from engine.records import Batch, Part, Status
+from engine.records import Batch, Header, Part, Status
 from engine.settings import Limits
 from engine.storage import ReadError, Storage, Url
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from engine.gpu.decode import DevicePixels
-    from engine.header import Header
 
 
 class Status(enum.IntEnum):
@@ -47,6 +44,54 @@ FLAGS = (
     "burned_in",
     "inverse_lut",
 )
+
+
+_PEAK_BYTES_PER_PIXEL = {
+    "bmp": 6,
+    "dicom": 20,
+    "gif": 4,
+    "jpeg": 4,
+    "jpeg2000": 27,
+    "png": 12,
+    "pnm": 6,
+    "tiff": 12,
+    "webp": 14,
+}
+
+
+class Header(NamedTuple):
+    """What an encoded image says of itself. Filled by `engine.header.parse`."""
+
+    format: str
+    width: int  # pixels as stored
+    height: int
+    flags: tuple[str, ...] = ()
+    orientation: int = 1  # EXIF 1 to 8
+    layout: Any = None  # what else the format's own decoder has to know
+    bits: int = 8  # of a stored sample
+    photometric: str = ""  # DICOM's PhotometricInterpretation
+    uids: tuple[str, str, str] = ("", "", "")  # DICOM's study, series and SOP instance
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Return the largest number of bytes that decoding holds at once, as measured for each format."""
+        return self.width * self.height * _PEAK_BYTES_PER_PIXEL[self.format]
+
+
+class PixelSlot(Protocol):
+    """The buffer on a GPU that the members read the pixels of a batch from."""
+
+    pixels: Any  # uint8 tensor [B, 1, H, W] on the device
+
+    def copy_host(self, pixels: npt.NDArray[np.uint8], start: int, stream: Any, cuda: Any) -> None:
+        """Copy pixels [c, 1, H, W] from host memory to the places from `start`, in the order of `stream`."""
+
+
+class DevicePixels(Protocol):
+    """Pixels of a batch, some or all of which are on a GPU."""
+
+    def copy_to(self, slot: PixelSlot, stream: Any, cuda: Any) -> None:
+        """Copy k images to the first k places of `slot`, in the order of `stream`; must outlive the copy."""
 
 
 @dataclass(slots=True)
@@ -91,7 +136,7 @@ class Batch:
     # preprocess
     index: npt.NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # [k], positions
     pixels: npt.NDArray[np.uint8] | None = None  # [k, 1, H, W], dropped by the members
-    device_pixels: DevicePixels | None = None  # the same on a GPU
+    device_pixels: DevicePixels | None = None  # or these, from decoders of a GPU
     # members and ensemble
     members: npt.NDArray[np.float32] | None = None  # [M, k, C], probabilities of each member
     distances: npt.NDArray[np.float32] | None = None  # [M, k], of the features, where the runner says

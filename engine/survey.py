@@ -27,7 +27,6 @@ from engine import installed
 from engine.bundle import Bundle
 from engine.errors import EngineError, NothingNew, Stopped, UsageError
 from engine.findings import Report, size
-from engine.header import Header
 from engine.job import Say, check_paths, indices_of, list_new, manifest_of
 from engine.listing import in_words
 from engine.manifest import Manifest
@@ -35,7 +34,7 @@ from engine.overlap import Meter
 from engine.pipeline import READ_THREADS
 from engine.provenance import describe
 from engine.reader import Reader
-from engine.records import Batch, Part, Status
+from engine.records import Batch, Header, Part, Status
 from engine.run_folder import RunFolder, rows_of
 from engine.runners import Choice
 from engine.settings import Settings

@@ -250,7 +250,7 @@ def canaries(here: Path) -> str:
     step = CpuStep(models, runners, lanes=0)
     found = Canaries.of(models)
     with pytest.raises(ParityError) as caught:
-        check(replace(found, expected=found.expected + np.float32(0.03)), step, 8, gpu=False)
+        check(replace(found, expected=found.expected + np.float32(0.03)), step, 8)
     return f"error: {caught.value}"
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine.header import Header
 from engine.preprocess.stage import load_pixels
+from engine.records import Header
 from engine.settings import Decode
 from training.listing import Labels, Listing, check_counts
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import msgspec
 from msgspec import inspect
@@ -23,12 +23,19 @@ _LINE = 300  # characters of an error line
 _FORMS: dict[str, str] = {}  # what `text` has described, by the pattern as msgspec shows it
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _KeywordsOnly(msgspec.StructMeta):
+    """Makes subclasses of a record take keywords only, which msgspec does not inherit."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> Any:
+        return super().__new__(cls, name, bases, namespace, **{"kw_only": True} | options)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, metaclass=_KeywordsOnly):
     """Base class of everything that is read from or written to JSON.
 
     A subclass checks relations between its fields in `__post_init__` and raises ValueError there.
-    Fields that older versions did not write have a default. A subclass says `kw_only=True` again where a
-    field with a default stands before one without: msgspec does not inherit it.
+    Fields that older versions did not write have a default.
     """
 
 
@@ -42,7 +49,14 @@ def text(pattern: str, description: str) -> Any:
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
 Sha256 = Annotated[str, text("[0-9a-f]{64}", "64 digits of 0-9 and a-f")]
+
+
+def check_order(name: str, *numbers: float) -> None:
+    """Raise ValueError unless `numbers` ascend."""
+    if list(numbers) != sorted(numbers):
+        raise ValueError(f"{name} {list(numbers)} is not in order")
 
 
 def from_json(text: bytes | str, kind: type[T]) -> T:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +23,11 @@ import simplejpeg
 from engine.errors import EngineError
 from engine.gpu import frames
 from engine.gpu.frames import Framed, FrameGraph
-from engine.header import Header
 from engine.header.jpeg import in_doubt
 from engine.overlap import Meter
 from engine.preprocess import graph
 from engine.preprocess.stage import Preprocess
-from engine.records import Batch
-
-if TYPE_CHECKING:
-    from engine.gpu.slots import Slot
+from engine.records import Batch, Header, PixelSlot
 
 LANES = 2  # pipelines that take turns: one decodes while the other is fed, and an error stays in its own
 SHARES = 1 << 16
@@ -120,15 +116,14 @@ class EncodedGraph:
 
 
 @dataclass
-class DevicePixels:
-    """The pixels of k images on their way to a slot: those DALI decoded, then those of the CPU."""
+class DecodedPixels:
+    """The pixels of k images on their way to a slot: those that DALI decoded, then those of the CPU."""
 
     decoded: list[Any]  # DALI tensors, uint8 [g, 1, H, W] each
     host: npt.NDArray[np.uint8]  # [c, 1, H, W]
 
-    def copy_to(self, slot: Slot, stream: Any, cuda: Any) -> None:
-        """Into the first k places of `slot.pixels`, in the order of `stream`; must outlive that."""
-        import torch
+    def copy_to(self, slot: PixelSlot, stream: Any, cuda: Any) -> None:
+        """Copy k images to the first k places of `slot`, in the order of `stream`; must outlive the copy."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         start = 0
@@ -136,11 +131,7 @@ class DevicePixels:
             end = start + tensor.shape()[0]
             feed_ndarray(tensor, slot.pixels[start:end], cuda_stream=stream)
             start = end
-        count = len(self.host)
-        if count:
-            slot.staging[:count] = torch.from_numpy(self.host)
-            with cuda.stream(stream):
-                slot.pixels[start : start + count].copy_(slot.staging[:count], non_blocking=True)
+        slot.copy_host(self.host, start, stream, cuda)
 
 
 @dataclass
@@ -281,7 +272,7 @@ class GpuPreprocess:
             host = np.concatenate([host, self._worker.submit(self._strict, batch, refused, looked).result()])
             cpu_index = np.concatenate([cpu_index, np.flatnonzero(looked)])
         batch.index = np.concatenate([np.array(gpu_index, np.intp), cpu_index])
-        batch.device_pixels = DevicePixels(tensors, host)
+        batch.device_pixels = DecodedPixels(tensors, host)
         batch.drop_encoded()
         meter.add(time.perf_counter() - start)
         return batch

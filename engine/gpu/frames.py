@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import UsageError
-from engine.header import Header, jpeg, jpeg2000
+from engine.header import jpeg, jpeg2000
 from engine.header.common import Limit
 from engine.header.dicom import LOSSLESS_JPEG, Layout
 from engine.preprocess import graph
 from engine.preprocess.codecs.presentation import levels_for
+from engine.records import Header
 
 AT_ONCE = 16  # files whose stored values are held together
 

@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -25,6 +27,16 @@ class Slot:
     done: Any  # event: the results are in `result`
     graph: Any = None
     held: list[object] = field(default_factory=list)  # what must live until `done`
+
+    def copy_host(self, pixels: npt.NDArray[np.uint8], start: int, stream: Any, cuda: Any) -> None:
+        """Copy pixels [c, 1, H, W] from host memory to the places from `start`, in the order of `stream`.
+
+        They are staged in pinned memory, so `pixels` need not outlive the call.
+        """
+        if count := len(pixels):
+            self.staging[:count] = torch.from_numpy(pixels)
+            with cuda.stream(stream):
+                self.pixels[start : start + count].copy_(self.staging[:count], non_blocking=True)
 
 
 class Ring:

@@ -139,7 +139,7 @@ def _step(stack: ExitStack, opening: Opening, *, compiled: bool) -> GpuStep:
 
 def check_canaries(models: Bundle, step: GpuStep) -> float:
     """The largest difference in probability from the bundle's canaries. Raises ParityError: see `check`."""
-    return check(Canaries.of(models), step, step.batch_size, gpu=True)
+    return check(Canaries.of(models), step, step.batch_size)
 
 
 def _open_preprocess(stack: ExitStack, opening: Opening) -> GpuPreprocess:

@@ -147,9 +147,12 @@ class GpuStep:
     def enqueue(self, batch: Batch) -> InFlight:
         """Copy the pixels into a free slot and start its step; returns before either is done."""
         slot = self._ring.take()
-        assert batch.device_pixels is not None
         with nvtx.annotate("pixels to slot"):
-            batch.device_pixels.copy_to(slot, self._copies, self._cuda)
+            if batch.device_pixels:
+                batch.device_pixels.copy_to(slot, self._copies, self._cuda)
+            else:
+                assert batch.pixels is not None
+                slot.copy_host(batch.pixels, 0, self._copies, self._cuda)
         slot.copied.record(self._copies)
         self._main.wait_event(slot.copied)
         with nvtx.annotate("members"), self._cuda.stream(self._main):
@@ -159,7 +162,7 @@ class GpuStep:
                 slot.graph.replay()
         slot.done.record(self._main)
         slot.held.append(batch.device_pixels)  # DALI may take its buffer back after `done`, not before
-        batch.device_pixels = None
+        batch.device_pixels = batch.pixels = None
         return InFlight(batch, slot)
 
     def finish(self, work: InFlight, meter: Meter) -> Batch:

@@ -11,9 +11,10 @@ import struct
 from typing import Protocol
 
 from engine.header import bmp, dicom, gif, jpeg, jpeg2000, png, pnm, tiff, webp
-from engine.header.common import Header, HeaderError, Limit, truncated, unsupported
+from engine.header.common import HeaderError, Limit, truncated, unsupported
+from engine.records import Header
 
-__all__ = ["START", "Header", "HeaderError", "may_be_image", "parse"]
+__all__ = ["START", "HeaderError", "may_be_image", "parse"]
 
 
 class _Format(Protocol):

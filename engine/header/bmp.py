@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from engine.header.common import Header, Limit, corrupt, truncated, unsupported
+from engine.header.common import Limit, corrupt, truncated, unsupported
+from engine.records import Header
 
 _HEADERS = (12, 40, 52, 56, 64, 108, 124)
 _BITS = (1, 4, 8, 24, 32)

@@ -1,43 +1,12 @@
-"""What the parsers of all formats share: the record they give, the error they raise, the size check."""
+"""Share the error that the parsers of all formats raise, and the check of the declared size."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from engine.records import Status
 
 INT32_MAX = (1 << 31) - 1
-
-
-_PEAK_BYTES_PER_PIXEL = {
-    "bmp": 6,
-    "dicom": 20,
-    "gif": 4,
-    "jpeg": 4,
-    "jpeg2000": 27,
-    "png": 12,
-    "pnm": 6,
-    "tiff": 12,
-    "webp": 14,
-}
-
-
-class Header(NamedTuple):
-    format: str
-    width: int  # pixels as stored
-    height: int
-    flags: tuple[str, ...] = ()
-    orientation: int = 1  # EXIF 1 to 8
-    layout: Any = None  # what else the format's own decoder has to know
-    bits: int = 8  # of a stored sample
-    photometric: str = ""  # DICOM's PhotometricInterpretation
-    uids: tuple[str, str, str] = ("", "", "")  # DICOM's study, series and SOP instance
-
-    @property
-    def decoding_bytes(self) -> int:
-        """What decoding takes at its peak, at most, by measurement."""
-        return self.width * self.height * _PEAK_BYTES_PER_PIXEL[self.format]
 
 
 class HeaderError(Exception):

@@ -16,8 +16,8 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 from engine.errors import UsageError
-from engine.header.common import INT32_MAX, Header, HeaderError, Limit, corrupt, truncated, unsupported
-from engine.records import Status
+from engine.header.common import INT32_MAX, HeaderError, Limit, corrupt, truncated, unsupported
+from engine.records import Header, Status
 
 MODALITIES = ("CR", "DX", "RG", "RF", "XA", "MG", "PX", "IO", "OT", "SC", "BMD", "DXA")
 MAX_HEADER = 16 << 20  # bytes before the pixels of a deflated file

@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from engine.header.common import Header, Limit, corrupt, truncated
+from engine.header.common import Limit, corrupt, truncated
+from engine.records import Header
 
 MAX_BLOCKS = 1_000_000
 _EXTENSION, _IMAGE, _TRAILER, _CONTROL = 0x21, 0x2C, 0x3B, 0xF9

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.header import exif
-from engine.header.common import Header, HeaderError, Limit, corrupt, truncated, unsupported
+from engine.header.common import HeaderError, Limit, corrupt, truncated, unsupported
+from engine.records import Header
 
 MAX_SEGMENTS = 10_000
 MAX_SCANS = 100  # each scan costs a pass over the whole image

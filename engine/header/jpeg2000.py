@@ -10,7 +10,8 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from engine.header.common import Header, Limit, corrupt, truncated, unsupported
+from engine.header.common import Limit, corrupt, truncated, unsupported
+from engine.records import Header
 
 MAX_BOXES = 1_000
 MAX_SEGMENTS = 10_000  # of one header

@@ -6,7 +6,8 @@ import struct
 from collections.abc import Iterator
 
 from engine.header import exif
-from engine.header.common import Header, Limit, corrupt, truncated
+from engine.header.common import Limit, corrupt, truncated
+from engine.records import Header
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 200_000

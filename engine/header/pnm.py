@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from engine.header.common import Header, Limit, corrupt, truncated
+from engine.header.common import Limit, corrupt, truncated
+from engine.records import Header
 
 MAX_HEADER = 65_536  # bytes
 _GAP = rb"(?:[ \t\n\v\f\r]|#[^\r\n]*[\r\n])+"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from engine.header.common import Header, Limit, corrupt, truncated, unsupported
+from engine.header.common import Limit, corrupt, truncated, unsupported
+from engine.records import Header
 
 MAX_ENTRIES = 65_535
 MAX_PIECES = 100_000  # strips or tiles

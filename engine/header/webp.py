@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from engine.header import exif
-from engine.header.common import Header, Limit, corrupt, truncated, unsupported
+from engine.header.common import Limit, corrupt, truncated, unsupported
+from engine.records import Header
 
 MAX_CHUNKS = 10_000
 _ANIMATED, _LOSSLESS_SIGNATURE, _LOSSY_SIGNATURE = 0x02, 0x2F, b"\x9d\x01\x2a"

@@ -256,7 +256,6 @@ class Actor:
         self._see_the_same(work)
         lines: list[str] = []
         self._layout = work.layout
-        gpu = self._choice.gpu is not None
         opening = Opening(
             self._settings,
             self._models,
@@ -271,9 +270,9 @@ class Actor:
         canaries, expected = Canaries.of(self._models), work.expected
         if self._choice.precision == "int8":  # whose scores are far from float32's
             if expected is None:
-                expected = scores(canaries, self._stages.step, batch_size, gpu=gpu)
+                expected = scores(canaries, self._stages.step, batch_size)
             canaries = replace(canaries, expected=expected)
-        self._guard = Guard(self._stages.step, canaries, batch_size, gpu=gpu)
+        self._guard = Guard(self._stages.step, canaries, batch_size)
         self._guard.check()
         return Opened(batch_size, work.run["tuning"], work.run["versions"], expected, lines)
 

@@ -55,7 +55,7 @@ class EnsembleScorer:
         limits = Limits(max_pixels=max_pixels)
         settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, **vars(limits))
         self._batch_size = batch_size or defaults(choice)[0]
-        self._gpu, self._max_pixels = choice.gpu is not None, max_pixels
+        self._max_pixels = max_pixels
         options: dict[str, Any] = {"batch_size": self._batch_size, "decoder": "auto"}
         run: dict[str, Any] = {"result_options": options, "tuning": {}, "versions": {}, "rows": 0}
         opening = Opening(settings, self._models, run, choice, lambda _: None, Path(), resumed=False)
@@ -115,12 +115,7 @@ class EnsembleScorer:
         for batch in batches:
             found = np.ascontiguousarray(pixels[batch.start : batch.start + batch.rows])
             batch.index = np.arange(batch.rows)
-            if self._gpu:
-                from engine.gpu.decode import DevicePixels
-
-                batch.device_pixels = DevicePixels([], found)
-            else:
-                batch.pixels = found
+            batch.pixels = found
         return batches
 
     def _columns(self, batches: Sequence[Batch]) -> dict[str, npt.NDArray[Any]]:

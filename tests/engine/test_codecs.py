@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from engine.header import Header, HeaderError, parse
+from engine.header import HeaderError, parse
 from engine.preprocess import codecs
 from engine.preprocess.codecs.gray import full_scale, oriented, to_gray, unpacked
+from engine.records import Header
 from tests.fuzz.mutations import mutate
 from tests.images import bmp, encode, every_format, png, smooth, tiff
 

@@ -21,10 +21,11 @@ from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 import engine
 from benchmarks.dicom_files import LOSSLESS, LOSSY, dicom, frame
 from engine import header
-from engine.header import Header, HeaderError
+from engine.header import HeaderError
 from engine.header import dicom as dicom_header
 from engine.preprocess.codecs import decode
 from engine.preprocess.codecs import dicom as codec
+from engine.records import Header
 from tests.conftest import Command, run_module
 from tests.images import png, smooth
 

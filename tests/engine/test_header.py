@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from engine import header
-from engine.header import Header, HeaderError
+from engine.header import HeaderError
 from engine.header.jpeg import Layout
-from engine.records import Status
+from engine.records import Header, Status
 from tests.fuzz.mutations import mutate
 from tests.images import bmp, encode, every_format, png, tiff
 

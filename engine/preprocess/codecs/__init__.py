@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.header import Header
 from engine.preprocess.codecs import bmp, gif, jpeg, jpeg2000, png, pnm, tiff, webp
 from engine.preprocess.codecs.gray import Gray, Margins, margins, oriented
+from engine.records import Header
 
 _DECODERS = {
     "png": png.decode,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.header import Header
 from engine.header.bmp import Layout
 from engine.preprocess.codecs.gray import Gray, palette_gray, to_gray, unpacked
+from engine.records import Header
 
 
 def decode(data: bytes, header: Header) -> Gray:

@@ -8,11 +8,11 @@ import numpy as np
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut
 
-from engine.header import Header
 from engine.header.dicom import Layout, inflated
 from engine.preprocess.codecs import frames
 from engine.preprocess.codecs.gray import Gray, Samples, looked_up, to_gray
 from engine.preprocess.codecs.presentation import presented, through_lut
+from engine.records import Header
 
 
 def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:

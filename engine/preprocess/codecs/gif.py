@@ -7,10 +7,10 @@ import struct
 import imagecodecs
 import numpy as np
 
-from engine.header import Header
 from engine.header.gif import Layout
 from engine.preprocess.codecs import codec
 from engine.preprocess.codecs.gray import Gray, palette_gray
+from engine.records import Header
 
 _INTERLACED = 0x40
 

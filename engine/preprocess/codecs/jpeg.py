@@ -6,10 +6,10 @@ import imagecodecs
 import numpy as np
 import simplejpeg
 
-from engine.header import Header
 from engine.header.jpeg import Layout
 from engine.preprocess.codecs import codec
 from engine.preprocess.codecs.gray import Gray, to_gray
+from engine.records import Header
 
 # warnings about valid pixels; only the first of an image's warnings is told, so that it may hide another
 _HARMLESS = (

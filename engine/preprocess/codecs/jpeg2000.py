@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import imagecodecs
 
-from engine.header import Header
 from engine.header.jpeg2000 import Layout
 from engine.preprocess.codecs import codec
 from engine.preprocess.codecs.gray import Gray, declared_white, to_gray
+from engine.records import Header
 
 
 def decode(data: bytes, header: Header) -> Gray:

@@ -7,10 +7,10 @@ import zlib
 import imagecodecs
 import numpy as np
 
-from engine.header import Header
 from engine.header.png import chunks
 from engine.preprocess.codecs import codec
 from engine.preprocess.codecs.gray import Gray, Samples, to_gray
+from engine.records import Header
 
 _CHECKED = frozenset((b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"sBIT", b"IDAT"))
 

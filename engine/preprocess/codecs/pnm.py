@@ -7,9 +7,9 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from engine.header import Header
 from engine.header.pnm import Layout
 from engine.preprocess.codecs.gray import Gray, Samples, to_gray
+from engine.records import Header
 
 _COMMENT = re.compile(rb"#[^\r\n]*")
 _GAP = re.compile(rb"[ \t\n\v\f\r]")

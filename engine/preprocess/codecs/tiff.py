@@ -14,10 +14,10 @@ import zlib
 import imagecodecs
 import numpy as np
 
-from engine.header import Header
 from engine.header.tiff import Layout
 from engine.preprocess.codecs import codec
 from engine.preprocess.codecs.gray import Gray, Samples, declared_white, palette_gray, to_gray, unpacked
+from engine.records import Header
 
 
 def decode(data: bytes, header: Header) -> Gray:

@@ -6,10 +6,10 @@ import struct
 
 import imagecodecs
 
-from engine.header import Header
 from engine.header.webp import Layout
 from engine.preprocess.codecs import codec
 from engine.preprocess.codecs.gray import Gray, to_gray
+from engine.records import Header
 
 _ALPHA = 0x10
 

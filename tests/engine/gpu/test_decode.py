@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from engine.errors import EngineError
-from engine.gpu.decode import Decoding, DevicePixels, EncodedGraph, GpuPreprocess, RefusedError
+from engine.gpu.decode import DecodedPixels, Decoding, EncodedGraph, GpuPreprocess, RefusedError
+from engine.gpu.slots import Slot
 from engine.header import parse
 from engine.overlap import Meter
 from engine.preprocess.stage import Preprocess, load_pixels
@@ -73,12 +74,11 @@ def decoded(folder: Path, decoding: Decoding | None = None, batch_size: int = 8)
     return found
 
 
-def in_a_slot(pixels: DevicePixels, count: int) -> np.ndarray:
+def in_a_slot(pixels: DecodedPixels, count: int) -> np.ndarray:
     """What `copy_to` puts into a slot; the rest of it stays as it was."""
-
-    class Slot:
-        pixels = torch.full((count + 3, 1, *SIZE), 77, dtype=torch.uint8)
-        staging = torch.zeros((count + 3, 1, *SIZE), dtype=torch.uint8)
+    filled = torch.full((count + 3, 1, *SIZE), 77, dtype=torch.uint8)
+    none = torch.empty(0)
+    slot = Slot(filled, torch.zeros_like(filled), none, none, none, copied=None, done=None)
 
     class Cuda:
         @staticmethod
@@ -87,9 +87,9 @@ def in_a_slot(pixels: DevicePixels, count: int) -> np.ndarray:
 
             return contextlib.nullcontext()
 
-    pixels.copy_to(Slot, None, Cuda)
-    assert (Slot.pixels[count:] == 77).all()
-    return Slot.pixels[:count].numpy()
+    pixels.copy_to(slot, None, Cuda)
+    assert (filled[count:] == 77).all()
+    return filled[:count].numpy()
 
 
 def on_the_cpu(folder: Path) -> dict[str, np.ndarray]:

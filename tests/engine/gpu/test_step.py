@@ -14,7 +14,7 @@ import torch
 from engine import bundle as bundles
 from engine.bundle import Bundle
 from engine.ensemble import fuse
-from engine.gpu.decode import DevicePixels
+from engine.gpu.decode import DecodedPixels
 from engine.gpu.step import GpuStep
 from engine.overlap import Meter
 from engine.records import Batch, Part, Status
@@ -65,7 +65,9 @@ def batches(pixels: np.ndarray) -> Iterator[Batch]:
         rows = min(BATCH, ROWS - start)
         index = np.array([place for place in range(rows) if place != 2])
         numbers = [np.zeros(rows, kind) for kind in (np.uint8, np.int32, np.int32)]
-        yield Batch(part, start, *numbers, index=index, device_pixels=DevicePixels([], pixels[start + index]))
+        yield Batch(
+            part, start, *numbers, index=index, device_pixels=DecodedPixels([], pixels[start + index])
+        )
 
 
 def scores(models: Bundle, pixels: np.ndarray, cuda: StandIn, make=GpuStep, **options) -> np.ndarray:
@@ -120,6 +122,21 @@ def test_every_wait_of_a_stream_is_needed(models, pixels, expected, graphs, monk
         assert is_noticed(lambda cuda=cuda: scores(models, pixels, cuda, graphs=graphs), expected), wait
 
 
+def test_pixels_in_host_memory_get_the_scores_of_decoded_ones(models, pixels, expected):
+    cuda = StandIn(0)
+    with cuda:
+        members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
+        step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
+        for decoded, host in zip(batches(pixels), batches(pixels), strict=True):
+            host.device_pixels, host.pixels = None, pixels[host.start + host.index]
+            first, second = step.stage(iter([decoded, host]), Meter("members"))
+            assert second.pixels is None
+            assert np.array_equal(first.probabilities, second.probabilities)
+            assert np.array_equal(first.members, second.members)
+            assert np.abs(first.probabilities - expected[first.start + first.index]).max() < 1e-6
+        step.close()
+
+
 def test_an_error_inside_a_capture_is_raised_as_it_is(models, monkeypatch):
     """And not as what ending the broken capture says of itself."""
 
@@ -144,7 +161,7 @@ def test_a_batch_without_any_pixels_goes_through(models, pixels):
         members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
         step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
         (batch,) = list(batches(pixels))[:1]
-        batch.index, batch.device_pixels = np.empty(0, np.intp), DevicePixels([], pixels[:0])
+        batch.index, batch.device_pixels = np.empty(0, np.intp), DecodedPixels([], pixels[:0])
         (done,) = step.stage(iter([batch]), Meter("members"))
         assert (done.members.shape, done.probabilities.shape) == ((2, 0, 3), (0, 3))
         step.close()

@@ -11,8 +11,7 @@ import pytest
 
 from engine.gpu import tuning
 from engine.gpu.decode import Decoding
-from engine.header.common import Header
-from engine.records import Batch, Part
+from engine.records import Batch, Header, Part
 
 
 def batch(rows: int = 4) -> Batch:

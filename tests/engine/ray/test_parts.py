@@ -179,8 +179,8 @@ def test_canaries_pass_among_the_images_and_are_not_seen_behind(bundle: Path) ->
     models = bundles.load(bundle)
     runners = [OnnxRunner(member, models) for member in models.members]
     step, canaries = CpuStep(models, runners, lanes=2), Canaries.of(models)
-    assert check(canaries, step, 8, gpu=False) < 1e-5
-    guard = Guard(step, canaries, 8, gpu=False)
+    assert check(canaries, step, 8) < 1e-5
+    guard = Guard(step, canaries, 8)
     guard.check()
     per_round = int(canaries.rows / SHARE) // 80
     passed: list[int] = []
