@@ -1,6 +1,6 @@
 """`python -m benchmarks tables`: README's measured table and the peers' plot, from the committed JSON files.
 
-No figure in them is typed by hand; `tests/test_tables.py` compares README with what this module makes.
+No figure in them is typed by hand; `tests/benchmarks/test_tables.py` compares README with these tables.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from engine.settings import Settings, Shard, available_cpus
 from engine.sink import part_name
 
 LOOK_S = 0.2
-START_S = 5.0  # that a process takes at most until it screens
 PATIENCE_S = 20.0  # after which a process that was told to end is killed
 NAMED = 5  # missing parts
 _GRAVER = (0, 5, 1, 4, 2, 130)  # exit statuses
@@ -84,10 +84,12 @@ def _command(settings: Settings, devices: int, device: str, shard: Shard) -> lis
         workers=max(1, (settings.workers or available_cpus()) // devices),
         memory=settings.memory // devices,
         max_error_rate=1.0,  # of the whole
+        finish_by=None,
         metrics_file=None,
         log_json=True,
     )
-    return [sys.executable, "-m", __name__, *command_line(own)]
+    moment = settings.finish_by.isoformat() if settings.finish_by else ""  # it may be over when it is read
+    return [sys.executable, "-m", __name__, moment, *command_line(own)]
 
 
 @dataclass(eq=False)
@@ -182,7 +184,7 @@ class _Fleet:
                 child, event = self._events.get(timeout=LOOK_S)
                 if event is None:
                     running.discard(child)
-                    if self._waiting and child.exit_status == 0 and self._deadline.fits(START_S):
+                    if self._waiting and child.exit_status == 0 and not self._deadline.reached():
                         running.add(self._start(child.device))
                 else:
                     self._take(child, event, watch)
@@ -311,7 +313,8 @@ def main() -> int:
     from engine.run import main as run_main
 
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    return run_main()
+    moment, *arguments = sys.argv[1:]
+    return run_main(arguments, Deadline(datetime.fromisoformat(moment) if moment else None))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from engine.storage import Url
 from engine.watching import JsonDisplay, run
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, deadline: Deadline | None = None) -> int:
+    """Return the exit status of a run; `deadline` is that of --finish-by unless the caller has another."""
     arguments = sys.argv[1:] if arguments is None else arguments
     hush_libraries()
     log = Log(redact="--redact" in arguments, as_json="--log-json" in arguments)
@@ -29,15 +30,15 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         settings = settings_from(arguments)
         log.known = places(settings)
-        deadline = stop_on_signal(console, Deadline(settings.finish_by))
+        end = stop_on_signal(console, deadline or Deadline(settings.finish_by))
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         if settings.dry_run:
             from engine.doctor import report_to
 
-            return report_to(sys.stdout, settings, manifest=True, say=say, stop=deadline.stop)
+            return report_to(sys.stdout, settings, manifest=True, say=say, stop=end.stop)
         try:
             with JsonDisplay(log) if log.as_json else Display(console) as display:
-                summary = run(settings, watch=display, say=say, deadline=deadline)
+                summary = run(settings, watch=display, say=say, deadline=end)
         except ErrorRateError as error:
             _report(console, error.summary, settings)
             raise

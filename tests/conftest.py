@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
 
-import training  # before torch: it sets how torch's threads wait
-from tests.bundles import write_bundle, write_real_bundle
-
-ROOT = Path(training.__file__).parents[1]
+import training  # noqa: F401 before torch: it sets how torch's threads wait
+from tests.helpers.bundles import write_bundle, write_real_bundle
+from tests.helpers.images import write_images
+from tests.helpers.processes import Command, run_module
 
 
 @pytest.fixture(scope="session")
@@ -42,18 +38,6 @@ def archive(tmp_path: Path) -> Path:
     return write_images(tmp_path / "archive", 40)
 
 
-def write_images(folder: Path, count: int) -> Path:
-    folder.mkdir(parents=True)
-    for index in range(count):
-        rng = np.random.default_rng(index)
-        blocks = rng.integers(0, 256, (4, 4)).astype(np.uint8)
-        picture = Image.fromarray(blocks).resize((96 + index, 80 + 2 * index), Image.Resampling.BICUBIC)
-        if index % 5 == 0:
-            picture = picture.convert("RGB")
-        picture.save(folder / f"image-{index:02}{('.png', '.jpg')[index % 2]}", quality=92)
-    return folder
-
-
 @pytest.fixture
 def radiographs() -> list[Path]:
     """Real radiographs from the folder that the environment names; skips without."""
@@ -64,9 +48,6 @@ def radiographs() -> list[Path]:
     return files
 
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
-
-
 @pytest.fixture
 def engine_run(tmp_path: Path) -> Command:
     """`python -m engine.run ARGUMENTS` in a process of its own, in `tmp_path`."""
@@ -75,34 +56,6 @@ def engine_run(tmp_path: Path) -> Command:
         return run_module("engine.run", arguments, folder=tmp_path, timeout_s=timeout_s)
 
     return run
-
-
-def run_module(
-    module: str, arguments: Sequence[str | Path], *, folder: Path, timeout_s: float
-) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-
-
-def in_background(arguments: Sequence[str | Path], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """`python ARGUMENTS` in `folder`, in a session of its own, with its standard error to be read."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

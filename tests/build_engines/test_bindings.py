@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.build_engines import bindings
-from tests.build_engines.bindings import ALL, TRT_10_16, TRT_11_4, Bindings
-from tests.conftest import ROOT
+from tests.helpers import bindings
+from tests.helpers.bindings import ALL, TRT_10_16, TRT_11_4, Bindings
+from tests.helpers.processes import ROOT
 
 HEADER = """\
 from __future__ import annotations

@@ -32,8 +32,9 @@ from engine.provenance import defaults
 from engine.runners import Choice
 from engine.runners.tensorrt import Backend
 from engine.settings import Settings
-from tests.bundles import REAL_WEIGHTS, write_bundle
-from tests.conftest import run_module, write_images
+from tests.helpers.bundles import REAL_WEIGHTS, write_bundle
+from tests.helpers.images import write_images
+from tests.helpers.processes import run_module
 
 rtx = pytest.importorskip("tensorrt_rtx")
 ADA = Gpu(name="NVIDIA L4", uuid="GPU-0", capability="8.9", driver="580.1")

@@ -23,8 +23,9 @@ from engine import bundle as bundles
 from engine import calibrate, plans
 from engine.errors import EngineError, ParityError, UsageError
 from engine.runners import choose, open_runner
-from tests.bundles import CLASSES, write_bundle
-from tests.conftest import run_module, write_images
+from tests.helpers.bundles import CLASSES, write_bundle
+from tests.helpers.images import write_images
+from tests.helpers.processes import run_module
 
 INT8 = ("--target", "onnx", "--precision", "int8")
 

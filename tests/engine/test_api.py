@@ -21,8 +21,8 @@ from engine.api import Options
 from engine.ledger import Progress
 from engine.options import command_line, settings_from, settings_from_keywords
 from engine.settings import OPTIONS, Settings
-from tests.conftest import ROOT
-from tests.engine.test_nothing_lost import list_images, parts
+from tests.helpers.processes import ROOT
+from tests.system.test_interruptions import list_images, parts
 
 
 def test_importing_is_light() -> None:

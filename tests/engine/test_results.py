@@ -19,8 +19,8 @@ import engine
 from engine import merge as merging
 from engine.errors import UsageError
 from engine.merge import merge
-from tests.bundles import write_bundle
-from tests.conftest import ROOT
+from tests.helpers.bundles import write_bundle
+from tests.helpers.processes import ROOT
 
 Screen = Callable[..., Path]
 

@@ -33,7 +33,7 @@ from engine.records import Status
 from tests.fuzz.mutations import mutate
 from tests.fuzz.samples import samples
 from tests.fuzz.watched import Row, Run, culprits, screen
-from tests.tolerances import ROUNDING
+from tests.helpers.tolerances import ROUNDING
 
 PICTURES = 3  # base files of each kind
 SHOWN = 50  # problems; the JSON has all
@@ -88,7 +88,7 @@ def fuzz(
 
     `formats` keeps the base files to some formats; all when empty.
     """
-    from tests.bundles import write_bundle  # seconds of imports: after --help
+    from tests.helpers.bundles import write_bundle  # seconds of imports: after --help
 
     bundle = write_bundle(folder / "bundle")
     bases = {

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.dicom_files import dicom
-from tests.images import encode, png, smooth
+from tests.helpers.images import encode, png, smooth
 
 _ORIENTATION = 0x0112
 # first row, first column, row step, column step: PNG's Adam7 passes

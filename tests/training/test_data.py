@@ -8,7 +8,7 @@ from PIL import Image
 
 from engine.errors import UsageError
 from engine.preprocess.stage import load_pixels
-from tests.images import smooth
+from tests.helpers.images import smooth
 from training import data
 from training.__main__ import _Steps
 from training.features import silent

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from engine import bundle as bundles
 from engine.ensemble import fuse
 from engine.errors import ParityError, UsageError
-from tests.training.networks import random_pixels, tiny_network
+from tests.helpers.networks import random_pixels, tiny_network
 from training import export
 from training.features import infer
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.errors import EngineError
 from engine.network import Network
-from tests.training.networks import random_pixels, stripes, tiny_network
+from tests.helpers.networks import random_pixels, stripes, tiny_network
 from training import features, fit, heads, models, split, whole
 from training.settings import Fitting
 

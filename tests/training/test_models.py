@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from engine.bundle import Bundle, BundleFile, Member
 from engine.errors import UsageError
 from engine.network import Network, OneChannel, _on_one_channel, folded, load
-from tests.training.networks import random_pixels, tiny_network
+from tests.helpers.networks import random_pixels, tiny_network
 from training import models
 
 SMALL = "shufflenet_v2_x0_5"  # quick to build and run

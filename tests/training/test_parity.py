@@ -14,9 +14,9 @@ from torch import nn
 
 import engine
 from engine.preprocess.stage import load_pixels
-from tests.bundles import CLASSES, REAL_WEIGHTS
-from tests.conftest import Command
-from tests.tolerances import PARITY
+from tests.helpers.bundles import CLASSES, REAL_WEIGHTS
+from tests.helpers.processes import Command
+from tests.helpers.tolerances import PARITY
 
 
 def plain_pytorch(bundle: Path, paths: list[Path]) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 
 from engine import evaluate
 from engine.report.page import SERIES
-from tests.pages import Page
+from tests.helpers.pages import Page
 from training import assess, report
 
 HOSTILE = '<img src=x onerror="alert(1)">$x^2$ &amp; {{ 7 * 7 }} ]]>'

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 import engine
 from engine import bundle as bundles
-from tests.conftest import ROOT, Command, run_module
+from tests.helpers.processes import ROOT, Command, run_module
 from training.__main__ import main
 
 SMALL = ("--members", "shufflenet_v2_x0_5", "mobilenet_v3_small", "--weights", "none", "--size", "64", "64")

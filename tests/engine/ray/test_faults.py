@@ -18,10 +18,11 @@ import pandas as pd
 import pytest
 
 from engine.errors import Stopped
-from tests.conftest import in_background, run_module, write_images
-from tests.engine.ray.conftest import Nodes
-from tests.engine.ray.hurt.sitecustomize import DEADLY
-from tests.engine.test_nothing_lost import list_images, only_results_are_left, parts, table, wait_for_parts
+from tests.helpers.hurt.sitecustomize import DEADLY
+from tests.helpers.images import write_images
+from tests.helpers.nodes import Nodes
+from tests.helpers.processes import in_background, run_module
+from tests.system.test_interruptions import list_images, only_results_are_left, parts, table, wait_for_parts
 
 ROWS, PART_ROWS = 4000, 64
 Start = Callable[..., subprocess.Popen[str]]

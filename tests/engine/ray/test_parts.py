@@ -31,7 +31,7 @@ from engine.runners.onnx import OnnxRunner
 from engine.settings import Settings
 from engine.sink import Layout
 from engine.step import CpuStep
-from tests.conftest import write_images
+from tests.helpers.images import write_images
 
 
 @pytest.mark.parametrize("recorded", ["[]", "{}", '{"a": 7}', '{"a": {}}', '{"a": {"rounds": "2"}}'])

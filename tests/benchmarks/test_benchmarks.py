@@ -1,0 +1,85 @@
+"""The benchmarks of the CPU run to their end, on next to nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from benchmarks.paper import Echo
+from benchmarks.scaling import line_through
+from benchmarks.scaling_out import uniform_bundle
+from engine import bundle as bundles
+from engine.records import Part
+from tests.helpers.processes import run_module
+from tests.helpers.tolerances import FAST_MEAN
+
+
+def figures(folder: Path, name: str, *arguments: str | Path) -> dict:
+    done = run_module("benchmarks", [*arguments, "-o", folder], folder=folder, timeout_s=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_decode_knows_every_format(tmp_path: Path, bundle: Path) -> None:
+    small = ("--width", "96", "--height", "80", "--seconds", "0.01")
+    few = ("--rounds", "3", "--images", "2", "-b", bundle)
+    written = figures(tmp_path, "decode-cpu", "decode", *small, *few)
+    found, fast = written["formats"], written["fast"]
+    rates = {name: one["images_per_s_and_core"] for name, one in found.items()}
+    assert len([name for name in rates if name.startswith("DICOM")]) == 16
+    assert all(one["engine"] > 0 for one in rates.values())
+    assert rates["DICOM explicit"]["pydicom"] > 0
+    assert rates["DICOM jpeg-sv1"]["pydicom"] is None, "what the engine adds to pydicom is not plain pydicom"
+    assert fast["fast_against"]["pillow"]["median"] > 1
+    assert 0 < fast["gray_levels_from_exact"]["mean"] <= FAST_MEAN
+    assert 0 < fast["scores_from_exact"]["largest_difference_in_probability"] < 0.1
+
+
+def test_scaling_fits_lines_and_draws_them(tmp_path: Path, bundle: Path) -> None:
+    quick = ("--quick", "--series", "rows", "bad_files")
+    found = figures(tmp_path, "scaling-cpu", "scaling", *quick, "-b", bundle)["series"]
+    assert [one["x"] for one in found["rows"]["points"]] == [1000, 10_000]
+    assert found["rows"]["line"] is None, "two points are always on a line"
+    assert len(found["bad_files"]["points"]) == 5
+    assert found["bad_files"]["line"]["r2"] <= 1
+    assert "<svg" in (tmp_path / "scaling-cpu.svg").read_text()
+
+
+def test_a_line_is_found() -> None:
+    line = line_through([(x, 3 + 2 * x) for x in (5, 1, 2)])
+    assert line == pytest.approx({"slope": 2, "intercept": 3, "r2": 1})
+    bent = line_through([(x, x**2) for x in range(10)])
+    assert bent is not None
+    assert bent["r2"] < 0.95
+
+
+def test_a_kill_costs_no_more_than_the_parts_that_were_open(tmp_path: Path, bundle: Path) -> None:
+    small = ("--rows", "3000", "--part-rows", "256", "--rounds", "1", "--side", "64")
+    found = figures(tmp_path, "restart-cpu", "restart", *small, "-b", bundle)
+    (kill,) = found["kills"]
+    assert 0 < found["first_batch_s"]["median"] < 60
+    assert 600 <= kill["scored_before_the_kill"] < 3000
+    assert kill["rows_kept"] + kill["rows_after_it"] == 3000
+    assert 0 <= kill["rows_scored_twice"] <= 2 * 256, "one part open, and at most the start of the next"
+
+
+def test_host_cost(tmp_path: Path, bundle: Path) -> None:
+    found = figures(tmp_path, "throughput-null-cpu", "throughput", "--null", "--rows", "2000", "-b", bundle)
+    assert found
+
+
+def test_null_stages_pass_the_canaries_of_their_bundle(tmp_path: Path, bundle: Path) -> None:
+    made = bundles.load(uniform_bundle(bundle, tmp_path / "bundle"))
+    _, expected = bundles.load_canaries(made)
+    assert np.abs(expected - 1 / 3).max() < 1e-6
+    assert made.members[0].files == bundles.load(tmp_path / "bundle").members[0].files
+    assert bundles.load(bundle).sha256 != made.sha256
+
+
+def test_the_paper_s_actor_answers_as_the_engine_s() -> None:
+    done = Echo().take(Part(7, np.arange(4), ["a"] * 4, pa.table({})))
+    assert (done.index, done.rows, done.by_status) == (7, 4, {"ok": 4})

@@ -1,0 +1,268 @@
+"""What the doctor says of this machine and a manifest: true, in one screen, each problem with its command."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+import engine
+from engine import bundle as bundles
+from engine import doctor, installed, survey, tuned
+from engine.doctor import examine, show
+from engine.findings import Report
+from engine.gpu import machine
+from engine.runners import choose
+from engine.settings import Settings
+from tests.helpers.bundles import write_bundle
+from tests.helpers.processes import Command, run_module
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured in this process need not be right."""
+    monkeypatch.setattr(survey, "MEASURE_S", 0.1)
+
+
+def lines_of(report: Report) -> dict[str, str]:
+    return {label: text for _, lines in report.sections for label, text in lines}
+
+
+def shown(report: Report, width: int = 100, *, terminal: bool = True) -> str:
+    stream = io.StringIO()
+    show(report, Console(file=stream, width=width, force_terminal=terminal, color_system=None))
+    return stream.getvalue()
+
+
+def asked(settings: Settings, *, manifest: bool = True) -> Report:
+    return examine(settings, manifest=manifest, say=lambda _: None)
+
+
+@pytest.fixture
+def manifest(archive: Path) -> Path:
+    """40 good images, one that is cut off and one that is not there."""
+    (archive / "cut.jpg").write_bytes((archive / "image-01.jpg").read_bytes()[:-400])
+    names = [*sorted(path.name for path in archive.iterdir()), "gone.png"]
+    pd.DataFrame({"path": names, "patient": "DOE^JANE"}).to_csv(archive / "manifest.csv", index=False)
+    return archive / "manifest.csv"
+
+
+def test_one_screen_that_is_true(engine_run: Command, manifest: Path, bundle: Path, tmp_path: Path) -> None:
+    arguments = [manifest, "-b", bundle, "-o", "out", "--device", "cpu", "--finish-by", "23:59"]
+    done = run_module("engine.doctor", arguments, folder=tmp_path, timeout_s=60)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert len(said.splitlines()) <= 45
+    for words in (
+        "rows                 42",
+        "missing              1 of all 42",
+        "42 rows: 40 ok, 1 missing, 1 truncated",
+        "20 jpeg, 20 png",
+        "runs on              ONNX Runtime on the CPU: asked for",
+        "measured just now on a sample",
+        "for 42 rows",
+        "of it are done",
+        "output               out: a new run",
+    ):
+        assert words in said, said
+    assert "--only-errors out" in said  # what is missing is no reason not to start
+    dry = engine_run(*arguments, "--dry-run")
+    assert dry.returncode == 0
+    labels = [line[:22] for line in said.splitlines()]
+    assert [line[:22] for line in dry.stdout.splitlines()] == labels
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [manifest.parent]
+    bare = run_module("engine.doctor", ["-b", bundle, "--device", "cpu"], folder=tmp_path, timeout_s=60)
+    assert (bare.returncode, "\nmanifest\n" in bare.stdout) == (0, False)
+
+
+def test_the_size_of_results_is_about_what_a_run_writes(manifest: Path, bundle: Path, tmp_path: Path) -> None:
+    settings = Settings(device="cpu", manifest=manifest, bundle=bundle, output=tmp_path / "out")
+    told = lines_of(asked(settings))["results"]
+    engine.screen(manifest, bundle=bundle, output=tmp_path / "out")
+    real = (tmp_path / "out" / "part-00000.parquet").stat().st_size / 1000
+    found = re.fullmatch(r"about ([\d.]+) KB", told)
+    assert found
+    assert 0.6 * real < float(found[1]) < 1.6 * real
+    again = lines_of(asked(settings))
+    assert again["output"].endswith("out: finished")
+    assert "for 0 rows" in again["takes"]
+
+
+def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp_path: Path) -> None:
+    good = Settings(device="cpu", manifest=manifest, bundle=bundle, output=tmp_path / "out")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "letter.txt").touch()
+    engine.screen(manifest, bundle=bundle, output=tmp_path / "other", max_pixels=5000)
+    names = manifest.with_name("names.csv")
+    names.write_text("path\n" + "".join(f"nowhere/{row}.png\n" for row in range(9)))
+    clash = manifest.with_name("clash.csv")
+    clash.write_text("path,confidence\nimage-00.png,1\n")
+    for changes, words, command in (
+        (
+            {"bundle": tmp_path / "no"},
+            r"bundle .*no: no ensemble\.json there",
+            f"python -m training DATA -o {tmp_path}/no",
+        ),
+        ({"manifest": tmp_path / "no.csv"}, "no such file", "python -m engine.manifest FOLDER"),
+        ({"manifest": names}, "9 of 9 files are not there", "--root FOLDER"),
+        ({"root": tmp_path / "no"}, "no such folder", "--root FOLDER"),
+        ({"path_column": "file"}, "no column 'file'", "--path-column NAME"),
+        ({"manifest": clash}, "names of results", "--column-prefix manifest_"),
+        ({"output": foreign}, "holds no run", "-o FOLDER"),
+        ({"output": tmp_path / "other"}, "another run: max_pixels was 5000", "-o FOLDER"),
+        ({"runner": "tensorrt"}, "needs a GPU", "--runner auto"),
+        ({"precision": "fp16"}, "needs a GPU", "--precision fp32"),
+        ({"device": "cuda:99"}, "GPU", "--device cpu"),
+    ):
+        report = asked(replace(good, **changes))
+        found = [problem for problem in report.problems if problem.grave and re.search(words, problem.text)]
+        assert found, (words, report.problems)
+        assert command in found[0].mend
+        assert report.exit_status == 2
+        assert f"problem: {found[0].text}\n    {found[0].mend}\n" in shown(report)
+
+
+def test_no_path_is_shown_with_redact(
+    manifest: Path,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("ENGINE_SALT", "a salt of sixteen bytes and more")
+    monkeypatch.setattr(doctor, "hush_libraries", lambda: None)  # for good, and of this process
+    secret = tmp_path / "DOE^JANE"
+    manifest.parent.rename(secret)
+    for place, status, command in (
+        (secret / "manifest.csv", 0, "run"),
+        (secret / "DOE.csv", 2, "manifest FOLDER -o"),
+        (secret, 2, "manifest MANIFEST -o"),
+    ):
+        options = [str(place), "-b", str(bundle), "-o", str(secret / "out"), "--redact"]
+        options += ["--device", "cpu"]
+        assert doctor.main(options) == status
+        said = capfd.readouterr()
+        for word in ("DOE", "JANE", "image-0", str(tmp_path)):
+            assert word not in said.out + said.err, said.out
+        assert f"python -m engine.{command}" in said.out
+    dry = run_module("engine.run", [*options, "--dry-run"], folder=tmp_path, timeout_s=60)
+    assert (dry.returncode, "DOE" in dry.stdout + dry.stderr, "rows" in dry.stdout) == (2, False, False)
+
+
+def test_a_narrow_terminal_and_hostile_names(manifest: Path, tmp_path: Path) -> None:
+    odd = write_bundle(tmp_path / "odd", classes=("[red]normal", "thin bones " * 5))
+    report = asked(Settings(device="cpu", manifest=manifest, bundle=odd))
+    report.line("odd", "a\x1b[31m\nname")
+    narrow = shown(report, 40).split("note: ")[0]
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert "[red]normal" in narrow
+    assert "\x1b" not in narrow
+    assert "runs on              ONNX" in shown(report, terminal=False)
+
+
+def test_the_rate_of_a_tuned_machine_is_taken(manifest: Path, bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    models = bundles.load(copy)
+    choice = choose("auto", "cpu", models, precision=None, batch_size=None)
+    knobs = tuned.Knobs(batch_size=4)
+    tried = [
+        {"knobs": {}, "images_per_s": [50.0]},
+        {"knobs": {"batch_size": 4}, "images_per_s": [7.0, 9.0, 8.0]},
+    ]
+    kept = tuned.keep(copy, tuned.machine_of(models, choice), knobs, {"tried": tried})
+    found = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
+    assert found["rate"] == f"8.0 images/s, as engine.tune measured here (bundle.tuning/{kept.name})"
+    assert "batch 4" in found["tuned"]
+    kept.write_text("{}")
+    found = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
+    assert "measured just now" in found["rate"]
+
+
+def test_packages_are_held_against_the_metadata(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A distribution of this project's name that asks for what is not here, found before the real one."""
+    for name, lines in {
+        installed.PROJECT: [
+            *(f"Provides-Extra: {extra}" for extra in ("dicom", "gpu")),
+            "Requires-Dist: numpy>=99",
+            "Requires-Dist: rich>=13",
+            "Requires-Dist: old-friend==2.0",
+            'Requires-Dist: not-there-at-all>=1; extra == "dicom"',
+            'Requires-Dist: pyarrow>=99; extra == "gpu"',
+        ],
+        "old-friend": ["Requires-Dist: rich<2", 'Requires-Dist: pyarrow<2; extra == "never"'],
+    }.items():
+        folder = tmp_path / f"{name.replace('-', '_')}-2.0.dist-info"
+        folder.mkdir()
+        head = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 2.0"]
+        (folder / "METADATA").write_text("\n".join([*head, *lines]) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    report = asked(Settings(device="cpu", manifest=Path(), bundle=bundle), manifest=False)
+    told = {problem.text: problem for problem in report.problems}
+    here = installed.installed("numpy")
+    assert told[f"packages: numpy {here} is none of >=99"].mend == "pip install -c constraints.txt ."
+    clash = f"old-friend 2.0 asks for rich<2, here is {installed.installed('rich')}"
+    assert told[clash].grave
+    (gpu,) = (problem for text, problem in told.items() if text.startswith("extra gpu: pyarrow"))
+    assert not gpu.grave  # there is no GPU
+    assert lines_of(report)["extras"] == "complete: none; not complete: dicom, gpu"
+    assert report.exit_status == 2
+    assert any(text.startswith("imagecodecs can't be imported: ") for text in told)
+    assert len(told) == 4
+
+
+def test_requirements_of_a_checkout_are_those_of_its_metadata() -> None:
+    """What pip wrote of pyproject.toml when this was installed may be older, but not of another kind."""
+    checkout = {(extra, requirement.name) for extra, requirement in installed._of_checkout()}
+    assert {("", "onnxruntime"), ("gpu", "torch-tensorrt"), ("dicom", "pydicom")} <= checkout
+    assert {extra for extra, _ in installed._requirements()} == {extra for extra, _ in checkout}
+
+
+@pytest.mark.skipif(machine.present(), reason="there is a GPU")
+def test_a_gpu_that_can_not_be_used(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device files of a GPU without its driver: what PyTorch says of that is real."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '0, NVIDIA H100 80GB HBM3, 9.0, 81559 MiB, 570.86'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(machine, "present", lambda: True)
+    monkeypatch.setattr(machine, "driver", lambda: "570.86")
+    report = asked(Settings(manifest=Path(), bundle=bundle), manifest=False)
+    assert lines_of(report)["GPU"] == (
+        "cuda:0 NVIDIA H100 80GB HBM3, compute capability 9.0, 81559 MiB, driver 570.86"
+    )
+    assert lines_of(report)["runs on"].startswith("ONNX Runtime on the CPU: the GPU can't be used")
+    told = " ".join(problem.text for problem in report.problems if problem.grave)
+    assert "driver is 570.86, needed is r580 or newer" in told
+    assert "the run would be on the CPU" in told
+    assert re.search(r"extra gpu: .*tensorrt-cu13 is missing", told)
+    asleep = asked(Settings(manifest=Path(), bundle=bundle, device="cpu"), manifest=False)
+    assert asleep.exit_status == 0
+
+
+def test_wrong_usage(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "hush_libraries", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    for arguments, words in (
+        (["--batch-size", "0"], "whole number"),
+        (["--only-errors", "results"], "leave it out"),
+        (["a", "b"], "unrecognized"),
+    ):
+        assert doctor.main([*arguments, "-b", str(bundle)]) == 2
+        said = capfd.readouterr()
+        assert (said.out, words in said.err) == ("", True), said.err
+    assert not list(tmp_path.iterdir())

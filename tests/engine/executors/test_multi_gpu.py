@@ -1,0 +1,200 @@
+"""`--device cuda:all` without GPUs: two processes on the CPU, started, watched and ended as on GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+import engine
+from engine import fleet
+from engine.errors import EngineError
+from engine.ledger import Progress
+from engine.settings import Settings, Shard
+from tests.engine.executors.test_shards import PART_ROWS, ROWS, only_one_run_is_left, whole
+from tests.helpers.processes import ROOT
+from tests.system.test_interruptions import list_images, parts, table, wait_for_parts
+
+__all__ = ["whole"]  # a fixture
+
+SCRIPT = """
+import sys
+from engine import fleet
+from engine.run import main
+fleet.devices_here = lambda: ["cpu", "cpu"]
+sys.exit(main())
+"""
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, bundle: Path) -> Iterator[Start]:
+    """The command line, for which two CPUs are the GPUs."""
+    (tmp_path / "two.py").write_text(SCRIPT)
+    started: list[subprocess.Popen[str]] = []
+
+    def run(manifest: str, *options: str) -> subprocess.Popen[str]:
+        arguments = [manifest, "-b", str(bundle), "-o", "out", "--device", "cuda:all", *options]
+        process = subprocess.Popen(
+            [sys.executable, "two.py", *arguments, "--part-rows", str(PART_ROWS)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def children(process: subprocess.Popen[str]) -> dict[str, int]:
+    """The engines that it has started: their pids by their shards."""
+    found = {}
+    for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+            shards = [word.removeprefix("--shard=") for word in words if word.startswith("--shard=")]
+            found |= dict.fromkeys(shards, int(child))
+    return found
+
+
+def gone(pids: dict[str, int]) -> bool:
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids.values()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_all_devices_are_seen_as_one_run(start: Start, tmp_path: Path, whole: object) -> None:
+    list_images(tmp_path, ROWS)
+    printed, said = (process := start("m.txt", "--log-json", "--metrics-file", "all.prom")).communicate()
+    assert (process.returncode, printed) == (0, "out\n"), said
+    assert table(tmp_path / "out").equals(whole)
+    assert only_one_run_is_left(tmp_path / "out")
+    events = [json.loads(line) for line in said.splitlines()]
+    messages = [event["message"] for event in events if event["event"] == "message"]
+    assert sum("ONNX Runtime on the CPU" in message for message in messages) == 1
+    assert sum(f"with it all {-(-ROWS // PART_ROWS)} parts" in message for message in messages) >= 1
+    last = [event for event in events if event["event"] == "progress"][-1]
+    assert (last["rows"], last["rows_done"]) == (ROWS, ROWS)
+    (summary,) = [event for event in events if event["event"] == "summary"]
+    assert (summary["rows"], summary["last_start"]["rows"]) == (ROWS, ROWS)
+    assert summary["last_start"]["stages"]["read"]["busy_s"] > 0
+    assert f'screening_rows{{run="all"}} {float(ROWS)}' in (tmp_path / "all.prom").read_text()
+
+    printed, said = (process := start("m.txt")).communicate()
+    assert (process.returncode, printed) == (0, "out\n")
+    assert said.count("is finished already") == 1
+
+
+def test_a_process_that_dies_costs_its_parts_and_the_same_command_goes_on(
+    start: Start, tmp_path: Path, whole: object
+) -> None:
+    list_images(tmp_path, ROWS)
+    process = start("m.txt")
+    wait_for_parts(process, tmp_path / "out", 8)
+    os.kill(children(process)["2/2"], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 5
+    *_, last = said.splitlines()
+    missing = -(-ROWS // PART_ROWS) - len(parts(tmp_path / "out"))
+    assert last.startswith("error: cpu (shard 2/2): it was ended by SIGKILL; "), last
+    assert f"; {missing} parts are missing (part-0" in last
+    assert last.endswith("the same command goes on")
+    process = start("m.txt")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert table(tmp_path / "out").equals(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_processes_end_with_the_command(start: Start, tmp_path: Path, number: int) -> None:
+    list_images(tmp_path, 40_000)
+    process = start("m.txt")
+    wait_for_parts(process, tmp_path / "out", 4)
+    started = children(process)
+    assert set(started) == {"1/2", "2/2"}
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert gone(started)
+    if number == signal.SIGTERM:
+        assert process.returncode == 5, said
+        assert " of 40000 rows are in finished parts; the same command goes on" in said
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_the_deadline_stops_all(start: Start, tmp_path: Path) -> None:
+    list_images(tmp_path, 40_000)
+    moment = datetime.now() + timedelta(seconds=6)
+    _, said = (process := start("m.txt", "--finish-by", moment.isoformat())).communicate(timeout=30)
+    assert process.returncode == 5, said
+    assert -3 < (datetime.now() - moment).total_seconds() < 9, "as soon as a part allows"
+    *_, last = said.splitlines()
+    assert last.startswith(f"error: stopped for --finish-by {moment:%H:%M}, "), last
+    assert last.endswith(" of 40000 rows are in finished parts; the same command goes on")
+
+
+def test_what_is_wrong_for_all_is_said_once(start: Start, tmp_path: Path) -> None:
+    _, said = (process := start("nowhere.csv")).communicate(timeout=60)
+    assert (process.returncode, said) == (2, "error: manifest nowhere.csv: no such file or folder\n")
+    _, said = (process := start("nowhere.csv", "--overwrite")).communicate(timeout=60)
+    assert (process.returncode, said.count("\n")) == (2, 1)
+    assert "--overwrite with --device cuda:all" in said
+
+
+def test_two_machines_share_a_run_and_one_of_them_has_fewer_devices_the_next_day(
+    archive: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = list[int]()
+
+    def progress(now: Progress) -> None:
+        seen.append(now.rows_done)
+
+    def screen(which: str) -> engine.Summary:
+        output = tmp_path / "out"
+        return engine.screen(
+            archive,
+            output=output,
+            bundle=bundle,
+            device="cuda:all",
+            shard=which,
+            part_rows=4,
+            workers=2,
+            progress=progress,
+        )
+
+    monkeypatch.setattr(fleet, "devices_here", lambda: ["cpu", "cpu"])
+    summary = screen("2/2")
+    assert (summary.rows, summary.shard) == (16, "2/2")
+    assert seen[-1] == 16
+    assert len(parts(tmp_path / "out")) == 4
+    monkeypatch.setattr(fleet, "devices_here", lambda: ["cpu"])
+    assert screen("1/2").rows == 24
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    assert table(tmp_path / "out").column("row").to_pylist() == list(range(40))
+    assert json.loads((tmp_path / "out" / "_run.json").read_text())["result_options"]["shards"] == 4
+    monkeypatch.setattr(fleet, "devices_here", lambda: ["cpu"] * 3)
+    with pytest.raises(EngineError, match="cut into 4 shards") as caught:
+        screen("1/3")
+    assert caught.value.exit_status == 2
+
+
+def test_shards_of_a_machine(tmp_path: Path) -> None:
+    settings = Settings(manifest=Path("m.csv"), output=tmp_path / "none", shard=Shard(2, 3))
+    assert list(map(str, fleet.shards_here(settings, 2))) == ["3/6", "4/6"]
+    assert list(map(str, fleet.shards_here(Settings(manifest=Path("m.csv")), 3))) == ["1/3", "2/3", "3/3"]

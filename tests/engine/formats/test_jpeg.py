@@ -1,0 +1,62 @@
+"""The structural scan for decoders that give no warnings: sound files pass, broken structure does not."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.header.jpeg import in_doubt
+from tests.helpers.images import encode, smooth
+
+PICTURE = Image.fromarray(smooth(300, 400))
+KINDS = {
+    "baseline": {"quality": 90},
+    "optimized": {"quality": 90, "optimize": True},
+    "progressive": {"quality": 90, "progressive": True},
+    "restarts": {"quality": 90, "restart_marker_blocks": 7},
+    "restart rows": {"quality": 50, "restart_marker_rows": 1},
+    "comment": {"quality": 90, "comment": b"\xff\xd9\xff\xd0" * 5},
+}
+
+
+@pytest.mark.parametrize("colour", ["L", "RGB"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sound_files_are_not_in_doubt(kind, colour):
+    for picture in (PICTURE, PICTURE.resize((17, 9)), PICTURE.resize((1, 1))):
+        assert not in_doubt(encode(picture.convert(colour), "JPEG", **KINDS[kind]))
+
+
+def test_what_follows_the_end_does_not_matter():
+    assert not in_doubt(encode(PICTURE, "JPEG") + b"\xff\xd0\xff\x01 more" * 9)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "restarts"])
+def test_zeros_and_foreign_markers_are_in_doubt(kind):
+    data = encode(PICTURE, "JPEG", **KINDS[kind])
+    middle = len(data) // 2
+    for damage in (bytes(512), b"\xff\x01", b"\xff\xd8", b"\xff\xd3\xff\xd3"):
+        assert in_doubt(data[:middle] + damage + data[middle + len(damage) :])
+
+
+def test_restart_markers_out_of_turn_or_number_are_in_doubt():
+    data = encode(PICTURE, "JPEG", **KINDS["restarts"])
+    codes = range(0xD0, 0xD8)
+    marks = [place for place, pair in enumerate(pairwise(data)) if pair[0] == 0xFF and pair[1] in codes]
+    swapped = bytearray(data)
+    swapped[marks[3] + 1], swapped[marks[4] + 1] = data[marks[4] + 1], data[marks[3] + 1]
+    assert in_doubt(bytes(swapped))
+    assert in_doubt(data[: marks[-8]] + b"\xff\xd9"), "eight markers fewer: in turn, but too few"
+    assert in_doubt(data[: marks[0]] + data[marks[8] :]), "a piece of the middle is gone"
+
+
+def test_no_bytes_make_it_raise():
+    data = encode(PICTURE, "JPEG", **KINDS["restarts"])
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        broken = bytearray(data)
+        for place in rng.integers(0, len(data), 20):
+            broken[place] = rng.integers(0, 256)
+        assert in_doubt(bytes(broken[: rng.integers(2, len(data))])) in (True, False)

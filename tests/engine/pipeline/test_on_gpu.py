@@ -1,0 +1,169 @@
+"""On a real GPU: whole runs beside the CPU's, graphs beside plain launches, DALI's pixels, resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from benchmarks.gpu.bundle import proof_bundle
+from benchmarks.gpu.members import overlap
+from engine import bundle as bundles
+from engine.gpu.decode import Decoding, GpuPreprocess
+from engine.gpu.frames import FrameGraph
+from engine.gpu.stages import check_canaries
+from engine.gpu.step import GpuStep
+from engine.header import parse
+from engine.overlap import Meter
+from engine.preprocess.stage import Preprocess, load_pixels
+from engine.reader import Reader
+from engine.records import Part
+from engine.runners import choose, open_runner
+from engine.settings import Limits
+from tests.engine.pipeline.test_open_gpu import rows_of
+from tests.helpers.images import smooth, write_images
+from tests.helpers.processes import Command
+
+pytestmark = pytest.mark.gpu
+LIMIT = 5e-3  # of a probability, FP16 against float32
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory) -> Path:
+    return proof_bundle(tmp_path_factory.mktemp("proof") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory) -> Path:
+    """Gray and colour JPEG and PNG, and four that are no images."""
+    folder = write_images(tmp_path_factory.mktemp("archive") / "images", 60)
+    (folder / "image-11-cut.jpg").write_bytes((folder / "image-11.jpg").read_bytes()[:500])
+    (folder / "image-13-text.jpg").write_text("no image")
+    (folder / "image-15-empty.png").write_bytes(b"")
+    data = bytearray((folder / "image-17.jpg").read_bytes())
+    table = data.index(b"\xff\xc4") + 5
+    data[table : table + 16] = b"\xff" * 16
+    (folder / "image-17-table.jpg").write_bytes(data)
+    return folder
+
+
+def screened(engine_run: Command, archive: Path, bundle: Path, name: str, *options: object) -> pd.DataFrame:
+    run = engine_run(archive, "-b", bundle, "-o", name, *map(str, options), timeout_s=300)
+    assert run.returncode == 0, run.stderr
+    return rows_of(Path(run.stdout.strip()))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where `engine_run` runs
+
+
+def test_a_whole_run_gives_the_rows_of_the_cpu(engine_run, archive, proof):
+    expected = screened(engine_run, archive, proof, "cpu", "--device", "cpu")
+    found = screened(engine_run, archive, proof, "gpu", "--device", "cuda:0", "--batch-size", 16)
+    exact = ["row", "path", "status", "width", "height"]
+    pd.testing.assert_frame_equal(found[exact], expected[exact])
+    scores = [name for name in expected if "p_" in name] + ["confidence"]
+    assert np.allclose(found[scores], expected[scores], atol=2 * LIMIT, equal_nan=True)
+    assert (found.status != "ok").sum() == 4
+    assert found[found.status != "ok"][scores].isna().all().all()
+
+
+def test_graphs_streams_and_slots_change_no_score(engine_run, archive, proof):
+    fixed = ("--device", "cuda:0", "--batch-size", 16)
+    bare = ("--no-cuda-graph", "--streams", 1, "--slots", 1)
+    plain = screened(engine_run, archive, proof, "plain", *fixed, *bare)
+    for name, options in {
+        "graph": ["--streams", 1],
+        "two": ["--streams", 2],
+        "slots": ["--streams", 2, "--slots", 5],
+        "serial": ["--serial"],
+    }.items():
+        found = screened(engine_run, archive, proof, name, *fixed, *options)
+        pd.testing.assert_frame_equal(found, plain, obj=name)
+
+
+def test_it_goes_on_where_it_stopped_and_tries_failed_rows_again(engine_run, archive, proof, tmp_path):
+    fixed = ("--device", "cuda:0", "--batch-size", 8, "--part-rows", 16)
+    whole = screened(engine_run, archive, proof, "out", *fixed)
+    (tmp_path / "out" / "_SUCCESS").unlink()
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    pd.testing.assert_frame_equal(screened(engine_run, archive, proof, "out", *fixed), whole)
+    tuning = json.loads((tmp_path / "out" / "_run.json").read_text())["tuning"]
+    assert Decoding(**tuning["decoding"])
+    run = engine_run("out", "--only-errors", timeout_s=300)
+    assert run.returncode == 0, run.stderr
+    pd.testing.assert_frame_equal(rows_of(tmp_path / "out"), whole)
+
+
+def test_dalis_pixels_are_the_cpus_within_two_gray_levels(tmp_path):
+    folder = write_images(tmp_path / "images", 40)
+    paths = sorted(folder.glob("*.jpg"))
+    expected = load_pixels(paths, size=(224, 224)).pixels
+    part = Part(0, np.arange(len(paths)), [str(path) for path in paths], None)
+    decoding = Decoding()
+    reader = Reader(Path(), 8, 2, limits=Limits(), on_gpu=decoding.on_gpu)
+    with (
+        Preprocess(size=(224, 224), batch_size=8, threads=2, decoding_bytes=1 << 28) as cpu,
+        GpuPreprocess(cpu, size=(224, 224), batch_size=8, threads=4, device_id=0, decoding=decoding) as stage,
+    ):
+        for batch in stage.stage(reader.stage([part], Meter("read")), Meter("preprocess")):
+            assert batch.device_pixels is not None
+            assert not len(batch.device_pixels.host), "all of them by DALI"
+            (tensor,) = batch.device_pixels.decoded
+            found = torch.from_dlpack(tensor).cpu().numpy()
+            rows = expected[batch.start + batch.index]
+            assert np.abs(found.astype(int) - rows).mean(axis=(1, 2, 3)).max() <= 2
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_canaries_pass_in_fp16_and_members_overlap(proof, graphs):
+    models = bundles.load(proof)
+    choice = choose("torch", "cuda:0", models, precision=None, batch_size=None)
+    members = [open_runner(choice, models, member) for member in models.members]
+    step = GpuStep(models, members, batch_size=16, device="cuda:0", graphs=graphs)
+    assert check_canaries(models, step) < LIMIT
+    timed = step.choose_streams()
+    assert timed["gain"] > 0.9
+    step.close()
+    if not graphs:
+        found = overlap(proof, choice, 16)
+        assert found["streams"] >= 2
+        assert found["overlapping_share"] > 0
+
+
+def test_one_line_for_more_than_the_memory_holds(engine_run, archive, proof):
+    """4,096 images of a batch fit an 80 GB card; what does not is halved once, then said."""
+    large = ("--device", "cuda:0", "--batch-size", "4096", "--slots", "16")
+    run = engine_run(archive, "-b", proof, "-o", "out", *large, timeout_s=300)
+    assert run.returncode in (0, 1)
+    if run.returncode:
+        assert "is out of memory with batches of 2048" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_dicom_frames_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """Lossless syntaxes: what nvImageCodec decodes differs by DALI's two resizers alone."""
+    pytest.importorskip("pydicom")
+    from benchmarks.dicom_files import dicom
+
+    samples = smooth(600, 500, seed=1).astype(np.uint16) * 16
+    files = {}
+    for number, syntax in enumerate(("jpeg2000", "htj2k", "jpeg-sv1", "jpeg-p14")):
+        window = {"WindowCenter": 2000, "WindowWidth": 3000} if number % 2 else {}
+        data = dicom(samples, syntax, bits=12, **window)
+        (tmp_path / f"{number}.dcm").write_bytes(data)
+        files[number] = (data, parse(data, 1_000_000))
+    expected = load_pixels([tmp_path / f"{number}.dcm" for number in files]).pixels
+    graph = FrameGraph(size=(224, 224), batch_size=8, threads=4, device_id=0)
+    found = graph.run(files)
+    print("nvImageCodec decodes", found.decoded, "and refuses", found.refused)
+    assert 0 in found.decoded, "JPEG 2000"
+    assert found.flags.get(0) == ["window_fallback"]
+    pixels = np.asarray(found.tensors[0].as_cpu())
+    difference = np.abs(pixels.astype(int) - expected[found.decoded])
+    assert difference.max() <= 2

@@ -1,0 +1,191 @@
+"""The whole GPU path through the pipeline, on the stand-in for CUDA and with DALI's CPU decoders."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from engine import bundle as bundles
+from engine import tune
+from engine.canaries import CANARY_LIMIT
+from engine.errors import EngineError, ParityError
+from engine.gpu import stages
+from engine.gpu.decode import Decoding, GpuPreprocess
+from engine.gpu.stages import check_canaries
+from engine.gpu.step import GpuStep
+from engine.manifest import open_manifest
+from engine.pipeline import Stages, screen
+from engine.plans import Gpu
+from engine.preprocess.stage import Preprocess
+from engine.runners import Choice
+from engine.runners.onnx import OnnxRunner
+from engine.settings import Settings
+from tests.engine.scoring.test_gpu import Member
+from tests.helpers.bundles import write_bundle
+from tests.helpers.images import encode, smooth, write_images
+from tests.helpers.stand_in import StandIn
+
+pytestmark = pytest.mark.usefixtures("launched_fusion")
+
+
+def stages_on(cuda: StandIn, kind: type[Member] = Member, *, graphs: bool = True) -> type[Stages]:
+    class StandInStages(Stages):
+        def open(self, stack: ExitStack) -> None:
+            opening = self.opening
+            batch_size = opening.run["result_options"]["batch_size"]
+            models = opening.models
+            members = [kind(OnnxRunner(member, models), cuda) for member in models.members]
+            self.step = GpuStep(
+                models, members, batch_size=batch_size, device="cpu", graphs=graphs, cuda=cuda
+            )
+            check_canaries(models, self.step)
+            cpu = Preprocess(size=models.size, batch_size=8, threads=2, decoding_bytes=1 << 28)
+            stack.enter_context(cpu)
+            self.preprocess = stack.enter_context(
+                GpuPreprocess(
+                    cpu,
+                    size=models.size,
+                    batch_size=batch_size,
+                    threads=2,
+                    device_id=None,
+                    decoding=Decoding(cpu_share=0.3),
+                )
+            )
+
+    return StandInStages
+
+
+def rows_of(output: Path) -> pd.DataFrame:
+    return pd.concat(pd.read_parquet(path) for path in sorted(output.glob("part-*.parquet")))
+
+
+def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
+    archive = write_images(tmp_path / "archive", 45)
+    (archive / "image-07-cut.jpg").write_bytes((archive / "image-07.jpg").read_bytes()[:400])
+    (archive / "image-09-text.png").write_text("no image")
+    settings = {"manifest": archive, "bundle": bundle, "batch_size": 8, "part_rows": 16}
+    screen(Settings(output=tmp_path / "cpu", **settings))
+    with StandIn(5) as cuda:
+        summary = screen(Settings(output=tmp_path / "gpu", **settings), stages_of=stages_on(cuda))
+    assert (summary.rows, summary.errors) == (47, 2)
+    expected, found = rows_of(tmp_path / "cpu"), rows_of(tmp_path / "gpu")
+    exact = ["row", "path", "status", "error", "width", "height", "prediction"]
+    pd.testing.assert_frame_equal(found[exact], expected[exact])
+    scores = [name for name in expected if "p_" in name] + ["confidence"]
+    png = expected.path.str.endswith(".png")
+    assert np.allclose(found[png][scores], expected[png][scores], atol=1e-6, equal_nan=True)
+    assert np.allclose(found[scores], expected[scores], atol=0.02, equal_nan=True)  # two JPEG decoders
+
+
+def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
+    """Whatever DALI does: it would decode in full. What the run tunes here is what it does on a GPU."""
+
+    class OnCpu(GpuPreprocess):
+        def __init__(self, cpu, **options):
+            super().__init__(cpu, **{**options, "device_id": None})
+
+    monkeypatch.setattr(stages, "GpuPreprocess", OnCpu)
+    monkeypatch.setattr("engine.gpu.tuning.TUNE_ROWS", 1)
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    for number in range(6):
+        data = encode(Image.fromarray(smooth(310, 290, seed=number)), "JPEG")
+        (archive / f"{number}.jpg").write_bytes(data)
+    bundle = write_bundle(tmp_path / "fast", decode="fast")
+    settings = {"manifest": archive, "bundle": bundle, "batch_size": 4, "part_rows": 6}
+    screen(Settings(output=tmp_path / "cpu", **settings))
+    with StandIn(5) as cuda:
+
+        class Tuned(stages_on(cuda)):
+            def open(self, stack: ExitStack) -> None:
+                super().open(stack)
+                choice = replace(self.opening.choice, device="cuda:0")
+                self.preprocess = stages._open_preprocess(stack, replace(self.opening, choice=choice))
+
+        screen(Settings(output=tmp_path / "gpu", **settings), stages_of=Tuned)
+    tuned = json.loads((tmp_path / "gpu" / "_run.json").read_text())["tuning"]
+    assert tuned["decoding"]["cpu_share"] == 1
+    assert "decoding_tried" not in tuned
+    expected, found = rows_of(tmp_path / "cpu"), rows_of(tmp_path / "gpu")
+    scores = [name for name in expected if "p_" in name]
+    assert np.allclose(found[scores], expected[scores], atol=1e-6)
+
+
+def test_tuning_visits_one_candidate_after_the_other(tmp_path, bundle, monkeypatch):
+    archive = write_images(tmp_path / "archive", 12)
+    gpu = Gpu(name="stand-in", uuid="GPU-0", capability="9.0", driver="580")
+    choice = Choice(runner="torch", device="cuda:0", precision="fp32", reason="stand-in", gpu=gpu)
+    monkeypatch.setattr(tune, "choice_of", lambda settings, models: choice)
+    settings = Settings(manifest=archive, bundle=bundle, slots=1)
+    assert tune.Knobs(cuda_graph=False) in tune.candidates(choice, settings)
+    manifest = open_manifest(archive, listing=tmp_path / "listing.parquet").only(())
+    (tmp_path / "parts").mkdir()
+    said = []
+    with StandIn(3) as cuda:
+        monkeypatch.setattr(tune, "Stages", stages_on(cuda))
+        with tune.Trials(
+            settings,
+            bundles.load(bundle),
+            choice,
+            manifest,
+            scratch=tmp_path / "parts",
+            say=said.append,
+            stop=Event(),
+        ) as trials:
+            for size in (4, 2):
+                assert trials.visit(tune.Knobs(batch_size=size), 0) > 0
+    assert said[0].startswith("batch 4: ")
+    assert trials.by_status.keys() == {"ok"}
+    assert trials.by_status["ok"] >= 3 * (4 + 2)
+
+
+def test_canaries_that_differ_stop_the_run_before_anything_is_scored(tmp_path, bundle):
+    class Shifted(Member):
+        def enqueue(self, pixels, logits, stream):
+            super().enqueue(pixels, logits, stream)
+            with self._cuda.stream(stream):
+                self._cuda.launch(lambda: logits[:, 0].add_(0.1), reads=[], writes=[logits])
+
+    models = bundles.load(bundle)
+    with StandIn(1) as cuda:
+        for kind, passes in ((Member, True), (Shifted, False)):
+            members = [kind(OnnxRunner(member, models), cuda) for member in models.members]
+            step = GpuStep(models, members, batch_size=8, device="cpu", cuda=cuda)
+            if passes:
+                assert check_canaries(models, step) < 1e-6
+                continue
+            with pytest.raises(ParityError, match=f"allowed: {CANARY_LIMIT}"):
+                check_canaries(models, step)
+
+
+def test_memory_that_others_take_while_it_runs_is_one_line(tmp_path, bundle):
+    class Short(Member):
+        def enqueue(self, pixels, logits, stream):
+            if self.name in crowded:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            super().enqueue(pixels, logits, stream)
+
+    crowded: set[str] = set()
+    gpu = Gpu(name="NVIDIA H100", uuid="GPU-0", capability="9.0", driver="580")
+    archive = write_images(tmp_path / "archive", 20)
+    with StandIn(2) as cuda:
+        stages = stages_on(cuda, Short, graphs=False)
+
+        class Crowded(stages):
+            def open(self, stack: ExitStack) -> None:
+                super().open(stack)
+                self.opening = replace(self.opening, choice=replace(self.opening.choice, gpu=gpu))
+                crowded.add("member1")
+
+        settings = Settings(manifest=archive, bundle=bundle, output=tmp_path / "out", batch_size=8)
+        with pytest.raises(EngineError, match="NVIDIA H100 ran out of memory; free some, and the same"):
+            screen(settings, stages_of=Crowded)

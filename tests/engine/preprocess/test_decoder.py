@@ -1,0 +1,184 @@
+"""The decoder process under images that crash it, hang it, or make libjpeg complain."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from engine.errors import EngineError
+from engine.overlap import Meter
+from engine.preprocess import decoder
+from engine.preprocess.stage import Preprocess
+from engine.reader import Reader
+from engine.records import Batch, Part, Status
+from engine.settings import Limits
+from tests.helpers.images import encode, smooth
+
+# runs in the decoder before its own code: an image that holds a word does to the process what the word says
+FAULTS = """
+import os, signal, sys
+if "engine.preprocess.decoder" in sys.orig_argv:
+    from engine.preprocess import codecs
+    decode = codecs.decode
+    def faulty(image, header, **least):
+        if b"CRASH" in image:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if b"HANG" in image:
+            signal.sigwait({signal.SIGUSR2})
+        return decode(image, header, **least)
+    codecs.decode = faulty
+"""
+
+
+def jpeg(seed: int, comment: bytes = b"") -> bytes:
+    return encode(Image.fromarray(smooth(80, 90, seed=seed)), "JPEG", comment=comment)
+
+
+@pytest.fixture
+def preprocess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Preprocess]:
+    (tmp_path / "sitecustomize.py").write_text(FAULTS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(decoder, "DECODE_TIMEOUT_S", 1)
+    with Preprocess(size=(32, 32), batch_size=8, threads=2, decoding_bytes=1 << 24) as opened:
+        yield opened
+
+
+def screened(preprocess: Preprocess, folder: Path, images: list[bytes]) -> list[Batch]:
+    folder.mkdir(exist_ok=True)
+    for index, data in enumerate(images):
+        (folder / str(index)).write_bytes(data)
+    part = Part(0, np.arange(len(images)), [str(index) for index in range(len(images))], pa.table({}))
+    reader = Reader(folder, batch_size=8, threads=1, limits=Limits())
+    return list(preprocess.stage(reader.stage([part], Meter("")), Meter("")))
+
+
+@pytest.mark.parametrize(("word", "reason"), [(b"CRASH", "ended by SIGSEGV"), (b"HANG", "stopped after 1 s")])
+def test_an_image_that_ends_the_decoder_costs_only_its_row(
+    preprocess: Preprocess, tmp_path: Path, word: bytes, reason: str
+) -> None:
+    good = [jpeg(seed) for seed in range(16)]
+    (first, second) = screened(preprocess, tmp_path / "images", good)
+    images = [*good[:3], jpeg(3, word), *good[4:]]
+    (batch, after) = screened(preprocess, tmp_path / "images", images)
+    assert batch.status.tolist() == [0, 0, 0, Status.CRASHED, 0, 0, 0, 0]
+    assert batch.errors == {3: f"jpeg decoder: {reason}"}
+    assert np.array_equal(batch.pixels, np.delete(first.pixels, 3, axis=0))
+    assert np.array_equal(after.pixels, second.pixels)
+    assert preprocess.decoder.crashes == 3  # together, alone, and alone once more
+
+
+def test_a_header_that_cannot_be_sent_costs_only_its_row(preprocess: Preprocess, tmp_path: Path) -> None:
+    images = [jpeg(seed) for seed in range(3)]
+    (before,) = screened(preprocess, tmp_path / "images", images)
+    part = Part(0, np.arange(3), ["0", "1", "2"], pa.table({}))
+    reader = Reader(tmp_path / "images", batch_size=8, threads=1, limits=Limits())
+    (batch,) = reader.stage([part], Meter(""))
+    batch.headers[1] = batch.headers[1]._replace(layout=lambda: None)
+    preprocess.fill(batch)
+    assert batch.errors == {1: "jpeg decoder: its header can't be sent to the process that decodes"}
+    assert np.array_equal(batch.pixels, before.pixels[[0, 2]])
+    assert preprocess.decoder.crashes == 0
+
+
+def test_a_decoder_killed_from_outside_costs_nothing(preprocess: Preprocess, tmp_path: Path) -> None:
+    images = [jpeg(seed) for seed in range(3)]
+    (before,) = screened(preprocess, tmp_path / "images", images)
+    process = preprocess.decoder._process
+    process.kill()
+    process.wait()
+    (after,) = screened(preprocess, tmp_path / "images", images)
+    assert not after.errors
+    assert np.array_equal(before.pixels, after.pixels)
+    assert preprocess.decoder.crashes == 1
+
+
+def test_a_decoder_killed_while_it_starts_is_started_again(preprocess: Preprocess, tmp_path: Path) -> None:
+    preprocess.decoder._process.kill()
+    (batch,) = screened(preprocess, tmp_path / "images", [jpeg(0)])
+    assert not batch.errors
+    assert preprocess.decoder.crashes == 0
+
+
+def test_a_decoder_that_never_starts_is_one_line(
+    preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    preprocess.decoder._process.kill()
+    with pytest.raises(EngineError, match="the decoder does not start: ended with status 1"):
+        preprocess.decoder.await_start()
+
+
+def test_signals_for_the_engine_do_not_end_the_decoder(preprocess: Preprocess, tmp_path: Path) -> None:
+    images = [jpeg(seed) for seed in range(3)]
+    screened(preprocess, tmp_path / "images", images)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(preprocess.decoder._process.pid, number)
+    (after,) = screened(preprocess, tmp_path / "images", images)
+    assert not after.errors
+    assert preprocess.decoder.crashes == 0
+
+
+@pytest.mark.parametrize("limit", ["RETIRE_BYTES", "RETIRE_FAILURES"])
+def test_a_decoder_that_may_leak_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(decoder, limit, 1)
+    images = [jpeg(0), damaged_middle(jpeg(1)), damaged_middle(jpeg(2))]
+    with Preprocess(size=(32, 32), batch_size=8, threads=1, decoding_bytes=1 << 24) as preprocess:
+        first = preprocess.decoder._process.pid
+        for _ in range(decoder.RETIRE_REQUESTS + 1):
+            (batch,) = screened(preprocess, tmp_path / "images", images)
+            assert sorted(batch.errors) == [1, 2]
+        assert preprocess.decoder._process.pid != first
+        assert preprocess.decoder.crashes == 0
+
+
+def test_no_process_stays_behind(tmp_path: Path) -> None:
+    preprocess = Preprocess(size=(32, 32), batch_size=8, threads=1, decoding_bytes=1 << 24)
+    pid = preprocess.decoder._process.pid
+    preprocess.close()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the decoder is still there")
+
+
+def damaged_middle(data: bytes) -> bytes:
+    """A stray marker in the entropy-coded segment; libjpeg decodes it with a warning."""
+    start = data.index(b"\xff\xda") + 100
+    return data[:start] + b"\xff\xd3" + data[start + 2 :]
+
+
+def test_a_jpeg_with_a_damaged_middle_is_corrupt(preprocess: Preprocess, tmp_path: Path) -> None:
+    good = [jpeg(seed) for seed in range(8)]
+    (reference,) = screened(preprocess, tmp_path / "images", good)
+    for bad in ([2], [0, 7], [1, 2, 3, 4, 5, 6]):
+        images = [damaged_middle(data) if n in bad else data for n, data in enumerate(good)]
+        (batch,) = screened(preprocess, tmp_path / "images", images)
+        assert sorted(batch.errors) == bad
+        assert all(batch.status[position] == Status.CORRUPT for position in bad)
+        assert all("Corrupt JPEG data" in error for error in batch.errors.values())
+        assert np.array_equal(batch.pixels, np.delete(reference.pixels, bad, axis=0))
+
+
+def test_a_jpeg_cut_short_and_ended_is_corrupt(preprocess: Preprocess, tmp_path: Path) -> None:
+    good = jpeg(0)
+    (batch,) = screened(preprocess, tmp_path / "images", [good, good[: len(good) // 2] + b"\xff\xd9"])
+    assert batch.errors == {1: "jpeg decoder: Corrupt JPEG data: premature end of data segment"}
+
+
+def test_a_warning_that_may_hide_damage_is_a_flag(preprocess: Preprocess, tmp_path: Path) -> None:
+    good = jpeg(0)
+    version = good.index(b"JFIF\0") + 5
+    odd = good[:version] + b"\x07" + good[version + 1 :]
+    (batch,) = screened(preprocess, tmp_path / "images", [good, odd])
+    assert not batch.errors
+    assert batch.flags == {1: ["decoder_warning"]}
+    assert np.array_equal(batch.pixels[0], batch.pixels[1])

@@ -1,0 +1,181 @@
+"""Decoding as on a GPU, with DALI's CPU decoders in place of the GPU's: routes, isolation, neighbours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from engine.errors import EngineError
+from engine.gpu.decode import DecodedPixels, Decoding, EncodedGraph, GpuPreprocess, RefusedError
+from engine.gpu.slots import Slot
+from engine.header import parse
+from engine.overlap import Meter
+from engine.preprocess.stage import Preprocess, load_pixels
+from engine.reader import Reader
+from engine.records import Batch, Part, Status
+from engine.settings import Limits
+from tests.helpers.images import write_images
+
+SIZE = (64, 64)
+
+
+def jpeg(picture: np.ndarray | Image.Image, **options) -> bytes:
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    file = io.BytesIO()
+    picture.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def radiograph() -> np.ndarray:
+    from training.synthetic import sample
+
+    return sample(seed=3, index=0, size_range=(300, 400)).pixels8
+
+
+def spoiled(data: bytes) -> bytes:
+    """A JPEG that looks sound but has a Huffman table that is none: DALI refuses the batch that holds it."""
+    table = data.index(b"\xff\xc4") + 5
+    return data[:table] + b"\xff" * 16 + data[table + 16 :]
+
+
+def batches(folder: Path, decoding: Decoding, batch_size: int = 8) -> Iterator[Batch]:
+    names = sorted(path.name for path in folder.iterdir())
+    part = Part(0, np.arange(len(names)), names, pa.table({}))
+    reader = Reader(folder, batch_size, 2, limits=Limits(), on_gpu=decoding.on_gpu)
+    return reader.stage([part], Meter("read"))
+
+
+def decoded(folder: Path, decoding: Decoding | None = None, batch_size: int = 8) -> dict[str, object]:
+    """Pixels by file name; the failure's status and text for the others."""
+    decoding = decoding or Decoding()
+    found: dict[str, object] = {}
+    with (
+        Preprocess(size=SIZE, batch_size=4, threads=2, decoding_bytes=1 << 29) as cpu,
+        GpuPreprocess(
+            cpu, size=SIZE, batch_size=batch_size, threads=2, device_id=None, decoding=decoding
+        ) as preprocess,
+    ):
+        for batch in preprocess.stage(batches(folder, decoding, batch_size), Meter("preprocess")):
+            pixels = in_a_slot(batch.device_pixels, len(batch.index))
+            names = batch.part.paths[batch.start : batch.start + batch.rows]
+            found |= {names[place]: row for place, row in zip(batch.index, pixels, strict=True)}
+            found |= {
+                names[place]: (Status(batch.status[place]), text) for place, text in batch.errors.items()
+            }
+            assert len(batch.index) + len(batch.errors) == batch.rows
+    return found
+
+
+def in_a_slot(pixels: DecodedPixels, count: int) -> np.ndarray:
+    """What `copy_to` puts into a slot; the rest of it stays as it was."""
+    filled = torch.full((count + 3, 1, *SIZE), 77, dtype=torch.uint8)
+    none = torch.empty(0)
+    slot = Slot(filled, torch.zeros_like(filled), none, none, none, copied=None, done=None)
+
+    class Cuda:
+        @staticmethod
+        def stream(stream: object):
+            import contextlib
+
+            return contextlib.nullcontext()
+
+    pixels.copy_to(slot, None, Cuda)
+    assert (filled[count:] == 77).all()
+    return filled[:count].numpy()
+
+
+def on_the_cpu(folder: Path) -> dict[str, np.ndarray]:
+    paths = sorted(folder.iterdir())
+    loaded = load_pixels(paths, size=SIZE, threads=2)
+    return {paths[place].name: row for place, row in zip(loaded.index, loaded.pixels, strict=True)}
+
+
+def test_pixels_are_those_of_the_cpu_wherever_they_are_decoded(tmp_path):
+    folder = write_images(tmp_path / "images", 21)  # PNG and JPEG, gray and colour, of any size
+    expected = on_the_cpu(folder)
+    for share in (0.0, 0.5, 1.0):
+        found = decoded(folder, Decoding(cpu_share=share))
+        assert found.keys() == expected.keys()
+        for name, pixels in expected.items():
+            difference = np.abs(found[name].astype(int) - pixels)
+            assert difference.mean() < (2 if name.endswith("jpg") else 1e-9), name
+
+
+def test_a_bad_image_costs_its_own_row_and_its_neighbours_keep_their_pixels(tmp_path, radiograph):
+    folder = write_images(tmp_path / "images", 30)
+    sound = decoded(folder)
+    for number in (3, 4, 17, 29):
+        (folder / f"image-{number:02}-bad.jpg").write_bytes(spoiled(jpeg(radiograph, comment=b"x" * number)))
+    (folder / "image-05-empty.jpg").write_bytes(b"")
+    (folder / "image-06-text.jpg").write_text("not an image")
+    for batch_size in (1, 5, 32):
+        found = decoded(folder, batch_size=batch_size)
+        assert len(found) == 36
+        for name, pixels in sound.items():
+            assert np.array_equal(found[name], pixels), "the neighbours' pixels don't depend on it"
+        bad = {name: value[0] for name, value in found.items() if isinstance(value, tuple)}
+        assert {name for name in bad if "bad" in name} == {
+            f"image-{number:02}-bad.jpg" for number in (3, 4, 17, 29)
+        }
+        assert bad["image-05-empty.jpg"] == Status.EMPTY
+        assert bad["image-06-text.jpg"] == Status.UNSUPPORTED
+        assert all(bad[f"image-{number:02}-bad.jpg"] == Status.CORRUPT for number in (3, 4, 17, 29))
+
+
+def test_what_dali_alone_refuses_is_decoded_on_the_cpu(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "images", 12)
+    victim = (folder / "image-03.jpg").read_bytes()
+    begin, end = EncodedGraph.begin, EncodedGraph.end
+
+    def refuses(self, images):
+        self.refuse = victim in images
+        begin(self, images)
+
+    def ends(self):
+        output = end(self)
+        if self.refuse:
+            raise RefusedError("no reason")
+        return output
+
+    expected = on_the_cpu(folder)
+    monkeypatch.setattr(EncodedGraph, "begin", refuses)
+    monkeypatch.setattr(EncodedGraph, "end", ends)
+    found = decoded(folder)
+    assert np.array_equal(found["image-03.jpg"], expected["image-03.jpg"])
+    assert not [name for name, value in found.items() if isinstance(value, tuple)]
+
+
+def test_a_dali_that_can_not_decode_at_all_is_said_when_it_is_opened(monkeypatch):
+    with (
+        Preprocess(size=SIZE, batch_size=4, threads=1, decoding_bytes=1 << 28) as cpu,
+        GpuPreprocess(
+            cpu, size=SIZE, batch_size=4, threads=1, device_id=None, decoding=Decoding()
+        ) as preprocess,
+    ):
+        preprocess.check()
+
+        def broken(self):
+            raise RefusedError("nvJPEG is missing")
+
+        monkeypatch.setattr(EncodedGraph, "end", broken)
+        with pytest.raises(EngineError, match="can't decode a sound JPEG here: nvJPEG is missing"):
+            preprocess.check()
+
+
+def test_the_route_depends_on_the_bytes_alone(radiograph):
+    gray, colour = jpeg(radiograph), jpeg(Image.fromarray(radiograph).convert("CMYK"))
+    assert Decoding().on_gpu(gray, parse(gray, 10**9))
+    assert not Decoding().on_gpu(colour, parse(colour, 10**9)), "DALI's CMYK is another"
+    assert not Decoding(cpu_share=1.0).on_gpu(gray, parse(gray, 10**9))
+    files = [jpeg(radiograph, comment=b"x" * number) for number in range(400)]
+    routes = [Decoding(cpu_share=0.3).on_gpu(data, parse(data, 10**9)) for data in files]
+    assert 0.6 < np.mean(routes) < 0.8
+    assert routes == [Decoding(cpu_share=0.3).on_gpu(data, parse(data, 10**9)) for data in files]

@@ -1,0 +1,702 @@
+"""Images, manifests and results in object stores and on web servers: real servers, on loopback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import boto3
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from botocore.config import Config
+from gcp_storage_emulator.server import create_server
+from moto.server import ThreadedMotoServer
+from werkzeug.serving import WSGIRequestHandler
+
+import engine
+from engine.errors import EngineError, UsageError
+from engine.merge import merge
+from engine.options import settings_from
+from engine.overlap import Meter
+from engine.pipeline import screen
+from engine.reader import Reader
+from engine.records import Batch, Part, Status
+from engine.report import __main__ as report
+from engine.settings import Limits, parse_location
+from engine.storage import ReadError, Storage, common, objects
+from engine.storage.location import Url
+from engine.store import ObjectFolder, StoreError
+from tests.helpers.images import write_images
+from tests.helpers.processes import ROOT, Command, run_module
+from tests.helpers.servers import Proxy, web_server
+
+DUMMY = {
+    "AWS_ACCESS_KEY_ID": "someone",
+    "AWS_SECRET_ACCESS_KEY": "secret-of-someone",
+    "AWS_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+IMAGES = 40
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[int]:
+    """The port of an S3 server."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    WSGIRequestHandler.disable_nagle_algorithm = True  # 40 ms for each answer otherwise
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 good images and a damaged one."""
+    folder = write_images(tmp_path_factory.mktemp("remote") / "images", IMAGES)
+    (folder / "broken.jpg").write_bytes((folder / "image-01.jpg").read_bytes()[:-300])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def names(images: Path) -> list[str]:
+    return sorted(path.name for path in images.iterdir())
+
+
+@pytest.fixture(scope="session")
+def client(moto: int, images: Path, names: list[str]) -> Any:
+    """boto3's, on a server whose bucket `archive` has the images below `knees/`."""
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{moto}",
+        region_name="us-east-1",
+        aws_access_key_id="someone",
+        aws_secret_access_key="secret-of-someone",
+        config=Config(request_checksum_calculation="when_required"),
+    )
+    client.create_bucket(Bucket="archive")
+    for name in names:
+        client.put_object(Bucket="archive", Key=f"knees/{name}", Body=(images / name).read_bytes())
+    client.put_object(Bucket="archive", Key="knees/empty.png", Body=b"")
+    client.put_object(Bucket="archive", Key="lists/all.csv", Body=csv([f"../knees/{name}" for name in names]))
+    return client
+
+
+@pytest.fixture
+def proxy(moto: int, client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """What this process and those it starts take for S3."""
+    for name, value in DUMMY.items():
+        monkeypatch.setenv(name, value)
+    proxy = Proxy(moto)
+    with proxy.serving() as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        objects._s3.cache_clear()
+        yield proxy
+    objects._s3.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def local(images: Path, names: list[str], bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    """The rows of `names`, read from disk."""
+    folder = tmp_path_factory.mktemp("local")
+    (folder / "m.csv").write_bytes(csv(names))
+    subprocess.run(
+        [sys.executable, "-m", "engine.run", "m.csv", "--root", str(images), "-b", str(bundle)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=True,
+    )
+    return rows(sorted((folder / "results").glob("part-*")))
+
+
+def csv(paths: list[str]) -> bytes:
+    return "\n".join(["path", *paths]).encode() + b"\n"
+
+
+def rows(parts: list[Any]) -> pa.Table:
+    """Without the paths, which differ by design, and what the listing of a folder adds."""
+    table = pa.concat_tables([pq.read_table(part) for part in parts]).replace_schema_metadata(None)
+    return table.select(
+        [name for name in table.column_names if name not in ("path", "file_size", "file_mtime")]
+    )
+
+
+def local_rows(folder: Path) -> pa.Table:
+    return rows(sorted(folder.glob("part-*.parquet")))
+
+
+def keys(client: Any, prefix: str) -> list[str]:
+    found = client.list_objects_v2(Bucket="archive", Prefix=prefix).get("Contents", [])
+    return [entry["Key"].removeprefix(prefix) for entry in found if entry["Key"] != prefix]
+
+
+def stored_rows(client: Any, prefix: str) -> pa.Table:
+    parts = [key for key in keys(client, prefix) if key.startswith("part-")]
+    bodies = [client.get_object(Bucket="archive", Key=prefix + key)["Body"].read() for key in parts]
+    return rows([pa.BufferReader(body) for body in bodies])
+
+
+def read(paths: list[str | None], root: str = "/", timeout_s: float = 60, **options: int) -> list[Batch]:
+    reader = Reader(parse_location(root), 8, 4, Limits(**options), timeout_s=timeout_s)
+    return list(reader.stage([Part(0, np.arange(len(paths)), paths, pa.table({}))], Meter("read")))
+
+
+def statuses(batches: list[Batch]) -> list[Status]:
+    return [Status(value) for batch in batches for value in batch.status]
+
+
+def errors(batches: list[Batch]) -> list[str]:
+    return [batch.errors.get(position, "") for batch in batches for position in range(batch.rows)]
+
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, bundle: Path) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "engine.run", *arguments, "-b", str(bundle)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("form", ["rows", "root", "manifest"])
+def test_s3_gives_the_rows_of_the_disk_bit_for_bit(
+    proxy: Proxy,
+    local: pa.Table,
+    names: list[str],
+    engine_run: Command,
+    bundle: Path,
+    tmp_path: Path,
+    form: str,
+) -> None:
+    manifest, options = "m.csv", []
+    if form == "rows":
+        (tmp_path / "m.csv").write_bytes(csv([f"s3://archive/knees/{name}" for name in names]))
+    elif form == "root":
+        (tmp_path / "m.csv").write_bytes(csv([f"./{name}" for name in names]))
+        options = ["--root", "s3://archive/knees/"]
+    else:
+        manifest = "s3://archive/lists/all.csv"
+    run = engine_run(manifest, "-b", bundle, *options)
+    assert run.returncode == 0, run.stderr
+    assert local_rows(tmp_path / "results").equals(local)
+    recorded = json.loads((tmp_path / "results" / "_run.json").read_text())
+    if form == "manifest":
+        assert recorded["manifest"] == manifest
+        assert recorded["result_options"]["root"] == "s3://archive/lists"
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "cut"])
+def test_every_tenth_request_may_fail(
+    proxy: Proxy, client: Any, local: pa.Table, engine_run: Command, bundle: Path, fault: str
+) -> None:
+    proxy.every, proxy.fault = 10, fault
+    run = engine_run(
+        "s3://archive/lists/all.csv", "-b", bundle, "-o", f"s3://archive/faulty-{fault}", "--part-rows", 16
+    )
+    assert run.returncode == 0, run.stderr
+    assert proxy.failed > 10
+    proxy.every = 0
+    assert stored_rows(client, f"faulty-{fault}/").equals(local)
+    assert set(keys(client, f"faulty-{fault}/")) == {
+        "_SUCCESS",
+        "_run.json",
+        "report.html",
+        *(f"part-0000{index}.parquet" for index in range(3)),
+    }
+
+
+def test_each_failure_has_its_status_and_a_plain_text(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path
+) -> None:
+    def refuse(method: str, path: str) -> Any:
+        if "forbidden" in path:
+            return 403, {}, b""
+        return (500, {}, b"") if "sick" in path else None
+
+    proxy.refuse = refuse
+    monkeypatch.setattr(common, "BACKOFF_S", 0.01)
+    name = tmp_path / "a b.png"
+    name.write_bytes((images / "image-00.png").read_bytes())
+    expected = {
+        "s3://archive/knees/image-00.png": (Status.OK, ""),
+        f"file://{tmp_path}/a%20b.png": (Status.OK, ""),
+        f"file://localhost{tmp_path}/a%20b.png": (Status.OK, ""),
+        str(name): (Status.OK, ""),
+        "s3://archive/knees/nowhere.png": (Status.MISSING, "no such object"),
+        "s3://nobucket/knees/nowhere.png": (Status.MISSING, "no such object"),
+        "s3://archive/knees": (Status.MISSING, "no such object"),
+        "s3://archive/knees/empty.png": (Status.EMPTY, "the file has 0 bytes"),
+        "s3://archive/knees/forbidden-token-503.png": (Status.UNREADABLE, "access denied"),
+        "s3://archive/knees/sick.png": (Status.UNREADABLE, "the storage fails"),
+        "s3://archive/knees/a//b": (Status.UNREADABLE, "not a name that an object can have"),
+        "s3:///knees": (Status.UNREADABLE, "no bucket behind s3://"),
+        "s3://key:secret@archive/x": (
+            Status.UNREADABLE,
+            "a user or password in a URL, which ends in logs; put it into the environment",
+        ),
+        "file://elsewhere/x": (
+            Status.UNREADABLE,
+            "a file URL with a host; write file:///folder/name for a local file",
+        ),
+        "ftp://host/x.png": (
+            Status.UNSUPPORTED,
+            "URLs of this scheme are not read; allowed are a local path, file://, s3://, gs://, az://, "
+            "abfs://, https:// or http://",
+        ),
+    }
+    found = read(list(expected))
+    assert dict(zip(expected, zip(statuses(found), errors(found), strict=True), strict=True)) == expected
+
+
+def test_a_size_over_the_limit_is_never_read(proxy: Proxy) -> None:
+    found = read(["s3://archive/knees/image-00.png"], max_file_size=100)
+    assert statuses(found) == [Status.TOO_LARGE]
+    assert proxy.requests == 1  # the HEAD
+
+
+def test_many_reads_are_in_flight(proxy: Proxy, names: list[str]) -> None:
+    proxy.latency_s = 0.2
+    found = read([f"s3://archive/knees/{name}" for name in names * 3])
+    assert statuses(found).count(Status.OK) == 3 * IMAGES
+    assert proxy.most_in_flight > 40
+
+
+def test_an_archive_that_refuses_all_is_no_archive_of_unreadable_images(
+    engine_run: Command, bundle: Path, proxy: Proxy, tmp_path: Path
+) -> None:
+    (tmp_path / "m.csv").write_bytes(csv([f"s3://archive/knees/{row}.png" for row in range(500)]))
+    wrong = b"<Error><Code>InvalidAccessKeyId</Code><Message>of someone</Message></Error>"
+    for body, complaint in ((wrong, "the storage does not accept the credentials"), (b"", "access denied")):
+        proxy.refuse = lambda method, path, body=body: (403, {}, b"" if method == "HEAD" else body)
+        run = engine_run("m.csv", "-b", bundle)
+        assert run.returncode == 1
+        assert run.stderr.splitlines()[-1] == (
+            f"error: images at s3://archive: {complaint}; the same command goes on when that is mended"
+        )
+    assert not list(tmp_path.glob("*/part-*"))
+
+
+def test_a_bucket_that_may_not_be_listed_can_be_read(proxy: Proxy, names: list[str]) -> None:
+    """Where listing is forbidden, S3 answers for what is missing as for what is forbidden."""
+
+    def refuse(method: str, path: str) -> Any:
+        return (403, {}, b"") if "list-type" in path or "nowhere" in path else None
+
+    proxy.refuse = refuse
+    found = read([f"s3://archive/knees/{name}" for name in ["nowhere-1", "nowhere-2", *names]])
+    assert statuses(found)[:2] == [Status.UNREADABLE] * 2
+    assert statuses(found).count(Status.OK) == IMAGES
+
+
+def test_an_endpoint_that_is_down_ends_the_run_and_the_same_command_goes_on(
+    start: Start,
+    engine_run: Command,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    local: pa.Table,
+    names: list[str],
+    bundle: Path,
+    tmp_path: Path,
+) -> None:
+    rounds = 5
+    (tmp_path / "m.csv").write_bytes(csv([f"s3://archive/knees/{name}" for name in names * rounds]))
+    proxy.latency_s = 0.1
+    process = start("m.csv", "--part-rows", "41")
+    wait_for(process, lambda: len(list((tmp_path / "results").glob("part-*"))) >= 2)
+    proxy.refuse = lambda method, path: (503, {}, b"")
+    with monkeypatch.context() as context:
+        context.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens
+        never = start("m.csv", "-o", "never")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert said.splitlines()[-1].startswith("error: the images have disappeared: s3://archive or")
+    _, said = never.communicate(timeout=60)
+    assert never.returncode == 1
+    assert said.splitlines()[-1].startswith("error: images at s3://archive: the storage does not answer; ")
+    assert not list((tmp_path / "never").glob("part-*"))
+    proxy.refuse, proxy.latency_s = (lambda method, path: None), 0
+    run = engine_run("m.csv", "-b", bundle)
+    assert run.returncode == 0, run.stderr
+    found = local_rows(tmp_path / "results").drop_columns(["row"])
+    assert found.equals(pa.concat_tables([local.drop_columns(["row"])] * rounds))
+
+
+def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not reached() and process.poll() is None:
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.02)
+
+
+def test_results_in_s3_are_killed_resumed_refused_and_mended(
+    start: Start,
+    engine_run: Command,
+    proxy: Proxy,
+    client: Any,
+    local: pa.Table,
+    names: list[str],
+    bundle: Path,
+    tmp_path: Path,
+) -> None:
+    output = ("-o", "s3://archive/out/night 1", "--part-rows", "8")
+    (tmp_path / "m.csv").write_bytes(csv([f"s3://archive/knees/{name}" for name in names]))
+
+    def parts() -> list[str]:
+        return [key for key in keys(client, "out/night 1/") if key.startswith("part-")]
+
+    held = threading.Event()
+    proxy.refuse = lambda method, path: held.wait(30) and None if "part-00003" in path else None
+    process = start("m.csv", *output)
+    wait_for(process, lambda: len(parts()) == 3)
+    second = engine_run("m.csv", *output, "-b", bundle)
+    assert second.returncode == 2
+    assert second.stderr.startswith(
+        "error: output s3://archive/out/night 1: another process is writing there"
+    )
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    held.set()
+    assert len(parts()) == 3, "what was half written is not there"
+
+    run = engine_run("m.csv", *output, "-b", bundle)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "s3://archive/out/night 1"
+    success = json.loads(client.get_object(Bucket="archive", Key="out/night 1/_SUCCESS")["Body"].read())
+    assert success["last_start"]["rows"] == len(names) - 8 * 3
+    assert stored_rows(client, "out/night 1/").equals(local)
+    assert "finished already" in engine_run("m.csv", *output, "-b", bundle).stderr
+
+    good = client.get_object(Bucket="archive", Key="knees/image-03.jpg")["Body"].read()
+    damaged = client.get_object(Bucket="archive", Key="knees/broken.jpg")["Body"].read()
+    client.put_object(Bucket="archive", Key="knees/broken.jpg", Body=good)
+    try:
+        run = engine_run("--only-errors", "s3://archive/out/night 1")
+    finally:
+        client.put_object(Bucket="archive", Key="knees/broken.jpg", Body=damaged)
+    assert run.returncode == 0, run.stderr
+    mended = stored_rows(client, "out/night 1/")
+    assert set(mended.column("status").to_pylist()) == {"ok"}
+    assert mended.num_rows == len(names)
+
+    run = engine_run("m.csv", *output, "--max-pixels", 5000, "--overwrite", "-b", bundle)
+    assert run.returncode == 0, run.stderr
+    assert "too_large" in stored_rows(client, "out/night 1/").column("status").to_pylist()
+
+
+def test_a_local_folder_screened_into_s3_keeps_its_listing_there(
+    engine_run: Command, proxy: Proxy, client: Any, images: Path, local: pa.Table, bundle: Path
+) -> None:
+    arguments = (images, "-b", bundle, "-o", "s3://archive/listed")
+    assert engine_run(*arguments).returncode == 0
+    assert "_manifest.parquet" in keys(client, "listed/")
+    (images / "new.png").write_bytes(b"later")
+    try:
+        assert "finished already" in engine_run(*arguments).stderr
+    finally:
+        (images / "new.png").unlink()
+    assert stored_rows(client, "listed/").equals(local)
+
+
+def test_an_archive_in_s3_is_listed_and_known_again_by_the_objects_time(
+    proxy: Proxy, client: Any, images: Path, bundle: Path, engine_run: Command, tmp_path: Path
+) -> None:
+    with ZipFile(tmp_path / "k.zip", "w") as packed:
+        packed.writestr("a/../b.png", (images / "image-00.png").read_bytes())
+    client.upload_file(str(tmp_path / "k.zip"), "archive", "packed/k.zip")
+    place = "s3://archive/packed/k.zip"
+    listed = run_module("engine.manifest", [place, "-o", "list.parquet"], folder=tmp_path, timeout_s=60)
+    assert listed.returncode == 0, listed.stderr
+    assert pq.read_table(tmp_path / "list.parquet")["path"].to_pylist() == [f"{place}::a/../b.png"]
+    assert engine_run(place, "-b", bundle, "-o", "first").returncode == 0
+    assert pq.read_table(tmp_path / "first" / "part-00000.parquet")["status"].to_pylist() == ["ok"]
+    for manifest in (place, "list.parquet"):
+        done = engine_run(manifest, "-b", bundle, "-o", "second", "--since", "first")
+        assert "nothing is new" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("size", [1000, 12_000_000])
+@pytest.mark.parametrize("broken", ["POST", "PUT"])
+def test_an_upload_that_fails_leaves_what_was_there(
+    proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch, size: int, broken: str
+) -> None:
+    monkeypatch.setattr(common, "BACKOFF_S", 0.01)
+    folder = ObjectFolder(Url("s3", "archive", f"/upload-{size}-{broken}"))
+    folder.write("x", lambda path: path.write_bytes(b"old"))
+    calls = iter(range(1000))
+    # of the requests that a large upload makes, one in two: some pieces arrive, it is never whole
+    proxy.refuse = lambda method, path: (500, {}, b"") if method == broken and next(calls) % 2 == 0 else None
+    if broken == "PUT" and size < 10_000_000:
+        proxy.refuse = lambda method, path: (500, {}, b"") if method == "PUT" else None
+    with pytest.raises(StoreError, match="the storage fails"):
+        folder.write("x", lambda path: path.write_bytes(bytes(size)))
+    proxy.refuse = lambda method, path: None
+    assert folder.read("x", lambda opened: opened.read()) == b"old"
+
+
+def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
+    proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = (ObjectFolder(Url("s3", "archive", "/locked")) for _ in range(2))
+    folder.lock()
+    with pytest.raises(BlockingIOError):
+        other.lock()
+    monkeypatch.setattr("engine.store.STALE_S", -1.0)
+    other.lock()
+    other.unlock(leave_no_trace=True)
+    folder.unlock(leave_no_trace=True)
+    assert keys(client, "locked/") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("ftp://host/m.csv",), "ftp://...: URLs of this scheme are not read; allowed are a local path"),
+        (
+            ("m.csv", "-o", "https://host/results"),
+            "results https://host/results: a web server takes no files",
+        ),
+        (("m.csv", "--root", "s3://key:secret@bucket"), "s3://...: a user or password in a URL"),
+        (
+            ("m.csv", "--root", "https://host/x?sig=secret"),
+            "--root https://host/x?...: a folder has no query",
+        ),
+        (("m.csv", "-o", "file://host/x"), "file://...: a file URL with a host"),
+        (("s3://archive/lists/nowhere.csv",), "manifest s3://archive/lists/nowhere.csv: no such object"),
+        (("m.csv", "-o", "s3://archive/knees"), "output s3://archive/knees: it is not empty ("),
+        (("s3://archive/knees/image-00.png",), "manifest s3://archive/knees/image-00.png: this is an image"),
+        (
+            ("s3://archive/lists/k.zip", "--redact"),
+            "manifest s3://archive/lists/k.zip: a folder or archive, whose listing names paths",
+        ),
+    ],
+)
+def test_wrong_places_are_told_in_one_line(
+    proxy: Proxy,
+    client: Any,
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.csv").write_bytes(csv(["a.png"]))
+    client.put_object(Bucket="archive", Key="lists/k.zip", Body=b"PK\5\6" + bytes(18))
+    monkeypatch.setenv("ENGINE_SALT", "a salt of sixteen bytes and more")
+    with pytest.raises(UsageError) as raised:
+        screen(settings_from([*arguments, "-b", str(bundle)]))
+    said = str(raised.value)
+    assert said.startswith(complaint)
+    assert "\n" not in said
+    assert "secret" not in said
+    assert not (tmp_path / "results").exists()
+
+
+def test_file_urls_are_local_paths(engine_run: Command, images: Path, local: pa.Table, bundle: Path) -> None:
+    run = engine_run(f"file://{images}", "-b", bundle, "-o", f"file://{images.parent}/file%20url")
+    assert run.returncode == 0, run.stderr
+    assert local_rows(images.parent / "file url").equals(local)
+
+
+def test_a_web_server_gives_the_rows_of_the_disk(
+    engine_run: Command, local: pa.Table, images: Path, names: list[str], bundle: Path, tmp_path: Path
+) -> None:
+    files = {f"knees/{name}": (images / name).read_bytes() for name in names}
+    files["m.csv"] = csv([f"knees/{name}" for name in names])
+    with web_server(files) as (address, seen):
+        run = engine_run(f"{address}/m.csv?signature=secret", "-b", bundle)
+        assert run.returncode == 0, run.stderr
+        assert seen[0] == "/m.csv?signature=secret"
+        assert len(seen) == 1 + len(names), "one request a file"
+    assert local_rows(tmp_path / "results").equals(local)
+    assert "secret" not in (tmp_path / "results" / "_run.json").read_text() + run.stderr + run.stdout
+
+
+def test_what_a_web_server_may_do(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "BACKOFF_S", 0.01)
+    files = {"a b.png": (images / "image-00.png").read_bytes(), "none": b""}
+    expected = {
+        "/a%20b.png": (Status.OK, ""),
+        "/chunked/none": (Status.EMPTY, "the file has 0 bytes"),
+        "/none": (Status.EMPTY, "the file has 0 bytes"),
+        "/a b.png?signature=secret": (Status.OK, ""),
+        "/moved/moved/a%20b.png": (Status.OK, ""),
+        "/moved" * 6 + "/a%20b.png": (Status.UNREADABLE, "more than 5 redirects"),
+        "/nowhere?signature=secret": (Status.MISSING, "no such file on the server (HTTP 404)"),
+        "/status/403/x?signature=secret": (Status.UNREADABLE, "access denied (HTTP 403)"),
+        "/status/500/x?signature=secret": (Status.UNREADABLE, "the server answers HTTP 500"),
+        "/cut/a b.png": (Status.UNREADABLE, "cut short: fewer bytes came than announced"),
+    }
+    files |= {"a%20b.png": files["a b.png"]}
+    with web_server(files) as (address, seen):
+        found = read([address + path for path in expected])
+        assert dict(zip(expected, zip(statuses(found), errors(found), strict=True), strict=True)) == expected
+        assert sum("status/500" in path for path in seen) == common.ATTEMPTS
+        below = read(["a b.png"], root=address)
+        assert statuses(below) == [Status.OK]
+    files["chunked/big"] = b""
+    with web_server({"big": bytes(5 << 20), "a.png": files["none"]}) as (address, _):
+        found = read([f"{address}/chunked/big"], max_file_size=3 << 20)
+        assert statuses(found) == [Status.TOO_LARGE]
+    with pytest.raises(EngineError, match="the server does not answer; the same command goes on"):
+        read([f"{address}/a.png?signature=secret"] * 3)
+
+
+def test_without_urllib3_one_line_says_how_to_get_it(
+    engine_run: Command, bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['urllib3'] = None")
+    (tmp_path / "m.csv").write_bytes(csv(["https://127.0.0.1:9/a.png"]))
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "engine.run", "m.csv", "-b", str(bundle)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].endswith(
+        "is missing; install it with: pip install -c constraints.txt '.[remote]'"
+    )
+
+
+def test_a_local_run_pays_for_none_of_it() -> None:
+    script = (
+        "import sys, engine.run; from engine.storage import Storage; from pathlib import Path\n"
+        "Storage(Path('/')).exists('tmp')\n"
+        "assert not {'urllib3', 'engine.storage.http', 'engine.storage.remote'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "name", "parent", "below"),
+    [
+        ("s3://b/x/m 1.csv", "x/m 1.csv", "m 1.csv", "s3://b/x", "s3://b/x/m 1.csv/a b.png"),
+        ("gs://b/m?.csv", "m?.csv", "m?.csv", "gs://b/", "gs://b/m?.csv/a b.png"),
+        ("abfs://c@account.dfs.core.windows.net/f", "f", "f", "abfs://c@account.dfs.core.windows.net/", None),
+        (
+            "https://h:8/m%201.csv?sig=x",
+            "m%201.csv",
+            "m 1.csv",
+            "https://h:8/",
+            "https://h:8/m%201.csv/a%20b.png",
+        ),
+        ("https://h/%2e%2e%2fetc%2fm.csv", "%2e%2e%2fetc%2fm.csv", "m.csv", "https://h/", None),
+    ],
+)
+def test_urls_are_taken_apart(text: str, key: str, name: str, parent: str, below: str | None) -> None:
+    url = parse_location(text)
+    assert isinstance(url, Url)
+    assert (url.key, url.name, str(url.parent)) == (key, name, parent)
+    assert "sig" not in str(url) + repr(url)
+    if below:
+        assert str(url / "a b.png") == below
+    assert str(Url("s3", "b", "/lists") / "../knees/./x") == "s3://b/knees/x"
+    assert str(Url("s3", "b", "/lists") / "../../../x") == "s3://b/x"
+    assert str(Url("s3", "b", "/a") / "../k.tar::../x//y z") == "s3://b/k.tar::../x//y z"
+    assert str(Url("https", "h", "/a") / "k 1.tar::b c") == "https://h/a/k%201.tar::b c"
+
+
+def test_google_and_azure_are_opened_as_their_own_tools_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GS_NO_SIGN_REQUEST", "yes")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    objects._gs.cache_clear()
+    assert objects.filesystem(Url("gs", "b", "/x")).type_name == "gcs"
+    objects._gs.cache_clear()
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
+    with pytest.raises(ReadError, match="set AZURE_STORAGE_ACCOUNT"):
+        objects.filesystem(Url("az", "container", "/x"))
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "account")
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+    for url in (Url("az", "c", "/x"), Url("abfs", "c@account.dfs.core.windows.net", "/x")):
+        assert objects.filesystem(url).type_name == "abfs"
+        assert objects.path_of(url) == "c/x"
+
+
+def test_google_cloud_storage_holds_images_and_results(
+    monkeypatch: pytest.MonkeyPatch,
+    engine_run: Command,
+    images: Path,
+    names: list[str],
+    local: pa.Table,
+    bundle: Path,
+) -> None:
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="archive")
+    server.start()
+    monkeypatch.setenv("GS_NO_SIGN_REQUEST", "yes")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server._api._httpd.server_address[1]}")
+    objects._gs.cache_clear()
+    try:
+        folder = ObjectFolder(Url("gs", "archive", "/knees"))
+        for name in names:
+            folder.write(name, partial(shutil.copy, images / name))
+        folder.write("m.csv", lambda path: path.write_bytes(csv(names)))
+        for _ in range(2):
+            run = engine_run("gs://archive/knees/m.csv", "-b", bundle, "-o", "gs://archive/out")
+            assert run.returncode == 0, run.stderr
+        assert "finished already" in run.stderr
+        results = ObjectFolder(Url("gs", "archive", "/out"))
+        assert set(results.names()) == {"_SUCCESS", "_run.json", "report.html", "part-00000.parquet"}
+        part = b"".join(objects.pieces(results.location / "part-00000.parquet", lambda size: None))
+        assert rows([pa.BufferReader(part)]).equals(local)
+        assert statuses(read(["gs://archive/nowhere", "gs://nobucket/x"])) == [Status.MISSING] * 2
+    finally:
+        server.stop()
+        objects._gs.cache_clear()
+
+
+def test_locations_outside_the_command_line() -> None:
+    with pytest.raises(UsageError, match=r"ftp://\.\.\.: URLs of this scheme"):
+        parse_location("ftp://user:password@host/x")
+    assert parse_location("file:///a%20b") == Path("/a b")
+    assert parse_location("a/b://c") == Path("a/b://c")
+    assert Storage(Path("/")).where("s3://bucket/key") == "s3://bucket"
+    assert pd.notna(Storage(Path("/")).exists("tmp"))
+
+
+def test_results_there_are_read_and_merged(
+    proxy: Proxy, client: Any, images: Path, names: list[str], bundle: Path
+) -> None:
+    for run, first in (("one", 0), ("two", 2)):
+        manifest = images.parent / f"{run}.csv"
+        manifest.write_bytes(csv(names[first : first + 4]))
+        engine.screen(manifest, root=images, bundle=bundle, output=f"s3://archive/{run}", part_rows=3)
+    merged = merge(
+        [parse_location(f"s3://archive/{run}") for run in ("one", "two")],
+        parse_location("s3://archive/merged"),
+    )
+    assert (merged.rows, merged.dropped) == (6, 2)
+    assert report.main(["s3://archive/merged", "--thumbnails", "2"]) == 0
+    page = client.get_object(Bucket="archive", Key="merged/report.html")["Body"].read().decode()
+    assert "2 runs, joined" in page
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert page.count('scope="row" class="path"') == 5  # one is damaged
+    frame = engine.read_results("s3://archive/merged")
+    assert sorted(frame.path) == names[:6]
+    assert frame.run_id.nunique() == len(frame.attrs["provenance"]["runs"]) == 2
+    dataset = engine.open_results("s3://archive/one")
+    assert dataset.to_table(columns=["row"]).column("row").to_pylist() == [0, 1, 2, 3]
