@@ -10,6 +10,7 @@ from rich.console import Console
 
 from engine.cli.terminal import hush_libraries, run_command, stop_on_signal
 from engine.core.deadline import Deadline
+from engine.core.json_records import to_builtins
 from engine.errors import ErrorRateError
 from engine.ledger import Summary
 from engine.log import Log, nowhere
@@ -71,7 +72,7 @@ def _report(console: Console, summary: Summary, settings: Settings) -> None:
         hint = "no row failed" if settings.only_errors else "--overwrite starts again"
         console.print(f"{summary.output} is finished already; {hint}", markup=False, soft_wrap=True)
     if isinstance(console.file, Log) and console.file.as_json:
-        console.file.event("summary", **summary.as_json())
+        console.file.event("summary", **to_builtins(summary.as_record()))
     else:
         show_summary(console, summary)
     try:

@@ -297,10 +297,11 @@ class Settings:
     decode: Decode | None = option(
         _STRICT, "of JPEG, as the bundle was trained (its own); another is refused", choices=DECODES
     )
-    decoder: Literal["auto", "cpu"] = option(
+    decoder: str = option(
         _STRICT,
         "cpu: each image decoded strictly there, for a GPU too (%(default)s)",
         "auto",
+        keyword_type=Literal["auto", "cpu"],
         choices=("auto", "cpu"),
     )
 
