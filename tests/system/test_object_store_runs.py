@@ -31,12 +31,12 @@ from werkzeug.serving import WSGIRequestHandler
 import engine
 from engine.errors import EngineError, UsageError
 from engine.merge import merge
+from engine.options import settings_from
 from engine.overlap import Meter
 from engine.pipeline import screen
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
 from engine.report import __main__ as report
-from engine.run import settings_from
 from engine.settings import Limits, parse_location
 from engine.storage import ReadError, Storage, common, objects
 from engine.storage.location import Url

@@ -22,6 +22,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, cohen_kappa_score, roc_auc_score
 
 import engine
+from engine.core.deadline import Deadline
 from engine.errors import EngineError, UsageError
 from engine.merge import merge
 from engine.records import Scorer
@@ -393,7 +394,7 @@ def test_stopping_a_report(screened: Screen) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(EngineError, match="stopped"):
-        write(results, stop=stop)
+        write(results, deadline=Deadline(stop=stop))
 
 
 def test_long_results(screened: Screen) -> None:
