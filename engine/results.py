@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from engine.errors import EngineError, UsageError
+from engine.overlap import ordered_map
 from engine.run_folder import RUN, SUCCESS, RunFolder, parts_of
 from engine.settings import parse_location
 from engine.sink import METADATA, Done, part_name
@@ -116,10 +116,8 @@ class Results:
             return self.files.read(name, partial(take, number))
 
         with ThreadPoolExecutor(PARTS_AHEAD) as threads:
-            first = deque(threads.submit(read, name, 0) for name in self.parts[:PARTS_AHEAD])
-            for index, name in enumerate(self.parts, PARTS_AHEAD):
-                groups, table = first.popleft().result()
-                first.extend(threads.submit(read, later, 0) for later in self.parts[index : index + 1])
+            first = ordered_map(threads, partial(read, number=0), self.parts, PARTS_AHEAD)
+            for name, (groups, table) in zip(self.parts, first, strict=True):
                 yield table
                 for number in range(1, groups):
                     yield read(name, number)[1]
