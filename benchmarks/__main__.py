@@ -13,12 +13,9 @@ from rich.console import Console
 from benchmarks.record import ROOT
 from engine.command import Parser
 from engine.errors import EngineError, UsageError
+from engine.installed import install_command
 
-INSTALL = (
-    "pip install -c constraints.txt '.[training,dev]', or on a GPU machine "
-    "pip install -c constraints-gpu.txt -c constraints.txt '.[gpu,training,proof]' "
-    "--extra-index-url https://pypi.nvidia.com"
-)
+INSTALL = f"{install_command('training,dev')}, or on a GPU machine {install_command('gpu,training,proof')}"
 SECTIONS = ("members", "decode", "end to end", "peers", "tensorrt")
 SERIES = ("rows", "image_size", "batch_size", "threads", "part_size", "bad_files")
 Names = Any  # what argparse's add_subparsers gives

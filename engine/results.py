@@ -16,6 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from engine.errors import EngineError, UsageError
+from engine.installed import install_command
 from engine.overlap import ordered_map
 from engine.run_folder import RUN, SUCCESS, RunFolder, parts_of
 from engine.settings import parse_location
@@ -45,7 +46,7 @@ def read_results(
         import pandas  # noqa: F401 - to_pandas needs it
     except ImportError:
         raise UsageError(
-            "read_results needs pandas; install it with: pip install -c constraints.txt pandas; "
+            f"read_results needs pandas; install it with: {install_command(packages='pandas')}; "
             "open_results does without"
         ) from None
     dataset = open_results(path, unfinished=unfinished)

@@ -102,8 +102,7 @@ def survey(report: Report, found: tuple[Bundle, Choice] | None, say: Say, stop: 
         try:
             sampled = _read(settings, manifest, stop)
         except UsageError as error:  # a package that reads these files is missing
-            extra = "dicom" if "pydicom" in str(error) else "remote"
-            report.problem(str(error), installed.command(extra))
+            report.problem(str(error), _mended(report, str(error)))
             return
         except EngineError as error:
             report.problem(str(error), f"python -m engine.run {where} --root FOLDER")
@@ -239,7 +238,7 @@ def _forecast(
     except Stopped:
         raise
     except EngineError as error:
-        report.problem(str(error), installed.command("gpu" if choice.gpu else installed.CORE))
+        report.problem(str(error), installed.install_command("gpu" if choice.gpu else installed.CORE))
         return
     reading = sampled.rows / sampled.elapsed_s
     if reading < rate and sampled.elapsed_s > 1:  # not for threads that have only just begun
