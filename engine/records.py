@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import UNSET, UnsetType
+
+from engine.core.json_records import Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +47,18 @@ FLAGS = (
     "burned_in",
     "inverse_lut",
 )
+
+
+class Scorer(Record, omit_defaults=True):
+    """Host, device, runner and precision that scored a part; empty in results of older versions."""
+
+    host: str = ""
+    device: str = ""
+    gpu: str | UnsetType | None = UNSET  # its name
+    runner: str = ""
+    precision: str = ""
+    actor: str | None = None  # of a run on Ray
+    round: int = 0  # how often the canaries had come well through that actor before
 
 
 _PEAK_BYTES_PER_PIXEL = {
@@ -152,6 +167,14 @@ class Batch:
         """Turn a failure into the row's status: the one place where that happens."""
         self.status[position] = status
         self.errors[position] = error
+
+    def keep(self, position: int, data: bytes, header: Header, *, on_gpu: bool) -> None:
+        """Keep an encoded image that is to be decoded, and what its header says."""
+        self.encoded[position], self.headers[position] = data, header
+        self.on_gpu[position] = on_gpu
+        self.width[position], self.height[position] = header.width, header.height
+        if header.flags:
+            self.flags[position] = list(header.flags)
 
     def drop_encoded(self) -> None:
         """Free the encoded bytes; the reader may read that much further ahead."""

@@ -19,10 +19,12 @@ import nvtx
 import torch
 
 from engine.bundle import Bundle
+from engine.core.tuning import StreamTuning
+from engine.ensemble import record
 from engine.gpu.fuse import Fusion
 from engine.gpu.slots import Ring, Slot
 from engine.overlap import Meter
-from engine.records import Batch, Status
+from engine.records import Batch
 from engine.runners import Runner
 
 ALIGNED_ROWS = 64  # of float32: TensorRT wants the address of each tensor to be a multiple of 256
@@ -174,12 +176,8 @@ class GpuStep:
             slot.done.synchronize()
         scores = self.fusion.unpack(slot.result[: len(batch.index)].numpy().copy())
         self._ring.give_back(slot)
-        fine = scores.prediction >= 0
-        for position in batch.index[~fine]:
-            batch.fail(int(position), Status.CRASHED, "a member gave a score that is not a number")
-        batch.index = batch.index[fine]
-        batch.members, batch.probabilities = scores.members[:, fine], scores.probabilities[fine]
-        batch.prediction, batch.confidence = scores.prediction[fine], scores.confidence[fine]
+        finite = scores.prediction >= 0
+        record(batch, finite, scores.rows(finite))
         meter.add(time.perf_counter() - start)
         return batch
 
@@ -197,7 +195,7 @@ class GpuStep:
             end.synchronize()
         return float(start.elapsed_time(end)) / 1000 / batches
 
-    def choose_streams(self) -> dict[str, Any]:
+    def choose_streams(self) -> StreamTuning:
         """Time concurrent members against sequential ones and keep the faster; concurrent unless it loses."""
         seconds = {}
         for concurrent in (True, False):
@@ -206,12 +204,12 @@ class GpuStep:
         concurrent = seconds[True] <= WORTH * seconds[False]
         if concurrent != self.concurrent:
             self.prepare(concurrent=concurrent)
-        return {
-            "concurrent": concurrent,
-            "sequential_ms": round(1000 * seconds[False], 4),
-            "concurrent_ms": round(1000 * seconds[True], 4),
-            "gain": round(seconds[False] / seconds[True], 4),
-        }
+        return StreamTuning(
+            concurrent=concurrent,
+            sequential_ms=round(1000 * seconds[False], 4),
+            concurrent_ms=round(1000 * seconds[True], 4),
+            gain=round(seconds[False] / seconds[True], 4),
+        )
 
     def close(self) -> None:
         """Wait for what is in flight: its buffers go with this object. The runners belong to the caller."""

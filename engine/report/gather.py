@@ -20,6 +20,7 @@ from engine.labels import Names
 from engine.listing import PATH
 from engine.records import Status
 from engine.results import Results
+from engine.stats.top_k import TopK
 from engine.store import reason
 
 BINS = 50  # of a probability's histogram
@@ -60,25 +61,22 @@ class Shape:
     @classmethod
     def of(cls, results: Results, label_column: str | None) -> Shape:
         """`label_column` as the user named it. Raises UsageError when there is none of that name."""
-        run = next(iter(results.runs.values()))
-        classes, members = tuple(run["classes"]), tuple(run["weights"])
+        run = results.first
+        classes, members = run.classes, tuple(run.weights)
         names = results.schema().names if results.parts else []
         if label_column is not None and results.parts and label_column not in names:
             raise UsageError(
                 f"results {results.place}: no column {label_column!r}; --label-column names one of "
                 f"{', '.join(names)}"
             )
-        prefix = run["result_options"].get("column_prefix") or ""
+        prefix = run.result_options.column_prefix
         found = [name for name in (LABEL, prefix + LABEL) if name in names]
-        groups = {
-            name: tuple(parts) for name, parts in (run.get("groups") or {}).items() if f"p_{name}" in names
-        }
-        target = str(run.get("target"))
+        groups = {name: parts for name, parts in run.groups.items() if f"p_{name}" in names}
         return cls(
             classes,
             members,
             groups,
-            target if target in classes or target in groups else classes[-1],
+            run.target if run.target in classes or run.target in groups else classes[-1],
             label_column or (found[0] if found else None),
             tuple(name for name in _WORDS if name in names),
         )
@@ -94,36 +92,6 @@ class Shape:
         listed = [*_LISTED, "status", "error", "width", "height"]
         label = [self.label] if self.label else []
         return list(dict.fromkeys([*listed, *(f"p_{name}" for name in self.scores), *members, *label]))
-
-
-class Top:
-    """The `most` rows with the highest scores of those that came, the first of equals, highest first."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._tables: list[pa.Table] = []
-        self._scores = np.empty(0, np.float32)
-
-    def add(self, table: pa.Table, scores: Floats) -> None:
-        full = len(self._scores) == self._most
-        may_enter = (
-            np.flatnonzero(scores > self._scores[-1]) if full and self._most else np.arange(len(scores))
-        )
-        if not len(may_enter) or not self._most:
-            return
-        order = np.argsort(-scores[may_enter], kind="stable")[: self._most]
-        chosen = may_enter[order]
-        rows = pa.concat_tables([*self._tables, table.take(chosen)])
-        merged = np.concatenate([self._scores, scores[chosen]])
-        best = np.argsort(-merged, kind="stable")[: self._most]
-        self._tables, self._scores = [rows.take(best).combine_chunks()], merged[best]
-
-    @property
-    def columns(self) -> set[str]:
-        return {name for table in self._tables for name in table.column_names}
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [row for table in self._tables for row in table.to_pylist()]
 
 
 @dataclass
@@ -182,7 +150,7 @@ class Tally:
         self.agreement = {
             pair: np.zeros((size, size), np.int64) for pair in itertools.combinations(shape.members, 2)
         }
-        self.risk, self.abstaining = Top(listed), Top(listed)
+        self.risk, self.abstaining = TopK(listed), TopK(listed)
         self.labelled = Labelled()
         self.names = Names.of(shape.classes)
 

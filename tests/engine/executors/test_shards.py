@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from engine.core.json_records import to_json
 from engine.errors import UsageError
 from engine.lock import NumberedLocks, hold
 from engine.run_folder import RunFolder
@@ -23,6 +24,7 @@ from engine.storage.location import Url
 from engine.store import LocalFolder, ObjectFolder
 from tests.helpers.images import write_images
 from tests.helpers.processes import Command, run_module
+from tests.helpers.records import run_record
 from tests.system.test_interruptions import Start, list_images, parts, start, table, wait_for_parts
 from tests.system.test_object_store_runs import client, images, keys, moto, names, proxy, stored_rows
 from tests.system.test_object_store_runs import csv as as_csv
@@ -355,14 +357,12 @@ def test_who_was_killed_on_another_machine_is_found_out(
 
 
 def test_a_run_of_an_older_version_that_names_the_gpus_number_goes_on(tmp_path: Path) -> None:
-    older = {"result_options": {"device": "cuda:1", "runner": "torch"}}
-    (tmp_path / "_run.json").write_text(json.dumps(older))
+    (tmp_path / "_run.json").write_text(to_json(run_record(device="cuda:1", runner="torch")))
     folder = RunFolder(tmp_path, overwrite=False)
-    recorded = folder.recorded()
-    assert recorded is not None
-    folder.check_same(recorded, {"result_options": {"device": "cuda", "runner": "torch", "shards": None}})
+    recorded = folder.run()
+    folder.check_same(recorded, run_record(device="cuda", runner="torch"))
     with pytest.raises(UsageError, match="device was 'cuda', is 'cpu'"):
-        folder.check_same(recorded, {"result_options": {"device": "cpu", "runner": "torch"}})
+        folder.check_same(recorded, run_record(device="cpu", runner="torch"))
 
 
 def test_two_shards_into_an_object_store(
