@@ -24,9 +24,9 @@ from engine.reader import Reader
 from engine.records import Part
 from engine.runners import choose, open_runner
 from engine.settings import Limits
-from tests.engine.pipeline.test_open_gpu import rows_of
 from tests.helpers.images import smooth, write_images
 from tests.helpers.processes import Command
+from tests.helpers.runs import read_frame
 
 pytestmark = pytest.mark.gpu
 LIMIT = 5e-3  # of a probability, FP16 against float32
@@ -51,10 +51,10 @@ def archive(tmp_path_factory) -> Path:
     return folder
 
 
-def screened(engine_run: Command, archive: Path, bundle: Path, name: str, *options: object) -> pd.DataFrame:
+def screen(engine_run: Command, archive: Path, bundle: Path, name: str, *options: object) -> pd.DataFrame:
     run = engine_run(archive, "-b", bundle, "-o", name, *map(str, options), timeout_s=300)
     assert run.returncode == 0, run.stderr
-    return rows_of(Path(run.stdout.strip()))
+    return read_frame(Path(run.stdout.strip()))
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +63,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_whole_run_gives_the_rows_of_the_cpu(engine_run, archive, proof):
-    expected = screened(engine_run, archive, proof, "cpu", "--device", "cpu")
-    found = screened(engine_run, archive, proof, "gpu", "--device", "cuda:0", "--batch-size", 16)
+    expected = screen(engine_run, archive, proof, "cpu", "--device", "cpu")
+    found = screen(engine_run, archive, proof, "gpu", "--device", "cuda:0", "--batch-size", 16)
     exact = ["row", "path", "status", "width", "height"]
     pd.testing.assert_frame_equal(found[exact], expected[exact])
     scores = [name for name in expected if "p_" in name] + ["confidence"]
@@ -76,28 +76,28 @@ def test_a_whole_run_gives_the_rows_of_the_cpu(engine_run, archive, proof):
 def test_graphs_streams_and_slots_change_no_score(engine_run, archive, proof):
     fixed = ("--device", "cuda:0", "--batch-size", 16)
     bare = ("--no-cuda-graph", "--streams", 1, "--slots", 1)
-    plain = screened(engine_run, archive, proof, "plain", *fixed, *bare)
+    plain = screen(engine_run, archive, proof, "plain", *fixed, *bare)
     for name, options in {
         "graph": ["--streams", 1],
         "two": ["--streams", 2],
         "slots": ["--streams", 2, "--slots", 5],
         "serial": ["--serial"],
     }.items():
-        found = screened(engine_run, archive, proof, name, *fixed, *options)
+        found = screen(engine_run, archive, proof, name, *fixed, *options)
         pd.testing.assert_frame_equal(found, plain, obj=name)
 
 
 def test_it_goes_on_where_it_stopped_and_tries_failed_rows_again(engine_run, archive, proof, tmp_path):
     fixed = ("--device", "cuda:0", "--batch-size", 8, "--part-rows", 16)
-    whole = screened(engine_run, archive, proof, "out", *fixed)
+    whole = screen(engine_run, archive, proof, "out", *fixed)
     (tmp_path / "out" / "_SUCCESS").unlink()
     (tmp_path / "out" / "part-00001.parquet").unlink()
-    pd.testing.assert_frame_equal(screened(engine_run, archive, proof, "out", *fixed), whole)
+    pd.testing.assert_frame_equal(screen(engine_run, archive, proof, "out", *fixed), whole)
     tuning = json.loads((tmp_path / "out" / "_run.json").read_text())["tuning"]
     assert Decoding(**tuning["decoding"])
     run = engine_run("out", "--only-errors", timeout_s=300)
     assert run.returncode == 0, run.stderr
-    pd.testing.assert_frame_equal(rows_of(tmp_path / "out"), whole)
+    pd.testing.assert_frame_equal(read_frame(tmp_path / "out"), whole)
 
 
 def test_dalis_pixels_are_the_cpus_within_two_gray_levels(tmp_path):

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -19,11 +19,10 @@ import pytest
 from tests.helpers.hurt.sitecustomize import DEADLY
 from tests.helpers.images import write_images
 from tests.helpers.nodes import Nodes
-from tests.helpers.processes import in_background, run_module
-from tests.system.test_interruptions import list_images, only_results_are_left, parts, table, wait_for_parts
+from tests.helpers.processes import Start, in_background, run_module, starting
+from tests.helpers.runs import ended, list_images, only_results_are_left, parts, table, wait_for_parts
 
 ROWS, PART_ROWS = 4000, 64
-Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
@@ -39,29 +38,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
 @pytest.fixture
 def start(plain: Path, bundle: Path, nodes: Nodes) -> Iterator[Start]:
     """A run on the cluster in the background, in the folder `plain`."""
-    started: list[subprocess.Popen[str]] = []
+    with starting(plain) as start_process:
 
-    def run(*arguments: str | Path, ray: str | None = None, rows: int = PART_ROWS) -> subprocess.Popen[str]:
-        command = ["-m", "engine.run", *arguments, "-b", bundle]
-        command += ["--ray", ray or nodes.address, "--part-rows", str(rows)]
-        started.append(in_background(command, plain))
-        return started[-1]
+        def run(
+            *arguments: str | Path, ray: str | None = None, rows: int = PART_ROWS
+        ) -> subprocess.Popen[str]:
+            command = ["-m", "engine.run", *arguments, "-b", bundle]
+            return start_process(*command, "--ray", ray or nodes.address, "--part-rows", str(rows))
 
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+        yield run
     for order in nodes.hurt.iterdir():
         order.unlink()
-
-
-def ended(process: subprocess.Popen[str], status: int = 0) -> str:
-    """What the run said."""
-    _, said = process.communicate(timeout=90)
-    assert process.returncode == status, said
-    assert "Traceback" not in said
-    return said
 
 
 def success(output: Path) -> dict:

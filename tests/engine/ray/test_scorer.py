@@ -19,7 +19,7 @@ from engine.ray import EnsembleScorer
 from engine.settings import Settings
 from tests.helpers.nodes import Nodes
 from tests.helpers.processes import ROOT
-from tests.system.test_interruptions import table
+from tests.helpers.runs import table
 
 DATA = """
 import json, sys
