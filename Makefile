@@ -5,6 +5,25 @@ BIN := .venv/bin
 # on a GPU machine: any Python that has what the extras gpu, training and proof list
 GPU_PYTHON ?= python3
 
+# uv reads neither pip.conf nor PIP_*: the lines of `pip config list` become uv's own variables, where those are not set
+define PIP_TO_UV
+s/\\n/ /g
+s/^(:env:|global|install)\.//
+s/^index-url=/UV_DEFAULT_INDEX=/
+s/^extra-index-url=/UV_INDEX=/
+/^find-links=/s/ +/,/g
+s/^find-links=/UV_FIND_LINKS=/
+s/^no-index='(1|true|yes|on)'/set -- --no-index/p
+s/^trusted-host=/UV_INSECURE_HOST=/
+s/^cert=/SSL_CERT_FILE=/
+s/^proxy=/ALL_PROXY=/
+s/^([A-Z_]+)=(.*)/: $${\1=\2}; export \1/p
+endef
+export PIP_TO_UV
+# like pip, it takes the pinned version from whichever index has it
+INSTALL = eval "$$($(BIN)/pip config list | sed -nE "$$PIP_TO_UV")"; $(BIN)/uv pip install --quiet \
+  --python $(BIN)/python --index-strategy unsafe-best-match -c constraints.txt "$$@"
+
 .PHONY: run test lint benchmarks peers gpu-proof fuzz clean
 
 run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
@@ -53,17 +72,21 @@ fuzz: .venv/dev.stamp
 clean:
 	rm -rf .venv demo
 
-.venv/training.stamp: pyproject.toml constraints.txt
+$(BIN)/uv: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	touch $@
+
+.venv/training.stamp: $(BIN)/uv pyproject.toml
+	$(INSTALL) -e '.[training]'
 	touch $@
 
 .venv/dev.stamp: .venv/training.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training,dev,explain]'
+	$(INSTALL) -e '.[training,dev,explain]'
 	touch $@
 
 .venv/peers.stamp: .venv/training.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[training,peers]'
+	$(INSTALL) -e '.[training,peers]'
 	touch $@
 
 demo/images/normal: | .venv/training.stamp

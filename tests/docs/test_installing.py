@@ -7,6 +7,7 @@ the package index, once.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -249,3 +250,44 @@ def test_docker_sees_all_that_the_dockerfile_copies() -> None:
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert files == {line[1:] for line in ignored if line.startswith("!")}
     assert all((ROOT / file).exists() for file in files)
+
+
+def test_make_installs_from_the_indexes_that_pip_is_configured_to_use(tmp_path: Path) -> None:
+    for file in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / file).touch()
+    configured = [  # as `pip config list` prints them
+        ":env:.index-url='https://environment.example/simple'",
+        "download.index-url='https://download.example/simple'",
+        "global.cert='/etc/hospital.pem'",
+        "global.extra-index-url='https://one.example/simple\\nhttps://two.example/simple'",
+        "global.find-links='/wheels  /more'",
+        "global.index-url='https://file.example/simple'",
+        "global.timeout='60'",
+        "install.no-index='true'",
+        "install.trusted-host='one.example'",
+    ]
+    (tmp_path / "configured").write_text("\n".join(configured) + "\n")
+    (tmp_path / ".venv").mkdir()
+    for name, script in {"pip": "cat configured", "uv": 'echo "$@" > arguments; env > environment'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "SSL_", "MAKE"))}
+    subprocess.run(
+        ["make", "-f", ROOT / "Makefile", "BIN=.", ".venv/training.stamp"],
+        cwd=tmp_path,
+        env=kept | {"UV_INSECURE_HOST": "own.example"},
+        check=True,
+        timeout=60,
+    )
+    assert "--no-index -e .[training]" in (tmp_path / "arguments").read_text()
+    assert {
+        line
+        for line in (tmp_path / "environment").read_text().splitlines()
+        if line.startswith(("UV_", "SSL_"))
+    } == {
+        "UV_DEFAULT_INDEX=https://environment.example/simple",
+        "UV_INDEX=https://one.example/simple https://two.example/simple",
+        "UV_FIND_LINKS=/wheels,/more",
+        "UV_INSECURE_HOST=own.example",
+        "SSL_CERT_FILE=/etc/hospital.pem",
+    }
