@@ -3,11 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.records import Batch, Status
+
 Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of k images."""
+
+    members: Floats  # [M, k, C]
+    probabilities: Floats  # [k, C]
+    prediction: npt.NDArray[np.intp]  # [k]; on a GPU -1 where a logit was not finite
+    confidence: Floats  # [k]
+
+    @classmethod
+    def of(cls, members: Floats, probabilities: Floats) -> Self:
+        """Take the class of the highest probability."""
+        return cls(members, probabilities, probabilities.argmax(axis=1), probabilities.max(axis=1))
+
+    def rows(self, which: npt.NDArray[np.bool_]) -> Scores:
+        return Scores(
+            self.members[:, which],
+            self.probabilities[which],
+            self.prediction[which],
+            self.confidence[which],
+        )
+
+
+def record(
+    batch: Batch, finite: npt.NDArray[np.bool_], scores: Scores, distances: Floats | None = None
+) -> None:
+    """Fill the score fields of a batch; the images whose logits are not `finite` [k] fail.
+
+    `scores` and `distances` [M, f] are those of the f images with finite logits.
+    """
+    for position in batch.index[~finite]:
+        batch.fail(int(position), Status.CRASHED, "a member gave a score that is not a number")
+    batch.index = batch.index[finite]
+    batch.members, batch.probabilities = scores.members, scores.probabilities
+    batch.prediction, batch.confidence = scores.prediction, scores.confidence
+    batch.distances = distances
 
 
 def softmax(logits: Floats) -> Floats:

@@ -47,6 +47,7 @@ from engine.run import answered, hush_libraries, places
 from engine.run_folder import EXPLANATIONS, INDEX, RunFolder, clear_explanations, recorded_bundle
 from engine.settings import Settings, available_cpus, parse_location
 from engine.sink import Done, part_name, rows_again
+from engine.stats.top_k import TopK
 from engine.storage.location import Place, parse
 from engine.store import LOCK, as_json, open_folder, reason
 
@@ -206,7 +207,7 @@ class _Run:
 
     def choose(self, asked: Asked, say: Say) -> tuple[list[int], list[int]]:
         """The rows to be explained, in the order asked for, and those that stand for what is typical."""
-        best, abstained, named = _Best(asked.top), list[int](), dict[int, str]()
+        best, abstained, named = TopK(asked.top), list[int](), dict[int, str]()
         spread = _Spread(sum(part.by_status.get("ok", 0) for part in self.parts.values()))
         probability = f"p_{self.name}"
         for index in sorted(self.parts):
@@ -215,7 +216,7 @@ class _Run:
             row, status = table.column("row").to_numpy(), table.column("status").to_numpy()
             ok = status == Status.OK.label
             spread.see(row[ok])
-            best.see(row[ok], table.column(probability).to_numpy()[ok])
+            best.add(pa.table({"row": row[ok]}), table.column(probability).to_numpy()[ok])
             if asked.abstained:
                 chose = np.array([value is True for value in table.column("abstain").to_pylist()], bool)
                 abstained += row[ok & chose].tolist()
@@ -229,7 +230,7 @@ class _Run:
             elif named[one] != Status.OK.label:
                 say(f"row {one}: {named[one]}, it has no score to be explained")
         fine = [one for one in asked.rows if named.get(one) == Status.OK.label]
-        rows = list(dict.fromkeys([*fine, *best.rows, *abstained]))
+        rows = list(dict.fromkeys([*fine, *(one["row"] for one in best.rows()), *abstained]))
         if not rows:
             hint = _NO_POINTS if asked.abstained and not self.facts.get("operating_points") else ""
             raise UsageError(f"results {self.folder.path}: none of its rows with a score was asked for{hint}")
@@ -261,23 +262,6 @@ class _Run:
         if self.manifest:
             return with_paths(parts, self.manifest.parts(self.part_rows, wanted))
         return parts
-
-
-class _Best:
-    """The rows with the highest probability; of equal ones the first."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._rows, self._values = np.empty(0, np.int64), np.empty(0, np.float32)
-
-    def see(self, rows: Rows, values: npt.NDArray[np.float32]) -> None:
-        rows, values = np.append(self._rows, rows), np.append(self._values, values)
-        order = np.lexsort((rows, -values))[: self._count]
-        self._rows, self._values = rows[order], values[order]
-
-    @property
-    def rows(self) -> list[int]:
-        return [int(row) for row in self._rows]
 
 
 class _Spread:

@@ -348,29 +348,21 @@ class _Reading:
             return data, None, ReadError(Status.CRASHED, "it ends the process that scores it, alone too")
         try:
             data = self._read(job, attempt)
-            return data, header.parse(data, self._reader.limits.max_pixels), None
+            return data, header.check(data, self._reader.limits.max_pixels), None
         except (ReadError, HeaderError) as error:
             return data, None, error
-        except (EngineError, MemoryError):
-            raise
-        except Exception as error:  # no file may end the run, whatever its header makes of a parser
-            return data, None, ReadError(Status.CORRUPT, f"its header can't be read: {type(error).__name__}")
 
     def _keep(
         self, job: _Job, data: bytes, found: Header | None, error: ReadError | HeaderError | None
     ) -> None:
         batch, position = job.batch, job.position
         job.held += len(data)
-        size = (found.width, found.height) if found else getattr(error, "size", None)
-        if size:
-            batch.width[position], batch.height[position] = size
         if found:
-            batch.encoded[position], batch.headers[position] = data, found
-            if self._reader.on_gpu:
-                batch.on_gpu[position] = self._reader.on_gpu(data, found)
-            if found.flags:
-                batch.flags[position] = list(found.flags)
+            on_gpu = self._reader.on_gpu is not None and self._reader.on_gpu(data, found)
+            batch.keep(position, data, found, on_gpu=on_gpu)
         if error:
+            if size := getattr(error, "size", None):
+                batch.width[position], batch.height[position] = size
             batch.fail(position, error.status, str(error))
         job.position += 1
 
@@ -380,8 +372,6 @@ class _Reading:
         def admit(size: int) -> None:
             nonlocal admitted
             most = self._reader.limits.max_file_size
-            if size == 0:
-                raise ReadError(Status.EMPTY, "the file has 0 bytes")
             if size > most:
                 raise ReadError(Status.TOO_LARGE, f"{size} bytes; --max-file-size allows {most}")
             attempt.since = None  # waiting for room is not the storage's fault

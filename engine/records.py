@@ -153,6 +153,14 @@ class Batch:
         self.status[position] = status
         self.errors[position] = error
 
+    def keep(self, position: int, data: bytes, header: Header, *, on_gpu: bool) -> None:
+        """Keep an encoded image that is to be decoded, and what its header says."""
+        self.encoded[position], self.headers[position] = data, header
+        self.on_gpu[position] = on_gpu
+        self.width[position], self.height[position] = header.width, header.height
+        if header.flags:
+            self.flags[position] = list(header.flags)
+
     def drop_encoded(self) -> None:
         """Free the encoded bytes; the reader may read that much further ahead."""
         self.encoded = []

@@ -130,7 +130,7 @@ def _triage(bundle: Bundle, recorded: dict[str, Any] | None) -> Triage | None:
     return Triage.of(bundle) if recorded is None or "operating_points" in recorded else None
 
 
-class _OpenPart:
+class PartBuffer:
     """The columns of a part while its batches come in."""
 
     def __init__(self, part: Part, layout: Layout) -> None:
@@ -240,12 +240,12 @@ class Sink:
 
         Batches may come in any order; only the parts they belong to are held.
         """
-        opened: dict[int, _OpenPart] = {}
+        opened: dict[int, PartBuffer] = {}
         with meter.upstream(batches) as source:
             for batch in source:
                 start = time.perf_counter()
                 index = batch.part.index
-                part = opened.get(index) or opened.setdefault(index, _OpenPart(batch.part, self._layout))
+                part = opened.get(index) or opened.setdefault(index, PartBuffer(batch.part, self._layout))
                 part.add(batch)
                 done = self._write(opened.pop(index)) if part.filled == part.part.rows else None
                 meter.add(time.perf_counter() - start)
@@ -254,7 +254,7 @@ class Sink:
                     yield done
 
     @nvtx.annotate("write")  # type: ignore[untyped-decorator,unused-ignore]
-    def _write(self, part: _OpenPart) -> Done:
+    def _write(self, part: PartBuffer) -> Done:
         """The one place that commits a part."""
         index = part.part.index
         name = part_name(index)

@@ -12,7 +12,7 @@ import numpy as np
 from engine import ensemble
 from engine.bundle import Bundle
 from engine.overlap import Meter
-from engine.records import Batch, Status
+from engine.records import Batch
 from engine.runners import Runner
 
 
@@ -59,22 +59,16 @@ class CpuStep:
             for runner, member in zip(self._runners, logits, strict=True):
                 distances.append(runner.enqueue(batch.pixels, member, None))
         batch.pixels = None
-        finite = np.isfinite(logits).all(axis=(0, 2))
-        for position in batch.index[~finite]:
-            batch.fail(int(position), Status.CRASHED, "a member gave a score that is not a number")
-        batch.index = batch.index[finite]
-        if given := [one[finite] for one in distances if one is not None]:
-            batch.distances = np.stack(given)
-        batch.members, batch.probabilities = ensemble.fuse(
+        finite = np.asarray(np.isfinite(logits).all(axis=(0, 2)))
+        given = [one[finite] for one in distances if one is not None]
+        members, probabilities = ensemble.fuse(
             logits[:, finite],
             weights=self._bundle.weights,
             temperatures=[member.temperature for member in self._bundle.members],
             temperature=self._bundle.temperature,
         )
-        batch.prediction, batch.confidence = (
-            batch.probabilities.argmax(axis=1),
-            batch.probabilities.max(axis=1),
-        )
+        scores = ensemble.Scores.of(members, probabilities)
+        ensemble.record(batch, finite, scores, np.stack(given) if given else None)
 
     def close(self) -> None:
         """End the lanes; the runners belong to the caller."""

@@ -15,14 +15,26 @@ import pytest
 
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch: each worker has its own core
 
 import training  # noqa: F401 before torch: it sets how torch's threads wait
 from engine.storage import objects
 from tests.helpers.bundles import write_bundle, write_real_bundle
 from tests.helpers.images import write_images
-from tests.helpers.processes import Command, Start, run_module, starting
+from tests.helpers.kept import kept
+from tests.helpers.processes import Command, Start, run_here, run_module, starting
 from tests.helpers.runs import SHARDED_PART_ROWS, SHARDED_ROWS, csv, list_images, local_rows, table
 from tests.helpers.servers import CREDENTIALS, Proxy
+
+# groups that take long begin first, so that no worker ends with one of them alone
+LONGEST = {
+    "tests/training/test_training.py": 5,
+    "nodes": 4,
+    "moto": 3,
+    "tests/system/test_interruptions.py": 2,
+    "tests/system/test_run.py": 1,
+}
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +44,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def real_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def real_bundle(pytestconfig: pytest.Config) -> Path:
     """Both real networks at 224 x 224; read-only for tests."""
-    folder = tmp_path_factory.mktemp("real")
-    images = sorted(write_images(folder / "images", 24).iterdir())
-    return write_real_bundle(folder / "bundle", images)
+
+    def write(folder: Path) -> None:
+        images = sorted(write_images(folder / "images", 24).iterdir())
+        write_real_bundle(folder / "bundle", images)
+
+    return kept(pytestconfig, "real", write) / "bundle"
 
 
 @pytest.fixture
@@ -57,6 +72,12 @@ def radiographs() -> list[Path]:
 
 @pytest.fixture
 def engine_run(tmp_path: Path) -> Command:
+    """`python -m engine.run ARGUMENTS` in `tmp_path`, within this process."""
+    return lambda *arguments: run_here("engine.run", arguments, folder=tmp_path)
+
+
+@pytest.fixture
+def engine_process(tmp_path: Path) -> Command:
     """`python -m engine.run ARGUMENTS` in a process of its own, in `tmp_path`."""
 
     def run(*arguments: str | Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
@@ -157,8 +178,19 @@ def local(images: Path, names: list[str], bundle: Path, tmp_path_factory: pytest
     return local_rows(folder / "results")
 
 
+def group_of(item: pytest.Item) -> str:
+    """What runs in one worker of pytest-xdist: tests that share a server, a cluster, a browser, a module."""
+    for fixture in ("nodes", "moto", "real_bundle", "whole"):
+        if fixture in getattr(item, "fixturenames", ()):
+            return fixture
+    return "browser" if item.get_closest_marker("browser") else item.nodeid.split("::")[0]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`gpu` and `browser` tests skip where there is none; with REQUIRE_GPU=1, REQUIRE_BROWSER=1 they fail."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=lambda item: LONGEST.get(group_of(item), 0), reverse=True)
     there = {
         "gpu": Path("/dev/nvidiactl").exists(),
         "browser": bool(shutil.which("chromium") and shutil.which("chromedriver")),

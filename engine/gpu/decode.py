@@ -88,14 +88,7 @@ class EncodedGraph:
             gray = fn.decoders.image(encoded, output_type=types.GRAY, **options)
             return graph.small_pixels(gray, *size, "cpu" if device_id is None else "gpu")
 
-        self._pipeline = dali.pipeline_def(pixels)(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=device_id,
-            prefetch_queue_depth=1,
-            exec_dynamic=True,
-        )
-        self._pipeline.build()
+        self._pipeline = graph.build(pixels, batch_size=batch_size, threads=threads, device_id=device_id)
 
     def begin(self, images: Sequence[bytes]) -> None:
         """Start on 1 to `batch_size` images; returns at once."""

@@ -20,7 +20,7 @@ from engine.header import jpeg, jpeg2000
 from engine.header.common import Limit
 from engine.header.dicom import LOSSLESS_JPEG, Layout
 from engine.preprocess import graph
-from engine.preprocess.codecs.presentation import levels_for
+from engine.preprocess.codecs.presentation import display, display_samples
 from engine.records import Header
 
 AT_ONCE = 16  # files whose stored values are held together
@@ -69,14 +69,7 @@ class FrameGraph:
             )
             return graph.small_pixels(gray, *size, where)
 
-        self._pipeline = dali.pipeline_def(pixels)(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=device_id,
-            prefetch_queue_depth=1,
-            exec_dynamic=True,
-        )
-        self._pipeline.build()
+        self._pipeline = graph.build(pixels, batch_size=batch_size, threads=threads, device_id=device_id)
 
     def run(self, files: dict[int, tuple[bytes, Header]]) -> Framed:
         """Files by position: the pixels of those that decode; what fails here is the CPU's to judge."""
@@ -117,10 +110,9 @@ class FrameGraph:
             samples = np.asarray(image)
             if samples.shape[:2] != (header.height, header.width) or samples.dtype.itemsize > 2:
                 return None
-            stored = samples.reshape(header.height, header.width, 1).view(f"u{samples.dtype.itemsize}")
-            counts = np.bincount(stored.reshape(-1), minlength=1 << 8 * stored.dtype.itemsize)
-            levels, flags = levels_for(counts, stored.dtype, header.layout, inverted=inverted)
-            return levels[stored], flags
+            stored = samples.reshape(header.height, header.width).view(f"u{samples.dtype.itemsize}")
+            gray, flags = display_samples(stored, header.layout, inverted=inverted)
+            return gray[:, :, None], flags
         import torch
         from torch.utils.dlpack import from_dlpack
 
@@ -132,10 +124,14 @@ class FrameGraph:
             torch.int16 if bits == 16 else torch.uint8
         )
         cells = cells.to(torch.int32) & (1 << bits) - 1
-        counts = torch.bincount(cells.reshape(-1), minlength=1 << bits).cpu().numpy()
-        levels, flags = levels_for(counts, np.dtype(f"u{bits // 8}"), header.layout, inverted=inverted)
-        table = torch.from_numpy(levels).to(tensor.device)
-        shown = table[cells]
+        shown, flags = display(
+            lambda levels: torch.from_numpy(levels).to(cells.device)[cells],
+            torch.count_nonzero,
+            lambda: torch.bincount(cells.reshape(-1), minlength=1 << bits).cpu().numpy(),
+            np.dtype(f"u{bits // 8}"),
+            header.layout,
+            inverted=inverted,
+        )
         torch.cuda.current_stream(tensor.device).synchronize()  # DALI copies on a stream of its own
         return shown, flags
 

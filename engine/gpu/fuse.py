@@ -5,17 +5,13 @@ Its NumPy counterpart is `engine.ensemble.fuse`; float32 throughout, they agree 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
 from engine.bundle import Bundle
-
-Floats = npt.NDArray[np.float32]
+from engine.ensemble import Floats, Scores
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -100,13 +96,3 @@ class Fusion:
             packed[:, -2].astype(np.intp),
             packed[:, -1],
         )
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of k images."""
-
-    members: Floats  # [M, k, C]
-    probabilities: Floats  # [k, C]
-    prediction: npt.NDArray[np.intp]  # [k], -1 where a logit was not finite
-    confidence: Floats  # [k]

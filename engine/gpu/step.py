@@ -19,10 +19,11 @@ import nvtx
 import torch
 
 from engine.bundle import Bundle
+from engine.ensemble import record
 from engine.gpu.fuse import Fusion
 from engine.gpu.slots import Ring, Slot
 from engine.overlap import Meter
-from engine.records import Batch, Status
+from engine.records import Batch
 from engine.runners import Runner
 
 ALIGNED_ROWS = 64  # of float32: TensorRT wants the address of each tensor to be a multiple of 256
@@ -173,12 +174,8 @@ class GpuStep:
             slot.done.synchronize()
         scores = self.fusion.unpack(slot.result[: len(batch.index)].numpy().copy())
         self._ring.give_back(slot)
-        fine = scores.prediction >= 0
-        for position in batch.index[~fine]:
-            batch.fail(int(position), Status.CRASHED, "a member gave a score that is not a number")
-        batch.index = batch.index[fine]
-        batch.members, batch.probabilities = scores.members[:, fine], scores.probabilities[fine]
-        batch.prediction, batch.confidence = scores.prediction[fine], scores.confidence[fine]
+        finite = scores.prediction >= 0
+        record(batch, finite, scores.rows(finite))
         meter.add(time.perf_counter() - start)
         return batch
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import struct
 from typing import Protocol
 
+from engine.errors import EngineError
 from engine.header import bmp, dicom, gif, jpeg, jpeg2000, png, pnm, tiff, webp
 from engine.header.common import HeaderError, Limit, truncated, unsupported
-from engine.records import Header
+from engine.records import Header, Status
 
-__all__ = ["START", "HeaderError", "may_be_image", "parse"]
+__all__ = ["START", "HeaderError", "check", "may_be_image", "parse"]
 
 
 class _Format(Protocol):
@@ -57,6 +58,21 @@ def parse(data: bytes, max_pixels: int) -> Header:
         error = raised
     error.size = limit.size
     raise error
+
+
+def check(data: bytes, max_pixels: int) -> Header:
+    """Return the header of an image that may be decoded, whatever the bytes make of a parser.
+
+    Raises HeaderError as `parse` does, with EMPTY where there are no bytes, and CORRUPT where a parser fails.
+    """
+    if not data:
+        raise HeaderError(Status.EMPTY, "the file has 0 bytes")
+    try:
+        return parse(data, max_pixels)
+    except (HeaderError, EngineError, MemoryError):
+        raise
+    except Exception as error:  # no file may end the run
+        raise HeaderError(Status.CORRUPT, f"its header can't be read: {type(error).__name__}") from None
 
 
 START = 132  # bytes of a file that may_be_image wants

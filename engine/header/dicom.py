@@ -114,7 +114,7 @@ def lacks_preamble(data: bytes) -> bool:
     """Whether the bytes are DICOM without preamble: an element of group 2 or 8 first, an image behind it."""
     if not begins_without_preamble(data):
         return False
-    _import()
+    import_pydicom()
     try:
         dataset, tail, _ = _read(data)
         return tail is not None and all(
@@ -128,7 +128,7 @@ def lacks_preamble(data: bytes) -> bool:
 
 def parse(data: bytes, limit: Limit) -> Header:
     """Raises UsageError when pydicom is missing."""
-    _import()
+    import_pydicom()
     try:
         return _parse(data, limit)
     except (HeaderError, MemoryError):
@@ -138,7 +138,8 @@ def parse(data: bytes, limit: Limit) -> Header:
 
 
 @functools.cache
-def _import() -> None:
+def import_pydicom() -> None:
+    """Import pydicom and silence it. Raises UsageError when it is missing."""
     try:
         from pydicom import config
     except ImportError:

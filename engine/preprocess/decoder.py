@@ -1,7 +1,8 @@
 """The decoder: a process that decodes and resizes, so that a crash, a hang or a leak in it costs one image.
 
-`Decoder` is the engine's end, `main` the process. They speak over a socket: a request is the number of
-images and then the images; the reply a JSON object, and the pixels of those that decoded.
+`Decoder` is the engine's end, `main` the process. They speak over a socket: a request is the
+pickled list of the images' headers and then the images; the reply a JSON object, and the pixels of those that
+decoded. The process only gets pickles, so that nothing it says can run code in the engine.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import resource
 import signal
 import socket
@@ -31,6 +33,7 @@ from engine.errors import EngineError, UsageError
 if TYPE_CHECKING:
     from engine.preprocess.codecs import Decoded
     from engine.preprocess.graph import Graph
+    from engine.records import Header
 
 DECODE_TIMEOUT_S = 120  # of one request; an image of 100 megapixels takes seconds
 RETIRE_BYTES = 3 << 29  # a decoder that has grown beyond is replaced by a fresh one
@@ -61,11 +64,16 @@ class Decoder:
         self._arguments = [str(number) for number in numbers]
         self._start()
 
-    def decode(self, images: Sequence[bytes]) -> Reply:
-        """Decode 1 to `batch_size` encoded images. Raises CrashedError."""
+    def decode(self, images: Sequence[bytes], headers: Sequence[Header]) -> Reply:
+        """Decode 1 to `batch_size` encoded images, whose headers were parsed. Raises CrashedError."""
         self.await_start()
         try:
-            self._connection.send_bytes(str(len(images)).encode())
+            request = pickle.dumps(headers, pickle.HIGHEST_PROTOCOL)
+        except (pickle.PicklingError, RecursionError, AttributeError, TypeError, ValueError):
+            # whatever pydicom makes of a damaged file
+            raise CrashedError("its header can't be sent to the process that decodes") from None
+        try:
+            self._connection.send_bytes(request)
             for image in images:
                 self._connection.send_bytes(image)
             said = json.loads(self._connection.recv_bytes())
@@ -183,7 +191,7 @@ def _graph(height: int, width: int, batch_size: int, threads: int) -> Graph:
 def _serve(
     connection: Connection,
     graph: Graph,
-    decode: Callable[[bytes], Decoded | str],
+    decode: Callable[[bytes, Header], Decoded | str],
     pool: ThreadPoolExecutor,
     timeout_s: int,
     retire_bytes: int,
@@ -192,9 +200,10 @@ def _serve(
     """Answer requests; raises EOFError when the engine has closed its end."""
     failures = 0
     for number in range(1, sys.maxsize):
-        images = [connection.recv_bytes() for _ in range(int(connection.recv_bytes()))]
+        headers: list[Header] = pickle.loads(connection.recv_bytes())
+        images = [connection.recv_bytes() for _ in headers]
         signal.setitimer(signal.ITIMER_REAL, timeout_s)  # its signal ends the process
-        found = list(pool.map(decode, images))
+        found = list(pool.map(decode, images, headers))
         decoded = [image for image in found if not isinstance(image, str)]
         pixels = b""
         if decoded:
@@ -213,18 +222,17 @@ def _serve(
             },
             "retire": grown and number >= RETIRE_REQUESTS,
         }
-        del images, found, decoded
+        del images, headers, found, decoded
         connection.send_bytes(json.dumps(reply).encode())
         connection.send_bytes(pixels)
 
 
-def _decoded(image: bytes, least: tuple[int, int] | None) -> Decoded | str:
+def _decoded(image: bytes, header: Header, least: tuple[int, int] | None) -> Decoded | str:
     """The image, or one line that says why not."""
-    from engine.header import parse
     from engine.preprocess.codecs import decode
 
     try:
-        return decode(image, parse(image, sys.maxsize), least=least)  # the reader has let it pass
+        return decode(image, header, least=least)
     except ValueError as error:
         return str(error)
 

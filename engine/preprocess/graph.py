@@ -12,7 +12,7 @@ same, but on a CPU the nodes would take longer than the resize.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -38,6 +38,19 @@ def imported() -> Any:
             f"DALI can't be imported ({error}); install it with: pip install nvidia-dali-cuda130"
         ) from None
     return nvidia.dali
+
+
+def build(nodes: Callable[[], Any], *, batch_size: int, threads: int, device_id: int | None) -> Any:
+    """Build the DALI pipeline of `nodes`; `device_id` None is the CPU. Raises UsageError without DALI."""
+    pipeline = imported().pipeline_def(nodes)(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=device_id,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+    pipeline.build()
+    return pipeline
 
 
 def small_pixels(gray: Any, height: int, width: int, device: Literal["cpu", "gpu"]) -> Any:
@@ -88,16 +101,7 @@ class Graph:
 
     def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int) -> None:
         self.size, self.batch_size = size, batch_size
-        dali = imported()
-        build = dali.pipeline_def(self._nodes)
-        self._pipeline = build(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=None,
-            prefetch_queue_depth=1,
-            exec_dynamic=True,
-        )
-        self._pipeline.build()
+        self._pipeline = build(self._nodes, batch_size=batch_size, threads=threads, device_id=None)
 
     def _nodes(self) -> Any:
         """The images, and apart from them their outermost rows and columns, each from its region."""

@@ -104,7 +104,8 @@ class Preprocess:
             return []
 
     def _request(self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8]) -> list[int]:
-        reply = self.decoder.decode([batch.encoded[position] for position in positions])
+        headers = [header for position in positions if (header := batch.headers[position])]
+        reply = self.decoder.decode([batch.encoded[position] for position in positions], headers)
         for place, error in reply.failed.items():
             position = positions[place]
             batch.fail(position, Status.CORRUPT, f"{_format(batch, position)} decoder: {error}")

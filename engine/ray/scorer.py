@@ -15,13 +15,18 @@ from engine import bundle as bundles
 from engine import header
 from engine.errors import UsageError
 from engine.header import HeaderError
+from engine.listing import PATH
 from engine.overlap import Meter
 from engine.pipeline import Opening, Stages
 from engine.provenance import defaults
-from engine.records import Batch, Part, Status
+from engine.records import Batch, Part
 from engine.runners import choose
 from engine.settings import Limits, Settings
-from engine.triage import Floats, Triage
+from engine.sink import Layout, PartBuffer
+from engine.triage import Triage
+
+# columns of the results that say nothing of the scores
+_LEFT_OUT = ("row", PATH, "flags", "width", "height", "bits", "photometric")
 
 
 class EnsembleScorer:
@@ -52,6 +57,9 @@ class EnsembleScorer:
         """Raises UsageError as `engine.run` does: for a bundle that is wrong, or what can't be had here."""
         self._models = bundles.load(Path(bundle))
         choice = choose(runner, device, self._models, precision=precision, batch_size=batch_size)
+        names = tuple(member.name for member in self._models.members)
+        triage = Triage.of(self._models)
+        self._layout = Layout(self._models.classes, names, pa.schema([]), "", uids=False, triage=triage)
         limits = Limits(max_pixels=max_pixels)
         settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, limits=limits)
         self._batch_size = batch_size or defaults(choice)[0]
@@ -71,9 +79,10 @@ class EnsembleScorer:
             batches = self._of_bytes(list(block["bytes"]))
         else:
             raise UsageError(f"a block with {', '.join(block)}; it has to have a column bytes or pixels")
+        rows = sum(batch.rows for batch in batches)
         scored = list(self._stages.step.stage(iter(batches), Meter("members")))
         kept = {name: column for name, column in block.items() if name not in ("bytes", "pixels")}
-        return kept | self._columns(scored)
+        return kept | self._columns(rows, scored)
 
     def close(self) -> None:
         """End the decoder and the members; what is scored afterwards fails."""
@@ -88,22 +97,15 @@ class EnsembleScorer:
         return list(self._stages.preprocess.stage(batches, Meter("preprocess")))
 
     def _look_at(self, batch: Batch, position: int, image: Any) -> None:
-        """As the reader does it with what is in a file."""
+        """Keep an image, or fail, as the reader does with what is in a file."""
         data = b"" if image is None else bytes(image)
-        if not data:
-            batch.fail(position, Status.EMPTY, "the file has 0 bytes")
-            return
         try:
-            found = header.parse(data, self._max_pixels)
+            found = header.check(data, self._max_pixels)
         except HeaderError as error:
             batch.fail(position, error.status, str(error))
             return
-        except Exception as error:  # no image may fail the block
-            batch.fail(position, Status.CORRUPT, f"its header can't be read: {type(error).__name__}")
-            return
-        batch.encoded[position], batch.headers[position] = data, found
-        if self._stages.preprocess.on_gpu:
-            batch.on_gpu[position] = self._stages.preprocess.on_gpu(data, found)
+        on_gpu = self._stages.preprocess.on_gpu
+        batch.keep(position, data, found, on_gpu=on_gpu is not None and on_gpu(data, found))
 
     def _of_pixels(self, pixels: npt.NDArray[Any]) -> list[Batch]:
         height, width = self._models.size
@@ -118,63 +120,31 @@ class EnsembleScorer:
             batch.pixels = found
         return batches
 
-    def _columns(self, batches: Sequence[Batch]) -> dict[str, npt.NDArray[Any]]:
-        rows = sum(batch.rows for batch in batches)
-        models = self._models
-        status = np.full(rows, "", object)
-        error, prediction = np.full(rows, "", object), np.full(rows, "", object)
-        confidence = np.full(rows, np.nan, np.float32)
-        scores = np.full((1 + len(models.members), rows, len(models.classes)), np.nan, np.float32)
-        distances = np.full((len(models.members), rows), np.nan, np.float32)
-        flags: dict[int, list[str]] = {}
+    def _columns(self, rows: int, batches: Sequence[Batch]) -> dict[str, npt.NDArray[Any]]:
+        """Return the columns of the results that follow from the scores, as NumPy arrays without nulls."""
+        buffer = PartBuffer(_part(rows), self._layout)
         for batch in batches:
-            assert batch.probabilities is not None
-            assert batch.members is not None
-            status[batch.start : batch.start + batch.rows] = [Status(one).label for one in batch.status]
-            for position, text in batch.errors.items():
-                error[batch.start + position] = text
-            where = batch.start + batch.index
-            prediction[where] = np.array(models.classes, object)[batch.prediction]
-            confidence[where] = batch.confidence
-            scores[0, where], scores[1:, where] = batch.probabilities, batch.members
-            if batch.distances is not None:
-                distances[:, where] = batch.distances
-            flags.update((batch.start + position, names) for position, names in batch.flags.items())
-        voters = ["", *(f"{member.name}_" for member in models.members)]
-        columns = {
-            f"{voter}p_{name}": scores[place, :, number]
-            for place, voter in enumerate(voters)
-            for number, name in enumerate(models.classes)
-        }
-        named = {
-            "status": status.astype(str),
-            "error": error.astype(str),
-            "prediction": prediction.astype(str),
-        }
-        return named | {"confidence": confidence} | columns | self._triage(scores, distances, flags)
+            buffer.add(batch)
+        table = buffer.table(self._layout)
+        return {name: _without_nulls(table[name]) for name in table.column_names if name not in _LEFT_OUT}
 
-    def _triage(
-        self, scores: Floats, distances: Floats, flags: Mapping[int, Sequence[str]]
-    ) -> dict[str, npt.NDArray[Any]]:
-        """What follows from scores [1 + M, N, C], NaN where a row has none."""
-        triage, failed = Triage.of(self._models), np.isnan(scores[0, :, 0])
-        known = np.where(failed[:, None], np.float32(0), scores)
-        found = triage.columns(known[0], known[1:], distances, flags, failed)
-        columns = dict(zip((field.name for field in triage.fields), found, strict=True))
-        reasons = [",".join(names or ()) for names in columns.pop("abstain_reasons").to_pylist()]
-        words = [name or "" for name in columns.pop("triage").to_pylist()]
-        abstain = [bool(answer) for answer in columns.pop("abstain").to_pylist()]
-        numbers = {name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()}
-        return numbers | {
-            "triage": np.array(words, str),
-            "abstain": np.array(abstain, bool),
-            "abstain_reasons": np.array(reasons, str),
-        }
+
+def _without_nulls(column: pa.ChunkedArray[Any]) -> npt.NDArray[Any]:
+    """Return NaN, False or an empty text for null; a list of texts is joined by commas."""
+    if pa.types.is_floating(column.type):
+        return column.to_numpy()
+    if pa.types.is_boolean(column.type):
+        return np.array([bool(value) for value in column.to_pylist()], bool)
+    texts = (value if isinstance(value, str) else ",".join(value or ()) for value in column.to_pylist())
+    return np.array(list(texts), str)
+
+
+def _part(rows: int) -> Part:
+    return Part(0, np.arange(rows), [None] * rows, pa.table({}))
 
 
 def _batches(rows: int, size: int) -> list[Batch]:
-    part = Part(0, np.arange(rows), [None] * rows, pa.table({}))
-    found = []
+    part, found = _part(rows), []
     for start in range(0, rows, size):
         count = min(size, rows - start)
         found.append(

@@ -20,6 +20,7 @@ from engine.labels import Names
 from engine.listing import PATH
 from engine.records import Status
 from engine.results import Results
+from engine.stats.top_k import TopK
 from engine.store import reason
 
 BINS = 50  # of a probability's histogram
@@ -96,36 +97,6 @@ class Shape:
         return list(dict.fromkeys([*listed, *(f"p_{name}" for name in self.scores), *members, *label]))
 
 
-class Top:
-    """The `most` rows with the highest scores of those that came, the first of equals, highest first."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._tables: list[pa.Table] = []
-        self._scores = np.empty(0, np.float32)
-
-    def add(self, table: pa.Table, scores: Floats) -> None:
-        full = len(self._scores) == self._most
-        may_enter = (
-            np.flatnonzero(scores > self._scores[-1]) if full and self._most else np.arange(len(scores))
-        )
-        if not len(may_enter) or not self._most:
-            return
-        order = np.argsort(-scores[may_enter], kind="stable")[: self._most]
-        chosen = may_enter[order]
-        rows = pa.concat_tables([*self._tables, table.take(chosen)])
-        merged = np.concatenate([self._scores, scores[chosen]])
-        best = np.argsort(-merged, kind="stable")[: self._most]
-        self._tables, self._scores = [rows.take(best).combine_chunks()], merged[best]
-
-    @property
-    def columns(self) -> set[str]:
-        return {name for table in self._tables for name in table.column_names}
-
-    def rows(self) -> list[dict[str, Any]]:
-        return [row for table in self._tables for row in table.to_pylist()]
-
-
 @dataclass
 class Labelled:
     """A uniform random sample of the rows with a known label and a score."""
@@ -182,7 +153,7 @@ class Tally:
         self.agreement = {
             pair: np.zeros((size, size), np.int64) for pair in itertools.combinations(shape.members, 2)
         }
-        self.risk, self.abstaining = Top(listed), Top(listed)
+        self.risk, self.abstaining = TopK(listed), TopK(listed)
         self.labelled = Labelled()
         self.names = Names.of(shape.classes)
 

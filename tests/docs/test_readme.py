@@ -174,7 +174,7 @@ def another_process(here: Path) -> str:
 
 def no_pydicom(here: Path) -> str:
     (here / "archive" / "image-00.png").write_bytes(bytes(128) + b"DICM" + bytes(64))
-    dicom._import.cache_clear()
+    dicom.import_pydicom.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pydicom", None)
         return said()

@@ -44,13 +44,16 @@ ssize_t read(int file, void *buffer, size_t count) {
 """
 
 
-def test_thirty_kills_change_nothing(start: Start, engine_run: Command, bundle: Path, tmp_path: Path) -> None:
-    list_images(tmp_path, 8000)
+@pytest.mark.parametrize(("kills", "rows"), [(8, 3200), pytest.param(30, 8000, marks=pytest.mark.slow)])
+def test_kills_change_nothing(
+    start: Start, engine_run: Command, bundle: Path, tmp_path: Path, kills: int, rows: int
+) -> None:
+    list_images(tmp_path, rows)
     arguments = ("m.txt", "--part-rows", "16", "-b", bundle)
     assert engine_run(*arguments, "-o", "whole").returncode == 0
     rng = random.Random(30)
     output = tmp_path / "out"
-    for _ in range(30):
+    for _ in range(kills):
         before = {path.name: path.stat().st_ino for path in parts(output)}
         process = start("m.txt", "--part-rows", "16", "-o", "out")
         if rng.random() < 0.3:
@@ -65,7 +68,7 @@ def test_thirty_kills_change_nothing(start: Start, engine_run: Command, bundle: 
         assert kept == before, "what was finished is never done again"
     assert engine_run(*arguments, "-o", "out").returncode == 0
     assert table(output).equals(table(tmp_path / "whole"))
-    assert table(output).column("row").to_pylist() == list(range(8000))
+    assert table(output).column("row").to_pylist() == list(range(rows))
     assert only_results_are_left(output)
 
 
@@ -244,6 +247,7 @@ def test_a_read_that_hangs_costs_its_row_and_no_time_of_others(start: Start, tmp
     assert rest.groupby("path").p_normal.nunique(dropna=False).eq(1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
 def test_storage_that_hangs_as_a_whole_stops_the_run(start: Start, tmp_path: Path) -> None:
     (tmp_path / "hang.c").write_text(HANGING_READ)

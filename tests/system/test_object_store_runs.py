@@ -186,6 +186,7 @@ def test_a_bucket_that_may_not_be_listed_can_be_read(proxy: Proxy, names: list[s
     assert statuses(found).count(Status.OK) == IMAGES
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_down_ends_the_run_and_the_same_command_goes_on(
     start: Start,
     engine_run: Command,

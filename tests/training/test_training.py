@@ -19,7 +19,8 @@ from scipy import ndimage
 
 import engine
 from engine import bundle as bundles
-from tests.helpers.processes import ROOT, Command, run_module
+from tests.helpers.kept import kept
+from tests.helpers.processes import ROOT, Command, run_here, run_module
 from training.__main__ import main
 
 SMALL = ("--members", "shufflenet_v2_x0_5", "mobilenet_v3_small", "--weights", "none", "--size", "64", "64")
@@ -44,36 +45,39 @@ def write_set(folder: Path, per_class: int, *, seed: int = 0, below: str = "") -
     return folder
 
 
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """75 pictures in class folders; a damaged one, a copy and a contradiction on top. Read-only for tests."""
-    folder = write_set(tmp_path_factory.mktemp("labelled") / "images", 25)
+def write_labelled(folder: Path) -> Path:
+    """75 pictures in class folders; a damaged one, a copy and a contradiction on top."""
+    write_set(folder, 25)
     (folder / "normal" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     shutil.copy(folder / "normal" / "normal-0-3.jpg", folder / "normal" / "again.jpg")
     shutil.copy(folder / "normal" / "normal-0-4.jpg", folder / "osteoporosis" / "contradicts.jpg")
     return folder
 
 
-@pytest.fixture(scope="session")
-def frozen(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
-    """A folder with a bundle of frozen members, its training's folder, and the log. Read-only for tests."""
-    folder = tmp_path_factory.mktemp("frozen")
+def write_frozen(folder: Path) -> None:
+    images = write_labelled(folder / "images")
     arguments = ["--freeze", "--folds", "2", "--temperature-scaling", "--copies", "1", "--head-epochs", "30"]
     arguments += ["--decode", "fast"]
     run = run_module("training", [images, "-o", "bundle", *SMALL, *arguments], folder=folder, timeout_s=400)
     assert run.returncode == 0, run.stderr
     (folder / "log.txt").write_text(run.stderr + run.stdout)
-    return folder
+
+
+@pytest.fixture(scope="session")
+def frozen(pytestconfig: pytest.Config) -> Path:
+    """A folder with images, a bundle of frozen members, its training's folder, and the log. Read-only."""
+    return kept(pytestconfig, "frozen", write_frozen)
+
+
+@pytest.fixture(scope="session")
+def images(frozen: Path) -> Path:
+    return frozen / "images"
 
 
 @pytest.fixture
 def training(tmp_path: Path) -> Command:
-    """`python -m training ARGUMENTS` in a process of its own, in `tmp_path`."""
-
-    def run(*arguments: str | Path, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
-        return run_module("training", arguments, folder=tmp_path, timeout_s=timeout_s)
-
-    return run
+    """`python -m training ARGUMENTS` in `tmp_path`, within this process."""
+    return lambda *arguments: run_here("training.__main__", arguments, folder=tmp_path)
 
 
 def one_line(run: subprocess.CompletedProcess[str], status: int) -> str:
@@ -179,11 +183,12 @@ def test_what_was_trained_is_cleaned_up_and_not_overwritten(frozen: Path, images
     assert "--overwrite" in one_line(run, 2)
 
 
+@pytest.mark.slow
 def test_the_whole_network_is_trained_stopped_and_gone_on_with(
     tmp_path: Path, images: Path, training: Command
 ) -> None:
     """A kill during the epochs of the second member; the outcome is that of an undisturbed training."""
-    whole = [images, *SMALL, "--epochs", "3", "--seed", "3"]
+    whole = [images, *SMALL, "--epochs", "2", "--seed", "3"]
     undisturbed = training(*whole, "-o", "a")
     assert undisturbed.returncode == 0, undisturbed.stderr
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -212,6 +217,7 @@ def test_the_whole_network_is_trained_stopped_and_gone_on_with(
     assert {one["phase"] for one in first["history"]["mobilenet_v3_small"]} == {"whole"}
 
 
+@pytest.mark.slow
 def test_pretrained_weights_freeze_first_and_fine_tune_then(
     tmp_path: Path, frozen: Path, images: Path, training: Command
 ) -> None:
@@ -322,8 +328,8 @@ def test_bad_input_is_one_clear_line(
     assert not Path("bundle").exists()
 
 
-def test_help_names_defaults(training: Command) -> None:
-    run = training("--help-all")
+def test_help_names_defaults(tmp_path: Path) -> None:
+    run = run_module("training", ["--help-all"], folder=tmp_path, timeout_s=60)
     assert run.returncode == 0
     for expected in ("--freeze", "(cosine)", "(200)", "Research use only"):
         assert expected in run.stdout

@@ -8,11 +8,13 @@ import numpy as np
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut
 
-from engine.header.dicom import Layout, inflated
+from engine.header.dicom import Layout, import_pydicom, inflated
 from engine.preprocess.codecs import frames
-from engine.preprocess.codecs.gray import Gray, Samples, looked_up, to_gray
-from engine.preprocess.codecs.presentation import presented, through_lut
+from engine.preprocess.codecs.gray import Gray, Samples, apply_lut, to_gray
+from engine.preprocess.codecs.presentation import display_samples, through_lut
 from engine.records import Header
+
+import_pydicom()  # its settings, in the process that decodes
 
 
 def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:
@@ -21,7 +23,7 @@ def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:
     try:
         samples, photometric = _stored(data, header, layout)
         if photometric in ("MONOCHROME1", "MONOCHROME2"):
-            return presented(samples, layout, inverted=photometric == "MONOCHROME1")
+            return display_samples(samples, layout, inverted=photometric == "MONOCHROME1")
         return _luma(samples, photometric, header, layout), []
     except MemoryError:
         raise
@@ -80,4 +82,4 @@ def _palette(samples: Samples, dataset: Any) -> Gray:
     ]
     table = np.stack([values for values, _ in found], -1).astype(np.uint16)
     white = 65535 if found[0][1] else 255
-    return looked_up(samples, to_gray(table[None], white=white)[0])
+    return apply_lut(samples, to_gray(table[None], white=white)[0])

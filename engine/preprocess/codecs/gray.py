@@ -46,7 +46,7 @@ def to_gray(samples: Samples, *, white: int | None = None) -> Gray:
         return np.ascontiguousarray(samples[:, :, 0], np.uint8)
     if channels == 1:
         levels = np.arange(1 + int(np.iinfo(samples.dtype).max), dtype=np.float32) * np.float32(255.0 / white)
-        return looked_up(samples[:, :, 0], np.clip(np.rint(levels), 0, 255).astype(np.uint8))
+        return apply_lut(samples[:, :, 0], np.clip(np.rint(levels), 0, 255).astype(np.uint8))
     gray = np.empty((height, width), np.uint8)
     rows = max(1, _BLOCK // width)  # block by block, so that floats never cost more than the samples
     for start in range(0, height, rows):
@@ -81,11 +81,11 @@ def palette_gray(indexes: npt.NDArray[np.uint8], colours: Samples, *, transparen
     table[: len(colours)] = to_gray(colours[None], white=255)[0]
     if transparent >= 0:
         table[transparent] = 0
-    return looked_up(indexes, table)
+    return apply_lut(indexes, table)
 
 
-def looked_up(samples: Samples, levels: Gray) -> Gray:
-    """`levels`, one for each value of the samples' type, in place of samples [H, W]."""
+def apply_lut(samples: Samples, levels: Gray) -> Gray:
+    """Replace samples [H, W] by `levels`, one for each value of their type."""
     gray = np.empty(samples.shape, np.uint8)
     rows = max(1, _CACHED // samples.shape[1])
     for start in range(0, len(samples), rows):

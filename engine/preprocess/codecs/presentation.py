@@ -7,36 +7,60 @@ pixel.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.header.dicom import Layout
-from engine.preprocess.codecs.gray import DEPTHS, Gray, Samples, looked_up
+from engine.preprocess.codecs.gray import DEPTHS, Gray, Samples, apply_lut
 
 RAIL = 0.98  # a window that leaves more of the pixels than that black, or white, is none
 PERCENTILES = (0.5, 99.5)
 
+T = TypeVar("T", bound=Any)  # a NumPy array or a tensor
 Values = npt.NDArray[np.float64]  # one for each content that a sample's cell can have
 
 
-def presented(samples: Samples, layout: Layout, *, inverted: bool) -> tuple[Gray, list[str]]:
-    """Samples [H, W] as stored, of unsigned type, to gray; `inverted` for MONOCHROME1.
+def display(
+    apply: Callable[[Gray], T],
+    count_nonzero: Callable[[T], Any],
+    counts: Callable[[], npt.NDArray[np.int64]],
+    dtype: npt.DTypeLike,
+    layout: Layout,
+    *,
+    inverted: bool,
+) -> tuple[T, list[str]]:
+    """Return the pixels of an image as it is displayed, and flags; `inverted` for MONOCHROME1.
 
-    Flags: "window_fallback" where the file has no window, or one that shows nothing.
+    `apply` replaces the image's samples, of unsigned `dtype`, by their levels in a table, to a NumPy array or
+    a tensor, for which `count_nonzero` is made; `counts` says how often each content of a sample's cell
+    occurs. The flag "window_fallback" is set where the file has no window, or one that shows nothing.
     """
-    dataset, flags = layout.dataset, []
-    values = _modality(_numbers(samples.dtype, layout), dataset)
-    shown = _voi(values, dataset)
-    gray = None if shown is None else looked_up(samples, _levels(shown, inverted=inverted))
-    if gray is None or max(np.count_nonzero(gray == rail) for rail in (0, 255)) > RAIL * gray.size:
-        flags = ["window_fallback"]
-        counts = np.bincount(samples.reshape(-1), minlength=len(values))
-        shown = _percentiles(counts, values, samples.dtype, layout)
-        gray = looked_up(samples, _levels(shown, inverted=inverted))
-    return gray, flags
+    values = _modality(_numbers(dtype, layout), layout.dataset)
+    window = _voi(values, layout.dataset)
+    if window is not None:
+        gray = apply(_levels(window, inverted=inverted))
+        black, white = (int(count_nonzero(gray == rail)) for rail in (0, 255))
+        if max(black, white) <= RAIL * math.prod(gray.shape):
+            return gray, []
+    window = _percentiles(counts(), values, dtype, layout)
+    return apply(_levels(window, inverted=inverted)), ["window_fallback"]
+
+
+def display_samples(samples: Samples, layout: Layout, *, inverted: bool) -> tuple[Gray, list[str]]:
+    """Return samples [H, W] as stored, of unsigned type, as they are displayed, and flags: see `display`."""
+    return display(
+        lambda levels: apply_lut(samples, levels),
+        np.count_nonzero,
+        lambda: np.bincount(samples.reshape(-1), minlength=1 << 8 * samples.dtype.itemsize),
+        samples.dtype,
+        layout,
+        inverted=inverted,
+    )
 
 
 def _numbers(dtype: npt.DTypeLike, layout: Layout) -> Values:
@@ -85,19 +109,6 @@ def _white(declared: int, largest: int) -> int:
     if declared in range(8, 17) and white >= largest > white // 8:  # 12 bits declared as 16 show black
         return white
     return next((1 << bits) - 1 for bits in DEPTHS if largest < 1 << bits)
-
-
-def levels_for(
-    counts: npt.NDArray[np.int64], dtype: npt.DTypeLike, layout: Layout, *, inverted: bool
-) -> tuple[Gray, list[str]]:
-    """The table for samples whose contents, of unsigned `dtype`, occur `counts` times, and flags."""
-    values = _modality(_numbers(dtype, layout), layout.dataset)
-    shown = _voi(values, layout.dataset)
-    if shown is not None:
-        levels = _levels(shown, inverted=inverted)
-        if max(counts[levels == rail].sum() for rail in (0, 255)) <= RAIL * counts.sum():
-            return levels, []
-    return _levels(_percentiles(counts, values, dtype, layout), inverted=inverted), ["window_fallback"]
 
 
 def _percentiles(

@@ -51,6 +51,17 @@ def test_an_image_that_ends_the_decoder_costs_only_its_row(
     assert preprocess.decoder.crashes == 3  # together, alone, and alone once more
 
 
+def test_a_header_that_cannot_be_sent_costs_only_its_row(preprocess: Preprocess, tmp_path: Path) -> None:
+    images = [smooth_jpeg(seed) for seed in range(3)]
+    (before,) = decoded(preprocess, tmp_path / "images", images)
+    (batch,) = read_batches(tmp_path / "images", ["0", "1", "2"], threads=1)
+    batch.headers[1] = batch.headers[1]._replace(layout=lambda: None)
+    preprocess.fill(batch)
+    assert batch.errors == {1: "jpeg decoder: its header can't be sent to the process that decodes"}
+    assert np.array_equal(batch.pixels, before.pixels[[0, 2]])
+    assert preprocess.decoder.crashes == 0
+
+
 def test_a_decoder_killed_from_outside_costs_nothing(preprocess: Preprocess, tmp_path: Path) -> None:
     images = [smooth_jpeg(seed) for seed in range(3)]
     (before,) = decoded(preprocess, tmp_path / "images", images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -45,7 +46,9 @@ Gray = npt.NDArray[np.uint8]
 
 
 def parse(data: bytes) -> Header:
-    return header.parse(data, MAX_PIXELS)
+    """Return the header as the process that decodes gets it."""
+    sent: Header = pickle.loads(pickle.dumps(header.parse(data, MAX_PIXELS)))
+    return sent
 
 
 def gray(data: bytes) -> Gray:

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from engine.gpu.decode import Decoding
 from engine.gpu.frames import FrameGraph
 from engine.header import parse
+from engine.preprocess.codecs.presentation import display, display_samples
 from engine.preprocess.stage import load_pixels
 from engine.records import Status
 from tests.helpers.gpu_pixels import SIZE, decoded
@@ -89,6 +91,27 @@ def test_flags_are_those_of_the_cpu(pacs: Path) -> None:
         assert (found.decoded, found.refused) == ([5], [])
         flags[name] = found.flags.get(5, [])
     assert flags == {"no-window": ["window_fallback"], "inverted": []}
+
+
+@pytest.mark.parametrize("name", ["jpeg2000.dcm", "no-window", "inverted", "eight"])
+def test_one_rule_for_arrays_and_tensors(pacs: Path, name: str) -> None:
+    """Samples in a tensor are displayed as samples in an array are."""
+    header = parse((pacs / name).read_bytes(), 1_000_000)
+    samples = smooth(90, 80) if name == "eight" else TWELVE
+    inverted = name == "inverted"
+    cells = torch.from_numpy(samples.astype(np.int32))
+    bits = 8 * samples.dtype.itemsize
+    shown, flags = display(
+        lambda levels: torch.from_numpy(levels)[cells],
+        torch.count_nonzero,
+        lambda: torch.bincount(cells.reshape(-1), minlength=1 << bits).numpy(),
+        samples.dtype,
+        header.layout,
+        inverted=inverted,
+    )
+    expected, expected_flags = display_samples(samples, header.layout, inverted=inverted)
+    assert np.array_equal(shown.numpy(), expected)
+    assert flags == expected_flags == (["window_fallback"] if name == "no-window" else [])
 
 
 def test_what_it_refuses_goes_to_the_cpu(pacs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

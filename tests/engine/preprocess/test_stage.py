@@ -165,7 +165,7 @@ def test_images_are_decoded_within_the_pixel_budget(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         Decoder,
         "decode",
-        lambda self, images: together.append(len(images)) or decode(self, images),
+        lambda self, images, headers: together.append(len(images)) or decode(self, images, headers),
     )
     monkeypatch.setattr("engine.settings.Limits.decoding_bytes", 250_000)
     scarce = load_pixels(paths, size=(32, 32))

@@ -80,6 +80,7 @@ def test_actors_that_are_killed_change_nothing(start: Start, nodes: Nodes, plain
     assert fared["parts_done_again"] > 0
 
 
+@pytest.mark.slow
 def test_a_node_that_goes_and_one_that_comes(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "node"
     process = start("m.txt", "-o", output, "--actors", "2")
@@ -91,6 +92,7 @@ def test_a_node_that_goes_and_one_that_comes(start: Start, nodes: Nodes, plain: 
     assert check(output, plain)["lost"] == 1
 
 
+@pytest.mark.slow
 def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "hanging"
     process = start("m.txt", "-o", output, "--part-timeout", "2")
@@ -103,6 +105,7 @@ def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) 
     assert 1 <= said.count("for 2 s (--part-timeout)") == check(output, plain)["lost"] <= 2
 
 
+@pytest.mark.slow
 def test_drivers_are_killed_and_one_process_goes_on_with_it(start: Start, plain: Path, bundle: Path) -> None:
     output = plain / "driver"
     alone = ["-m", "engine.run", "m.txt", "-b", bundle, "-o", output, "--part-rows", str(PART_ROWS)]
@@ -138,6 +141,7 @@ def test_a_row_that_ends_its_actor_is_found(start: Start, plain: Path) -> None:
     assert success(output)["last_start"]["actors"]["rows_crashed"] == 1
 
 
+@pytest.mark.slow
 def test_an_actor_whose_scores_go_wrong_is_refused(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "noise"
     process = start("m.txt", "-o", output)
@@ -158,6 +162,7 @@ def test_no_actor_is_right_from_the_start(start: Start, nodes: Nodes, plain: Pat
     assert not (plain / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_two_kinds_of_actors_share_the_work(start: Start, nodes: Nodes, plain: Path) -> None:
     nodes.order("other")
     output = plain / "kinds"
@@ -187,6 +192,7 @@ def test_it_stops_cleanly_and_goes_on(start: Start, plain: Path) -> None:
     check(output, plain)
 
 
+@pytest.mark.slow
 def test_a_ray_of_its_own_leaves_nothing_behind(start: Start, plain: Path) -> None:
     output = plain / "own"
     before = set(Path("/tmp").glob("engine-ray-*"))
@@ -216,6 +222,7 @@ def processes_of(scratch: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_storage_that_goes_away_is_one_line(start: Start, plain: Path) -> None:
     folder = plain / "away"
     write_images(folder / "images", 8)

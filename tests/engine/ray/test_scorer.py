@@ -10,13 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+from PIL import Image
 
 from engine import bundle as bundles
 from engine.errors import UsageError
+from engine.overlap import Meter
 from engine.pipeline import screen
 from engine.ray import EnsembleScorer
-from engine.settings import Settings
+from engine.reader import Reader
+from engine.records import Part
+from engine.settings import Limits, Settings
+from tests.helpers.images import encode, smooth
 from tests.helpers.nodes import Nodes
 from tests.helpers.processes import ROOT
 from tests.helpers.runs import table
@@ -60,8 +66,39 @@ def test_a_block_gets_the_numbers_of_a_run(archive: Path, bundle: Path, expected
     scores = [name for name in expected if "p_" in name]
     scores += ["confidence", "entropy", "member_disagreement"]
     pd.testing.assert_frame_equal(found[scores], expected[scores], check_exact=True)
+    assert found.triage.tolist() == expected.triage.fillna("").tolist()
+    assert found.abstain.tolist() == [value is True for value in expected.abstain]
+    assert found.abstain_reasons.tolist() == [",".join(names or ()) for names in expected.abstain_reasons]
     assert found.status[3] == "empty"
     assert found.status[6] == "truncated"
+    scorer.close()
+
+
+def test_a_block_is_checked_as_files_are(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    from benchmarks.dicom_files import dicom
+
+    images = [
+        encode(Image.fromarray(smooth(60, 50)), "JPEG"),
+        b"",
+        b"no image",
+        encode(Image.fromarray(smooth(60, 50)), "PNG")[:300],
+        encode(Image.fromarray(smooth(200, 200)), "PNG"),  # of too many pixels
+        dicom(smooth(90, 80, channels=3), "jpeg2000"),  # with a flag
+    ]
+    for number, data in enumerate(images):
+        (tmp_path / str(number)).write_bytes(data)
+    scorer = EnsembleScorer(bundle, workers=1, max_pixels=20_000)
+    part = Part(0, np.arange(len(images)), [str(number) for number in range(len(images))], pa.table({}))
+    reader = Reader(tmp_path, len(images), 1, limits=Limits(max_pixels=20_000))
+    stage = scorer._stages.preprocess.stage
+    (of_files,) = stage(reader.stage([part], Meter("read")), Meter("preprocess"))
+    (of_block,) = scorer._of_bytes(images)
+    assert of_block.status.tolist() == of_files.status.tolist()
+    assert of_block.errors == of_files.errors
+    assert set(of_files.errors) == {1, 2, 3, 4}
+    assert of_block.flags == of_files.flags == {5: ["colour"]}
+    assert np.array_equal(of_block.pixels, of_files.pixels)
     scorer.close()
 
 

@@ -26,7 +26,6 @@ from engine.merge import merge
 from engine.report import __main__ as command
 from engine.report import pictures, write
 from engine.report.facts import throughput
-from engine.report.gather import Top
 from engine.report.page import number, printable, shown
 from engine.run_folder import clear_explanations
 from engine.sink import Done
@@ -425,21 +424,6 @@ def test_long_results(reported: Screen) -> None:
     assert "rows 300 000 scored 300 000" in page.section("Rows")
     assert f"{17 * each + 1234}.png" in page.section("Work list").split()[:60]
     assert "10 000 of the 300 000 rows, drawn at random" in page.section("Against the labels")
-
-
-def test_the_highest_rows_whatever_the_cuts() -> None:
-    rng = np.random.default_rng(3)
-    scores = rng.integers(0, 50, 1000).astype(np.float32)  # many are equal
-    rows = pa.table({"row": np.arange(1000)})
-    wanted = np.lexsort((np.arange(1000), -scores))[:40].tolist()
-    for size in (1, 7, 300, 1000):
-        top = Top(40)
-        for start in range(0, 1000, size):
-            top.add(rows.slice(start, size), scores[start : start + size])
-        assert [row["row"] for row in top.rows()] == wanted
-    none = Top(0)
-    none.add(rows, scores)
-    assert none.rows() == []
 
 
 def test_throughput_leaves_pauses_out() -> None:

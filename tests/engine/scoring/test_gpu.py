@@ -19,6 +19,7 @@ from engine.gpu.step import GpuStep
 from engine.overlap import Meter
 from engine.records import Batch, Part, Status
 from engine.runners.onnx import OnnxRunner
+from engine.step import CpuStep
 from tests.helpers.stand_in import Member, OrderError, StandIn
 
 pytestmark = pytest.mark.usefixtures("launched_fusion")
@@ -215,11 +216,30 @@ def test_a_score_that_is_no_number_costs_its_own_row(models, pixels, expected):
     with cuda:
         opened = [OnnxRunner(member, models) for member in models.members]
         members = [Member(opened[0], cuda), Odd(opened[1], cuda)]
-        step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
+        step, on_gpu = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda), []
         for batch in step.stage(device_batches(pixels), Meter("members")):
             assert batch.status[1] == Status.CRASHED
             assert 1 not in batch.index
             assert list(batch.errors) == [1]
             rows = batch.start + batch.index
             assert np.abs(batch.probabilities - expected[rows]).max() < 1e-6
+            on_gpu.append(batch)
         step.close()
+    runners = [OnnxRunner(member, models) for member in models.members]
+
+    def odd(images, logits, stream):
+        OnnxRunner.enqueue(runners[1], images, logits, stream)
+        logits[1] = np.nan
+
+    runners[1].enqueue = odd
+    cpu = CpuStep(models, runners, lanes=0)
+    on_cpu = list(device_batches(pixels))
+    for batch in on_cpu:
+        batch.pixels, batch.device_pixels = pixels[batch.start + batch.index], None
+    for gpu, batch in zip(on_gpu, cpu.stage(iter(on_cpu), Meter("members")), strict=True):
+        assert (batch.errors, batch.index.tolist()) == (gpu.errors, gpu.index.tolist())
+        assert batch.prediction.tolist() == gpu.prediction.tolist()
+        for name in ("members", "probabilities", "confidence"):
+            found, same = getattr(batch, name), getattr(gpu, name)
+            assert found.shape == same.shape, name
+            assert np.abs(found - same).max() < 1e-6, name

@@ -1,0 +1,1 @@
+"""Compute statistics that know nothing of runs or images."""
