@@ -115,7 +115,7 @@ def test_a_second_interrupt_stops_at_once(
 
 
 def test_finish_by_stops_at_the_border_of_a_part(
-    start: Start, engine_run: Command, bundle: Path, tmp_path: Path
+    start: Start, engine_process: Command, bundle: Path, tmp_path: Path
 ) -> None:
     list_images(tmp_path, 100_000)
     moment = datetime.now() + timedelta(seconds=6)
@@ -130,7 +130,7 @@ def test_finish_by_stops_at_the_border_of_a_part(
     assert f"{128 * found} of 100000 rows" in errors
     # tonight's deadline may differ from yesterday's
     moment = datetime.now() + timedelta(seconds=4)
-    again = engine_run("m.txt", "-o", "out", "--finish-by", moment.isoformat(), "-b", bundle)
+    again = engine_process("m.txt", "-o", "out", "--finish-by", moment.isoformat(), "-b", bundle)
     assert again.returncode == 5, again.stderr
     assert len(parts(tmp_path / "out")) > found
 
