@@ -34,7 +34,7 @@ from engine.ray.actor import Pulse
 from engine.ray.cluster import Post, joined
 from engine.ray.crew import Hand, Slot
 from engine.ray.driver import IN_STAGES, soonest
-from engine.records import Part
+from engine.records import Part, Scorer
 from engine.settings import Settings
 from engine.sink import FOOTERS_AT_ONCE, METADATA, Done, finished
 from engine.store import LocalFolder
@@ -57,7 +57,7 @@ class Echo:
     """An actor that only answers."""
 
     def take(self, part: Part) -> Done:
-        by = {"host": "node", "device": "cuda:0", "gpu": "H100", "actor": "0123456789ab", "round": 7}
+        by = Scorer(host="node", device="cuda:0", gpu="H100", actor="0123456789ab", round=7)
         return Done(part.index, 0, part.rows, {"ok": part.rows}, {"normal": part.rows}, by, datetime.now(UTC))
 
     def pulse(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from engine.pipeline import READ_THREADS, flow, meters_for
 from engine.preprocess.stage import Preprocess
 from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.reader import Reader
-from engine.records import Batch, Part
+from engine.records import Batch, Part, Scorer
 from engine.runners.onnx import OnnxRunner
 from engine.settings import Limits, Settings, available_cpus
 from engine.sink import Layout, Sink
@@ -162,7 +162,7 @@ class Stages:
             batch.drop_encoded()
         scored = list(NullScores(members, classes).stage(NullPixels().stage(held, Meter("")), Meter("")))
         with tempfile.TemporaryDirectory() as folder:
-            sink = Sink(LocalFolder(Path(folder)), self._layout, {}, {})
+            sink = Sink(LocalFolder(Path(folder)), self._layout, b"{}", Scorer())
             return measure(lambda: sum(1 for _ in sink.stage(scored, Meter("write"))) * 0 + part.rows)
 
 
@@ -305,7 +305,7 @@ def _host_cost(opened: Manifest, work: Path, batch_size: int, part_rows: int) ->
                 reader,
                 NullPixels(),
                 NullScores(2, 3),
-                Sink(LocalFolder(Path(folder)), layout, {}, {}),
+                Sink(LocalFolder(Path(folder)), layout, b"{}", Scorer()),
                 meters_for(available_cpus()),
                 overlap=True,
             )

@@ -233,13 +233,13 @@ def _read(
     before = models.operating_points
     trained = _as_trained(models.sha256, before.recorded if before else None)
     for run in results.runs.values():
-        if _as_trained(run["result_options"]["bundle_sha256"], run.get("operating_points")) != trained:
+        if _as_trained(run.result_options.bundle_sha256, run.operating_points or None) != trained:
             raise UsageError(f"results {results.place}: they are of another bundle than {models.path}")
     (one, *others) = results.runs.values()
-    options = one["result_options"]
+    options = one.result_options
     dataset = results.dataset()
     there = dataset.schema.names
-    label, group = _columns(there, options.get("column_prefix", ""), columns)
+    label, group = _columns(there, options.column_prefix, columns)
     scores = [f"{member.name}_p_{name}" for member in models.members for name in models.classes]
     wanted = dict.fromkeys(["row", PATH, "status", *filter(None, (label, group)), *scores])
     table = dataset.to_table(columns=list(wanted))
@@ -267,9 +267,9 @@ def _read(
         table.column("row").to_numpy(),
         {
             "sha256": digest.hexdigest(),  # of labels, members' probabilities, patients
-            "manifest_sha256": None if others else options["manifest_sha256"],
+            "manifest_sha256": None if others else options.manifest_sha256,
             "bundle_sha256": trained,
-            "precision": options["precision"],
+            "precision": options.precision,
             "images": len(labels),
             "by_class": dict(zip(models.classes, counts.tolist(), strict=True)),
             "patients": len(np.unique(groups)) if group else None,

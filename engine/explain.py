@@ -30,6 +30,7 @@ from rich.progress import Progress
 from engine import bundle
 from engine.bundle import Bundle
 from engine.command import Parser, whole
+from engine.core.json_records import to_json
 from engine.errors import EngineError, UsageError
 from engine.installed import command
 from engine.job import Say
@@ -40,16 +41,27 @@ from engine.overlap import Meter, prefetch
 from engine.pipeline import READ_THREADS
 from engine.preprocess.stage import Preprocess
 from engine.privacy import Redaction, read_salt
+from engine.provenance import RunRecord
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
 from engine.retry import all_parts, as_in_run, same_bundle, with_paths
 from engine.run import answered, hush_libraries, places
-from engine.run_folder import EXPLANATIONS, INDEX, RunFolder, clear_explanations, recorded_bundle
+from engine.run_folder import (
+    EXPLANATIONS,
+    INDEX,
+    RUN,
+    ExplainedRow,
+    ExplanationIndex,
+    ReferenceImages,
+    RunFolder,
+    clear_explanations,
+    recorded_bundle,
+)
 from engine.settings import Settings, available_cpus, parse_location
 from engine.sink import Done, part_name, rows_again
 from engine.stats.top_k import TopK
 from engine.storage.location import Place, parse
-from engine.store import LOCK, as_json, open_folder, reason
+from engine.store import LOCK, open_folder, reason
 
 if TYPE_CHECKING:
     from engine.saliency import Explainer, Explanation, Seen
@@ -153,7 +165,7 @@ class _Run:
 
     settings: Settings  # with the run's limits
     folder: RunFolder
-    facts: dict[str, Any]  # `_run.json`
+    record: RunRecord
     models: Bundle
     parts: dict[int, Done]
     manifest: Manifest | None  # of a redacted run
@@ -164,26 +176,25 @@ class _Run:
     def of(cls, settings: Settings, of_class: str | None) -> Self:
         place = settings.manifest
         folder = RunFolder.existing(place)
-        facts = folder.recorded()
-        assert facts is not None
-        try:
-            options = facts["result_options"]
-            models = same_bundle(settings, folder, facts)
-            parts = all_parts(folder, facts)
-            settings, manifest = as_in_run(settings, options)
-            root = manifest.root if manifest else parse(options["root"])
-            if options["precision"] not in TOLERANCE or not isinstance(options["device"], str):
-                raise ValueError("precision or device")
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise UsageError(f"results {place}: _run.json makes no sense: {error!r}") from None
+        run = folder.run()
+        options = run.result_options
+        models = same_bundle(settings, folder, run)
+        parts = all_parts(folder, run)
+        settings, manifest = as_in_run(settings, options)
+        root = manifest.root if manifest else parse(options.root)
+        if options.precision not in TOLERANCE:
+            raise UsageError(
+                f"results {place}: {RUN} names the precision {options.precision!r}; allowed: "
+                f"{', '.join(TOLERANCE)}"
+            )
         if ENSEMBLE in (member.name for member in models.members):
             raise UsageError(
                 f"bundle {models.path}: a member named {ENSEMBLE!r} can't be told from the whole"
             )
-        wanted = of_class or facts.get("target") or models.classes[-1]
+        wanted = of_class or run.target or models.classes[-1]
         if wanted not in models.classes:
             raise UsageError(f"--class {wanted}: allowed: {', '.join(models.classes)}")
-        return cls(settings, folder, facts, models, parts, manifest, root, models.classes.index(wanted))
+        return cls(settings, folder, run, models, parts, manifest, root, models.classes.index(wanted))
 
     @property
     def name(self) -> str:
@@ -192,13 +203,13 @@ class _Run:
 
     @property
     def part_rows(self) -> int:
-        return int(self.facts["result_options"]["part_rows"])
+        return self.record.result_options.part_rows
 
     @property
     def tolerance(self) -> float:
-        options = self.facts["result_options"]
-        gpu = TOLERANCE_GPU if options["device"] != "cpu" else 0.0
-        return max(TOLERANCE[options["precision"]], gpu)
+        options = self.record.result_options
+        gpu = TOLERANCE_GPU if options.device != "cpu" else 0.0
+        return max(TOLERANCE[options.precision], gpu)
 
     @property
     def scores(self) -> list[str]:
@@ -226,13 +237,13 @@ class _Run:
                 named[one] = str(status[one - row[0]])
         for one in asked.rows:
             if one not in named:
-                say(f"row {one}: there is none; the run has rows 0 to {self.facts['rows'] - 1}")
+                say(f"row {one}: there is none; the run has rows 0 to {self.record.rows - 1}")
             elif named[one] != Status.OK.label:
                 say(f"row {one}: {named[one]}, it has no score to be explained")
         fine = [one for one in asked.rows if named.get(one) == Status.OK.label]
         rows = list(dict.fromkeys([*fine, *(one["row"] for one in best.rows()), *abstained]))
         if not rows:
-            hint = _NO_POINTS if asked.abstained and not self.facts.get("operating_points") else ""
+            hint = _NO_POINTS if asked.abstained and not self.record.operating_points else ""
             raise UsageError(f"results {self.folder.path}: none of its rows with a score was asked for{hint}")
         if len(rows) > MAX_ROWS:
             raise UsageError(f"{len(rows)} rows; allowed: up to {MAX_ROWS} at once")
@@ -345,17 +356,17 @@ class _Images:
         return np.asarray(same)
 
 
-def _references(run: _Run, images: _Images, rows: Sequence[int]) -> tuple[Seen, dict[str, Any]]:
-    """What is typical: rows of the run, else the bundle's canaries; and what `index.json` says of it."""
+def _references(run: _Run, images: _Images, rows: Sequence[int]) -> tuple[Seen, ReferenceImages]:
+    """What is typical: rows of the run, else the bundle's canaries."""
     from engine.saliency import Seen
 
     found = list(images.seen(rows, lambda _: None)) if rows else []
     numbers = sorted(int(row) for some, _, _ in found for row in some)
     if len(numbers) >= FEW:
-        return Seen.joined([seen for _, _, seen in found]), {"rows": numbers}
+        return Seen.joined([seen for _, _, seen in found]), ReferenceImages(rows=tuple(numbers))
     pixels, _ = bundle.load_canaries(run.models)
     some = [pixels[start : start + BATCH] for start in range(0, min(REFERENCES, len(pixels)), BATCH)]
-    return Seen.joined(list(map(images.explainer.see, some))), {"canaries": sum(map(len, some))}
+    return Seen.joined(list(map(images.explainer.see, some))), ReferenceImages(canaries=sum(map(len, some)))
 
 
 class _Pictures:
@@ -364,7 +375,7 @@ class _Pictures:
     def __init__(self, place: Place, run: _Run) -> None:
         self._place, self._run = place, run
         self._folder = open_folder(place)
-        self._found: dict[int, dict[str, Any]] = {}
+        self._found: dict[int, ExplainedRow] = {}
 
     def __enter__(self) -> Self:
         place = self._place
@@ -387,7 +398,7 @@ class _Pictures:
     def rows(self) -> int:
         return len(self._found)
 
-    def add(self, row: int, gray: Pixels, explanation: Explanation, about: dict[str, Any]) -> None:
+    def add(self, row: int, gray: Pixels, explanation: Explanation, about: ReferenceImages) -> None:
         """A picture of each member's share and of all together, in colours of one scale."""
         from engine.overlay import Caption, draw
 
@@ -404,20 +415,20 @@ class _Pictures:
             caption = Caption(heading, texts[voter], unit, FOOT)
             write = partial(draw, gray=gray, change=one, limit=limit, caption=caption)
             self._write(_picture(row, voter), write)
-        self._found[row] = {
-            "row": row,
-            "class": self._run.name,
-            "voters": {voter: _picture(row, voter) for voter in maps},
-            "probability": explanation.probability,
-            "typical": explanation.typical,
-            "shares": dict(zip(list(maps)[1:], explanation.shares, strict=True)),
-            "scale": limit,
-        }
+        self._found[row] = ExplainedRow(
+            row=row,
+            of_class=self._run.name,
+            voters={voter: _picture(row, voter) for voter in maps},
+            probability=explanation.probability,
+            typical=explanation.typical,
+            shares=dict(zip(list(maps)[1:], explanation.shares, strict=True)),
+            scale=limit,
+        )
 
-    def _texts(self, explanation: Explanation, about: dict[str, Any]) -> dict[str, str]:
+    def _texts(self, explanation: Explanation, about: ReferenceImages) -> dict[str, str]:
         """What stands over the picture of each voter."""
         change = 100 * (explanation.probability - explanation.typical)
-        others = f"{len(about['rows'])} rows of the run" if "rows" in about else "the bundle's canaries"
+        others = f"{len(about.rows)} rows of the run" if about.rows else "the bundle's canaries"
         typical = f"{_percent(explanation.typical)}, the mean of {others}"
         texts = {ENSEMBLE: f"ensemble: {change:+.1f} points beside {typical}"}
         for member, own, share in zip(
@@ -429,20 +440,20 @@ class _Pictures:
             )
         return texts
 
-    def finish(self, rows: Sequence[int], about: dict[str, Any]) -> None:
+    def finish(self, rows: Sequence[int], about: ReferenceImages) -> None:
         """Write the index, in the order of `rows`."""
         from engine.saliency import METHOD
 
         if not self._found:
             raise EngineError(f"none of the {len(rows)} rows could be explained; nothing was written")
-        index = {
-            "run_id": self._run.facts["run_id"],
-            "method": METHOD,
-            "class": self._run.name,
-            "compared_with": about,
-            "rows": [self._found[row] for row in rows if row in self._found],
-        }
-        self._write(INDEX, lambda temporary: temporary.write_text(as_json(index)))
+        index = ExplanationIndex(
+            run_id=self._run.record.run_id,
+            method=METHOD,
+            of_class=self._run.name,
+            compared_with=about,
+            rows=tuple(self._found[row] for row in rows if row in self._found),
+        )
+        self._write(INDEX, lambda temporary: temporary.write_text(to_json(index)))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         try:

@@ -23,13 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.core.json_records import from_builtins
 from engine.errors import EngineError, Stopped
 from engine.gpu import machine
-from engine.job import Say, Watch, indices_of
-from engine.ledger import Progress, Summary, summary_of
+from engine.job import Say, Watch
+from engine.ledger import Progress, StageTimes, Success, Summary, summary_of
 from engine.options import OPTIONS, option_parser
 from engine.overlap import Meter
-from engine.run_folder import RunFolder, rows_of
+from engine.provenance import RunRecord
+from engine.run_folder import RunFolder
 from engine.settings import Settings, Shard, available_cpus
 from engine.sink import part_name
 
@@ -73,7 +75,8 @@ def shards_here(settings: Settings, devices: int) -> list[Shard]:
     """Machine K of N has its share of the shards that the run is cut into already, else one for each GPU."""
     here = settings.shard or Shard(1, 1)
     folder = RunFolder(settings.output, overwrite=False)
-    recorded = (folder.recorded() or {}).get("result_options", {}).get("shards") or 0
+    run = folder.recorded()
+    recorded = run and run.result_options.shards
     count = recorded if recorded and recorded % here.of == 0 else here.of * devices
     each = count // here.of
     return [Shard(number, count) for number in range((here.number - 1) * each + 1, here.number * each + 1)]
@@ -111,7 +114,7 @@ class _Child:
     by_status: dict[str, int] = field(default_factory=dict)
     occupancy: dict[str, float] = field(default_factory=dict)
     error: str = ""
-    summary: dict[str, Any] | None = None
+    summary: Success | None = None
 
     @classmethod
     def start(cls, command: list[str], device: str, shard: Shard) -> _Child:
@@ -147,9 +150,10 @@ class _Child:
             self.rows_done = event["rows_done"] - self.rows_before
             self.by_status, self.occupancy = event["by_status"], event["occupancy"]
         elif event["event"] == "summary":
-            self.summary, self.by_status = event, event["by_status"]
-            self.rows_done = event["last_start"]["rows"]
-            self.rows_before = max(0, event["rows"] - self.rows_done)
+            said = {name: value for name, value in event.items() if name not in ("time", "event")}
+            self.summary = from_builtins(said, Success)
+            self.by_status, self.rows_done = self.summary.by_status, self.summary.last_start.rows
+            self.rows_before = max(0, self.summary.rows - self.rows_done)
 
     @property
     def exit_status(self) -> int:
@@ -223,9 +227,8 @@ class _Fleet:
     def _add_up(self, elapsed_s: float) -> None:
         progress, children = self.progress, self._children
         if not progress.rows:
-            run = RunFolder(self._settings.output, overwrite=False).recorded()
-            assert run is not None
-            progress.rows = sum(rows_of(run, index) for index in self._indices(run))
+            run = RunFolder(self._settings.output, overwrite=False).run()
+            progress.rows = sum(map(run.shard_rows, self._shards))
             progress.started = time.monotonic() - elapsed_s
         progress.rows_before = sum(child.rows_before for child in children)
         progress.rows_done = sum(child.rows_done for child in children)
@@ -235,9 +238,9 @@ class _Fleet:
             busy = sum(one.get(name, 0.0) for one in shown) / len(shown)
             progress.meters[name] = Meter(name, busy_s=busy * progress.elapsed_s)
 
-    def _indices(self, run: dict[str, Any]) -> list[int]:
+    def _indices(self, run: RunRecord) -> list[int]:
         """Of the parts that are this machine's."""
-        return sorted(index for shard in self._shards for index in indices_of(run, shard))
+        return sorted(index for shard in self._shards for index in run.part_indices(shard))
 
     def end(self) -> None:
         """Whatever has not ended by itself has to."""
@@ -268,10 +271,11 @@ class _Fleet:
             self.progress.rows = rows
             summary = summary_of(folder.path, run, parts.values(), self.progress, {})
             here = self._settings.shard
-            return replace(summary, rows=rows, shard=str(here) if here else None, **_stages(self._children))
+            summary = replace(summary, rows=rows, shard=str(here) if here else None)
+            return _with_stages(summary, self._children)
         if failed:
             raise self._failure(failed, left)
-        total = sum(rows_of(run, index) for index in own) if run else 0
+        total = sum(map(run.rows_in_part, own)) if run else 0
         raise Stopped(f"stopped, {rows} of {total} rows are in finished parts; the same command goes on")
 
     def _failure(self, failed: Sequence[_Child], left: Sequence[int]) -> EngineError:
@@ -290,24 +294,30 @@ class _Fleet:
         return error
 
 
-def _stages(children: Sequence[_Child]) -> dict[str, Any]:
-    """Where the time went: seconds of all, and their mean occupancy."""
-    starts = [child.summary["last_start"] for child in children if child.summary]
-    stages = [start["stages"] for start in starts if start["stages"]]
+def _with_stages(summary: Summary, children: Sequence[_Child]) -> Summary:
+    """Add where the time went: seconds of all processes, and their mean occupancy."""
+    starts = [child.summary.last_start for child in children if child.summary]
+    stages = [start.stages for start in starts if start.stages]
     if not stages:
-        return {}
-    added = {
-        name: {key: round(sum(one[name][key] for one in stages), 3) for key in stages[0][name]}
-        for name in stages[0]
-    }
-    for figures in added.values():
-        figures["occupancy"] = round(figures["occupancy"] / len(stages), 3)
-    return {
-        "stages": added,
-        "limited_by": max(added, key=lambda name: added[name]["occupancy"]),
-        "decoder_restarts": sum(start["decoder_restarts"] for start in starts),
-        "decoder_refusals": sum(start["decoder_refusals"] for start in starts),
-    }
+        return summary
+    added = {name: _sum([one[name] for one in stages]) for name in stages[0]}
+    return replace(
+        summary,
+        stages=added,
+        limited_by=max(added, key=lambda name: added[name].occupancy),
+        decoder_restarts=sum(start.decoder_restarts for start in starts),
+        decoder_refusals=sum(start.decoder_refusals for start in starts),
+    )
+
+
+def _sum(times: Sequence[StageTimes]) -> StageTimes:
+    occupancy = round(sum(one.occupancy for one in times), 3) / len(times)
+    return StageTimes(
+        busy_s=round(sum(one.busy_s for one in times), 3),
+        starved_s=round(sum(one.starved_s for one in times), 3),
+        blocked_s=round(sum(one.blocked_s for one in times), 3),
+        occupancy=round(occupancy, 3),
+    )
 
 
 def _end_with_parent() -> None:

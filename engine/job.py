@@ -8,21 +8,21 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from engine import bundle
 from engine.bundle import Bundle
+from engine.core.tuning import Settled
 from engine.errors import NothingNew, Stopped, UsageError
-from engine.ledger import Progress, Summary, summary_of
+from engine.ledger import ActorCounts, Progress, Summary, summary_of
 from engine.listing import in_words
 from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter
-from engine.provenance import describe, worker
+from engine.provenance import RunRecord, scorer_of
 from engine.records import Part
-from engine.run_folder import RunFolder, parts_of, rows_of
+from engine.run_folder import RunFolder
 from engine.runners import Choice, choose
 from engine.settings import Settings, Shard
-from engine.since import Earlier, write_new
+from engine.since import Earlier, ScoreOptions, write_new
 from engine.sink import Done, Layout, Sink
 from engine.storage import Url
 from engine.storage.location import absolute
@@ -43,15 +43,18 @@ class Job:
     folder: RunFolder  # locked
     manifest: Manifest
     layout: Layout
-    run: dict[str, Any]  # `_run.json`
+    run: RunRecord
     resumed: bool
     say: Say
     opening_lines: list[str]
     done: dict[int, Done] = field(default_factory=dict)  # its parts on disk, when it began
 
-    def begin(self) -> None:
-        """Raises UsageError when the folder holds a run with other result options."""
-        self.run = self.folder.begin(self.run)
+    def begin(self, settled: Settled | None = None) -> None:
+        """Record the run with what the stages have settled, or take up the one that is recorded.
+
+        Raises UsageError when the folder holds a run with other result options.
+        """
+        self.run = self.folder.begin(self.run.with_settled(settled) if settled else self.run)
         self.folder.give_turn()
         self.done = self.folder.finished(self.run, self.indices)
         if self.is_finished:
@@ -67,7 +70,7 @@ class Job:
     @property
     def indices(self) -> Sequence[int]:
         """Of the parts that are its to do."""
-        return indices_of(self.run, self.settings.shard)
+        return self.run.part_indices(self.settings.shard)
 
     @property
     def is_finished(self) -> bool:
@@ -75,11 +78,11 @@ class Job:
 
     @property
     def part_rows(self) -> int:
-        return int(self.run["result_options"]["part_rows"])
+        return self.run.result_options.part_rows
 
     def progress(self) -> Progress:
         """At the start: what earlier starts have finished."""
-        rows = sum(rows_of(self.run, index) for index in self.indices)
+        rows = self.run.shard_rows(self.settings.shard)
         progress = Progress(rows, finish_by=self.settings.finish_by)
         for part in self.done.values():
             progress.rows_before += part.rows
@@ -111,13 +114,14 @@ class Job:
                 else:
                     yield part
             if held == todo:
-                progress.rows -= sum(rows_of(self.run, index) for index in held)
+                progress.rows -= sum(map(self.run.rows_in_part, held))
                 return
             todo = held
 
     def sink(self) -> Sink:
         written = self.folder.files.release
-        return Sink(self.folder.files, self.layout, self.run, worker(self.choice), written=written)
+        by = scorer_of(self.choice)
+        return Sink(self.folder.files, self.layout, self.run.to_metadata(), by, written=written)
 
     def summary(self) -> Summary:
         """Of a run that was finished already."""
@@ -127,12 +131,6 @@ class Job:
         rows = sum(part.rows for part in self.done.values())
         summary = summary_of(self.folder.path, self.run, self.done.values(), Progress(rows), {}, 0)
         return replace(summary, rows=rows, shard=str(shard) if shard else None)
-
-
-def indices_of(run: dict[str, Any], shard: Shard | None) -> Sequence[int]:
-    """Which parts of the run are to be done: all, or those of the shard."""
-    count = parts_of(run)
-    return shard.parts(count) if shard else range(count)
 
 
 @contextmanager
@@ -155,16 +153,19 @@ def prepare(settings: Settings, say: Say, *, chosen: Chosen | None = None) -> It
             folder.give_turn()  # else when the run is begun: the others take its listing and tuning from it
         earlier = Earlier(settings.since) if settings.since else None
         manifest = _listed(settings, folder, earlier, models, choice, say)
-        layout = Layout.of(models, manifest, settings, recorded)
+        layout = Layout.of(models, manifest, settings, with_triage=recorded is None or recorded.has_triage)
         # a profile is for this machine
         advice = Advice(settings) if chosen else advise(settings, models, choice, recorded=recorded)
         if advice.settings != settings:
             settings = advice.settings
             choice = choice_of(settings, models)
         since = f"{earlier.run_id} of {absolute(settings.manifest)}" if earlier else None
-        run = describe(settings, recorded, manifest, models, choice, since=since)
-        run["profile"] = advice.recorded
-        run["tuning"] |= advice.tuning or {}
+        run = RunRecord.create(
+            *(settings, recorded, manifest, models, choice),
+            since=since,
+            profile=advice.recorded,
+            tuning=advice.tuning,
+        )
         lines = [choice.reason, *_about_triage(models, choice, run), *([advice.line] if advice.line else [])]
         if recorded is None and manifest.skipped:
             lines.append(in_words(manifest.rows, manifest.skipped))
@@ -172,14 +173,14 @@ def prepare(settings: Settings, say: Say, *, chosen: Chosen | None = None) -> It
         yield Job(settings, models, choice, folder, manifest, layout, run, resumed, say, lines)
 
 
-def _about_triage(models: Bundle, choice: Choice, run: dict[str, Any]) -> Iterator[str]:
+def _about_triage(models: Bundle, choice: Choice, run: RunRecord) -> Iterator[str]:
     """What the rows are sorted by, and what is not looked at."""
     if models.operating_points:
         measured = models.operating_points.recorded["data"]["precision"]
         other = f"; this run is in {choice.precision}" if choice.precision != measured else ""
         yield f"triage: {models.operating_points}{other}"
-    if (run.get("out_of_distribution") or "").startswith("not"):
-        yield f"out of distribution is {run['out_of_distribution']} gives no distances"
+    if (run.out_of_distribution or "").startswith("not"):
+        yield f"out of distribution is {run.out_of_distribution} gives no distances"
 
 
 def _listed(
@@ -224,12 +225,7 @@ def list_new(
     """Freeze what is to be screened since an earlier run. Raises NothingNew."""
     with TemporaryDirectory(prefix="engine-") as scratch:
         whole = manifest_of(settings, Path(scratch, listing.name), since=False)
-        options = {
-            "bundle_sha256": models.sha256,
-            "precision": choice.precision,
-            "plans": choice.plan_hashes,
-            "decode": models.decode,
-        }
+        options = ScoreOptions.create(models, choice)
         if changed := earlier.differs(options):
             say(f"{changed} has changed since {earlier.place}: all {whole.rows} rows are screened")
             rows = whole.copy_to(listing)
@@ -273,7 +269,7 @@ def check_paths(settings: Settings) -> None:
 
 def close_ledger(
     folder: RunFolder,
-    run: dict[str, Any],
+    run: RunRecord,
     progress: Progress,
     meters: Mapping[str, Meter],
     *,
@@ -282,7 +278,7 @@ def close_ledger(
     shard: Shard | None = None,
     say: Say = lambda _: None,
     parts: dict[int, Done] | None = None,
-    actors: dict[str, Any] | None = None,
+    actors: ActorCounts | None = None,
 ) -> Summary:
     """Re-read the footers of all parts; only when they add up to the manifest does the run succeed.
 
@@ -300,13 +296,13 @@ def close_ledger(
         decoder_refusals=decoder_refusals,
         actors=actors,
     )
-    count, own = parts_of(run), indices_of(run, shard)
+    count, own = run.part_count, run.part_indices(shard)
     with folder.turn(say):
         there = folder.there()
         if shard is None or (len(there) == count and not folder.succeeded()):
             summary = add_up(folder.complete(run, parts).values())
             folder.files.sweep()
-            folder.succeed(summary.as_json())
+            folder.succeed(summary.as_record())
         if shard is None:
             return summary
     # before the parts are looked at: who lets go of one has written it

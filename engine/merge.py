@@ -25,20 +25,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec.structs import asdict
 from rich.console import Console
 
 from engine.command import Parser
+from engine.core.json_records import to_builtins, to_json
 from engine.errors import EngineError, UsageError
 from engine.listing import PATH
+from engine.provenance import RunRecord
 from engine.records import Status
-from engine.results import MERGED, Results, opened
+from engine.results import MERGED, MergedRecord, MergedSuccess, Origin, Results, opened
 from engine.run import answered
 from engine.run_folder import SUCCESS
 from engine.settings import parse_location
-from engine.since import DECISIVE, decisive
+from engine.since import ScoreOptions
 from engine.sink import METADATA, ROW_GROUP, part_name
 from engine.storage.location import Place, is_url
-from engine.store import Folder, as_json, open_folder, reason
+from engine.store import Folder, open_folder, reason
 
 PART_ROWS = 65_536
 BUCKET_ROWS, MAX_BUCKETS = 1 << 20, 256
@@ -80,8 +83,8 @@ def merge(sources: Sequence[Place], output: Place) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="engine-") as scratch:
             kept = _kept(found, _ages(runs), Path(scratch))
             rows, parts, by_status = 0, 0, Counter[str]()
-            origin = {"format": 1, "merged": datetime.now(UTC).isoformat(timespec="seconds"), "runs": runs}
-            about = {METADATA: json.dumps(origin).encode()}
+            origin = Origin(merged=datetime.now(UTC).isoformat(timespec="seconds"), runs=runs)
+            about = {METADATA: json.dumps(to_builtins(origin)).encode()}
             for table in _cut(_copied(found, kept, schema), PART_ROWS):
                 table = table.set_column(0, "row", pa.array(np.arange(rows, rows + table.num_rows)))
                 by_status.update(map(str, table.column("status").to_pylist()))
@@ -89,9 +92,9 @@ def merge(sources: Sequence[Place], output: Place) -> Outcome:
                 write = partial(pq.write_table, whole, compression="zstd", row_group_size=ROW_GROUP)
                 folder.write(part_name(parts), write)
                 rows, parts = rows + table.num_rows, parts + 1
-        origin |= {"rows": rows, "parts": parts, "by_status": dict(by_status)}
-        folder.write(MERGED, lambda temporary: temporary.write_text(as_json(origin)))
-        folder.write(SUCCESS, lambda temporary: temporary.write_text(as_json({"rows": rows})))
+        merged = MergedRecord(**asdict(origin), rows=rows, parts=parts, by_status=dict(by_status))
+        folder.write(MERGED, lambda temporary: temporary.write_text(to_json(merged)))
+        folder.write(SUCCESS, lambda temporary: temporary.write_text(to_json(MergedSuccess(rows=rows))))
     except BaseException as error:
         with suppress(OSError):
             _clear(folder)
@@ -112,25 +115,26 @@ def _clear(folder: Folder) -> None:
             folder.delete(name)
 
 
-def _check_alike(found: Sequence[Results], runs: dict[str, dict[str, Any]]) -> None:
+def _check_alike(found: Sequence[Results], runs: dict[str, RunRecord]) -> None:
     if len(runs) >= _AGES:
         raise UsageError(f"{len(runs)} runs; allowed: up to {_AGES - 1}; merge some of them first")
     first = found[0]
     for one in found:
-        ours, theirs = (_decisive(source) for source in (first, one))
-        for name, words in {**DECISIVE, "classes": "the classes", "redacted_by": "the salt of paths"}.items():
-            if ours[name] != theirs[name]:
-                raise UsageError(
-                    f"results {one.place}: {words} differ from those of {first.place}; such scores can't be "
-                    "compared, keep them apart"
-                )
+        if words := _difference(first.first, one.first):  # the runs of one folder are alike
+            raise UsageError(
+                f"results {one.place}: {words} differ from those of {first.place}; such scores can't be "
+                "compared, keep them apart"
+            )
 
 
-def _decisive(source: Results) -> dict[str, Any]:
-    """What the runs of one folder have in common."""
-    run = next(iter(source.runs.values()))
-    options = run["result_options"]
-    return decisive(options) | {"redacted_by": options.get("redacted_by"), "classes": run["classes"]}
+def _difference(first: RunRecord, other: RunRecord) -> str | None:
+    """Return what keeps the scores of two runs from being compared, in words."""
+    if words := ScoreOptions.of_run(first.result_options).differs(ScoreOptions.of_run(other.result_options)):
+        return words
+    if first.classes != other.classes:
+        return "the classes"
+    salts = first.result_options.redacted_by, other.result_options.redacted_by
+    return "the salt of paths" if salts[0] != salts[1] else None
 
 
 def _schema(found: Sequence[Results]) -> pa.Schema:
@@ -138,7 +142,7 @@ def _schema(found: Sequence[Results]) -> pa.Schema:
     for one in found:
         schema = one.schema()
         clash = {RUN_ID, RUN_ROW} & set(schema.names)
-        if clash and "runs" not in one.run:
+        if clash and isinstance(one.run, RunRecord):
             raise UsageError(
                 f"results {one.place}: a manifest column has the name {min(clash)!r}, which merging "
                 "gives to one of its own; run it with --column-prefix manifest_"
@@ -152,16 +156,16 @@ def _schema(found: Sequence[Results]) -> pa.Schema:
     return pa.schema([*rest, pa.field(RUN_ID, pa.string()), pa.field(RUN_ROW, pa.int64())])
 
 
-def _ages(runs: dict[str, dict[str, Any]]) -> dict[str, int]:
+def _ages(runs: dict[str, RunRecord]) -> dict[str, int]:
     """The runs by id, the one that was begun last with the highest number."""
-    order = sorted(runs, key=lambda run_id: datetime.fromisoformat(runs[run_id]["started"]))
+    order = sorted(runs, key=lambda run_id: runs[run_id].began)
     return {run_id: age for age, run_id in enumerate(order)}
 
 
 def _tables(source: Results, wanted: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Row groups, in order, with `run_id` and `run_row`."""
     for table in source.tables(wanted):
-        if "runs" not in source.run:
+        if isinstance(source.run, RunRecord):
             (run_id,) = source.runs
             table = table.append_column(RUN_ID, pa.array([run_id] * table.num_rows, pa.string()))
             table = table.append_column(RUN_ROW, table.column("row"))
@@ -194,7 +198,7 @@ def _kept(found: Sequence[Results], ages: dict[str, int], scratch: Path) -> npt.
 
 def _entries(source: Results, table: pa.Table, ages: dict[str, int], place: int) -> Entries:
     ids = [str(run_id) for run_id in table.column(RUN_ID).to_pylist()]
-    roots = {run_id: run["result_options"]["root"] for run_id, run in source.runs.items()}
+    roots = {run_id: run.result_options.root for run_id, run in source.runs.items()}
     entries = np.empty(table.num_rows, _ENTRY)
     keys = b"".join(
         _key(roots[run_id], path) for run_id, path in zip(ids, table.column(PATH).to_pylist(), strict=True)

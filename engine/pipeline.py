@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 from engine.bundle import Bundle
 from engine.canaries import Step
+from engine.core.tuning import Settled, Tuning
 from engine.errors import EngineError, Stopped
 from engine.gpu import machine
 from engine.job import Job, Say, Watch, close_ledger, prepare
@@ -19,6 +20,7 @@ from engine.ledger import Progress, Summary
 from engine.manifest import Manifest
 from engine.overlap import Meter, prefetch
 from engine.preprocess.stage import Preprocess
+from engine.provenance import RunRecord
 from engine.reader import Reader
 from engine.records import Batch, Header, Part
 from engine.run_folder import RunFolder
@@ -74,7 +76,7 @@ def screen(
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     with prepare(settings, say) as job, (stages_of or Stages)(Opening.of(job)) as stages:
-        job.begin()
+        job.begin(stages.settled)
         if job.is_finished:
             return job.summary()
         progress = job.progress()
@@ -88,11 +90,14 @@ class Opening:
 
     settings: Settings
     models: Bundle
-    run: dict[str, Any]  # `_run.json` to be; takes in versions and what is tuned
     choice: Choice
     say: Say
     root: Place  # of relative paths
     _: KW_ONLY
+    batch_size: int
+    part_rows: int = 0
+    rows: int = 0  # of the run: a long one is worth tuning
+    tuning: Tuning = field(default_factory=Tuning)  # what is known already
     resumed: bool
     manifest: Manifest | None = None  # None for a retry, which has been tuned
 
@@ -101,10 +106,13 @@ class Opening:
         return cls(
             job.settings,
             job.models,
-            job.run,
             job.choice,
             job.say,
             job.manifest.root,
+            batch_size=job.run.result_options.batch_size,
+            part_rows=job.run.result_options.part_rows,
+            rows=job.run.rows,
+            tuning=job.run.tuning,
             resumed=job.resumed,
             manifest=job.manifest,
         )
@@ -114,10 +122,10 @@ class Opening:
         return (self.settings.workers or available_cpus()) if self.settings.overlap else 1
 
     def reader(self, on_gpu: OnGpu | None = None) -> Reader:
-        settings, options = self.settings, self.run["result_options"]
+        settings = self.settings
         return Reader(
             self.root,
-            batch_size=options["batch_size"],
+            batch_size=self.batch_size,
             threads=READ_THREADS if settings.overlap else 1,
             limits=settings.limits,
             timeout_s=settings.read_timeout_s,
@@ -131,6 +139,7 @@ class Stages:
 
     def __init__(self, opening: Opening) -> None:
         self.opening = opening
+        self.settled = Settled(opening.batch_size, opening.tuning)
         self.meters: dict[str, Meter] = meters_for(opening.workers, gpu=opening.choice.gpu is not None)
 
     def __enter__(self) -> Self:
@@ -143,23 +152,25 @@ class Stages:
     step: Step
 
     def open(self, stack: ExitStack) -> None:
-        """Set `preprocess` and `step`; what has to be closed goes to `stack`."""
+        """Set `preprocess`, `step` and `settled`; what has to be closed goes to `stack`."""
         if self.opening.choice.device != "cpu":
             from engine.gpu.stages import open_gpu
 
-            self.preprocess, self.step = open_gpu(stack, self.opening)
+            self.preprocess, self.step, self.settled = open_gpu(stack, self.opening)
+            self.opening = replace(self.opening, batch_size=self.settled.batch_size)
             return
         settings, models, workers = self.opening.settings, self.opening.models, self.opening.workers
         # first, so that it starts while the members load
         preprocess = Preprocess(
             size=models.size,
-            batch_size=self.opening.run["result_options"]["batch_size"],
+            batch_size=self.opening.batch_size,
             threads=workers,
             decoding_bytes=settings.limits.decoding_bytes,
             decode=models.decode,
         )
         self.preprocess = stack.enter_context(preprocess)
         members = open_members(stack, self.opening)
+        self.settled = replace(self.settled, versions=versions_of(members))
         self.step = CpuStep(models, members, lanes=workers if settings.overlap else 0)
         stack.callback(self.step.close)
         preprocess.decoder.await_start()
@@ -181,7 +192,7 @@ class Stages:
         items = flow(parts, reader, self.preprocess, self.step, sink, self.meters, overlap=overlap)
         progress.started, progress.meters = time.monotonic(), self.meters
         try:
-            drain(items, progress, watch, stop, part_rows=opening.run["result_options"]["part_rows"])
+            drain(items, progress, watch, stop, part_rows=opening.part_rows)
         except RuntimeError as error:  # others use the GPU too
             if opening.choice.gpu and machine.is_shortage(error):
                 raise EngineError(
@@ -189,7 +200,7 @@ class Stages:
                 ) from None
             raise
 
-    def close_ledger(self, folder: RunFolder, run: dict[str, Any], progress: Progress) -> Summary:
+    def close_ledger(self, folder: RunFolder, run: RunRecord, progress: Progress) -> Summary:
         return close_ledger(
             folder,
             run,
@@ -203,13 +214,15 @@ class Stages:
 
 
 def open_members(stack: ExitStack, opening: Opening, *, compiled: bool = False) -> list[Runner]:
-    """A runner for each member; their versions go into the run."""
-    members = []
-    for member in opening.models.members:
-        runner = open_runner(opening.choice, opening.models, member, compiled=compiled)
-        members.append(stack.enter_context(runner))
-        opening.run["versions"] |= runner.versions
-    return members
+    """Open a runner for each member."""
+    members = opening.models.members
+    runners = (open_runner(opening.choice, opening.models, member, compiled=compiled) for member in members)
+    return [stack.enter_context(runner) for runner in runners]
+
+
+def versions_of(runners: Iterable[Runner]) -> dict[str, str]:
+    """Return the versions of the packages that they use."""
+    return {package: version for runner in runners for package, version in runner.versions.items()}
 
 
 def meters_for(workers: int, *, gpu: bool = False) -> dict[str, Meter]:

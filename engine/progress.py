@@ -102,9 +102,9 @@ def show_summary(console: Console, summary: Summary) -> None:
     for name, count in summary.by_class.items():
         counts.add_row(f"  predicted {name}", str(count))
     for name in ("lost", "refused", "parts_done_again"):
-        if summary.actors and (found := summary.actors[name]):
+        if summary.actors and (found := getattr(summary.actors, name)):
             words = name.replace("_", " ") if name.startswith("parts") else f"actors {name}"
-            counts.add_row(words, str(len(found) if isinstance(found, list) else found))
+            counts.add_row(words, str(len(found) if isinstance(found, tuple) else found))
     if summary.rows_done:
         counts.add_row("images/s", f"{summary.rows_done / summary.elapsed_s:.1f}")
         counts.add_row("seconds", f"{summary.elapsed_s:.1f}")
@@ -114,7 +114,7 @@ def show_summary(console: Console, summary: Summary) -> None:
         for column in stages.columns[1:]:
             column.justify = "right"
         for name, figures in summary.stages.items():
-            cells = [f"{figures[key]:.1f}" for key in ("busy_s", "starved_s", "blocked_s")]
-            stages.add_row(name, *cells, f"{figures['occupancy']:.0%}")
+            cells = [f"{seconds:.1f}" for seconds in (figures.busy_s, figures.starved_s, figures.blocked_s)]
+            stages.add_row(name, *cells, f"{figures.occupancy:.0%}")
         console.print(stages)
         console.print(f"limited by: {summary.limited_by}")

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import UNSET, UnsetType
+
+from engine.core.json_records import Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +47,18 @@ FLAGS = (
     "burned_in",
     "inverse_lut",
 )
+
+
+class Scorer(Record, omit_defaults=True):
+    """Host, device, runner and precision that scored a part; empty in results of older versions."""
+
+    host: str = ""
+    device: str = ""
+    gpu: str | UnsetType | None = UNSET  # its name
+    runner: str = ""
+    precision: str = ""
+    actor: str | None = None  # of a run on Ray
+    round: int = 0  # how often the canaries had come well through that actor before
 
 
 _PEAK_BYTES_PER_PIXEL = {

@@ -8,16 +8,18 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from msgspec import Meta
 
+from engine.core.json_records import Count, Record, from_json, to_builtins
 from engine.errors import EngineError, UsageError
-from engine.run_folder import RUN, SUCCESS, RunFolder, parts_of
+from engine.provenance import RunRecord
+from engine.run_folder import SUCCESS, RunFolder
 from engine.settings import parse_location
 from engine.sink import METADATA, Done, part_name
 from engine.storage import Url
@@ -76,22 +78,48 @@ def provenance(dataset: ds.Dataset) -> dict[str, Any]:
     return dict(json.loads(dataset.schema.metadata[METADATA]))
 
 
+class Origin(Record):
+    """What the metadata of merged parts say: the runs that rows are from."""
+
+    format: Literal[1] = 1
+    merged: str  # when: ISO 8601, UTC
+    runs: Annotated[dict[str, RunRecord], Meta(min_length=1)]  # by id
+
+
+class MergedRecord(Origin):
+    """`_merged.json`. Read since version 0.1.0."""
+
+    rows: Count
+    parts: Count
+    by_status: dict[str, int]
+
+
+class MergedSuccess(Record):
+    """`_SUCCESS` of merged results."""
+
+    rows: Count
+
+
 @dataclass(frozen=True)
 class Results:
     """A results folder that was looked through."""
 
     place: Place
     files: Folder
-    run: dict[str, Any]  # `_run.json`, or `_merged.json`
+    run: RunRecord | MergedRecord
     parts: tuple[str, ...]  # names, in order
     rows: int
     done: tuple[Done, ...]  # the parts of a run, in order; none of merged results
     finished: bool
 
     @property
-    def runs(self) -> dict[str, dict[str, Any]]:
-        """`_run.json` of each run that rows are from, by run id."""
-        return self.run["runs"] if "runs" in self.run else {self.run["run_id"]: self.run}
+    def runs(self) -> dict[str, RunRecord]:
+        """The runs that rows are from, by id."""
+        return self.run.runs if isinstance(self.run, MergedRecord) else {self.run.run_id: self.run}
+
+    @property
+    def first(self) -> RunRecord:
+        return next(iter(self.runs.values()))
 
     def schema(self) -> pa.Schema:
         """Without provenance; there has to be a part."""
@@ -125,7 +153,7 @@ class Results:
                     yield read(name, number)[1]
 
     def dataset(self) -> ds.Dataset:
-        schema = self.schema().with_metadata({METADATA: json.dumps(self.run).encode()})
+        schema = self.schema().with_metadata({METADATA: json.dumps(to_builtins(self.run)).encode()})
         files, names = None, [str(self.place / name) for name in self.parts]
         if isinstance(self.place, Url):
             from engine.storage import objects
@@ -146,18 +174,13 @@ def opened(place: Place, *, unfinished: bool) -> Results:
 
 def _of_run(place: Place, *, unfinished: bool) -> Results:
     folder = RunFolder.existing(place)
-    run = folder.recorded()
-    assert run is not None
-    try:
-        _check(run)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UsageError(f"results {place}: {RUN} makes no sense: {error!r}"[:300]) from None
+    run = folder.run()
     done = folder.finished(run)
     rows = sum(part.rows for part in done.values())
-    finished = folder.succeeded() and len(done) == parts_of(run)
+    finished = folder.succeeded() and len(done) == run.part_count
     if not unfinished and not finished:
         raise UsageError(
-            f"results {place}: the run is not finished, {rows} of {run['rows']} rows are there; give its own "
+            f"results {place}: the run is not finished, {rows} of {run.rows} rows are there; give its own "
             "command again (in Python, unfinished=True reads what there is)"
         )
     order = sorted(done)
@@ -169,31 +192,11 @@ def _merged(place: Place, files: Folder) -> Results:
     if not files.exists(SUCCESS):
         raise UsageError(f"results {place}: merging was not finished; give its own command again")
     try:
-        run: dict[str, Any] = files.read(MERGED, lambda opened: json.loads(opened.read()))
-        names = tuple(map(part_name, range(int(run["parts"]))))
+        run = from_json(files.read(MERGED, lambda opened: opened.read()), MergedRecord)
+        names = tuple(map(part_name, range(run.parts)))
         rows = sum(files.read(name, pq.read_metadata).num_rows for name in names)
-        if rows != run["rows"]:
-            raise ValueError(f"{rows} rows in the parts, {run['rows']} in {MERGED}")
-        for one in run["runs"].values():
-            _check(one)
-        if not run["runs"]:
-            raise ValueError("no runs")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, pa.ArrowException) as error:
+        if rows != run.rows:
+            raise ValueError(f"{rows} rows in the parts, {run.rows} in {MERGED}")
+    except (ValueError, pa.ArrowException) as error:
         raise UsageError(f"results {place}: {MERGED}: {' '.join(str(error).split())[:200]}") from None
     return Results(place, files, run, names, rows, (), finished=True)
-
-
-def _check(run: dict[str, Any]) -> None:
-    """What readers take for granted in `_run.json`. Raises ValueError, KeyError, TypeError ..."""
-    options = run["result_options"]
-    datetime.fromisoformat(run["started"])
-    fine = (
-        isinstance(run["run_id"], str)
-        and isinstance(options["root"], str)
-        and all(isinstance(name, str) for name in [run["classes"][0], *run["classes"], *run["weights"]])
-        and int(run["rows"]) >= 0 < int(options["part_rows"])
-        and all(isinstance(run.get(name) or {}, dict) for name in ("weights", "groups", "versions", "tuning"))
-        and all(isinstance(run.get(name) or {}, dict) for name in ("machine", "operating_points"))
-    )
-    if not fine:
-        raise ValueError("a field is of another kind than engine.run writes")

@@ -17,6 +17,7 @@ from typing import Any, TextIO, cast
 
 from rich.console import Console
 
+from engine.core.json_records import to_builtins
 from engine.errors import EngineError, ErrorRateError, NothingNew, Stopped, UsageError
 from engine.ledger import Summary
 from engine.log import Log, nowhere
@@ -178,7 +179,7 @@ def _report(console: Console, summary: Summary, settings: Settings) -> None:
         hint = "no row failed" if settings.only_errors else "--overwrite starts again"
         console.print(f"{summary.output} is finished already; {hint}", markup=False, soft_wrap=True)
     if isinstance(console.file, Log) and console.file.as_json:
-        console.file.event("summary", **summary.as_json())
+        console.file.event("summary", **to_builtins(summary.as_record()))
     else:
         show_summary(console, summary)
     try:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+from msgspec import field
+
+from engine.core.json_records import Record, from_json, to_builtins, to_json
 from engine.errors import EngineError, UsageError
+from engine.provenance import RunRecord
 from engine.settings import Settings
 from engine.sink import Done, finished, finished_part, part_name, parts_there
 from engine.storage.location import Url
-from engine.store import LOCK, STALE_S, Folder, StoreError, as_json, open_folder, reason
+from engine.store import LOCK, STALE_S, Folder, StoreError, open_folder, reason
 
 RUN, SUCCESS, LISTING = "_run.json", "_SUCCESS", "_manifest.parquet"
 EXPLANATIONS, INDEX, PICTURES = "explanations", "index.json", "row-*.png"  # of python -m engine.explain
@@ -24,8 +27,52 @@ PATIENCE_S = 2.0
 ACTORS = "_actors.json"  # of a run on Ray: how often the canaries have come well through each
 
 
+class ActorRecord(Record):
+    """An actor of a run on Ray."""
+
+    host: str = ""
+    device: str = ""
+    rounds: int  # how often the canaries have come well through it
+
+
+class ActorsRecord(Record):
+    """`_actors.json`: which actors gave right scores until when."""
+
+    run_id: str
+    actors: dict[str, ActorRecord]  # by id
+
+
+class ReferenceImages(Record, omit_defaults=True):
+    """Images that explained ones are compared with: rows of the run, or the bundle's canaries."""
+
+    rows: tuple[int, ...] = ()
+    canaries: int = 0
+
+
+class ExplainedRow(Record):
+    """A row of `explanations/index.json`."""
+
+    row: int
+    of_class: str = field(name="class")
+    voters: dict[str, str]  # picture by member, and that of the ensemble
+    probability: float
+    typical: float  # mean probability of the reference images
+    shares: dict[str, float]  # of the difference, by member
+    scale: float  # largest change of the probability by one place
+
+
+class ExplanationIndex(Record):
+    """`explanations/index.json`, by `engine.explain`."""
+
+    run_id: str
+    method: str
+    of_class: str = field(name="class")
+    compared_with: ReferenceImages
+    rows: tuple[ExplainedRow, ...]
+
+
 def _short(value: object) -> str:
-    text = str(value)
+    text = str(list(value) if isinstance(value, tuple) else value)
     return f"{text[:12]}..." if len(text) == 64 else repr(value)  # a hash
 
 
@@ -122,46 +169,51 @@ class RunFolder:
     def keep_listing(self) -> None:
         self.files.keep(LISTING)
 
-    def recorded(self) -> dict[str, Any] | None:
-        """What `_run.json` says, None for a new folder."""
+    def recorded(self) -> RunRecord | None:
+        """Read `_run.json`; None for a new folder. Raises UsageError for one that this version can't read."""
         try:
-            recorded = json.loads(self.files.read(RUN, lambda opened: opened.read()))
-            if not isinstance(recorded["result_options"], dict):
-                raise ValueError("no result options")
+            return RunRecord.parse(self.files.read(RUN, lambda opened: opened.read()))
         except FileNotFoundError:
             return None
         except StoreError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"output {self.path}: {RUN} can't be read ({error}); give another -o") from None
-        options = recorded["result_options"]
-        options["device"] = str(options.get("device")).partition(":")[0]  # older runs name the GPU's number
-        return dict(recorded)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"output {self.path}: {RUN} can't be read: {error}; if a newer version of the engine "
+                "wrote it, use that version, else give another -o"
+            ) from None
 
-    def begin(self, run: dict[str, Any]) -> dict[str, Any]:
+    def run(self) -> RunRecord:
+        """Read `_run.json` of a folder that holds a run. Raises UsageError."""
+        run = self.recorded()
+        if run is None:
+            raise UsageError(f"results {self.path}: no {RUN} there; give the output folder of a run")
+        return run
+
+    def begin(self, run: RunRecord) -> RunRecord:
         """Record `run`, or check that the recorded one has the same result options and hand it back."""
         if self._overwrite:
             self.withdraw()
             self._clear()
         recorded = self.recorded()
         if recorded is None:
-            self._write(RUN, run)
+            self._write(RUN, to_json(run))
             return run
         self.check_same(recorded, run)
         return recorded
 
-    def check_same(self, recorded: dict[str, Any], run: dict[str, Any]) -> None:
+    def check_same(self, recorded: RunRecord, run: RunRecord) -> None:
         """Raises UsageError when the run that is recorded has other result options than `run`."""
-        old, new = recorded["result_options"], run["result_options"]
+        old, new = to_builtins(recorded.result_options), to_builtins(run.result_options)
         changed = [
             f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
             for name in {**old, **new}
             if old.get(name) != new.get(name)
         ]
-        if old.get("shards") != new.get("shards"):
+        if old["shards"] != new["shards"]:
             raise UsageError(
-                f"output {self.path}: the run there is {_in_shards(old.get('shards'))}, this one is "
-                f"{_in_shards(new.get('shards'))}; give the same, or another -o"
+                f"output {self.path}: the run there is {_in_shards(old['shards'])}, this one is "
+                f"{_in_shards(new['shards'])}; give the same, or another -o"
             )
         if changed:
             raise UsageError(
@@ -177,34 +229,34 @@ class RunFolder:
     def succeeded(self) -> bool:
         return self.files.exists(SUCCESS)
 
-    def succeed(self, summary: dict[str, Any]) -> None:
+    def succeed(self, success: Record) -> None:
         self.files.delete(REPORT)  # of an unfinished run
-        self._write(SUCCESS, summary)
+        self._write(SUCCESS, to_json(success))
 
-    def _write(self, name: str, data: dict[str, Any]) -> None:
-        self.files.write(name, lambda temporary: temporary.write_text(as_json(data)))
+    def _write(self, name: str, text: str) -> None:
+        self.files.write(name, lambda temporary: temporary.write_text(text))
 
     def there(self) -> set[int]:
         """Indices of the parts on disk, by their names alone."""
         return parts_there(self.files)
 
-    def finished(self, run: dict[str, Any], wanted: Container[int] | None = None) -> dict[int, Done]:
+    def finished(self, run: RunRecord, wanted: Container[int] | None = None) -> dict[int, Done]:
         """The parts on disk, each where the manifest has it; only `wanted` ones, if given.
 
         A part by an actor on Ray counts once the canaries have come well through the actor after it. Raises
         EngineError that names the wrong one.
         """
-        parts, actors = finished(self.files, run["run_id"], wanted), self.actors(run)
+        parts, actors = finished(self.files, run.run_id, wanted), self.actors(run)
         parts = {index: part for index, part in parts.items() if is_vouched(part, actors)}
         for index, part in parts.items():
             self._check(index, part.first_row, part.rows, run)
         return parts
 
-    def has(self, index: int, run: dict[str, Any]) -> bool:
+    def has(self, index: int, run: RunRecord) -> bool:
         """Whether this part is on disk, without a look at the others. Raises EngineError if it is wrong."""
         if not self.files.exists(part_name(index)):
             return False
-        part = finished_part(self.files, run["run_id"], index)
+        part = finished_part(self.files, run.run_id, index)
         self._check(index, part.first_row, part.rows, run)
         return True
 
@@ -220,45 +272,40 @@ class RunFolder:
             found = set(filter(self.files.is_claimed, found))
         return found
 
-    def actors(self, run: dict[str, Any]) -> dict[str, Any]:
-        """What is recorded of each actor on Ray, by its id."""
+    def actors(self, run: RunRecord) -> dict[str, ActorRecord]:
+        """Read what is recorded of each actor on Ray, by its id."""
         try:
-            recorded = json.loads(self.files.read(ACTORS, lambda opened: opened.read()))
-            actors = dict(recorded["actors"]) if recorded["run_id"] == run["run_id"] else {}
-            for name, actor in actors.items():
-                if not isinstance(actor["rounds"], int):
-                    raise ValueError(f"rounds of {name} are {actor['rounds']!r}")
-            return actors
+            recorded = from_json(self.files.read(ACTORS, lambda opened: opened.read()), ActorsRecord)
         except FileNotFoundError:
             return {}
         except StoreError:
             raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise EngineError(
                 f"{self.path / ACTORS}: it can't be read ({error}); delete it and run again"
             ) from None
+        return recorded.actors if recorded.run_id == run.run_id else {}
 
-    def record_actors(self, run: dict[str, Any], actors: dict[str, Any]) -> None:
-        self._write(ACTORS, {"run_id": run["run_id"], "actors": actors})
+    def record_actors(self, run: RunRecord, actors: Mapping[str, ActorRecord]) -> None:
+        self._write(ACTORS, to_json(ActorsRecord(run_id=run.run_id, actors=dict(actors))))
 
-    def complete(self, run: dict[str, Any], parts: dict[int, Done] | None = None) -> dict[int, Done]:
+    def complete(self, run: RunRecord, parts: dict[int, Done] | None = None) -> dict[int, Done]:
         """All parts of the run; their footers have to add up to the manifest. Raises EngineError.
 
         `parts`: as `finished` gives them, where that was called just now.
         """
         parts = self.finished(run) if parts is None else parts
-        rows = run["rows"]
-        for index in range(parts_of(run)):
+        for index in range(run.part_count):
             if index not in parts:
                 raise EngineError(f"{self.path / part_name(index)}: it is missing; run again")
         total = sum(part.rows for part in parts.values())
-        if total != rows:
-            raise EngineError(f"{self.path}: {total} rows in the parts, {rows} in the manifest")
+        if total != run.rows:
+            raise EngineError(f"{self.path}: {total} rows in the parts, {run.rows} in the manifest")
         return parts
 
-    def _check(self, index: int, first_row: int, rows: int, run: dict[str, Any]) -> None:
-        first = index * run["result_options"]["part_rows"]
-        expected = rows_of(run, index)
+    def _check(self, index: int, first_row: int, rows: int, run: RunRecord) -> None:
+        first = index * run.result_options.part_rows
+        expected = run.rows_in_part(index)
         if (first_row, rows) != (first, expected):
             raise EngineError(
                 f"{self.path / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
@@ -278,21 +325,10 @@ def clear_explanations(folder: Folder) -> None:
             folder.location.rmdir()
 
 
-def is_vouched(part: Done, actors: dict[str, Any]) -> bool:
+def is_vouched(part: Done, actors: Mapping[str, ActorRecord]) -> bool:
     """Whether it is by a process of its own, or by an actor that was right after it too."""
-    actor = part.by.get("actor")
-    return actor is None or part.by["round"] < actors.get(actor, {}).get("rounds", 0)
-
-
-def parts_of(run: dict[str, Any]) -> int:
-    """How many parts the run that `_run.json` describes has."""
-    return -(-int(run["rows"]) // int(run["result_options"]["part_rows"]))
-
-
-def rows_of(run: dict[str, Any], index: int) -> int:
-    """How many rows part `index` of that run has."""
-    part_rows = int(run["result_options"]["part_rows"])
-    return max(0, min(part_rows, int(run["rows"]) - index * part_rows))
+    actor = part.by.actor
+    return actor is None or (actor in actors and part.by.round < actors[actor].rounds)
 
 
 def _in_shards(count: int | None) -> str:
@@ -301,6 +337,4 @@ def _in_shards(count: int | None) -> str:
 
 def recorded_bundle(results: Path | Url) -> Path:
     """Where the bundle of the run in `results` was. Raises UsageError when there is no run."""
-    recorded = RunFolder.existing(results).recorded()
-    assert recorded is not None
-    return Path(str(recorded.get("bundle") or Settings.bundle))
+    return Path(RunFolder.existing(results).run().bundle or Settings.bundle)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from engine.bundle import Bundle
 from engine.errors import UsageError
 from engine.listing import MODIFIED, PATH, SIZE
 from engine.manifest import Manifest
+from engine.provenance import ResultOptions
 from engine.records import Status
-from engine.run_folder import RunFolder, parts_of
+from engine.run_folder import RunFolder
+from engine.runners import Choice
 from engine.sink import part_name
 from engine.storage.location import Place, is_url, parse
 from engine.store import atomic
@@ -35,13 +39,32 @@ DECISIVE = {
 Keys = npt.NDArray[np.bytes_]  # 128-bit hashes of place, size and time of change
 
 
-def decisive(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's result options decides its scores, by the names in DECISIVE.
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What decides the scores of a run, by the names in DECISIVE.
 
     Plans of a GPU may be built anew, each passed the gate; INT8 graphs depend on what calibrated them.
     """
-    graphs = options.get("plans") if options.get("precision") == "int8" else None
-    return {name: options.get(name) for name in DECISIVE} | {"int8_graphs": graphs}
+
+    bundle_sha256: str
+    precision: str
+    int8_graphs: dict[str, str] | None  # sha256 by member
+    decode: str | None
+
+    @classmethod
+    def create(cls, bundle: Bundle, choice: Choice) -> Self:
+        graphs = choice.plan_hashes if choice.precision == "int8" else None
+        return cls(bundle.sha256, choice.precision, graphs, bundle.decode)
+
+    @classmethod
+    def of_run(cls, options: ResultOptions) -> Self:
+        graphs = options.plans if options.precision == "int8" else None
+        return cls(options.bundle_sha256, options.precision, graphs, options.decode)
+
+    def differs(self, other: Self) -> str | None:
+        """Return what differs first, in words."""
+        changed = (words for name, words in DECISIVE.items() if getattr(self, name) != getattr(other, name))
+        return next(changed, None)
 
 
 class Earlier:
@@ -51,23 +74,20 @@ class Earlier:
         """Raises UsageError for anything but a finished run that says how its files were."""
         self.place = results
         folder = RunFolder.existing(results)
-        run = folder.recorded()
-        assert run is not None
-        self._files, self._run, self.options = folder.files, run, run["result_options"]
-        self.run_id: str = run["run_id"]
-        self.before: str | None = run.get("since")  # where the run is that this one itself was since
+        run = folder.run()
+        self._files, self._run, self.options = folder.files, run, run.result_options
+        self.run_id = run.run_id
+        self.before = run.since  # where the run is that this one itself was since
         if not folder.succeeded():
             raise UsageError(f"--since {results}: that run is not finished")
-        if self.options.get("redacted_by"):
+        if self.options.redacted_by:
             raise UsageError(f"--since {results}: its paths are hashed, so nothing can be compared")
 
-    def differs(self, options: Mapping[str, Any]) -> str | None:
+    def differs(self, options: ScoreOptions) -> str | None:
         """What makes its scores worthless beside those of a run with `options`, if anything does."""
-        ours, theirs = decisive(self.options), decisive(options)
-        changed = [words for name, words in DECISIVE.items() if ours[name] != theirs[name]]
-        return changed[0] if changed else None
+        return ScoreOptions.of_run(self.options).differs(options)
 
-    def keys(self, options: Mapping[str, Any]) -> Keys:
+    def keys(self, options: ScoreOptions) -> Keys:
         """Of the rows that need no second look, sorted; 16 bytes each.
 
         What this run left out because of one before it counts too, while that one is still there.
@@ -86,10 +106,10 @@ class Earlier:
         return np.sort(np.concatenate(found))
 
     def _own_keys(self) -> Iterator[Keys]:
-        prefix = self.options["column_prefix"]
+        prefix = self.options.column_prefix
         names = [PATH, prefix + SIZE, prefix + MODIFIED, "status"]
         done = pa.array([Status.OK.label, Status.SKIPPED.label])
-        for index in range(parts_of(self._run)):
+        for index in range(self._run.part_count):
             there = self._files.read(part_name(index), pq.read_schema).names
             if missing := set(names) - set(there):
                 raise UsageError(
@@ -98,10 +118,10 @@ class Earlier:
                 )
             table = self._files.read(part_name(index), partial(pq.read_table, columns=names))
             table = table.filter(pc.is_in(table.column("status"), value_set=done))
-            yield _keys(self.options["root"], *table.columns[:3])
+            yield _keys(self.options.root, *table.columns[:3])
 
 
-def write_new(manifest: Manifest, earlier: Earlier, options: Mapping[str, Any], target: Path) -> int:
+def write_new(manifest: Manifest, earlier: Earlier, options: ScoreOptions, target: Path) -> int:
     """Write what is new or changed in `manifest` since `earlier`; returns its rows. Raises UsageError."""
     columns = manifest.columns
     if not pa.types.is_timestamp(_type(columns, MODIFIED)) or not pa.types.is_integer(_type(columns, SIZE)):

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 import nvtx
 import pyarrow as pa
@@ -20,12 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engine.bundle import Bundle
+from engine.core.json_records import Record, from_json, to_builtins
 from engine.errors import EngineError, UsageError
 from engine.listing import PATH
 from engine.manifest import Manifest
 from engine.overlap import Meter
 from engine.privacy import Redaction
-from engine.records import Batch, Part, Status
+from engine.records import Batch, Part, Scorer, Status
 from engine.settings import Settings
 from engine.store import Folder, StoreError, reason
 from engine.triage import Triage
@@ -57,12 +59,16 @@ class Layout:
 
     @classmethod
     def of(
-        cls, bundle: Bundle, manifest: Manifest, settings: Settings, recorded: dict[str, Any] | None = None
+        cls, bundle: Bundle, manifest: Manifest, settings: Settings, *, with_triage: bool = True
     ) -> Layout:
-        """`recorded`: the run that goes on. Raises UsageError for a manifest column with a result's name."""
+        """Raises UsageError for a manifest column with a result's name.
+
+        `with_triage`: False to go on with a run of an older version, which has no such columns.
+        """
         names = tuple(member.name for member in bundle.members)
         column_prefix = settings.column_prefix
-        uids, redaction, triage = settings.include_uids, settings.redaction, _triage(bundle, recorded)
+        uids, redaction = settings.include_uids, settings.redaction
+        triage = Triage.of(bundle) if with_triage else None
         layout = cls(bundle.classes, names, manifest.columns, column_prefix, uids, redaction, triage)
         own = [field.name for field in layout._head() + layout._tail()]
         if len(set(own)) < len(own):
@@ -81,14 +87,15 @@ class Layout:
         bundle: Bundle,
         folder: Folder,
         index: int,
-        recorded: dict[str, Any],
         *,
+        uids: bool,
+        with_triage: bool,
         redaction: Redaction | None,
     ) -> Layout:
         """As a part of a run on disk has it; its manifest columns have their prefix already."""
         names = tuple(member.name for member in bundle.members)
-        uids = recorded["result_options"].get("include_uids", False)
-        bare = cls(bundle.classes, names, pa.schema([]), "", uids, redaction, _triage(bundle, recorded))
+        triage = Triage.of(bundle) if with_triage else None
+        bare = cls(bundle.classes, names, pa.schema([]), "", uids, redaction, triage)
         own = set(bare.schema.names)
         stored = folder.read(part_name(index), pq.read_schema)
         return replace(bare, passthrough=pa.schema([field for field in stored if field.name not in own]))
@@ -124,10 +131,6 @@ class Layout:
             *(pa.field(name, pa.float32()) for name in scores),
             *(self.triage.fields if self.triage else ()),
         ]
-
-
-def _triage(bundle: Bundle, recorded: dict[str, Any] | None) -> Triage | None:
-    return Triage.of(bundle) if recorded is None or "operating_points" in recorded else None
 
 
 class PartBuffer:
@@ -197,6 +200,26 @@ class PartBuffer:
         return pa.array(words, pa.string())
 
 
+class PartFooter(Record):
+    """What the metadata of a part say of it."""
+
+    part: int  # index
+    by_status: dict[str, int]
+    by_class: dict[str, int]
+    by: Scorer = Scorer()
+    written: str | None = None  # ISO 8601
+
+    @property
+    def written_at(self) -> datetime | None:
+        return datetime.fromisoformat(self.written) if self.written else None
+
+
+class _Owner(msgspec.Struct):
+    """Of `_run.json` in the metadata of a part, all that is read there; other fields are passed over."""
+
+    run_id: str
+
+
 @dataclass(frozen=True)
 class Done:
     """A part on disk."""
@@ -206,7 +229,7 @@ class Done:
     rows: int
     by_status: dict[str, int]
     by_class: dict[str, int]
-    by: dict[str, Any]  # who scored it: see `provenance.worker`; empty in results of older versions
+    by: Scorer
     written: datetime | None  # for the first time, UTC; unknown of parts of older versions
 
     @property
@@ -215,7 +238,7 @@ class Done:
 
 
 class Sink:
-    """Writes the parts of one run into `folder`. Each file holds `provenance`, and `by` whom it was scored.
+    """Writes the parts of one run into `folder`; each file holds the JSON `provenance` and its scorer.
 
     With `fold` the rows replace those of the same numbers in a part that is there already. `written` is
     called with the index of each part that is safe.
@@ -225,15 +248,15 @@ class Sink:
         self,
         folder: Folder,
         layout: Layout,
-        provenance: dict[str, Any],
-        by: dict[str, Any],
+        provenance: bytes,
+        by: Scorer,
         *,
         fold: bool = False,
         written: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._written = written
-        self._folder, self._layout, self._by, self._fold = folder, layout, by, fold
-        self._provenance = json.dumps(provenance).encode()
+        self._folder, self._layout, self._provenance, self._fold = folder, layout, provenance, fold
+        self.by = by  # may be replaced between two parts
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch | Done]:
         """Hand each batch on once its rows are kept, and a Done after each part that is safe on disk.
@@ -263,26 +286,26 @@ class Sink:
             written: datetime | None = datetime.now(UTC)
             if self._fold:
                 old = self._folder.read(name, _table)
-                table, written = _folded(old, table), _written(json.loads(old.schema.metadata[_PART]))
+                table = _folded(old, table)
+                written = from_json(old.schema.metadata[_PART], PartFooter).written_at
             done = Done(
                 index,
                 table.column("row")[0].as_py(),
                 table.num_rows,
                 _counts(table, "status"),
                 _counts(table, "prediction"),
-                dict(self._by),
+                self.by,
                 written,
             )
-            facts = {
-                "part": index,
-                "by_status": done.by_status,
-                "by_class": done.by_class,
-                "by": done.by,
-                "written": written and written.isoformat(timespec="milliseconds"),
-            }
-            table = table.replace_schema_metadata(
-                {METADATA: self._provenance, _PART: json.dumps(facts).encode()}
+            footer = PartFooter(
+                part=index,
+                by_status=done.by_status,
+                by_class=done.by_class,
+                by=done.by,
+                written=written.isoformat(timespec="milliseconds") if written else None,
             )
+            about = json.dumps(to_builtins(footer)).encode()
+            table = table.replace_schema_metadata({METADATA: self._provenance, _PART: about})
             self._folder.write(
                 name, partial(pq.write_table, table, compression="zstd", row_group_size=ROW_GROUP)
             )
@@ -353,21 +376,21 @@ def finished_part(folder: Folder, run_id: str, index: int) -> Done:
 
 def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:
     metadata = footer.metadata or {}
-    facts, owner = json.loads(metadata[_PART]), json.loads(metadata[METADATA])["run_id"]
+    about, owner = from_json(metadata[_PART], PartFooter), from_json(metadata[METADATA], _Owner).run_id
     if owner != run_id:
         raise ValueError(f"it belongs to run {owner}")
-    if facts["part"] != index:
-        raise ValueError(f"it is part {facts['part']}")
+    if about.part != index:
+        raise ValueError(f"it is part {about.part}")
     row, prediction = _statistics(footer, "row"), _statistics(footer, "prediction")
     first, last = min(group.min for group in row), max(group.max for group in row)
     done = Done(
         index,
         first,
         footer.num_rows,
-        facts["by_status"],
-        facts["by_class"],
-        facts.get("by", {}),
-        _written(facts),
+        about.by_status,
+        about.by_class,
+        about.by,
+        about.written_at,
     )
     if last - first + 1 != done.rows:
         raise ValueError(f"rows {first} to {last} in {done.rows} rows")
@@ -377,11 +400,6 @@ def _from_footer(index: int, footer: pq.FileMetaData, run_id: str) -> Done:
     if not scored == done.by_status.get("ok", 0) == sum(done.by_class.values()):
         raise ValueError(f"{scored} rows have scores, {done.by_status.get('ok', 0)} are ok")
     return done
-
-
-def _written(facts: dict[str, Any]) -> datetime | None:
-    moment = facts.get("written")
-    return datetime.fromisoformat(moment) if moment else None
 
 
 def _statistics(footer: pq.FileMetaData, column: str) -> list[Any]:

@@ -11,14 +11,13 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,15 +26,15 @@ from engine import installed
 from engine.bundle import Bundle
 from engine.errors import EngineError, NothingNew, Stopped, UsageError
 from engine.findings import Report, size
-from engine.job import Say, check_paths, indices_of, list_new, manifest_of
+from engine.job import Say, check_paths, list_new, manifest_of
 from engine.listing import in_words
 from engine.manifest import Manifest
 from engine.overlap import Meter
 from engine.pipeline import READ_THREADS
-from engine.provenance import describe
+from engine.provenance import RunRecord
 from engine.reader import Reader
-from engine.records import Batch, Header, Part, Status
-from engine.run_folder import RunFolder, rows_of
+from engine.records import Batch, Header, Part, Scorer, Status
+from engine.run_folder import RunFolder
 from engine.runners import Choice
 from engine.settings import Settings
 from engine.since import Earlier
@@ -232,8 +231,13 @@ def _forecast(
         report.problem(str(error), f"python -m engine.run {where} --column-prefix manifest_")
         return
     advice = advise(settings, models, choice, recorded=None)
-    run = describe(advice.settings, None, manifest, models, choice, since=_since(settings))
-    done = _output(report, run)
+    since = _since(settings)
+
+    def describe(recorded: RunRecord | None) -> RunRecord:
+        return RunRecord.create(advice.settings, recorded, manifest, models, choice, since=since)
+
+    run = describe(None)
+    done = _output(report, describe)
     try:
         rate, source = _rate(settings, manifest, found, scratch, say, stop)
     except Stopped:
@@ -244,7 +248,7 @@ def _forecast(
     reading = sampled.rows / sampled.elapsed_s
     if reading < rate and sampled.elapsed_s > 1:  # not for threads that have only just begun
         rate, source = reading, f"what reading gave ({source}, but for that: {rate:.1f})"
-    left = sum(rows_of(run, index) for index in indices_of(run, settings.shard)) - done
+    left = run.shard_rows(settings.shard) - done
     took = timedelta(seconds=left / rate)
     report.line("rate", f"{rate:.1f} images/s, {source}")
     report.line(
@@ -279,8 +283,11 @@ def _since(settings: Settings) -> str | None:
     return f"{Earlier(settings.since).run_id} of {absolute(settings.manifest)}" if settings.since else None
 
 
-def _output(report: Report, run: dict[str, Any]) -> int:
-    """What the output folder holds; the rows that are done there already."""
+def _output(report: Report, describe: Callable[[RunRecord | None], RunRecord]) -> int:
+    """Say what the output folder holds; return how many rows are done there already.
+
+    `describe` the run, which may go on with a recorded one.
+    """
     settings = report.settings
     where = f"python -m engine.run {report.place(settings.manifest, 'MANIFEST')}"
     folder = RunFolder(settings.output, overwrite=settings.overwrite)
@@ -293,17 +300,13 @@ def _output(report: Report, run: dict[str, Any]) -> int:
         if settings.overwrite:
             report.line("output", f"{settings.output}: the run there would be deleted")
             return 0
-        finished = folder.finished(recorded, indices_of(recorded, settings.shard))
-        if settings.batch_size is None:
-            run["result_options"]["batch_size"] = recorded["result_options"]["batch_size"]
-        if settings.part_rows is None:
-            run["result_options"]["part_rows"] = recorded["result_options"]["part_rows"]
-        folder.check_same(recorded, run)
+        finished = folder.finished(recorded, recorded.part_indices(settings.shard))
+        folder.check_same(recorded, describe(recorded))
     except (EngineError, OSError) as error:
         report.problem(str(error), f"{where} -o FOLDER")
         return 0
     done = sum(part.rows for part in finished.values())
-    rows = sum(rows_of(recorded, index) for index in indices_of(recorded, settings.shard))
+    rows = recorded.shard_rows(settings.shard)
     state = "finished" if folder.succeeded() else f"{done} of {rows} rows done, it goes on there"
     report.line("output", f"{settings.output}: {state}")
     return done
@@ -340,9 +343,7 @@ def _span(span: timedelta) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def _bytes_a_row(
-    manifest: Manifest, models: Bundle, layout: Layout, run: dict[str, Any], scratch: Path
-) -> float:
+def _bytes_a_row(manifest: Manifest, models: Bundle, layout: Layout, run: RunRecord, scratch: Path) -> float:
     """Of the manifest's first rows with random scores, as the run's own sink writes them."""
     part = next(manifest.parts(WRITTEN_ROWS))
     rng, rows, classes = np.random.default_rng(0), part.rows, len(models.classes)
@@ -362,7 +363,7 @@ def _bytes_a_row(
     )
     output = scratch / "written"
     output.mkdir()
-    for _ in Sink(LocalFolder(output), layout, run, {}).stage([batch], Meter("write")):
+    for _ in Sink(LocalFolder(output), layout, run.to_metadata(), Scorer()).stage([batch], Meter("write")):
         pass
     return (output / part_name(0)).stat().st_size / rows
 

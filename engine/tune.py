@@ -31,14 +31,16 @@ from rich.console import Console
 from engine import bundle
 from engine.bundle import Bundle
 from engine.command import Parser, number
+from engine.core.json_records import to_builtins
+from engine.core.tuning import Tuning
 from engine.errors import EngineError, Stopped, UsageError
 from engine.job import Say, check_paths, choice_of
 from engine.ledger import Progress
 from engine.manifest import Manifest, open_manifest
 from engine.options import OPTIONS
 from engine.pipeline import Opening, Stages, meters_for
-from engine.provenance import defaults, describe
-from engine.records import Part
+from engine.provenance import RunRecord, defaults
+from engine.records import Part, Scorer
 from engine.run import answered, hush_libraries, stop_on_signal
 from engine.runners import Choice
 from engine.settings import Settings, available_cpus, parse_location
@@ -218,6 +220,7 @@ class Trials:
         self._manifest, self._say, self._stop = manifest, say, stop
         self._folder = LocalFolder(scratch)
         self._layout = Layout.of(models, manifest, settings)
+        self._run = RunRecord.create(settings, None, manifest, models, choice)
         self.paths = sample(manifest)
         self._at = 0
         self._opened: dict[object, Stages] = {}
@@ -225,7 +228,7 @@ class Trials:
         self.limits: dict[
             Knobs, Counter[str]
         ] = {}  # of each candidate, in how many visits a stage was the limit
-        self.tuning: dict[str, dict[str, Any]] = {}  # by runner, what a GPU's own tuning has settled
+        self.tuning: dict[str, Tuning] = {}  # by runner, what a GPU's own tuning has settled
 
     def __enter__(self) -> Trials:
         return self
@@ -252,13 +255,14 @@ class Trials:
     def visit(self, knobs: Knobs, seconds: float) -> float:
         """Images/s from end to end."""
         stages = self._stages(knobs)
-        run = stages.opening.run
-        batch_size = run["result_options"]["batch_size"] = self._batch(knobs)
+        batch_size = self._batch(knobs)
+        stages.opening = replace(stages.opening, batch_size=batch_size)
         stages.meters = meters_for(stages.opening.workers, gpu=self._choice.gpu is not None)
         window, progress = _Window(self._lanes(knobs), seconds, self._stop), Progress(sys.maxsize)
-        parts = self._parts(run["result_options"]["part_rows"])
+        parts = self._parts(self._run.result_options.part_rows)
+        sink = Sink(self._folder, self._layout, self._run.to_metadata(), Scorer())
         with suppress(_Enough):
-            stages.run(parts, Sink(self._folder, self._layout, run, {}), progress, window, None)
+            stages.run(parts, sink, progress, window, None)
         self._at += progress.rows_done + 8 * batch_size  # behind what was read ahead
         self.by_status += progress.by_status
         busiest = max(stages.meters.values(), key=lambda meter: meter.occupancy(progress.elapsed_s))
@@ -283,24 +287,30 @@ class Trials:
             widest = knobs if gpu else replace(knobs, batch_size=CPU_BATCHES[-1])
             stages = self._open(widest.on(self._settings))
             self._opened[key] = stages.__enter__()
-            tuned = stages.opening.run["tuning"]
-            if "batch_size_asked" in tuned:
+            tuning = stages.settled.tuning
+            if tuning.batch_size_asked is not None:
                 raise EngineError(f"out of memory with {knobs}")
             runner = stages.opening.choice.runner
-            self.tuning[runner] = {name: tuned[name] for name in ("compiled", "decoding") if name in tuned}
+            self.tuning[runner] = Tuning(compiled=tuning.compiled, decoding=tuning.decoding)
         return self._opened[key]
 
     def _open(self, settings: Settings) -> Stages:
         models, manifest = self._models, self._manifest
         choice = choice_of(settings, models)
-        run = describe(settings, None, manifest, models, choice, since=None)
+        rows, tuning = manifest.rows, Tuning()
         if choice.gpu:
             from engine.gpu.tuning import TUNE_ROWS
 
-            run["rows"] = max(run["rows"], TUNE_ROWS)  # it is tuned for a long run
-            run["tuning"] |= self.tuning.get(choice.runner, {})
+            rows = max(rows, TUNE_ROWS)  # it is tuned for a long run
+            tuning = self.tuning.get(choice.runner, tuning)
         opening = Opening(
-            settings, models, run, choice, self._say, manifest.root, resumed=False, manifest=manifest
+            *(settings, models, choice, self._say, manifest.root),
+            batch_size=settings.batch_size or defaults(choice)[0],
+            part_rows=self._run.result_options.part_rows,
+            rows=rows,
+            tuning=tuning,
+            resumed=False,
+            manifest=manifest,
         )
         return Stages(opening)
 
@@ -352,7 +362,8 @@ def tune(settings: Settings, *, seconds: float, say: Say, stop: threading.Event)
         say(f"not tried, for want of time (--seconds {seconds:g}): {'; '.join(map(str, found.left_out))}")
     limits = trials.limits[found.knobs].most_common(1)[0][0]
     verdict = f"{_in_words(found, choice)}; {LIMITED_BY[limits]} this machine"
-    knobs = replace(found.knobs, **trials.tuning.get(found.knobs.runner or choice.runner, {}))
+    tuning = trials.tuning.get(found.knobs.runner or choice.runner, Tuning())
+    knobs = replace(found.knobs, **to_builtins(tuning))
     facts = {
         "verdict": verdict,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),

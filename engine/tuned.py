@@ -18,7 +18,9 @@ from statistics import median
 from typing import Any
 
 from engine.bundle import Bundle
-from engine.provenance import processor_name, versions
+from engine.core.json_records import from_builtins
+from engine.core.tuning import Tuning
+from engine.provenance import RunRecord, UsedProfile, processor_name, versions
 from engine.runners import RUNNERS, Choice
 from engine.settings import Settings, available_cpus
 from engine.store import as_json, atomic
@@ -168,21 +170,19 @@ class Advice:
 
     settings: Settings  # with what fits of the profile
     line: str | None = None  # for people
-    recorded: dict[str, Any] | None = None  # for `_run.json`
-    tuning: dict[str, Any] | None = None  # what a run on a GPU need not tune
+    recorded: UsedProfile | None = None  # for `_run.json`
+    tuning: Tuning | None = None  # what a run on a GPU need not tune
 
 
-def advise(
-    settings: Settings, models: Bundle, choice: Choice, *, recorded: Mapping[str, Any] | None
-) -> Advice:
+def advise(settings: Settings, models: Bundle, choice: Choice, *, recorded: RunRecord | None) -> Advice:
     """The profile that fits machine and bundle, where the user named nothing.
 
     `choice` is what runs the members by `settings` alone. A run that is resumed keeps the result options that
     are `recorded` for it. A profile that does not fit or can't be read is ignored, with a line.
     """
-    began_with = ((recorded and recorded.get("profile")) or {}).get("knobs", {})
-    if "runner" in began_with and settings.runner == "auto":
-        settings = replace(settings, runner=began_with["runner"])
+    began_with = recorded.profile.knobs.get("runner") if recorded and recorded.profile else None
+    if began_with and settings.runner == "auto":
+        settings = replace(settings, runner=str(began_with))
     folder = folder_of(models.path)
     machine = machine_of(models, choice)
     path = path_of(models.path, machine)
@@ -214,8 +214,8 @@ def advise(
     return Advice(
         applied,
         line if used.named or nothing_gained else None,
-        {"file": path.name, "knobs": used.named},
-        knobs.for_gpu,
+        UsedProfile(file=path.name, knobs=used.named),
+        from_builtins(knobs.for_gpu, Tuning),
     )
 
 

@@ -62,9 +62,8 @@ def check_order(name: str, *numbers: float) -> None:
 def from_json(text: bytes | str, kind: type[T]) -> T:
     """Parse `text` into a `kind`. Raises ValueError in one line: field, value, what is allowed."""
     try:
-        data = json.loads(
-            text
-        )  # msgspec refuses lone surrogates, as which file names that are not UTF-8 are kept
+        # msgspec's own parser refuses lone surrogates, as which file names that are not UTF-8 are kept
+        data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({_one_line(error)})") from None
     return from_builtins(data, kind)

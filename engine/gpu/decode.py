@@ -20,6 +20,7 @@ import numpy.typing as npt
 import nvtx
 import simplejpeg
 
+from engine.core.tuning import DecodeTuning
 from engine.errors import EngineError
 from engine.gpu import frames
 from engine.gpu.frames import Framed, FrameGraph
@@ -33,15 +34,8 @@ LANES = 2  # pipelines that take turns: one decodes while the other is fed, and 
 SHARES = 1 << 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """What `engine.gpu.tuning` settles at the start of a run; recorded, and kept on resume."""
-
-    hw_decoder_load: float = 0.65
-    hybrid_huffman_threshold: int = 1_000_000  # pixels
-    width_hint: int = 0
-    height_hint: int = 0
-    cpu_share: float = 0.0  # of the JPEGs, by the length of the file; 1: of every image
+class Decoding(DecodeTuning):
+    """Where images are decoded, and how."""
 
     def on_gpu(self, data: bytes, header: Header) -> bool:
         """Whether DALI decodes the image: a function of its bytes alone."""

@@ -19,6 +19,7 @@ import nvtx
 import torch
 
 from engine.bundle import Bundle
+from engine.core.tuning import StreamTuning
 from engine.ensemble import record
 from engine.gpu.fuse import Fusion
 from engine.gpu.slots import Ring, Slot
@@ -193,7 +194,7 @@ class GpuStep:
             end.synchronize()
         return float(start.elapsed_time(end)) / 1000 / batches
 
-    def choose_streams(self) -> dict[str, Any]:
+    def choose_streams(self) -> StreamTuning:
         """Time concurrent members against sequential ones and keep the faster; concurrent unless it loses."""
         seconds = {}
         for concurrent in (True, False):
@@ -202,12 +203,12 @@ class GpuStep:
         concurrent = seconds[True] <= WORTH * seconds[False]
         if concurrent != self.concurrent:
             self.prepare(concurrent=concurrent)
-        return {
-            "concurrent": concurrent,
-            "sequential_ms": round(1000 * seconds[False], 4),
-            "concurrent_ms": round(1000 * seconds[True], 4),
-            "gain": round(seconds[False] / seconds[True], 4),
-        }
+        return StreamTuning(
+            concurrent=concurrent,
+            sequential_ms=round(1000 * seconds[False], 4),
+            concurrent_ms=round(1000 * seconds[True], 4),
+            gain=round(seconds[False] / seconds[True], 4),
+        )
 
     def close(self) -> None:
         """Wait for what is in flight: its buffers go with this object. The runners belong to the caller."""

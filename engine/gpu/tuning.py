@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
+from msgspec import structs
+
+from engine.core.tuning import DecodeTrial
 from engine.gpu.decode import Decoding
 from engine.overlap import Meter
 from engine.records import Batch
@@ -23,7 +26,7 @@ CPU_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 Rate = Callable[[Decoding], float]  # images/s with these settings
 
 
-def tune(sample: Sequence[Batch], rate: Rate) -> tuple[Decoding, list[dict[str, Any]]]:
+def tune(sample: Sequence[Batch], rate: Rate) -> tuple[Decoding, tuple[DecodeTrial, ...]]:
     """The fastest settings for `sample`, and every setting that was tried, with its rate in images/s.
 
     One knob after the other, each from where the last one ended.
@@ -33,11 +36,11 @@ def tune(sample: Sequence[Batch], rate: Rate) -> tuple[Decoding, list[dict[str, 
         width_hint=max((header.width for header in jpegs), default=0),
         height_hint=max((header.height for header in jpegs), default=0),
     )
-    tried: list[dict[str, Any]] = []
+    tried: list[DecodeTrial] = []
 
     def measured(candidate: Decoding) -> float:
         found = rate(candidate)
-        tried.append(asdict(candidate) | {"images_per_s": round(found, 1)})
+        tried.append(DecodeTrial(**structs.asdict(candidate), images_per_s=round(found, 1)))
         return found
 
     fastest = measured(best)
@@ -48,13 +51,13 @@ def tune(sample: Sequence[Batch], rate: Rate) -> tuple[Decoding, list[dict[str, 
     ):
         start = best
         for value in values:
-            candidate = replace(start, **{knob: value})  # type: ignore[arg-type]
+            candidate = structs.replace(start, **{knob: value})
             found = measured(candidate)
             if found > WORTH * fastest:
                 best, fastest = candidate, found
             elif knob == "cpu_share":
                 break  # the CPU has its fill
-    return best, tried
+    return best, tuple(tried)
 
 
 def rate_of(

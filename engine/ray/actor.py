@@ -20,14 +20,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from engine import bundle
 from engine.canaries import Canaries, Guard, scores
+from engine.core.tuning import Settled, Tuning
 from engine.core.version import __version__
 from engine.errors import EngineError, Stopped, UsageError
 from engine.overlap import Meter
 from engine.pipeline import Opening, Stages, flow
-from engine.provenance import versions, worker
+from engine.provenance import scorer_of, versions
 from engine.ray.cluster import Post
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
@@ -65,7 +67,10 @@ class Hello:
 class Work:
     """What an actor opens its stages for."""
 
-    run: dict[str, Any]  # as `_run.json`, with batch size, runner ... of this actor's kind
+    batch_size: int  # of this actor's kind
+    part_rows: int
+    rows: int  # of the run
+    tuning: Tuning
     layout: Layout
     root: Place
     resumed: bool  # keep what is tuned
@@ -79,9 +84,7 @@ class Work:
 class Opened:
     """What opening has settled."""
 
-    batch_size: int
-    tuning: dict[str, Any]
-    versions: dict[str, str]
+    settled: Settled
     expected: npt.NDArray[np.float32] | None
     lines: list[str]
 
@@ -184,11 +187,14 @@ class Actor:
         """Open the stages; the canaries have to come through them well. Raises EngineError."""
         return self._do(partial(self._open, work))
 
-    def begin(self, run: dict[str, Any]) -> None:
-        """Parts may come. `run` is what `_run.json` says."""
-        self._by = worker(self._choice) | {"actor": self._brief.name, "round": self._guard.rounds}
-        self._guard.passed = lambda rounds: self._by.update(round=rounds)
-        self._sink = Sink(open_folder(self._settings.output), self._layout, run, self._by)
+    def begin(self, provenance: bytes) -> None:
+        """Parts may come, whose footers are to hold `provenance`."""
+        by = structs.replace(scorer_of(self._choice), actor=self._brief.name, round=self._guard.rounds)
+        self._sink = Sink(open_folder(self._settings.output), self._layout, provenance, by)
+        self._guard.passed = self._passed
+
+    def _passed(self, rounds: int) -> None:
+        self._sink.by = structs.replace(self._sink.by, round=rounds)
 
     def take(self, part: Part) -> Done:
         """Score a part and write it. Several may be taken at once."""
@@ -259,14 +265,17 @@ class Actor:
         opening = Opening(
             self._settings,
             self._models,
-            work.run,
             self._choice,
             lines.append,
             work.root,
+            batch_size=work.batch_size,
+            part_rows=work.part_rows,
+            rows=work.rows,
+            tuning=work.tuning,
             resumed=work.resumed,
         )
         self._stages = self._opened.enter_context(work.stages_of(opening))
-        batch_size = work.run["result_options"]["batch_size"]
+        batch_size = self._stages.settled.batch_size
         canaries, expected = Canaries.of(self._models), work.expected
         if self._choice.precision == "int8":  # whose scores are far from float32's
             if expected is None:
@@ -274,7 +283,7 @@ class Actor:
             canaries = replace(canaries, expected=expected)
         self._guard = Guard(self._stages.step, canaries, batch_size)
         self._guard.check()
-        return Opened(batch_size, work.run["tuning"], work.run["versions"], expected, lines)
+        return Opened(self._stages.settled, expected, lines)
 
     def _see_the_same(self, work: Work) -> None:
         """Raises UsageError where this machine sees other folders than the driver's."""

@@ -7,14 +7,14 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from engine.bundle import Bundle
 from engine.core.version import __version__
 from engine.errors import EngineError, ParityError, Stopped, UsageError
 from engine.job import Say
-from engine.provenance import versions
+from engine.provenance import HardwareGroup, versions
 from engine.ray.actor import Actor, Brief, Hello, Pulse
 from engine.ray.cluster import Post, joined, posts_for
 from engine.runners import Choice
@@ -45,8 +45,20 @@ class Kind:
             choice.runner, choice.device, choice.precision, plans, choice.gpu.name if choice.gpu else None
         )
 
-    def as_json(self, batch_size: int) -> dict[str, Any]:
-        return asdict(self) | {"plans": dict(self.plans) or None, "batch_size": batch_size}
+    @classmethod
+    def of_record(cls, group: HardwareGroup) -> Kind:
+        plans = tuple(sorted((group.plans or {}).items()))
+        return cls(group.runner, group.device, group.precision, plans, group.gpu)
+
+    def as_record(self, batch_size: int) -> HardwareGroup:
+        return HardwareGroup(
+            runner=self.runner,
+            device=self.device,
+            precision=self.precision,
+            plans=dict(self.plans) or None,
+            gpu=self.gpu,
+            batch_size=batch_size,
+        )
 
 
 @dataclass(eq=False)

@@ -14,20 +14,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from engine.core.json_records import to_builtins
+from engine.core.tuning import Settled, Tuning
 from engine.errors import EngineError, ParityError, Stopped
 from engine.job import Job, Say, Watch, close_ledger, prepare
-from engine.ledger import Summary
+from engine.ledger import ActorCounts, Summary
 from engine.overlap import Meter
 from engine.pipeline import Stages
-from engine.provenance import defaults
+from engine.provenance import HardwareGroup, defaults
 from engine.ray.actor import Opened, Pulse, Work
 from engine.ray.crew import MOST_PARTS, PARTS, PULSE, Crew, Hand, Kind
 from engine.ray.isolation import Isolation
 from engine.ray.supply import Supply
 from engine.records import Part
-from engine.run_folder import is_vouched, parts_of
+from engine.run_folder import ActorRecord, is_vouched
 from engine.settings import Settings
 from engine.sink import Done
 from engine.storage import Storage
@@ -99,7 +100,7 @@ class Run:
         self._batch_sizes: dict[Kind, int] = {}
         self.done: dict[int, Done] = {}  # by this start
         self._unvouched: dict[str, set[int]] = {}  # parts that are done, by the actor's name
-        self._actors: dict[str, Any] = {}  # `_actors.json`
+        self._actors: dict[str, ActorRecord] = {}
         self._recorded, self._changed = time.monotonic(), False
         self._strikes: Counter[int] = Counter()
         self._crashed: dict[int, frozenset[int]] = {}  # positions, of parts that were looked into
@@ -116,7 +117,7 @@ class Run:
         self.progress = job.progress()
         self._by_status = self.progress.by_status.copy()  # of parts that are done
         self._actors = job.folder.actors(job.run)
-        self.supply = Supply(self._parts_of, set(range(parts_of(job.run))) - set(job.done))
+        self.supply = Supply(self._parts_of, set(range(job.run.part_count)) - set(job.done))
         crew.begun = True
         try:
             for hand in list(crew.hands):
@@ -134,13 +135,13 @@ class Run:
             parts=parts,
             decoder_restarts=sum(pulse.crashes for pulse in pulses),
             decoder_refusals=sum(pulse.refusals for pulse in pulses),
-            actors={
-                "started": len(crew.hands) + len(crew.past),
-                "lost": len(crew.past) - len(crew.refused),
-                "refused": crew.refused,
-                "parts_done_again": self.parts_again,
-                "rows_crashed": sum(map(len, self._crashed.values())),
-            },
+            actors=ActorCounts(
+                started=len(crew.hands) + len(crew.past),
+                lost=len(crew.past) - len(crew.refused),
+                refused=tuple(crew.refused),
+                parts_done_again=self.parts_again,
+                rows_crashed=sum(map(len, self._crashed.values())),
+            ),
         )
 
     def _parts_of(self, wanted: set[int]) -> Iterator[Part]:
@@ -148,21 +149,23 @@ class Run:
 
     def _settle(self) -> None:
         """One actor of each kind settles what is tuned; the run's options say which kinds there are."""
-        run, settings = self.job.run, self.job.settings
-        recorded = None if settings.overwrite else self.job.folder.recorded()
+        job, settings = self.job, self.job.settings
+        recorded = None if settings.overwrite else job.folder.recorded()
         choices = {hand.kind: hand.hello.choice for hand in self.crew.hands if hand.hello}
-        before = {_key(one): one["batch_size"] for one in _kinds(recorded)}
+        groups = recorded.result_options.kinds or () if recorded else ()
+        before = {Kind.of_record(group): group.batch_size for group in groups}
         for kind, choice in choices.items():
             default = settings.batch_size or defaults(choice)[0]
-            known = before.get(_key(kind.as_json(default)), default)
-            self._batch_sizes[kind] = known if len(choices) > 1 else run["result_options"]["batch_size"]
+            known = before.get(kind, default)
+            self._batch_sizes[kind] = known if len(choices) > 1 else job.run.result_options.batch_size
         for kind in choices:
             self._lead(kind)
         if len(choices) > 1:
-            kinds = [kind.as_json(size) for kind, size in self._batch_sizes.items()]
-            run["result_options"]["kinds"] = sorted(kinds, key=_key)
+            kinds = [kind.as_record(size) for kind, size in self._batch_sizes.items()]
+            job.run = job.run.with_options(kinds=tuple(sorted(kinds, key=_key)))
             if settings.part_rows is None and recorded is None:
-                run["result_options"]["part_rows"] = min(defaults(choice)[1] for choice in choices.values())
+                part_rows = min(defaults(choice)[1] for choice in choices.values())
+                job.run = job.run.with_options(part_rows=part_rows)
 
     def _lead(self, kind: Kind) -> None:
         """Open one actor of a kind; another when it is lost. Raises ParityError when all are refused."""
@@ -193,17 +196,12 @@ class Run:
         job, kind = self.job, hand.kind
         assert hand.hello
         choice, leader = hand.hello.choice, self._leaders.get(kind)
-        options = {
-            "runner": choice.runner,
-            "device": choice.device,
-            "precision": choice.precision,
-            "plans": choice.plan_hashes,
-            "batch_size": self._batch_sizes[kind],
-            "decoder": job.settings.decoder if choice.gpu else None,
-        }
-        tuning = leader.tuning if leader else job.run["tuning"] if choice.gpu else {}
+        tuning = leader.settled.tuning if leader else job.run.tuning if choice.gpu else Tuning()
         work = Work(
-            job.run | {"result_options": job.run["result_options"] | options, "tuning": dict(tuning)},
+            self._batch_sizes[kind],
+            job.part_rows,
+            job.run.rows,
+            tuning,
             job.layout,
             job.manifest.root,
             job.resumed or leader is not None,
@@ -216,16 +214,17 @@ class Run:
         self.crew.call(hand, "open", work, then=self._opened)
 
     def _opened(self, hand: Hand, opened: Opened) -> None:
-        run, kind = self.job.run, hand.kind
+        job, kind = self.job, hand.kind
         hand.opened = True
         if kind not in self._leaders:
             self._leaders[kind] = opened
-            self._batch_sizes[kind] = opened.batch_size
-            self.job.opening_lines += opened.lines
-            if kind.device == run["result_options"]["device"]:
-                run["result_options"]["batch_size"] = opened.batch_size
-                run["tuning"] |= opened.tuning
-            run["versions"] |= opened.versions
+            self._batch_sizes[kind] = opened.settled.batch_size
+            job.opening_lines += opened.lines
+            settled = opened.settled
+            if kind.device != job.run.result_options.device:  # only the versions are of interest
+                known = job.run.result_options.batch_size, job.run.tuning
+                settled = Settled(*known, settled.versions)
+            job.run = job.run.with_settled(settled)
         if self.crew.begun:
             self._begin(hand)
 
@@ -233,7 +232,7 @@ class Run:
         def begun(hand: Hand, answer: None) -> None:
             hand.ready = True
 
-        self.crew.call(hand, "begin", self.job.run, then=begun)
+        self.crew.call(hand, "begin", self.job.run.to_metadata(), then=begun)
 
     @cached_property
     def _witnesses(self) -> tuple[str, ...]:
@@ -262,7 +261,7 @@ class Run:
 
     def _work(self) -> dict[int, Done]:
         """Until each part is done for good; returns what their footers say."""
-        total = parts_of(self.job.run) - len(self.job.done)
+        total = self.job.run.part_count - len(self.job.done)
         while True:
             while len(self.done) < total or any(self._unvouched.values()):
                 self._turn()
@@ -412,10 +411,12 @@ class Run:
 
     def _vouch(self, hand: Hand, rounds: int) -> None:
         """The canaries came well through an actor: what it wrote before that counts."""
-        if rounds <= self._actors.get(hand.name, {}).get("rounds", 0):
+        known = self._actors.get(hand.name)
+        if rounds <= (known.rounds if known else 0):
             return
         assert hand.hello
-        self._actors[hand.name] = {"host": hand.host, "device": hand.hello.choice.device, "rounds": rounds}
+        device = hand.hello.choice.device
+        self._actors[hand.name] = ActorRecord(host=hand.host, device=device, rounds=rounds)
         self._changed = True
         left = self._unvouched.get(hand.name, set())
         self._unvouched[hand.name] = {one for one in left if not is_vouched(self.done[one], self._actors)}
@@ -538,9 +539,5 @@ def is_sooner_elsewhere(rows: int, mine: Load, others: Sequence[Load], left: int
     return theirs_s < (mine.rows + rows) / mine.rate
 
 
-def _key(kind: dict[str, Any]) -> str:
-    return json.dumps(kind | {"batch_size": None}, sort_keys=True)
-
-
-def _kinds(recorded: dict[str, Any] | None) -> list[dict[str, Any]]:
-    return list(recorded["result_options"].get("kinds", [])) if recorded else []
+def _key(group: HardwareGroup) -> str:
+    return json.dumps(to_builtins(group) | {"batch_size": None}, sort_keys=True)

@@ -62,14 +62,15 @@ class EnsembleScorer:
         self._layout = Layout(self._models.classes, names, pa.schema([]), "", uids=False, triage=triage)
         limits = Limits(max_pixels=max_pixels)
         settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, limits=limits)
-        self._batch_size = batch_size or defaults(choice)[0]
         self._max_pixels = max_pixels
-        options: dict[str, Any] = {"batch_size": self._batch_size, "decoder": "auto"}
-        run: dict[str, Any] = {"result_options": options, "tuning": {}, "versions": {}, "rows": 0}
-        opening = Opening(settings, self._models, run, choice, lambda _: None, Path(), resumed=False)
+        opening = Opening(
+            *(settings, self._models, choice, lambda _: None, Path()),
+            batch_size=batch_size or defaults(choice)[0],
+            resumed=False,
+        )
         self._stack = ExitStack()
         self._stages = self._stack.enter_context(Stages(opening))
-        self._batch_size = options["batch_size"]  # halved where a GPU's memory is short
+        self._batch_size = self._stages.settled.batch_size  # halved where a GPU's memory is short
 
     def __call__(self, block: Mapping[str, Any]) -> dict[str, Any]:
         """Raises UsageError for a block that has neither images nor pixels of the right shape."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import threading
-from typing import Any
 
 from engine.errors import EngineError, UsageError
 from engine.job import Say
-from engine.results import Results, opened
+from engine.ledger import Success
+from engine.results import MergedRecord, Results, opened
 from engine.run_folder import REPORT, SUCCESS
 from engine.storage.location import Place
 from engine.store import reason
@@ -37,7 +36,7 @@ def write(
     column that is not there or names no class; EngineError when storage fails, and when `stop` is set.
     """
     results = opened(place, unfinished=unfinished)
-    if thumbnails and any(run["result_options"].get("redacted_by") for run in results.runs.values()):
+    if thumbnails and any(run.result_options.redacted_by for run in results.runs.values()):
         raise UsageError(f"results {place}: a run with --redact shows no pictures; leave --thumbnails out")
     try:
         html = render(
@@ -94,11 +93,16 @@ def render(
     )
 
 
-def _success(results: Results) -> dict[str, Any]:
-    """What `_SUCCESS` says; nothing for a run that is not finished."""
-    if not results.finished:
-        return {}
+def _success(results: Results) -> Success | None:
+    """Read `_SUCCESS` of a finished run. Raises UsageError for one that this version can't read."""
+    if not results.finished or isinstance(results.run, MergedRecord):
+        return None
     try:
-        return dict(results.files.read(SUCCESS, lambda file: json.loads(file.read())))
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
+        return Success.parse(results.files.read(SUCCESS, lambda file: file.read()))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UsageError(
+            f"results {results.place}: {SUCCESS} can't be read: {error}; delete it and give the run's own "
+            "command again"
+        ) from None

@@ -9,13 +9,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict
 
+from engine.core.json_records import to_builtins
+from engine.ledger import LastStart, Success
 from engine.privacy import scrubbed
+from engine.provenance import RunRecord
 from engine.records import Status
 from engine.report.bars import bars
 from engine.report.gather import BINS, SAMPLE, Labelled, Shape, Tally
 from engine.report.page import count, counted, number, percent, shown
-from engine.results import Results
+from engine.results import MergedRecord, Results
 from engine.sink import Done
 
 LONGEST = 240  # characters of a path, error or label that are shown
@@ -35,15 +39,14 @@ STAGES = {
 }
 
 
-def facts_of(results: Results, success: Mapping[str, Any], shape: Shape, tally: Tally) -> dict[str, Any]:
+def facts_of(results: Results, success: Success | None, shape: Shape, tally: Tally) -> dict[str, Any]:
     """Everything on the page but its pictures, for the template. Names in it may hold anything."""
-    run = next(iter(results.runs.values()))
-    redacted = any(one["result_options"].get("redacted_by") for one in results.runs.values())
-    merged = "runs" in results.run
-    wanted = results.run["rows"]
+    run = results.first
+    redacted = any(one.result_options.redacted_by for one in results.runs.values())
+    wanted = results.run.rows
     points = _points(run)
     return {
-        "title": "Merged screening results" if merged else "Screening report",
+        "title": "Merged screening results" if isinstance(results.run, MergedRecord) else "Screening report",
         "lede": _lede(results, success),
         "unfinished": None if results.finished else f"{count(tally.rows)} of {count(wanted)} rows are there",
         "redacted": redacted,
@@ -62,20 +65,19 @@ def facts_of(results: Results, success: Mapping[str, Any], shape: Shape, tally: 
         "agreement": _agreement(shape, tally),
         "disagreement": _disagreement(tally),
         "work": _work(shape, tally),
-        "throughput": throughput(run, results.done) if not merged else None,
-        "stages": _stages(success.get("last_start")),
+        "throughput": throughput(run.began, results.done) if results.run is run else None,
+        "stages": _stages(success.last_start) if success else None,
         "runs": [_provenance(one, hide=redacted) for one in results.runs.values()],
         "made": _moment(datetime.now(UTC)),
     }
 
 
-def _lede(results: Results, success: Mapping[str, Any]) -> str:
-    if "runs" in results.run:
-        return f"{counted(len(results.runs), 'run')}, joined {_moment(results.run['merged'])}"
-    began, ended = results.run["started"], success.get("finished")
-    return f"Run {results.run['run_id'][:8]}, begun {_moment(began)}" + (
-        f", finished {_moment(ended)}" if ended else ""
-    )
+def _lede(results: Results, success: Success | None) -> str:
+    run = results.run
+    if isinstance(run, MergedRecord):
+        return f"{counted(len(run.runs), 'run')}, joined {_moment(run.merged)}"
+    ended = f", finished {_moment(success.finished)}" if success else ""
+    return f"Run {run.run_id[:8]}, begun {_moment(run.started)}{ended}"
 
 
 def _moment(when: str | datetime) -> str:
@@ -132,9 +134,9 @@ def spoken(word: str) -> str:
     return word.replace("_", " ")
 
 
-def _points(run: Mapping[str, Any]) -> dict[str, Any]:
+def _points(run: RunRecord) -> dict[str, Any]:
     """The thresholds of the bundle's operating points, where it has some."""
-    points = run.get("operating_points") or {}
+    points = run.operating_points or {}
     rule_out, refer = (
         (points.get(name) or {}).get(side) for name, side in (("rule_out", "below"), ("refer", "above"))
     )
@@ -310,7 +312,7 @@ def _rate(value: float) -> str:
     return count(round(value)) if value >= 100 else f"{value:.3g}"
 
 
-def throughput(run: Mapping[str, Any], done: Iterable[Done]) -> dict[str, Any] | None:
+def throughput(began: datetime, done: Iterable[Done]) -> dict[str, Any] | None:
     """Rows a second while the run was at work, from the times at which its parts were written.
 
     None for runs of versions that kept no times.
@@ -318,7 +320,6 @@ def throughput(run: Mapping[str, Any], done: Iterable[Done]) -> dict[str, Any] |
     written = sorted((one.written, one.rows) for one in done if one.written)
     if not written:
         return None
-    began = datetime.fromisoformat(run["started"])
     at = np.array([(moment - began).total_seconds() for moment, _ in written])
     gaps = np.maximum(np.diff(at, prepend=0.0), 1e-3)
     usual = float(statistics.median(gaps))
@@ -344,62 +345,62 @@ def throughput(run: Mapping[str, Any], done: Iterable[Done]) -> dict[str, Any] |
     return {"text": f"{text}.", "chart": chart}
 
 
-def _stages(last: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _stages(last: LastStart) -> dict[str, Any] | None:
     """Where the time of the last start went, and which stage limited it."""
-    if not last or not last.get("stages"):
+    if not last.stages:
         return None
-    stages = last["stages"]
-    order = sorted(stages, key=lambda name: -stages[name]["occupancy"])
-    first, share = order[0], stages[order[0]]["occupancy"]
+    stages = last.stages
+    order = sorted(stages, key=lambda name: -stages[name].occupancy)
+    first, share = order[0], stages[order[0]].occupancy
     busiest = f"{STAGES.get(first, first)} ({first})"
     text = f"{busiest} limited the run: at work {percent(share)} of the time"
     if share < 0.6:
         text = f"no stage was at work most of the time; the busiest was {busiest}, {percent(share)} of it"
     if len(order) > 1:
-        text += f". The next, {order[1]}, was for {percent(stages[order[1]]['occupancy'])}"
+        text += f". The next, {order[1]}, was for {percent(stages[order[1]].occupancy)}"
     return {
         "text": f"{text[0].upper()}{text[1:]}.",
-        "rows": last["rows"],
-        "elapsed": duration(last["elapsed_s"]),
-        "table": [{"name": name, "about": STAGES.get(name, ""), **found} for name, found in stages.items()],
-        "restarts": last.get("decoder_restarts", 0),
+        "rows": last.rows,
+        "elapsed": duration(last.elapsed_s),
+        "table": [
+            {"name": name, "about": STAGES.get(name, ""), **asdict(times)} for name, times in stages.items()
+        ],
+        "restarts": last.decoder_restarts,
     }
 
 
 # Where the rows come from
 
 
-def _provenance(run: Mapping[str, Any], *, hide: bool) -> dict[str, Any]:
+def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
     """What `_run.json` says, as names and values; of a redacted run nothing that could be a path."""
     options = {
         name: value
-        for name, value in run["result_options"].items()
+        for name, value in to_builtins(run.result_options).items()
         if not (hide and name in ("root", "include", "exclude"))
     }
     plans = options.pop("plans", None) or {}
-    machine = run.get("machine") or {}
-    gpu = machine.get("gpu")
-    chosen = run.get("chosen")
+    machine, chosen = run.machine, run.chosen
     basics = {
-        "run": run["run_id"],
-        "begun": _moment(run["started"]),
-        "manifest": shortened(run.get("manifest")),
-        "rows": count(run["rows"]),
-        "bundle": shortened(run.get("bundle")),
+        "run": run.run_id,
+        "begun": _moment(run.started),
+        "manifest": shortened(run.manifest),
+        "rows": count(run.rows),
+        "bundle": shortened(run.bundle),
         "bundle, sha256": options.pop("bundle_sha256", None),
-        "weights": ", ".join(f"{name} {number(weight, 2)}" for name, weight in run["weights"].items()),
+        "weights": ", ".join(f"{name} {number(weight, 2)}" for name, weight in run.weights.items()),
         **{f"plan of {name}, sha256": digest for name, digest in plans.items()},
         "runner": scrubbed(chosen) if hide and chosen else chosen,
-        "system": machine.get("system"),
-        "processor": machine.get("processor"),
-        "GPU": gpu.get("name") if isinstance(gpu, dict) else gpu,
+        "system": machine and machine.system,
+        "processor": machine and machine.processor,
+        "GPU": machine and machine.gpu and machine.gpu.name,
     }
     return {
-        "run": run["run_id"],
+        "run": run.run_id,
         "basics": {name: value for name, value in basics.items() if value not in (None, "")},
-        "operating_points": _flat(run.get("operating_points") or {}),
-        "versions": run.get("versions") or {},
-        "options": options | {f"tuned {name}": value for name, value in (run.get("tuning") or {}).items()},
+        "operating_points": _flat(run.operating_points or {}),
+        "versions": run.versions,
+        "options": options | {f"tuned {name}": value for name, value in to_builtins(run.tuning).items()},
     }
 
 

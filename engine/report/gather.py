@@ -61,25 +61,22 @@ class Shape:
     @classmethod
     def of(cls, results: Results, label_column: str | None) -> Shape:
         """`label_column` as the user named it. Raises UsageError when there is none of that name."""
-        run = next(iter(results.runs.values()))
-        classes, members = tuple(run["classes"]), tuple(run["weights"])
+        run = results.first
+        classes, members = run.classes, tuple(run.weights)
         names = results.schema().names if results.parts else []
         if label_column is not None and results.parts and label_column not in names:
             raise UsageError(
                 f"results {results.place}: no column {label_column!r}; --label-column names one of "
                 f"{', '.join(names)}"
             )
-        prefix = run["result_options"].get("column_prefix") or ""
+        prefix = run.result_options.column_prefix
         found = [name for name in (LABEL, prefix + LABEL) if name in names]
-        groups = {
-            name: tuple(parts) for name, parts in (run.get("groups") or {}).items() if f"p_{name}" in names
-        }
-        target = str(run.get("target"))
+        groups = {name: parts for name, parts in run.groups.items() if f"p_{name}" in names}
         return cls(
             classes,
             members,
             groups,
-            target if target in classes or target in groups else classes[-1],
+            run.target if run.target in classes or run.target in groups else classes[-1],
             label_column or (found[0] if found else None),
             tuple(name for name in _WORDS if name in names),
         )

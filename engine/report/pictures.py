@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,12 +12,13 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from engine.core.json_records import from_json
 from engine.errors import EngineError
 from engine.job import Say
 from engine.preprocess.stage import load_pixels
 from engine.report.page import printable
-from engine.results import Results
-from engine.run_folder import EXPLANATIONS, INDEX
+from engine.results import MergedRecord, Results
+from engine.run_folder import EXPLANATIONS, INDEX, ExplanationIndex
 from engine.settings import Limits
 from engine.storage.location import parse
 from engine.store import open_folder, reason
@@ -56,8 +56,8 @@ def thumbnails(results: Results, rows: Iterable[Mapping[str, Any]], *, say: Say)
     most = 0
     for row in rows:
         run = results.runs[row.get("run_id") or next(iter(results.runs))]
-        most = max(most, run["result_options"]["max_pixels"])
-        by_root.setdefault(run["result_options"]["root"], []).append(row)
+        most = max(most, run.result_options.max_pixels)
+        by_root.setdefault(run.result_options.root, []).append(row)
     found = {}
     for root, wanted in by_root.items():
         try:
@@ -86,36 +86,35 @@ def thumbnails(results: Results, rows: Iterable[Mapping[str, Any]], *, say: Say)
 
 def explanations(results: Results, *, say: Say) -> tuple[str, list[Explained]]:
     """The method and the overlays of the folder `explanations`; nothing where there are none of this run."""
-    if "runs" in results.run:  # merged: rows have other numbers
+    if isinstance(results.run, MergedRecord):  # rows have other numbers
         return "", []
     folder = open_folder(results.place / EXPLANATIONS)
     try:
         if INDEX not in folder.names():
             return "", []
-        index: dict[str, Any] = folder.read(INDEX, lambda opened: json.loads(opened.read()))
-        if index["run_id"] not in results.runs:
+        index = from_json(folder.read(INDEX, lambda opened: opened.read()), ExplanationIndex)
+        if index.run_id not in results.runs:
             say(f"{EXPLANATIONS}/ is of another run: left out")
             return "", []
-        method, found, left = str(index.get("method") or ""), list[Explained](), MOST_OVERLAYS
-        for place, one in enumerate(index["rows"]):
+        found, left = list[Explained](), MOST_OVERLAYS
+        for place, one in enumerate(index.rows):
             voters = {}
-            for voter, name in one["voters"].items():
+            for voter, name in one.voters.items():
                 if not _NAME.fullmatch(name):
                     continue
                 data = folder.read(name, lambda opened: opened.read(MOST_BYTES))
                 left -= len(data)
                 if left < 0:
-                    rest = len(index["rows"]) - place
+                    rest = len(index.rows) - place
                     say(f"the first {place} explanations are on the page, {rest} more in {EXPLANATIONS}/")
-                    return method, found
-                voters[str(voter)] = _overlay(data)
-            named = str(one.get("class") or index.get("class") or "")
-            found.append(Explained(int(one["row"]), printable(named), printable(voters)))
-        return method, found
+                    return index.method, found
+                voters[voter] = _overlay(data)
+            found.append(Explained(one.row, printable(one.of_class), printable(voters)))
+        return index.method, found
     except OSError as error:
         say(f"{EXPLANATIONS}/ is left out: {reason(error)}")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-        say(f"{EXPLANATIONS}/{INDEX} is left out: it is not what engine.explain writes")
+    except ValueError as error:
+        say(f"{EXPLANATIONS}/{INDEX} is left out: it is not what engine.explain writes ({error})")
     return "", []
 
 

@@ -53,9 +53,15 @@ def test_an_unfinished_run_is_refused_unless_asked_for(screened: Screen, tmp_pat
     with pytest.raises(UsageError, match=r"no _run\.json there"):
         engine.read_results(tmp_path)
     run = json.loads((output / "_run.json").read_text())
-    for changed in ({"classes": []}, {"started": "soon"}, {"weights": ["member0"]}, {"run_id": 5}):
+    for changed in (
+        {"classes": []},
+        {"started": "soon"},
+        {"weights": ["member0"]},
+        {"run_id": 5},
+        {"new": 1},
+    ):
         (output / "_run.json").write_text(json.dumps(run | changed))
-        with pytest.raises(UsageError, match=r"_run\.json makes no sense"):
+        with pytest.raises(UsageError, match=rf"_run\.json can't be read: {next(iter(changed))}"):
             engine.read_results(output, unfinished=True)
 
 

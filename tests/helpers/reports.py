@@ -91,7 +91,18 @@ def with_explanations(results: Path, row: int, voter: str = "ensemble") -> Path:
         "run_id": json.loads((results / "_run.json").read_text())["run_id"],
         "method": "Grad-CAM",
         "class": "osteoporosis",
-        "rows": [{"row": row, "class": "osteoporosis", "voters": {voter: name, "evil": "../../_run.json"}}],
+        "compared_with": {"canaries": 8},
+        "rows": [
+            {
+                "row": row,
+                "class": "osteoporosis",
+                "voters": {voter: name, "evil": "../../_run.json"},
+                "probability": 0.9,
+                "typical": 0.2,
+                "shares": {},
+                "scale": 0.01,
+            }
+        ],
     }
     (folder / "index.json").write_text(json.dumps(index))
     return folder

@@ -13,10 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from engine.core.json_records import to_json
 from engine.errors import UsageError
 from engine.run_folder import RunFolder
 from tests.helpers.images import write_images
 from tests.helpers.processes import Command, Start
+from tests.helpers.records import run_record
 from tests.helpers.runs import (
     SHARDED_PART_ROWS,
     SHARDED_ROWS,
@@ -180,11 +182,9 @@ def test_a_run_that_no_shard_began_leaves_no_folder(
 
 
 def test_a_run_of_an_older_version_that_names_the_gpus_number_goes_on(tmp_path: Path) -> None:
-    older = {"result_options": {"device": "cuda:1", "runner": "torch"}}
-    (tmp_path / "_run.json").write_text(json.dumps(older))
+    (tmp_path / "_run.json").write_text(to_json(run_record(device="cuda:1", runner="torch")))
     folder = RunFolder(tmp_path, overwrite=False)
-    recorded = folder.recorded()
-    assert recorded is not None
-    folder.check_same(recorded, {"result_options": {"device": "cuda", "runner": "torch", "shards": None}})
+    recorded = folder.run()
+    folder.check_same(recorded, run_record(device="cuda", runner="torch"))
     with pytest.raises(UsageError, match="device was 'cuda', is 'cpu'"):
-        folder.check_same(recorded, {"result_options": {"device": "cpu", "runner": "torch"}})
+        folder.check_same(recorded, run_record(device="cpu", runner="torch"))

@@ -128,7 +128,7 @@ def test_the_canaries_pass_in_fp16_and_members_overlap(proof, graphs):
     step = GpuStep(models, members, batch_size=16, device="cuda:0", graphs=graphs)
     assert check_canaries(models, step) < LIMIT
     timed = step.choose_streams()
-    assert timed["gain"] > 0.9
+    assert timed.gain > 0.9
     step.close()
     if not graphs:
         found = overlap(proof, choice, 16)

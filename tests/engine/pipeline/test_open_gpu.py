@@ -16,6 +16,7 @@ from PIL import Image
 from engine import bundle as bundles
 from engine import tune
 from engine.canaries import CANARY_LIMIT
+from engine.core.tuning import Tuning
 from engine.errors import EngineError, ParityError
 from engine.gpu import stages
 from engine.gpu.decode import Decoding, GpuPreprocess
@@ -40,7 +41,7 @@ def stages_on(cuda: StandIn, kind: type[Member] = Member, *, graphs: bool = True
     class StandInStages(Stages):
         def open(self, stack: ExitStack) -> None:
             opening = self.opening
-            batch_size = opening.run["result_options"]["batch_size"]
+            batch_size = opening.batch_size
             models = opening.models
             members = [kind(OnnxRunner(member, models), cuda) for member in models.members]
             self.step = GpuStep(
@@ -104,7 +105,9 @@ def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
             def open(self, stack: ExitStack) -> None:
                 super().open(stack)
                 choice = replace(self.opening.choice, device="cuda:0")
-                self.preprocess = stages._open_preprocess(stack, replace(self.opening, choice=choice))
+                opening = replace(self.opening, choice=choice)
+                self.preprocess, tuning = stages._open_preprocess(stack, opening, Tuning())
+                self.settled = replace(self.settled, tuning=tuning)
 
         screen(Settings(output=tmp_path / "gpu", **settings), stages_of=Tuned)
     tuned = json.loads((tmp_path / "gpu" / "_run.json").read_text())["tuning"]

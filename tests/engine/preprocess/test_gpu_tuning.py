@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from msgspec.structs import asdict
 
 from engine.gpu import tuning
 from engine.gpu.decode import Decoding
@@ -29,8 +29,8 @@ def test_it_climbs_one_knob_after_the_other():
     assert (best.hw_decoder_load, best.cpu_share) == (0.9, 0.2)
     assert best.hybrid_huffman_threshold == Decoding().hybrid_huffman_threshold
     assert (best.width_hint, best.height_hint) == (103, 50)
-    assert max(one["images_per_s"] for one in tried) == rate(best)
-    assert 0.4 not in {one["cpu_share"] for one in tried}, "0.3 was no gain: not tried further"
+    assert max(one.images_per_s for one in tried) == rate(best)
+    assert 0.4 not in {one.cpu_share for one in tried}, "0.3 was no gain: not tried further"
     assert Decoding(**asdict(best)) == best
 
 

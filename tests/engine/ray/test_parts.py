@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from engine import bundle as bundles
 from engine.canaries import SHARE, Canaries, Guard, check
+from engine.core.tuning import Tuning
 from engine.errors import EngineError, ParityError, UsageError
 from engine.manifest import open_manifest
 from engine.overlap import Meter
 from engine.pipeline import Stages
-from engine.provenance import describe
+from engine.provenance import RunRecord
 from engine.ray.actor import Actor, Brief, Work
 from engine.ray.cluster import Node, Post, joined, posts_for
 from engine.ray.driver import Load, is_sooner_elsewhere
@@ -32,17 +34,18 @@ from engine.sink import Layout
 from engine.step import CpuStep
 from tests.helpers.images import write_images
 from tests.helpers.pixels import part_of
+from tests.helpers.records import run_record
 
 
 @pytest.mark.parametrize("recorded", ["[]", "{}", '{"a": 7}', '{"a": {}}', '{"a": {"rounds": "2"}}'])
 def test_a_record_of_actors_that_makes_no_sense_is_named(tmp_path: Path, recorded: str) -> None:
     (tmp_path / "_actors.json").write_text(f'{{"run_id": "r", "actors": {recorded}}}')
-    folder = RunFolder(tmp_path, overwrite=False)
-    if recorded in ("[]", "{}"):
-        assert folder.actors({"run_id": "r"}) == {}
+    folder, run = RunFolder(tmp_path, overwrite=False), structs.replace(run_record(), run_id="r")
+    if recorded == "{}":
+        assert folder.actors(run) == {}
         return
     with pytest.raises(EngineError, match=r"_actors\.json: it can't be read .*; delete it and run again"):
-        folder.actors({"run_id": "r"})
+        folder.actors(run)
 
 
 def test_what_is_not_ray_is_not_waited_for() -> None:
@@ -205,17 +208,17 @@ def opened(tmp_path: Path, bundle: Path):
     hello = actor.hello()
     models = bundles.load(bundle)
     manifest = open_manifest(images, listing=tmp_path / "listing.parquet")
-    run = describe(settings, None, manifest, models, hello.choice, None)
+    run = RunRecord.create(settings, None, manifest, models, hello.choice)
     layout = Layout.of(models, manifest, settings)
-    work = Work(run, layout, manifest.root, False, Stages, None, (), None)
-    yield actor, work, manifest
+    work = Work(8, 3, run.rows, Tuning(), layout, manifest.root, False, Stages, None, (), None)
+    yield actor, work, manifest, run
     actor._opened.close()
 
 
 def test_an_actor_holds_several_parts_and_writes_each(opened) -> None:
-    actor, work, manifest = opened
+    actor, work, manifest, run = opened
     actor.open(work)
-    actor.begin(work.run)
+    actor.begin(run.to_metadata())
     done, threads = {}, []
     for part in manifest.parts(3):
         part.crashed = frozenset({1}) if part.index == 1 else frozenset()
@@ -229,14 +232,14 @@ def test_an_actor_holds_several_parts_and_writes_each(opened) -> None:
         thread.join(60)
     assert {index: one.rows for index, one in done.items()} == {0: 3, 1: 3, 2: 2}
     assert done[1].by_status == {"ok": 2, Status.CRASHED.label: 1}
-    assert {one.by["round"] for one in done.values()} == {1}
+    assert {one.by.round for one in done.values()} == {1}
     pulse = actor.check()
     assert (pulse.rounds, pulse.idle_s, pulse.underway) == (2, 0.0, {})
     actor.probe(next(manifest.parts(8)), 2, 5)
 
 
 def test_int8_is_held_against_the_first_actor_and_not_against_float32(opened, bundle: Path) -> None:
-    actor, work, _ = opened
+    actor, work, *_ = opened
     actor._choice = replace(actor._choice, precision="int8")
     expected = actor.open(work).expected
     _, float32 = bundles.load_canaries(bundles.load(bundle))
@@ -246,7 +249,7 @@ def test_int8_is_held_against_the_first_actor_and_not_against_float32(opened, bu
 
 
 def test_a_machine_that_sees_other_folders_is_refused(opened, tmp_path: Path) -> None:
-    actor, work, manifest = opened
+    actor, work, manifest, _ = opened
     with pytest.raises(UsageError, match="not the same folder on every machine"):
         actor.open(replace(work, token=("token", "mine")))
     with pytest.raises(EngineError, match="not the same folder"):  # it is of no use any more
@@ -254,6 +257,6 @@ def test_a_machine_that_sees_other_folders_is_refused(opened, tmp_path: Path) ->
 
 
 def test_images_that_only_the_driver_sees_are_no_missing_rows(opened, tmp_path: Path) -> None:
-    actor, work, _ = opened
+    actor, work, *_ = opened
     with pytest.raises(UsageError, match=r"nowhere\.png is there for the driver"):
         actor.open(replace(work, witnesses=(str(tmp_path / "nowhere.png"),)))

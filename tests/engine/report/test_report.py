@@ -23,6 +23,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score, roc_auc_score
 import engine
 from engine.errors import EngineError, UsageError
 from engine.merge import merge
+from engine.records import Scorer
 from engine.report import __main__ as command
 from engine.report import pictures, write
 from engine.report.facts import throughput
@@ -429,16 +430,16 @@ def test_long_results(reported: Screen) -> None:
 def test_throughput_leaves_pauses_out() -> None:
     began = datetime(2031, 5, 17, 20, tzinfo=UTC)
     at = [10, 20, 30, 40, 50, 50_000, 50_010, 50_020]
-    done = [Done(place, 0, 100, {}, {}, {}, began + timedelta(seconds=s)) for place, s in enumerate(at)]
-    found = throughput({"started": began.isoformat()}, done)
+    done = [Done(place, 0, 100, {}, {}, Scorer(), began + timedelta(seconds=s)) for place, s in enumerate(at)]
+    found = throughput(began, done)
     assert found is not None
     assert "800 rows in 1 min, start-up included: 10 a second" in found["text"]
     assert "1 pause of 13 h 52 min in all left out" in found["text"]
     assert {bar["height"] for bar in found["chart"]["bars"]} == {78.0}
-    few = throughput({"started": began.isoformat()}, done[:2])
+    few = throughput(began, done[:2])
     assert few is not None
     assert few["chart"] is None
-    assert throughput({"started": began.isoformat()}, [Done(0, 0, 1, {}, {}, {}, None)]) is None
+    assert throughput(began, [Done(0, 0, 1, {}, {}, Scorer(), None)]) is None
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from engine import bundle as bundles
 from engine import tuned
+from engine.core.tuning import DecodeTuning, Tuning
 from engine.errors import UsageError
 from engine.job import choice_of
 from engine.plans import Gpu
+from engine.provenance import UsedProfile
 from engine.settings import Settings
 from engine.tune import Found, search
 from engine.tuned import Knobs
 from tests.helpers.bundles import write_bundle
 from tests.helpers.processes import ROOT, Command, run_here, run_module
+from tests.helpers.records import run_record
 
 OTHERS = [Knobs(batch_size=size) for size in (1, 2, 4, 16, 32)] + [Knobs(workers=1)]
 
@@ -238,11 +242,12 @@ def test_what_a_gpu_has_settled_is_handed_on_but_not_to_a_resumed_run(own_bundle
     assert "entries for a GPU" in (refused.line or "")
     new = tuned.advise(settings, models, choice, recorded=None)
     assert new.settings == replace(settings, cuda_graph=False)
-    assert new.tuning == {"compiled": True, "decoding": decoding}
-    resumed = tuned.advise(settings, models, choice, recorded={"result_options": {"runner": "onnx"}})
-    assert resumed.tuning == {}
+    assert new.tuning == Tuning(compiled=True, decoding=DecodeTuning(**decoding))
+    resumed = tuned.advise(settings, models, choice, recorded=run_record())
+    assert resumed.tuning == Tuning()
     assert resumed.settings.runner == "auto"
-    began_with = {"result_options": {"runner": "torch"}, "profile": {"knobs": {"runner": "torch"}}}
+    profile = UsedProfile(file="a.json", knobs={"runner": "torch"})
+    began_with = structs.replace(run_record(runner="torch"), profile=profile)
     assert tuned.advise(settings, models, choice, recorded=began_with).settings.runner == "torch"
 
 

@@ -1,0 +1,56 @@
+"""What opening the stages of a run settles: measured once, recorded, and kept on resume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from msgspec import UNSET, UnsetType
+
+from engine.core.json_records import Record
+
+
+class DecodeTuning(Record):
+    """How JPEGs are split between the GPU's decoder, its CUDA kernels and the CPU (NVIDIA DALI's names)."""
+
+    hw_decoder_load: float = 0.65
+    hybrid_huffman_threshold: int = 1_000_000  # pixels
+    width_hint: int = 0
+    height_hint: int = 0
+    cpu_share: float = 0.0  # of the JPEGs, by the length of the file; 1: of every image
+
+
+class DecodeTrial(DecodeTuning):
+    """A setting that was tried."""
+
+    images_per_s: float
+
+
+class StreamTuning(Record):
+    """Members on CUDA streams of their own, compared with one after the other."""
+
+    concurrent: bool
+    sequential_ms: float  # of a batch
+    concurrent_ms: float
+    gain: float  # sequential / concurrent
+
+
+class Tuning(Record, omit_defaults=True):
+    """`tuning` of `_run.json`: what was measured on the GPU, and chosen; empty for a run on the CPU."""
+
+    batch_size_asked: int | None = None  # where it was halved because GPU memory was short
+    eager_ms: float | None = None  # of a batch through the members
+    compiled_ms: float | UnsetType | None = UNSET  # None: they can't be compiled
+    compiled: bool | None = None
+    streams: StreamTuning | None = None
+    canaries: float | None = None  # largest difference in probability from their reference
+    decoding_tried: tuple[DecodeTrial, ...] | None = None
+    decoding: DecodeTuning | None = None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the stages of one process have settled when they are open."""
+
+    batch_size: int
+    tuning: Tuning = field(default_factory=Tuning)
+    versions: dict[str, str] = field(default_factory=dict)  # of the runners' packages
