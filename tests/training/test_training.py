@@ -80,6 +80,12 @@ def training(tmp_path: Path) -> Command:
     return lambda *arguments: run_here("training.__main__", arguments, folder=tmp_path)
 
 
+@pytest.fixture
+def training_process(tmp_path: Path) -> Command:
+    """`python -m training ARGUMENTS` in a process of its own, in `tmp_path`."""
+    return lambda *arguments: run_module("training", arguments, folder=tmp_path, timeout_s=200)
+
+
 def one_line(run: subprocess.CompletedProcess[str], status: int) -> str:
     """The error: the only line that starts so, and no traceback."""
     assert run.returncode == status, run.stderr
@@ -185,11 +191,11 @@ def test_what_was_trained_is_cleaned_up_and_not_overwritten(frozen: Path, images
 
 @pytest.mark.slow
 def test_the_whole_network_is_trained_stopped_and_gone_on_with(
-    tmp_path: Path, images: Path, training: Command
+    tmp_path: Path, images: Path, training_process: Command
 ) -> None:
     """A kill during the epochs of the second member; the outcome is that of an undisturbed training."""
-    whole = [images, *SMALL, "--epochs", "2", "--seed", "3"]
-    undisturbed = training(*whole, "-o", "a")
+    whole = [images, *SMALL, "--epochs", "3", "--seed", "3"]
+    undisturbed = training_process(*whole, "-o", "a")
     assert undisturbed.returncode == 0, undisturbed.stderr
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "training", *map(str, whole), "-o", "b"]
@@ -205,9 +211,9 @@ def test_the_whole_network_is_trained_stopped_and_gone_on_with(
     assert process.returncode == 5, log
     assert log.rstrip().endswith("the same command with --resume goes on")
     assert not (tmp_path / "b").exists()
-    assert "--resume" in one_line(training(*whole, "-o", "b"), 2)
-    assert "seed was 3, is 4" in one_line(training(*whole[:-1], "4", "-o", "b", "--resume"), 2)
-    resumed = training(*whole, "-o", "b", "--resume")
+    assert "--resume" in one_line(training_process(*whole, "-o", "b"), 2)
+    assert "seed was 3, is 4" in one_line(training_process(*whole[:-1], "4", "-o", "b", "--resume"), 2)
+    resumed = training_process(*whole, "-o", "b", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     first, again = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
     assert first == again
@@ -219,10 +225,10 @@ def test_the_whole_network_is_trained_stopped_and_gone_on_with(
 
 @pytest.mark.slow
 def test_pretrained_weights_freeze_first_and_fine_tune_then(
-    tmp_path: Path, frozen: Path, images: Path, training: Command
+    tmp_path: Path, frozen: Path, images: Path, training_process: Command
 ) -> None:
     weights = [frozen / "bundle" / f"{name}.safetensors" for name in SMALL[1:3]]
-    run = training(
+    run = training_process(
         images, "-o", "bundle", *SMALL[:3], "--weights", *weights, "--size", "64", "64", "--normalization",
         "imagenet", "--copies", "1", "--head-epochs", "5", "--epochs", "2", "--balance", "sampling",
     )  # fmt: skip
