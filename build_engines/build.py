@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -179,7 +178,7 @@ def _build_quantized(session: _Session) -> tuple[Path, list[Built]]:
         session.say(f"{member.name}: quantizing, weights in {bits} bits")
         graph = _int8_graph(session, member, calibrating.pixels, bits)
         build_s = time.perf_counter() - start
-        kept = sum(layer["precision"] == "FLOAT" for layer in graph.layers)
+        kept = sum(layer.precision == "FLOAT" for layer in graph.layers)
         session.say(
             f"{member.name}: {kept} of {len(graph.layers)} layers stay in float32; "
             "comparing it with float32, on ONNX Runtime"
@@ -191,7 +190,7 @@ def _build_quantized(session: _Session) -> tuple[Path, list[Built]]:
     together = _gate(
         session, _fused(bundle, references), _fused(bundle, candidates), "the ensemble", executed=True
     )
-    facts = {
+    facts: dict[str, str | int | float | bool | None] = {
         "recipe": RECIPE,
         "weight_bits": bits,
         "calibration_images": len(calibrating.pixels),
@@ -240,7 +239,7 @@ def _int8_passport(
     found: Parity,
     together: Parity,
     build_s: float,
-    facts: dict[str, Any],
+    facts: dict[str, str | int | float | bool | None],
 ) -> Passport:
     reference = member.files["onnx"]
     return Passport(
@@ -427,7 +426,7 @@ def _passport(
     )
 
 
-def _builder_options(options: Options) -> dict[str, Any]:
+def _builder_options(options: Options) -> dict[str, str | int | float | bool | None]:
     return {
         "workspace": options.workspace,
         "optimization_level": options.optimization_level,

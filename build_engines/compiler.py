@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from build_engines.options import Options
 from build_engines.progress import Phases, monitor_for
 from engine.errors import EngineError
+from engine.plans import Layer
 from engine.runners.tensorrt import Backend, deserialize
 from engine.store import atomic
 
@@ -27,7 +28,7 @@ class Compiled:
     """A plan in memory, and what is known of its layers."""
 
     plan: bytes
-    layers: list[dict[str, Any]]
+    layers: tuple[Layer, ...]
     layers_from: str  # "network" or "engine inspector"
     build_s: float
 
@@ -54,7 +55,7 @@ def compile_graph(
     plan = bytes(checked(serialized, "building the plan"))
     build_s = time.perf_counter() - start
     _keep_timing_cache(config, options)
-    layers = list(_network_layers(backend, network))
+    layers = tuple(_network_layers(backend, network))
     if options.precision == "fp16":
         _refuse_wide(layers, api.DataType.HALF.name)
     return Compiled(plan, layers, "network", build_s)
@@ -148,29 +149,29 @@ def _keep_timing_cache(config: trt.IBuilderConfig, options: Options) -> None:
             temporary.write_bytes(bytes(cache.serialize()))
 
 
-def _network_layers(backend: Backend, network: trt.INetworkDefinition) -> Iterator[dict[str, Any]]:
+def _network_layers(backend: Backend, network: trt.INetworkDefinition) -> Iterator[Layer]:
     """Of a strongly typed network, whose types the builder has to keep."""
     for index in range(network.num_layers):
         layer = backend.checked(network.get_layer(index), "reading a layer")
         tensor = layer.get_input(0) or layer.get_output(0)
         output = layer.get_output(0)
         assert tensor is not None
-        yield {
-            "name": layer.name,
-            "type": layer.type.name,
-            "input": tensor.dtype.name,
-            "output": output.dtype.name if output is not None else None,
-        }
+        yield Layer(
+            name=layer.name,
+            type=layer.type.name,
+            input=tensor.dtype.name,
+            output=output.dtype.name if output is not None else None,
+        )
 
 
-def _refuse_wide(layers: list[dict[str, Any]], half: str) -> None:
+def _refuse_wide(layers: Sequence[Layer], half: str) -> None:
     weighted = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")
-    wide = [layer["name"] for layer in layers if layer["type"] in weighted and layer["input"] != half]
+    wide = [str(layer.name) for layer in layers if layer.type in weighted and layer.input != half]
     if wide:
         raise EngineError(f"FP16 was asked for, but {', '.join(wide[:5])} would run in another precision")
 
 
-def inspect(backend: Backend, plan: bytes, options: Options) -> list[dict[str, Any]]:
+def inspect(backend: Backend, plan: bytes, options: Options) -> tuple[Layer, ...]:
     """The layers of a plan as the engine inspector sees them on this GPU.
 
     Raises EngineError when it can't be loaded, or when FP16 was asked for and a convolution or matrix product
@@ -183,42 +184,38 @@ def inspect(backend: Backend, plan: bytes, options: Options) -> list[dict[str, A
     layers = []
     for layer in json.loads(text)["Layers"]:
         if isinstance(layer, str):  # without detail: the name alone
-            layers.append({"name": layer})
+            layers.append(Layer(name=layer))
             continue
         tensors = {
             side: [tensor.get("Format/Datatype", tensor.get("Format", "")) for tensor in layer.get(side, [])]
             for side in ("Inputs", "Outputs")
         }
+        weights = layer.get("Weights")
         layers.append(
-            {
-                "name": layer.get("Name"),
-                "type": layer.get("LayerType"),
-                "input": ", ".join(map(str, tensors["Inputs"])),
-                "output": ", ".join(map(str, tensors["Outputs"])),
-                **_weights(layer),
-            }
+            Layer(
+                name=layer.get("Name"),
+                type=layer.get("LayerType"),
+                input=", ".join(map(str, tensors["Inputs"])),
+                output=", ".join(map(str, tensors["Outputs"])),
+                weights=weights.get("Type") if isinstance(weights, dict) else None,
+            )
         )
     if options.precision == "fp16":
         _refuse_wide_engine(layers)
-    return layers
+    return tuple(layers)
 
 
-def _weights(layer: dict[str, Any]) -> dict[str, Any]:
-    weights = layer.get("Weights")
-    return {"weights": weights.get("Type")} if isinstance(weights, dict) else {}
-
-
-def _refuse_wide_engine(layers: list[dict[str, Any]]) -> None:
+def _refuse_wide_engine(layers: Sequence[Layer]) -> None:
     """The inspector names the kind of kernel and, of each tensor, a format: "Row major linear FP16".
 
     A kernel with FP16 weights computes in FP16, also when it reads float32: a cast went into it.
     """
     kinds = ("conv", "gemm", "matrix_multiply", "matmul")
     wide = [
-        layer["name"]
+        str(layer.name)
         for layer in layers
-        if any(kind in str(layer.get("type")).lower() for kind in kinds)
-        and not re.search("fp16|half", f"{layer['input']} {layer.get('weights')}", re.IGNORECASE)
+        if any(kind in str(layer.type).lower() for kind in kinds)
+        and not re.search("fp16|half", f"{layer.input} {layer.weights}", re.IGNORECASE)
     ]
     if wide:
         raise EngineError(f"FP16 was asked for, but the plan runs {', '.join(wide[:5])} in another precision")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from build_engines.options import LIMIT, Options
 from engine.bundle import Bundle, load_canaries
@@ -158,7 +159,7 @@ def compare(
     if not int8:
         return found
     truth = reference.argmax(axis=1) if labels is None else labels
-    return replace(
+    return structs.replace(
         found,
         auc=macro_auc(truth, candidate),
         auc_reference=macro_auc(truth, reference),

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from onnxruntime.quantization.calibrate import CalibrationDataReader, create_cal
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from engine.errors import EngineError
+from engine.plans import Layer
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -47,7 +47,7 @@ class Quantized:
     """A graph and what its layers are in."""
 
     graph: bytes
-    layers: list[dict[str, Any]]  # name, type and precision of each layer with weights
+    layers: tuple[Layer, ...]  # name, type and precision of each layer with weights
 
 
 def int8_graph(data: bytes, pixels: Pixels, fine: Callable[[bytes], bool], *, bits: int) -> Quantized:
@@ -104,10 +104,10 @@ def _quantized(
         graph = quantized.SerializeToString(deterministic=True)
         if fine(graph):
             break
-    layers = [
-        {"name": node.name, "type": node.op_type, "precision": "FLOAT" if node.name in kept else "INT8"}
+    layers = tuple(
+        Layer(name=node.name, type=node.op_type, precision="FLOAT" if node.name in kept else "INT8")
         for node in weighted
-    ]
+    )
     return Quantized(graph, layers)
 
 

@@ -55,7 +55,7 @@ def compile_module(bundle: Bundle, member: Member, options: Options) -> Compiled
     except Exception as error:  # torch.export and the converters raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise EngineError(f"Torch-TensorRT can't convert {member.name}: {reason}") from None
-    return Compiled(bytes(plan), [], "none", time.perf_counter() - start)
+    return Compiled(bytes(plan), (), "none", time.perf_counter() - start)
 
 
 def exported(bundle: Bundle, member: Member, options: Options, device: str) -> ExportedProgram:

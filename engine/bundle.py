@@ -3,33 +3,130 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from msgspec import UNSET, Meta, UnsetType, field
+from msgspec.structs import replace
+
+from engine.core.json_records import Fraction, Positive, Record, Sha256, from_json, text, to_json
 from engine.distance import OUTPUT
 from engine.ensemble import fuse
 from engine.errors import UsageError
+from engine.labels import groups_of
+from engine.operating_points import OperatingPoints
 from engine.store import atomic
-from engine.triage import OperatingPoints
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 DESCRIPTION = "ensemble.json"
-_MEMBER_NAME = re.compile(r"[a-z0-9_]{1,64}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_MAX_SIDE = 8192
+Name = Annotated[str, text("[a-z0-9_]{1,64}", "a name of a-z, 0-9 and _")]
+Side = Annotated[int, Meta(ge=1, le=8192)]  # pixels
 Decode = Literal["exact", "fast"]  # JPEG in full, or near the size that is needed by a scaled DCT
 DECODES: tuple[Decode, ...] = get_args(Decode)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class FileEntry(Record):
+    """A file of the bundle, as ensemble.json names it."""
+
+    path: str
+    sha256: Sha256
+
+    def __post_init__(self) -> None:
+        path = Path(self.path)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in self.path:
+            raise ValueError(f"file {self.path!r} is outside the bundle")
+
+
+class Normalization(Record):
+    """What follows the division by 255, inside the graphs."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        if (self.mean, self.std) != (IMAGENET_MEAN, IMAGENET_STD):
+            raise ValueError(f"mean {self.mean}, std {self.std}; allowed: {IMAGENET_MEAN}, {IMAGENET_STD}")
+
+
+class InputEntry(Record):
+    """What the graphs take: pixels uint8 [N, 1, H, W]."""
+
+    height: Side
+    width: Side
+    channels: Literal[1]
+    dtype: Literal["uint8"]
+    normalization: Normalization | None = None
+
+
+class MemberEntry(Record):
+    """A member, as ensemble.json describes it."""
+
+    name: Name
+    architecture: str
+    weight: Fraction
+    temperature: Positive
+    files: dict[str, FileEntry]  # by kind: "onnx", "safetensors", OUTPUT
+
+    def __post_init__(self) -> None:
+        if "onnx" not in self.files:
+            raise ValueError(f"{self.name}: files has no onnx")
+
+
+class EnsembleDescription(Record, kw_only=True):
+    """`ensemble.json`. `training` says how the bundle came to be, and nothing in the engine reads it."""
+
+    format: Literal[1]
+    classes: tuple[str, ...]
+    groups: dict[Name, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # of classes that are also looked at as one
+    input: InputEntry
+    decode: Decode
+    temperature: Positive
+    members: tuple[MemberEntry, ...]
+    canaries: FileEntry
+    documents: tuple[FileEntry, ...] = ()  # for people
+    training: dict[str, Any] = field(default_factory=dict)
+    operating_points: OperatingPoints | UnsetType | None = UNSET
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.members]
+        if not names:
+            raise ValueError("members is empty")
+        if len(set(names)) < len(names):
+            raise ValueError(f"members have the same name: {', '.join(names)}")
+        total = sum(member.weight for member in self.members)
+        if not abs(total - 1) < 1e-6:
+            raise ValueError(f"weights add up to {total:g}, not to 1")
+        fine = all(0 < len(name) <= 64 and name.isprintable() for name in self.classes)
+        if not (fine and len(set(self.classes)) == len(self.classes) >= 2):
+            raise ValueError(f"classes {list(self.classes)}; allowed: two or more distinct names")
+        for group, members in self.groups.items():
+            if group in self.classes:
+                raise ValueError(f"group {group}: it has the name of a class")
+            if not members or not set(members) <= set(self.classes) or len(set(members)) < len(members):
+                raise ValueError(
+                    f"group {group}: {list(members)}; allowed: some of {', '.join(self.classes)}"
+                )
+        if self.operating_points:
+            self._check_points(self.operating_points, names)
+
+    def _check_points(self, points: OperatingPoints, names: list[str]) -> None:
+        try:
+            points.check_bundle(self.classes, names, self.temperature)
+        except ValueError as error:
+            raise ValueError(f"operating_points: {error}") from None
+        for member in self.members:
+            if points.distances and OUTPUT not in member.files:
+                raise ValueError(f"{member.name}: files has no {OUTPUT}")
 
 
 @dataclass(frozen=True)
@@ -86,127 +183,48 @@ def load(path: Path) -> Bundle:
         missing = isinstance(error, FileNotFoundError)
         why = f"no {DESCRIPTION} there" if missing else f"{DESCRIPTION}: {error.strerror}"
         raise UsageError(f"bundle {path}: {why}; {hint}") from None
-    try:
-        bundle = _parse(path, json.loads(raw), hashlib.sha256(raw).hexdigest())
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"bundle {path}: {DESCRIPTION}: {_one_line(reason)}") from None
+    bundle = _parse(path, raw)
     _check_hashes(bundle)
     return bundle
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+def serialize(description: EnsembleDescription) -> bytes:
+    """Return the bytes of ensemble.json."""
+    return to_json(description, ascii_only=False).encode()
 
 
-def _parse(path: Path, data: dict[str, Any], sha256: str) -> Bundle:
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"not an ensemble description of format {FORMAT}")
-    members = tuple(_member(path, entry) for entry in data["members"])
-    _expect(len(members) > 0, "members is empty")
-    names = [member.name for member in members]
-    _expect(len(set(names)) == len(names), f"members have the same name: {', '.join(names)}")
-    total = sum(member.weight for member in members)
-    _expect(abs(total - 1) < 1e-6, f"weights add up to {total:g}, not to 1")
-    shape = data["input"]
-    _expect(
-        shape.get("channels") == 1 and shape.get("dtype") == "uint8",
-        f"input {shape} is not uint8 with 1 channel",
-    )
-    size = tuple(shape[side] for side in ("height", "width"))
-    _expect(all(type(side) is int and 1 <= side <= _MAX_SIDE for side in size), f"input of size {size}")
-    _expect(data["decode"] in DECODES, f"decode {data['decode']!r}; allowed: {', '.join(DECODES)}")
-    classes = _classes(data["classes"])
-    temperature = _positive("temperature", data["temperature"])
-    points = data.get("operating_points")
+def _parse(path: Path, raw: bytes) -> Bundle:
+    """Return the bundle that ensemble.json describes. Raises UsageError."""
+    try:
+        found = from_json(raw, EnsembleDescription)
+    except ValueError as error:
+        raise UsageError(f"bundle {path}: {DESCRIPTION}: {error}") from None
+
+    def file(entry: FileEntry) -> BundleFile:
+        return BundleFile(path / entry.path, entry.sha256)
+
     return Bundle(
         path,
-        classes,
-        (size[0], size[1]),
-        _normalization(shape.get("normalization")),
-        data["decode"],
-        temperature,
-        members,
-        _file(path, data["canaries"]),
-        _groups(data.get("groups", {}), classes),
-        None if points is None else _operating_points(points, classes, members, temperature),
-        sha256,
+        found.classes,
+        (found.input.height, found.input.width),
+        "imagenet" if found.input.normalization else "none",
+        found.decode,
+        found.temperature,
+        tuple(
+            Member(
+                member.name,
+                member.architecture,
+                member.weight,
+                member.temperature,
+                {kind: file(entry) for kind, entry in member.files.items()},
+            )
+            for member in found.members
+        ),
+        file(found.canaries),
+        found.groups,
+        found.operating_points or None,
+        hashlib.sha256(raw).hexdigest(),
     )
-
-
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _classes(values: Iterable[Any]) -> tuple[str, ...]:
-    classes = tuple(values)
-    fine = all(isinstance(name, str) and 0 < len(name) <= 64 and name.isprintable() for name in classes)
-    _expect(
-        fine and len(set(classes)) == len(classes) >= 2, f"classes {classes!r}: two or more distinct names"
-    )
-    return classes
-
-
-def _groups(entry: Any, classes: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    _expect(isinstance(entry, dict), f"groups {entry!r} are not classes by name")
-    for name, members in entry.items():
-        _expect(
-            bool(_MEMBER_NAME.fullmatch(name)) and name not in classes,
-            f"group name {name!r}; allowed: a-z, 0-9 and _, no class's name",
-        )
-        fine = isinstance(members, list) and members and all(one in classes for one in members)
-        _expect(
-            bool(fine) and len(set(members)) == len(members),
-            f"group {name}: {members!r}; allowed: some of {', '.join(classes)}",
-        )
-    return {name: tuple(members) for name, members in entry.items()}
-
-
-def _operating_points(
-    section: Any, classes: tuple[str, ...], members: tuple[Member, ...], temperature: float
-) -> OperatingPoints:
-    names = [member.name for member in members]
-    points = OperatingPoints.parse(section, classes, names, temperature)
-    for member in members:
-        _expect(not points.distances or OUTPUT in member.files, f"{member.name}: files has no {OUTPUT}")
-    return points
-
-
-def _normalization(value: Any) -> Literal["none", "imagenet"]:
-    if value is None:
-        return "none"
-    _expect(value == {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}, f"normalization {value!r}")
-    return "imagenet"
-
-
-def _positive(name: str, value: Any) -> float:
-    fine = type(value) in (int, float) and math.isfinite(value) and value > 0
-    _expect(fine, f"{name} {value!r} is not a positive number")
-    return float(value)
-
-
-def _member(path: Path, entry: dict[str, Any]) -> Member:
-    name, weight = entry["name"], entry["weight"]
-    _expect(bool(_MEMBER_NAME.fullmatch(name)), f"member name {name!r}; allowed: a-z, 0-9 and _")
-    _expect(type(weight) in (int, float) and 0 <= weight <= 1, f"{name}: weight {weight!r} is not in [0, 1]")
-    _expect("onnx" in entry["files"], f"{name}: files has no onnx")
-    return Member(
-        name,
-        str(entry["architecture"]),
-        float(weight),
-        _positive(f"{name}: temperature", entry["temperature"]),
-        {kind: _file(path, file) for kind, file in entry["files"].items()},
-    )
-
-
-def _file(bundle: Path, entry: dict[str, Any]) -> BundleFile:
-    name, sha256 = entry["path"], entry["sha256"]
-    _expect(bool(_SHA256.fullmatch(sha256)), f"{name}: sha256 {sha256!r}")
-    relative = Path(name)
-    inside = not relative.is_absolute() and ".." not in relative.parts and relative.parts
-    _expect(bool(inside), f"file {name!r} is outside the bundle")
-    return BundleFile(bundle / relative, sha256)
 
 
 def load_canaries(bundle: Bundle) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
@@ -221,7 +239,7 @@ def load_canaries(bundle: Bundle) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
         arrays = load_file(bundle.canaries.path)
         pixels, logits = arrays["pixels"], arrays["logits"]
     except (SafetensorError, KeyError, OSError) as error:
-        problem = _one_line(str(error))
+        problem = " ".join(str(error).split())[:300]
         raise UsageError(
             f"bundle {bundle.path}: its canaries can't be read ({problem}); train it again"
         ) from None
@@ -241,35 +259,48 @@ def load_canaries(bundle: Bundle) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
     return pixels, expected
 
 
-def revise(bundle: Bundle, changed: dict[str, Any], distances: Mapping[str, bytes] | None = None) -> Bundle:
-    """Replace fields of ensemble.json, atomically; the bundle as it is then, with another hash.
+def revise(bundle: Bundle, points: OperatingPoints, distances: Mapping[str, bytes] | None = None) -> Bundle:
+    """Put operating points, and their temperature, into ensemble.json, atomically; return the bundle of then.
 
     `distances` are what `engine.distance.nodes_of` gives, by member; without, the members have none any more.
-    Raises UsageError, and nothing is written, when the file is not the one that was loaded.
+    A bundle that was trained before there were groups gets them. Raises UsageError, and nothing is written,
+    when the file is not the one that was loaded.
     """
     file = bundle.path / DESCRIPTION
     raw = file.read_bytes()
     if hashlib.sha256(raw).hexdigest() != bundle.sha256:
         raise UsageError(f"bundle {bundle.path}: {DESCRIPTION} was changed meanwhile; try again")
-    data = json.loads(raw) | changed
-    for entry in data["members"]:
-        entry["files"].pop(OUTPUT, None)
+    before = from_json(raw, EnsembleDescription)
+    members = []
+    for member in before.members:
+        files = {kind: entry for kind, entry in member.files.items() if kind != OUTPUT}
         if distances:
-            nodes = distances[entry["name"]]
-            digest = hashlib.sha256(nodes).hexdigest()
-            name = f"{entry['name']}.{OUTPUT}-{digest[:12]}.onnx"  # never that of a file in use
-            with atomic(bundle.path / name) as temporary:
-                temporary.write_bytes(nodes)
-            entry["files"][OUTPUT] = {"path": name, "sha256": digest}
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    revised = _parse(bundle.path, json.loads(text), hashlib.sha256(text.encode()).hexdigest())
+            files[OUTPUT] = _write_nodes(bundle.path, member.name, distances[member.name])
+        members.append(replace(member, files=files))
+    after = replace(
+        before,
+        groups=before.groups or groups_of(before.classes),
+        temperature=points.temperature.value,
+        members=tuple(members),
+        operating_points=points,
+    )
+    written = serialize(after)
+    revised = _parse(bundle.path, written)
     with atomic(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(written)
     used = {member.files[OUTPUT].path for member in revised.members if OUTPUT in member.files}
     for path in bundle.path.glob(f"*.{OUTPUT}-*.onnx"):
         if path not in used:
             path.unlink(missing_ok=True)
     return revised
+
+
+def _write_nodes(folder: Path, member: str, nodes: bytes) -> FileEntry:
+    digest = hashlib.sha256(nodes).hexdigest()
+    name = f"{member}.{OUTPUT}-{digest[:12]}.onnx"  # never that of a file in use
+    with atomic(folder / name) as temporary:
+        temporary.write_bytes(nodes)
+    return FileEntry(path=name, sha256=digest)
 
 
 def _check_hashes(bundle: Bundle) -> None:

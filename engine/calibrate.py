@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -27,13 +26,16 @@ from engine.calibration import Asked, Sample, calibrate, check_counts, folds
 from engine.canaries import Step
 from engine.command import Parser, number
 from engine.errors import Stopped, UsageError
+from engine.intervals import Share
 from engine.job import Say, Watch, check_paths, choice_of, manifest_of
-from engine.labels import Names, groups_of
+from engine.labels import Names
 from engine.listing import PATH
+from engine.operating_points import DOUBTFUL, Abstention, DistanceLimits, LabelledData, OperatingPoints
 from engine.options import OPTIONS
 from engine.overlap import Meter
 from engine.pipeline import Opening, Stages, screen
 from engine.progress import Display
+from engine.provenance import RunRecord
 from engine.records import FLAGS, Batch, Status
 from engine.results import MERGED, Results, opened
 from engine.run import answered, hush_libraries, stop_on_signal
@@ -42,7 +44,6 @@ from engine.settings import Settings, available_cpus, parse_location
 from engine.storage import Url
 from engine.storage.location import HTTP_SCHEMES, Place
 from engine.store import open_folder
-from engine.triage import DOUBTFUL, ZONES
 
 Labels = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
@@ -64,7 +65,7 @@ class Found:
     """What to change in a bundle."""
 
     models: Bundle  # as it is
-    changed: dict[str, Any]  # fields of ensemble.json
+    points: OperatingPoints
     distances: dict[str, bytes] | None  # by member, as `bundle.revise` takes them
 
 
@@ -115,8 +116,7 @@ def measure(
                     "first, which goes on where it was stopped: --on RESULTS"
                 ) from None
             sample, rows, data = _read(opened(output, unfinished=False), models, columns, say)
-    temperature, points = calibrate(sample, models.classes, models.weights, asked)
-    nodes = None
+    limits = nodes = None
     if ood:
         here = np.isin(rows, list(kept))
         if here.sum() < LEAST_OOD:
@@ -124,12 +124,8 @@ def measure(
                 f"--ood: {here.sum()} images could be looked at; at least {LEAST_OOD} are needed"
             )
         pixels = np.stack([kept[row] for row in rows[here].tolist()])
-        points["abstain"]["distance"], nodes = _distances(models, pixels, sample.groups[here], asked)
-    points |= {"data": data, "made": datetime.now(UTC).isoformat(timespec="seconds")}
-    changed = {"temperature": temperature, "operating_points": points}
-    if not models.groups:  # of a bundle that was trained before there were groups
-        changed["groups"] = groups_of(models.classes)
-    return Found(models, changed, nodes)
+        limits, nodes = _distances(models, pixels, sample.groups[here], asked)
+    return Found(models, calibrate(sample, models.classes, models.weights, asked, data, limits), nodes)
 
 
 def _some(labelled: Labels, models: Bundle, settings: Settings, asked: Asked) -> frozenset[int]:
@@ -177,7 +173,7 @@ class _Copying:
 
 def _distances(
     models: Bundle, pixels: Pixels, groups: Labels, asked: Asked
-) -> tuple[dict[str, Any], dict[str, bytes]]:
+) -> tuple[DistanceLimits, dict[str, bytes]]:
     """The limits that the share `asked.quantile` of images [N, 1, H, W] keeps, and each member's nodes.
 
     An image is judged by what was fitted to the images of other folds, and by the member for which it is the
@@ -193,7 +189,7 @@ def _distances(
     usual = np.quantile(odd, asked.quantile, axis=1)
     oddest = float(np.quantile((np.stack(odd) / usual[:, None]).max(axis=0), asked.quantile))
     above = {member.name: float(limit) for member, limit in zip(models.members, usual * oddest, strict=True)}
-    return {"quantile": asked.quantile, "images": len(pixels), "above": above}, nodes
+    return DistanceLimits(quantile=asked.quantile, images=len(pixels), above=above), nodes
 
 
 def _look_through(
@@ -226,14 +222,14 @@ def _is_results(place: Place) -> bool:
 
 def _read(
     results: Results, models: Bundle, columns: Columns, say: Say
-) -> tuple[Sample, Labels, dict[str, Any]]:
+) -> tuple[Sample, Labels, LabelledData]:
     """What was scored and has a label, the numbers of these rows, and `data` of the operating points."""
     if not results.parts:
         raise UsageError(f"results {results.place}: they have no rows")
     before = models.operating_points
-    trained = _as_trained(models.sha256, before.recorded if before else None)
+    trained = before.data.bundle_sha256 if before else models.sha256
     for run in results.runs.values():
-        if _as_trained(run.result_options.bundle_sha256, run.operating_points or None) != trained:
+        if _as_trained(run) != trained:
             raise UsageError(f"results {results.place}: they are of another bundle than {models.path}")
     (one, *others) = results.runs.values()
     options = one.result_options
@@ -265,22 +261,23 @@ def _read(
     return (
         Sample(members, labels, groups),
         table.column("row").to_numpy(),
-        {
-            "sha256": digest.hexdigest(),  # of labels, members' probabilities, patients
-            "manifest_sha256": None if others else options.manifest_sha256,
-            "bundle_sha256": trained,
-            "precision": options.precision,
-            "images": len(labels),
-            "by_class": dict(zip(models.classes, counts.tolist(), strict=True)),
-            "patients": len(np.unique(groups)) if group else None,
-            "left_out": {name: count for name, count in left_out.items() if count},
-        },
+        LabelledData(
+            sha256=digest.hexdigest(),
+            manifest_sha256=None if others else options.manifest_sha256,
+            bundle_sha256=trained,
+            precision=options.precision,
+            images=len(labels),
+            by_class=dict(zip(models.classes, counts.tolist(), strict=True)),
+            patients=len(np.unique(groups)) if group else None,
+            left_out={name: count for name, count in left_out.items() if count},
+        ),
     )
 
 
-def _as_trained(sha256: str, points: dict[str, Any] | None) -> str:
-    """The hash of a bundle before it was calibrated, which changes no member and no weight."""
-    return str(points["data"]["bundle_sha256"]) if points else sha256
+def _as_trained(run: RunRecord) -> str:
+    """The hash of a run's bundle before it was calibrated, which changes no member and no weight."""
+    points = run.operating_points
+    return str(points["data"]["bundle_sha256"]) if points else run.result_options.bundle_sha256
 
 
 def _columns(there: list[str], prefix: str, columns: Columns) -> tuple[str | None, str | None]:
@@ -340,55 +337,62 @@ def _groups(column: pa.ChunkedArray[Any]) -> Labels:
     )
 
 
-def table_of(points: dict[str, Any]) -> Iterator[str]:
-    """Operating points, as ensemble.json has them, in lines for people."""
-    data, target, level = points["data"], points["target"], points["level"]
-    patients = f" of {data['patients']} patients" if data["patients"] is not None else ""
-    left_out = ", ".join(f"{count} {name}" for name, count in data["left_out"].items())
+def table_of(points: OperatingPoints) -> Iterator[str]:
+    """Operating points in lines for people."""
+    data, target = points.data, points.target
+    patients = f" of {data.patients} patients" if data.patients is not None else ""
+    left_out = ", ".join(f"{count} {name}" for name, count in data.left_out.items())
     yield (
-        f"{target}: {data['by_class'][target]} of {data['images']} images{patients}, {data['precision']}, "
-        f"{points['made'][:10]}" + (f"; left out: {left_out}" if left_out else "")
+        f"{target}: {data.by_class[target]} of {data.images} images{patients}, {data.precision}, "
+        f"{points.made[:10]}" + (f"; left out: {left_out}" if left_out else "")
     )
-    temperature = points["temperature"]
-    nll = temperature["nll"]
+    temperature = points.temperature
     yield (
-        f"temperature {temperature['value']:.3g}{_range(temperature['interval'])}, negative log-likelihood "
-        f"{nll['before']:.4f} without, {nll['after']:.4f} with it"
+        f"temperature {temperature.value:.3g}{_range(temperature.interval)}, negative log-likelihood "
+        f"{temperature.nll.before:.4f} without, {temperature.nll.after:.4f} with it"
     )
-    ends = (("rule_out", "below"), ("refer", "above"))
-    yield ", ".join(
-        f"{name} {side} {points[name][side]:.3g}{_range(points[name]['interval'])}" for name, side in ends
+    low, high = points.rule_out, points.refer
+    yield (
+        f"rule_out below {low.below:.3g}{_range(low.interval)}, "
+        f"refer above {high.above:.3g}{_range(high.interval)}"
     )
     heads = ("not ruled out", "cross-fitted", "referred", "cross-fitted")
     yield (f"{'':13}" + "".join(f"{head:21}" for head in heads)).rstrip()
     for rate, word in (("sensitivity", ""), ("specificity", ""), ("ppv", "PPV"), ("npv", "NPV")):
-        cells = (points[name][kind][rate] for name, _ in ends for kind in ("on_data", "cross_fitted"))
-        yield (f"{word or rate:13}" + "".join(f"{_rate(cell):21}" for cell in cells)).rstrip()
-    yield f"({level:.0%} intervals; cross-fitted: by thresholds found without the images they are judged on)"
-    if points["crossed"]:
+        rates = (low.on_data, low.cross_fitted, high.on_data, high.cross_fitted)
+        cells = (_rate(getattr(one, rate)) for one in rates)
+        yield (f"{word or rate:13}" + "".join(f"{cell:21}" for cell in cells)).rstrip()
+    yield (
+        f"({points.level:.0%} intervals; "
+        "cross-fitted: by thresholds found without the images they are judged on)"
+    )
+    if points.crossed:
         yield "the thresholds had crossed: all between keep both shares, and the middle one stands for both"
-    zones = (f"{name} {points['zones'][name]['images']}" for name in ZONES)
-    missed = points["zones"]["rule_out"]["positives"]
-    yield f"images: {', '.join(zones)}; {missed} of {target} ruled out"
-    abstain = points["abstain"]
-    apart = abstain["disagreement"]
-    reasons = ["in the gray zone"]
-    if apart["above"] is not None:
-        reasons.append(f"members disagree by over {apart['above']:.3g} bits (quantile {apart['quantile']:g})")
-    if abstain["distance"]:
-        far, images = abstain["distance"]["quantile"], abstain["distance"]["images"]
-        reasons.append(f"out of distribution (quantile {far:g} of {images} images)")
-    if abstain["image_flags"]:
-        reasons.append(f"flags {', '.join(abstain['image_flags'])}")
-    yield f"abstains: {'; '.join(reasons)}"
+    zones = points.zones
+    yield (
+        f"images: rule_out {zones.rule_out.images}, gray_zone {zones.gray_zone.images}, "
+        f"refer {zones.refer.images}; {zones.rule_out.positives} of {target} ruled out"
+    )
+    yield f"abstains: {'; '.join(_reasons(points.abstain))}"
 
 
-def _range(interval: list[float] | None) -> str:
+def _reasons(abstain: Abstention) -> Iterator[str]:
+    yield "in the gray zone"
+    apart, far = abstain.disagreement, abstain.distance
+    if apart.above is not None:
+        yield f"members disagree by over {apart.above:.3g} bits (quantile {apart.quantile:g})"
+    if far:
+        yield f"out of distribution (quantile {far.quantile:g} of {far.images} images)"
+    if abstain.image_flags:
+        yield f"flags {', '.join(abstain.image_flags)}"
+
+
+def _range(interval: tuple[float, float] | None) -> str:
     return f" ({interval[0]:.3g} to {interval[1]:.3g})" if interval else ""
 
 
-def _rate(one: dict[str, Any]) -> str:
-    return f"{one['value']:.3f} ({one['low']:.3f}-{one['high']:.3f})" if one["of"] else "-"
+def _rate(share: Share) -> str:
+    return f"{share.value:.3f} ({share.low:.3f}-{share.high:.3f})" if share.of else "-"
 
 
 def option_parser() -> Parser:
@@ -475,7 +479,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given["show"]:
             if not models.operating_points:
                 raise UsageError(f"bundle {models.path}: it has no operating points; find them with: {again}")
-            print("\n".join(table_of(models.operating_points.recorded)))
+            print("\n".join(table_of(models.operating_points)))
             return 0
         if given["manifest"] is None:
             raise UsageError(f"--on is missing: {again}")
@@ -492,14 +496,13 @@ def main(arguments: list[str] | None = None) -> int:
                 say=say,
                 stop=stop_on_signal(console, None),
             )
-        points = found.changed["operating_points"]
-        print("\n".join(table_of(points)))
-        if points["temperature"]["interval"] is None:
+        print("\n".join(table_of(found.points)))
+        if found.points.temperature.interval is None:
             say("no temperature is the likeliest (the classes are told apart without error?): it stays 1")
         if given["dry_run"]:
             say(f"not written: {models.path} is as it was")
             return 0
-        bundle.revise(found.models, found.changed, found.distances)
+        bundle.revise(found.models, found.points, found.distances)
         say(f"written to {models.path / bundle.DESCRIPTION}; runs that were begun before can't go on with it")
         if tuned.folder_of(models.path).is_dir():
             say(f"for its tuning: python -m engine.tune {models.path} --sample MANIFEST")

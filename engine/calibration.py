@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.ensemble import average, tempered
 from engine.errors import UsageError
-from engine.intervals import LEVEL, draws, quantiles, share
-from engine.triage import DOUBTFUL, ZONES, disagreement, zones
+from engine.intervals import LEVEL, Share, draws, quantiles, share
+from engine.operating_points import (
+    DOUBTFUL,
+    ZONES,
+    Abstention,
+    AskedRates,
+    DisagreementLimit,
+    DistanceLimits,
+    FittedTemperature,
+    LabelledData,
+    LogLikelihoods,
+    OperatingPoints,
+    Rates,
+    Refer,
+    RuleOut,
+    ZoneCounts,
+    Zones,
+)
+from engine.triage import disagreement, zones
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+Ends = tuple[float, float]  # of an interval
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperatures
 FOLDS, RESAMPLES = 5, 1000
@@ -82,9 +100,14 @@ def _losses(logs: npt.NDArray[np.float64], labels: Labels, temperature: float) -
 
 
 def calibrate(
-    sample: Sample, classes: Sequence[str], weights: Sequence[float], asked: Asked
-) -> tuple[float, dict[str, Any]]:
-    """The ensemble's temperature, and `operating_points` but for what is known of the data alone.
+    sample: Sample,
+    classes: Sequence[str],
+    weights: Sequence[float],
+    asked: Asked,
+    data: LabelledData,
+    distance: DistanceLimits | None = None,
+) -> OperatingPoints:
+    """Find the ensemble's temperature and operating points; `data` says what `sample` is.
 
     Raises UsageError where there are too few images to promise anything.
     """
@@ -95,46 +118,63 @@ def calibrate(
     temperature, settled = _temperature(mean, sample.labels)
     scores = tempered(mean, temperature)[:, target]
     low, high, crossed = thresholds(scores, positive, asked)
-    called = {"rule_out": scores >= low, "refer": scores > high}
     ends = _resampled_ends(scores, positive, sample.groups, asked)
     fitted = _cross_fitted(sample, weights, target, asked)
-    zone = zones(scores, low, high)
-    apart = disagreement(sample.members, weights)
-    points: dict[str, Any] = {
-        "target": asked.target,
-        "asked": {"sensitivity": asked.sensitivity, "specificity": asked.specificity},
-        "level": LEVEL,
-        "rule_out": {"below": low, "interval": ends[0]},
-        "refer": {"above": high, "interval": ends[1]},
-        "crossed": crossed,
-        "temperature": {
-            "value": temperature,
-            "interval": _temperature_interval(mean, sample, asked.seed) if settled else None,
-            "nll": {
-                name: float(_losses(_logs(mean), sample.labels, one).mean())
-                for name, one in (("before", 1.0), ("after", temperature))
-            },
-        },
-        "zones": {
-            name: {"images": int((zone == one).sum()), "positives": int((positive & (zone == one)).sum())}
+
+    def rates(called: Bools) -> Rates:
+        return _rates(called, positive, sample.groups)
+
+    return OperatingPoints(
+        target=asked.target,
+        asked=AskedRates(sensitivity=asked.sensitivity, specificity=asked.specificity),
+        level=LEVEL,
+        rule_out=RuleOut(
+            below=low,
+            interval=ends[0],
+            on_data=rates(scores >= low),
+            cross_fitted=rates(fitted["rule_out"]),
+        ),
+        refer=Refer(
+            above=high, interval=ends[1], on_data=rates(scores > high), cross_fitted=rates(fitted["refer"])
+        ),
+        crossed=crossed,
+        temperature=FittedTemperature(
+            value=temperature,
+            interval=_temperature_interval(mean, sample, asked.seed) if settled else None,
+            nll=LogLikelihoods(
+                before=_mean_loss(mean, sample.labels, 1.0),
+                after=_mean_loss(mean, sample.labels, temperature),
+            ),
+        ),
+        zones=_zone_counts(zones(scores, low, high), positive),
+        abstain=Abstention(
+            disagreement=_disagreement_limit(sample, weights, asked.quantile),
+            image_flags=asked.flags,
+            distance=distance,
+        ),
+        data=data,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _mean_loss(mean: Floats, labels: Labels, temperature: float) -> float:
+    return float(_losses(_logs(mean), labels, temperature).mean())
+
+
+def _zone_counts(zone: npt.NDArray[np.int8], positive: Bools) -> Zones:
+    return Zones(
+        **{
+            name: ZoneCounts(images=int((zone == one).sum()), positives=int((positive & (zone == one)).sum()))
             for one, name in enumerate(ZONES)
-        },
-        "abstain": {
-            "disagreement": {
-                "quantile": asked.quantile,
-                # with one member there is none
-                "above": float(np.quantile(apart, asked.quantile)) if len(weights) > 1 else None,
-            },
-            "image_flags": list(asked.flags),
-            "distance": None,
-        },
-    }
-    for name, mask in called.items():
-        points[name] |= {
-            "on_data": _figures(mask, positive, sample.groups),
-            "cross_fitted": _figures(fitted[name], positive, sample.groups),
         }
-    return temperature, points
+    )
+
+
+def _disagreement_limit(sample: Sample, weights: Sequence[float], quantile: float) -> DisagreementLimit:
+    """The quantile of the members' disagreement; with one member there is none."""
+    apart = disagreement(sample.members, weights)
+    above = float(np.quantile(apart, quantile)) if len(weights) > 1 else None
+    return DisagreementLimit(quantile=quantile, above=above)
 
 
 def check_counts(positive: Bools, groups: Labels, asked: Asked) -> None:
@@ -199,19 +239,17 @@ def _at(scores: Floats, times: npt.NDArray[np.floating], part: float, *, beyond:
     return np.asarray(scores[order][reached.argmax(axis=1)], np.float32)
 
 
-def _resampled_ends(
-    scores: Floats, positive: Bools, groups: Labels, asked: Asked
-) -> tuple[list[float], list[float]]:
+def _resampled_ends(scores: Floats, positive: Bools, groups: Labels, asked: Asked) -> tuple[Ends, Ends]:
     """Intervals of both thresholds at this temperature, by a bootstrap over groups."""
     found = []
     for times in draws(groups, seed=asked.seed, resamples=RESAMPLES):
         times = times[(times[:, positive].sum(axis=1) > 0) & (times[:, ~positive].sum(axis=1) > 0)]
         found.append(np.stack(_ends(scores, positive, times, asked)[:2]))
     low, high = np.concatenate(found, axis=1)
-    return list(quantiles(low)), list(quantiles(high))
+    return quantiles(low), quantiles(high)
 
 
-def _temperature_interval(mean: Floats, sample: Sample, seed: int) -> list[float]:
+def _temperature_interval(mean: Floats, sample: Sample, seed: int) -> Ends:
     """By the same bootstrap: the best temperature of a grid, and of the parabola through its neighbours."""
     grid = np.linspace(math.log(LOWEST), math.log(HIGHEST), _GRID)
     logs = _logs(mean)
@@ -224,7 +262,7 @@ def _temperature_interval(mean: Floats, sample: Sample, seed: int) -> list[float
         bend = left - 2 * here + right
         shift = np.where(bend > 0, (left - right) / (2 * np.where(bend > 0, bend, 1)), 0).clip(-1, 1)
         found.append(np.exp(grid[best] + shift * (grid[1] - grid[0])))
-    return list(quantiles(np.concatenate(found)))
+    return quantiles(np.concatenate(found))
 
 
 def _cross_fitted(sample: Sample, weights: Sequence[float], target: int, asked: Asked) -> Mapping[str, Bools]:
@@ -254,15 +292,13 @@ def folds(positive: Bools, groups: Labels, seed: int) -> Iterator[Bools]:
         yield held
 
 
-def _figures(called: Bools, positive: Bools, groups: Labels) -> dict[str, Any]:
+def _rates(called: Bools, positive: Bools, groups: Labels) -> Rates:
     """Of a test that calls some images [N] positive."""
     right = called == positive
-    return {
-        name: asdict(share(right[mask], groups[mask]))
-        for name, mask in (
-            ("sensitivity", positive),
-            ("specificity", ~positive),
-            ("ppv", called),
-            ("npv", ~called),
-        )
-    }
+
+    def among(mask: Bools) -> Share:
+        return share(right[mask], groups[mask])
+
+    return Rates(
+        sensitivity=among(positive), specificity=among(~positive), ppv=among(called), npv=among(~called)
+    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from engine.core.json_records import Count, Fraction, Record, check_order
 
 LEVEL = 0.95
 _BLOCK = 2_000_000  # image counts that are held at once
@@ -15,15 +16,22 @@ Floats = npt.NDArray[np.floating]
 Labels = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(Record):
     """`hits` of `of` images, with an interval; no value of no images."""
 
-    hits: int
-    of: int
-    value: float | None
-    low: float | None
-    high: float | None
+    hits: Count
+    of: Count
+    value: Fraction | None = None
+    low: Fraction | None = None
+    high: Fraction | None = None
+
+    def __post_init__(self) -> None:
+        known = [number for number in (self.low, self.value, self.high) if number is not None]
+        if len(known) != (3 if self.of else 0):
+            raise ValueError(
+                f"of is {self.of}: low, value and high are numbers where there are images, else null"
+            )
+        check_order("low, value, high", *known)
 
 
 def share(hits: npt.NDArray[np.bool_], groups: Labels) -> Share:
@@ -36,13 +44,13 @@ def share(hits: npt.NDArray[np.bool_], groups: Labels) -> Share:
 
     count, found = len(hits), int(hits.sum())
     if not count:
-        return Share(0, 0, None, None, None)
+        return Share(hits=0, of=0)
     value = found / count
     effective = _effective(hits, value, groups)
     yes, no, tail = value * effective, (1 - value) * effective, (1 - LEVEL) / 2
     low = float(betaincinv(yes, no + 1, tail)) if found else 0.0
     high = float(betaincinv(yes + 1, no, 1 - tail)) if found < count else 1.0
-    return Share(found, count, value, min(low, value), max(high, value))
+    return Share(hits=found, of=count, value=value, low=min(low, value), high=max(high, value))
 
 
 def _effective(hits: npt.NDArray[np.bool_], value: float, groups: Labels) -> float:

@@ -176,7 +176,7 @@ def prepare(settings: Settings, say: Say, *, chosen: Chosen | None = None) -> It
 def _about_triage(models: Bundle, choice: Choice, run: RunRecord) -> Iterator[str]:
     """What the rows are sorted by, and what is not looked at."""
     if models.operating_points:
-        measured = models.operating_points.recorded["data"]["precision"]
+        measured = models.operating_points.data.precision
         other = f"; this run is in {choice.precision}" if choice.precision != measured else ""
         yield f"triage: {models.operating_points}{other}"
     if (run.out_of_distribution or "").startswith("not"):

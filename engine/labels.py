@@ -58,11 +58,11 @@ def key(name: str) -> str:
     return name.strip().casefold()
 
 
-def groups_of(classes: Sequence[str]) -> dict[str, list[str]]:
+def groups_of(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """The groups of classes that these allow, by name."""
     by_key = {key(name): name for name in classes}
     return {
-        group: [by_key[name] for name in names]
+        group: tuple(by_key[name] for name in names)
         for group, names in _GROUPS.items()
         if set(names) <= by_key.keys() and len(names) < len(classes) and group not in by_key
     }

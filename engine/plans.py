@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import platform
-import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, structs
 
 from engine.bundle import Bundle, Member
+from engine.core.json_records import Count, NotNegative, Record, Sha256, from_json, text, to_json
 from engine.errors import UsageError
-from engine.store import write_json
+from engine.store import atomic
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 PLANS = "plans"
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT for RTX builds for
 INT8 = "onnx-int8"  # the target of INT8 graphs for the CPU
-_TEXTS = (
-    *("member", "target", "backend", "frontend", "precision", "reference_sha256"),
-    *("source", "source_sha256", "plan", "plan_sha256", "version"),
-)
-_WORDS: dict[str, tuple[object, ...]] = {
-    "backend": ("tensorrt", "tensorrt_rtx", "onnx"),
-    "frontend": ("onnx", "torch-tensorrt"),
-    "precision": ("fp16", "fp32", "int8"),
-    "hardware_compatible": (True, False),
-    "version_compatible": (True, False),
-}
+Word = Annotated[str, Meta(min_length=1, max_length=128)]
+BatchSize = Annotated[int, Meta(ge=1)]
+Version = Annotated[str, text(r"[0-9]{1,9}(\.[0-9]{1,9}){2,3}", "a version such as 11.1.0.106")]
+Capability = Annotated[str, text(r"[0-9]{1,3}\.[0-9]", "a compute capability such as 9.0")]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gpu:
+class Gpu(Record):
     """What decides whether a plan fits: NVIDIA's names."""
 
     name: str
@@ -44,17 +37,15 @@ class Gpu:
     driver: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Profile:
+class Profile(Record):
     """An optimization profile: batch sizes."""
 
-    min: int
-    opt: int
-    max: int
+    min: BatchSize
+    opt: BatchSize
+    max: BatchSize
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parity:
+class Parity(Record):
     """How a plan, or the graph it was made from, compares with the float32 reference on `images` images."""
 
     executed: bool  # the plan itself; False: its FP16 graph, on ONNX Runtime
@@ -95,36 +86,58 @@ class Parity:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Passport:
+class Layer(Record, omit_defaults=True):
+    """A layer of a plan or graph; what its source does not tell is left out."""
+
+    name: str | None
+    type: str | None = None
+    input: str | None = None  # data types and formats
+    output: str | None = None
+    precision: str | None = None
+    weights: str | None = None
+
+
+class Passport(Record):
     """`plans/<target>/<member>.json`."""
 
-    format: int
-    member: str
-    target: str  # name of the folder
-    backend: str  # "tensorrt", "tensorrt_rtx" or "onnx"
-    frontend: str  # "onnx" or "torch-tensorrt"
-    precision: str  # "fp16", "fp32" or "int8"
-    reference_sha256: str  # of the member's float32 graph, as ensemble.json has it
-    source: str  # the file that was compiled, in the bundle
-    source_sha256: str
-    plan: str
-    plan_sha256: str
-    plan_bytes: int
-    version: str  # of `backend`
+    format: Literal[1]
+    member: Word
+    target: Word  # name of the folder
+    backend: Literal["tensorrt", "tensorrt_rtx", "onnx"]
+    frontend: Literal["onnx", "torch-tensorrt"]
+    precision: Literal["fp16", "fp32", "int8"]
+    reference_sha256: Sha256  # of the member's float32 graph, as ensemble.json has it
+    source: Word  # the file that was compiled, in the bundle
+    source_sha256: Sha256
+    plan: Word
+    plan_sha256: Sha256
+    plan_bytes: Count
+    version: Version  # of `backend`
     cuda: str | None
     gpu: Gpu | None  # where it was built, None without one
-    compute_capabilities: tuple[str, ...]  # that it was built for
+    compute_capabilities: tuple[Capability, ...]  # that it was built for
     hardware_compatible: bool
     version_compatible: bool
     profiles: tuple[Profile, ...]
-    options: dict[str, Any]
-    layers: list[dict[str, Any]]  # name, type and precision of each
+    options: dict[str, str | int | float | bool | None]  # of the builder, or of the quantization
+    layers: tuple[Layer, ...]
     layers_from: str  # "network", "engine inspector" or "graph"
-    build_s: float
+    build_s: NotNegative
     built: str  # ISO 8601, UTC
     parity: Parity
     ensemble: Parity | None = None  # of all members' INT8 graphs together
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"{name} {value[:40]!r} is not printable")
+        if Path(self.plan).name != self.plan:
+            raise ValueError(f"plan {self.plan!r} is not the name of a file beside the passport")
+        if bool(self.profiles) == (self.backend == "onnx"):
+            raise ValueError(
+                f"profiles: {len(self.profiles)}; a compiled plan has some, an ONNX graph has none"
+            )
 
     @property
     def max_batch(self) -> int:
@@ -208,7 +221,7 @@ class Plan:
 
     def with_facts(self, **changed: Any) -> Plan:
         """The same plan; `changed` fields of its passport."""
-        return replace(self, passport=replace(self.passport, **changed))
+        return replace(self, passport=structs.replace(self.passport, **changed))
 
     def read(self) -> bytes:
         """The plan, if its bytes are those the passport names. Raises UsageError."""
@@ -233,66 +246,19 @@ class Plan:
 
 
 def write(folder: Path, passport: Passport) -> None:
-    write_json(folder / f"{passport.member}.json", asdict(passport))
+    with atomic(folder / f"{passport.member}.json") as temporary:
+        temporary.write_text(to_json(passport))
 
 
 def load(path: Path) -> Plan:
     """A passport and where its plan is. Raises UsageError, one line, for one that makes no sense."""
     try:
-        data = json.loads(path.read_bytes())
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"not a passport of format {FORMAT}")
-        passport = _parse(data)
+        passport = from_json(path.read_bytes(), Passport)
     except OSError as error:
         raise UsageError(f"plan {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"plan {path}: {' '.join(str(error).split())[:200]}") from None
+    except ValueError as error:
+        raise UsageError(f"plan {path}: {error}") from None
     return Plan(path.parent / passport.plan, passport)
-
-
-def _parse(data: dict[str, Any]) -> Passport:
-    known = {field.name for field in fields(Passport)}
-    if set(data) | {"ensemble"} != known:
-        raise ValueError(f"fields {', '.join(sorted(set(data) ^ known))} are missing or unknown")
-    passport = Passport(
-        **data
-        | {
-            "gpu": Gpu(**data["gpu"]) if data["gpu"] else None,
-            "profiles": tuple(Profile(**profile) for profile in data["profiles"]),
-            "compute_capabilities": tuple(data["compute_capabilities"]),
-            "parity": Parity(**data["parity"]),
-            "ensemble": Parity(**data["ensemble"]) if data.get("ensemble") else None,
-        }
-    )
-    _check(passport)
-    return passport
-
-
-def _check(passport: Passport) -> None:
-    """Raise ValueError for a value that can't be."""
-    for name in _TEXTS:
-        text = getattr(passport, name)
-        _expect(isinstance(text, str) and 0 < len(text) <= 128 and text.isprintable(), name, text)
-    for name, allowed in _WORDS.items():
-        _expect(getattr(passport, name) in allowed, name, getattr(passport, name))
-    _expect(bool(re.fullmatch(r"\d+(\.\d+){2,3}", passport.version)), "version", passport.version)
-    beside = Path(passport.plan).name == passport.plan
-    _expect(beside, "plan", f"{passport.plan} is not the name of a file beside the passport")
-    sizes = [size for profile in passport.profiles for size in astuple(profile)]
-    compiled = passport.backend != "onnx"
-    _expect(
-        bool(sizes) == compiled and all(type(size) is int for size in sizes), "profiles", passport.profiles
-    )
-    for number in (passport.parity.limit, passport.parity.max, passport.parity.agreement):
-        _expect(type(number) in (int, float), "parity", number)
-    _expect(isinstance(passport.options, dict), "options", passport.options)
-    for text in passport.compute_capabilities:
-        _expect(bool(re.fullmatch(r"\d{1,3}\.\d", text)), "compute_capabilities", text)
-
-
-def _expect(condition: bool, name: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{name} {value!r}"[:120])
 
 
 def passports(bundle: Bundle) -> Iterator[tuple[str, list[Path]]]:

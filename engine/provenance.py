@@ -197,7 +197,7 @@ class RunRecord(Record):
             classes=bundle.classes,
             target=bundle.target,
             groups=dict(bundle.groups),
-            operating_points=points.recorded if points else None,
+            operating_points=to_builtins(points) if points else None,
             out_of_distribution=_out_of_distribution(bundle, choice),
             weights={member.name: member.weight for member in bundle.members},
             machine=Machine.create(choice),

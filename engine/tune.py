@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec import structs
 from rich.console import Console
 
 from engine import bundle
 from engine.bundle import Bundle
 from engine.command import Parser, number
-from engine.core.json_records import to_builtins
+from engine.core.json_records import from_builtins, to_builtins
 from engine.core.tuning import Tuning
 from engine.errors import EngineError, Stopped, UsageError
 from engine.job import Say, check_paths, choice_of
@@ -46,7 +47,19 @@ from engine.runners import Choice
 from engine.settings import Settings, available_cpus, parse_location
 from engine.sink import Layout, Sink
 from engine.store import LocalFolder
-from engine.tuned import CPU_BATCHES, GPU_BATCHES, Knobs, folder_of, keep, machine_of
+from engine.tuned import (
+    CPU_BATCHES,
+    FORMAT,
+    GPU_BATCHES,
+    BestBeside,
+    Knobs,
+    Sampled,
+    Tried,
+    TuningProfile,
+    folder_of,
+    keep,
+    machine_of,
+)
 
 SAMPLE_ROWS = 4096  # of the manifest, spread over it
 WORTH = 1.03  # the best has to be this much faster than the defaults to replace them
@@ -284,7 +297,7 @@ class Trials:
         if key not in self._opened:
             if gpu:
                 self._close()
-            widest = knobs if gpu else replace(knobs, batch_size=CPU_BATCHES[-1])
+            widest = knobs if gpu else structs.replace(knobs, batch_size=CPU_BATCHES[-1])
             stages = self._open(widest.on(self._settings))
             self._opened[key] = stages.__enter__()
             tuning = stages.settled.tuning
@@ -362,17 +375,19 @@ def tune(settings: Settings, *, seconds: float, say: Say, stop: threading.Event)
         say(f"not tried, for want of time (--seconds {seconds:g}): {'; '.join(map(str, found.left_out))}")
     limits = trials.limits[found.knobs].most_common(1)[0][0]
     verdict = f"{_in_words(found, choice)}; {LIMITED_BY[limits]} this machine"
-    tuning = trials.tuning.get(found.knobs.runner or choice.runner, Tuning())
-    knobs = replace(found.knobs, **to_builtins(tuning))
-    facts = {
-        "verdict": verdict,
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "sample": {"rows": len(trials.paths), "of": manifest.rows, "by_status": dict(trials.by_status)},
-        "best_beside": {**found.best.named, "of_defaults": found.pairs},
-        "tried": [{"knobs": one.named, "images_per_s": rates} for one, rates in found.tried.items()],
-        "load_average": [load, os.getloadavg()[0]],
-    }
-    return verdict, keep(settings.bundle, machine_of(models, choice), knobs, facts)
+    settled = trials.tuning.get(found.knobs.runner or choice.runner, Tuning())
+    profile = TuningProfile(
+        format=FORMAT,
+        knobs=from_builtins(found.knobs.named | to_builtins(settled), Knobs),
+        verdict=verdict,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        sample=Sampled(rows=len(trials.paths), of=manifest.rows, by_status=dict(trials.by_status)),
+        best_beside=BestBeside(**found.best.named, of_defaults=tuple(found.pairs)),
+        tried=tuple(Tried(knobs=one, images_per_s=tuple(rates)) for one, rates in found.tried.items()),
+        load_average=(load, os.getloadavg()[0]),
+        machine=machine_of(models, choice),
+    )
+    return verdict, keep(settings.bundle, profile)
 
 
 def _tolerant(trials: Trials, manifest: Manifest, choice: Choice, say: Say) -> Visit:

@@ -10,58 +10,66 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, structs
 
 from engine.bundle import Bundle
-from engine.core.json_records import from_builtins
+from engine.core.json_records import (
+    Count,
+    Fraction,
+    Record,
+    from_builtins,
+    from_json,
+    to_builtins,
+    to_json,
+)
 from engine.core.tuning import Tuning
 from engine.provenance import RunRecord, UsedProfile, processor_name, versions
-from engine.runners import RUNNERS, Choice
+from engine.runners import Choice
 from engine.settings import Settings, available_cpus
-from engine.store import as_json, atomic
+from engine.store import atomic
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 CPU_BATCHES = (1, 2, 4, 8, 16, 32)
 GPU_BATCHES = (16, 32, 64, 128, 256, 512)
 MOST_BYTES = 1 << 20
 # what decides the speed, and its versions: of the CPU's runner, and of a GPU's
 _DECIDES = ("engine", "python", "nvidia-dali-cuda130", "imagecodecs", "simplejpeg", "numpy")
 _RUNNERS = ("onnxruntime", "onnxruntime-gpu", "torch", "tensorrt-cu13", "tensorrt-rtx-cu13")
-_DECODING = {  # the fields of engine.gpu.decode.Decoding, and their highest values
-    "hw_decoder_load": 1.0,
-    "hybrid_huffman_threshold": 1 << 40,
-    "width_hint": 1 << 16,
-    "height_hint": 1 << 16,
-    "cpu_share": 1.0,
-}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Knobs:
+class DecodingKnobs(Record):
+    """The fields of engine.gpu.decode.Decoding, as the GPU's own tuning has settled them."""
+
+    hw_decoder_load: Fraction
+    hybrid_huffman_threshold: Annotated[int, Meta(ge=0, le=1 << 40)]
+    width_hint: Annotated[int, Meta(ge=0, le=1 << 16)]
+    height_hint: Annotated[int, Meta(ge=0, le=1 << 16)]
+    cpu_share: Fraction
+
+
+class Knobs(Record, omit_defaults=True):
     """What differs from the defaults; None leaves a default. Checked: anybody may write a profile."""
 
     batch_size: int | None = None
-    workers: int | None = None
-    runner: str | None = None  # of a GPU
+    workers: Annotated[int, Meta(ge=1)] | None = None
+    runner: Literal["tensorrt", "torch", "onnx"] | None = None  # of a GPU
     cuda_graph: bool | None = None
     compiled: bool | None = None  # the members, by torch.compile
-    decoding: dict[str, float] | None = None  # what the GPU's own tuning has settled
+    decoding: DecodingKnobs | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what `engine.tune` does not write."""
-        batches = CPU_BATCHES + GPU_BATCHES
-        _expect("batch_size", self.batch_size, type(self.batch_size) is int and self.batch_size in batches)
+        batches = sorted({*CPU_BATCHES, *GPU_BATCHES})
+        if self.batch_size is not None and self.batch_size not in batches:
+            raise ValueError(f"batch_size is {self.batch_size}: allowed: {', '.join(map(str, batches))}")
         most = 2 * available_cpus()
-        _expect("workers", self.workers, type(self.workers) is int and 1 <= self.workers <= most)
-        _expect("runner", self.runner, self.runner in RUNNERS)
-        _expect("cuda_graph", self.cuda_graph, type(self.cuda_graph) is bool)
-        _expect("compiled", self.compiled, type(self.compiled) is bool)
-        _expect("decoding", self.decoding, _is_decoding(self.decoding))
+        if self.workers is not None and self.workers > most:
+            raise ValueError(f"workers is {self.workers}: at most {most} on this machine")
 
     def __str__(self) -> str:
         words = [
@@ -75,7 +83,7 @@ class Knobs:
     @property
     def named(self) -> dict[str, Any]:
         """Those that are not None."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return dict(to_builtins(self))
 
     @property
     def for_gpu(self) -> dict[str, Any]:
@@ -99,39 +107,86 @@ class Knobs:
         )
 
 
-def _expect(name: str, value: object, fine: bool) -> None:
-    if value is not None and not fine:
-        raise ValueError(f"{name} is not what engine.tune writes")
+class MachineGpu(Record):
+    """What decides a GPU's speed."""
+
+    name: str
+    capability: str
+    driver: str
 
 
-def _is_decoding(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.keys() == _DECODING.keys()
-        and all(
-            type(value[name]) is type(most) and 0 <= value[name] <= most for name, most in _DECODING.items()
-        )
-    )
-
-
-def machine_of(models: Bundle, choice: Choice) -> dict[str, Any]:
+class Machine(Record):
     """All that the figures depend on: a profile fits where it is the same."""
+
+    bundle_sha256: str
+    precision: str
+    device: str
+    runner: str
+    plans: dict[str, str] | None  # sha256 by member
+    processor: str
+    cores: int
+    memory_gib: int
+    gpu: MachineGpu | None
+    versions: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        """A hash of all of it, which names the profile's file."""
+        return hashlib.sha256(json.dumps(to_builtins(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Sampled(Record):
+    """The images that candidates were measured on."""
+
+    rows: Count
+    of: Count  # rows of the manifest
+    by_status: dict[str, Count]
+
+
+class BestBeside(Knobs, omit_defaults=True):
+    """The best candidate beside the defaults."""
+
+    of_defaults: tuple[float, ...]  # its rate / that of the defaults, visited in turn
+
+
+class Tried(Record):
+    """A candidate, and its images/s at each visit but the first."""
+
+    knobs: Knobs
+    images_per_s: tuple[float, ...]
+
+
+class TuningProfile(Record):
+    """A file of BUNDLE.tuning: what `engine.tune` chose for a machine, and facts for people."""
+
+    format: Literal[1]
+    knobs: Knobs
+    verdict: str
+    made: str  # ISO 8601, UTC
+    sample: Sampled
+    best_beside: BestBeside
+    tried: tuple[Tried, ...]
+    load_average: tuple[float, float]  # before and after
+    machine: Machine
+
+
+def machine_of(models: Bundle, choice: Choice) -> Machine:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpu = choice.gpu
     found = versions()
-    return {
-        "bundle_sha256": models.sha256,
-        "precision": choice.precision,
-        "device": "gpu" if gpu else choice.device,
-        "runner": choice.runner,
-        "plans": choice.plan_hashes,
-        "processor": processor_name(),
-        "cores": available_cpus(),
-        "memory_gib": round(memory / 2**30),
-        "gpu": {"name": gpu.name, "capability": gpu.capability, "driver": gpu.driver} if gpu else None,
-        "versions": {name: found[name] for name in _DECIDES if name in found}
+    return Machine(
+        bundle_sha256=models.sha256,
+        precision=choice.precision,
+        device="gpu" if gpu else choice.device,
+        runner=choice.runner,
+        plans=choice.plan_hashes,
+        processor=processor_name(),
+        cores=available_cpus(),
+        memory_gib=round(memory / 2**30),
+        gpu=MachineGpu(name=gpu.name, capability=gpu.capability, driver=gpu.driver) if gpu else None,
+        versions={name: found[name] for name in _DECIDES if name in found}
         | _installed(_RUNNERS if gpu else _RUNNERS[:1]),
-    }
+    )
 
 
 def _installed(packages: tuple[str, ...]) -> dict[str, str]:
@@ -148,19 +203,16 @@ def folder_of(bundle: Path) -> Path:
     return Path(f"{bundle.absolute().resolve()}.tuning")
 
 
-def path_of(bundle: Path, machine: Mapping[str, Any]) -> Path:
-    key = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:16]
-    return folder_of(bundle) / f"{key}.json"
+def path_of(bundle: Path, machine: Machine) -> Path:
+    return folder_of(bundle) / f"{machine.key}.json"
 
 
-def keep(bundle: Path, machine: Mapping[str, Any], knobs: Knobs, found: Mapping[str, Any]) -> Path:
-    """Write a profile, whole or not at all; `found` are facts for people. Raises OSError."""
-    path = path_of(bundle, machine)
+def keep(bundle: Path, profile: TuningProfile) -> Path:
+    """Write a profile, whole or not at all. Raises OSError."""
+    path = path_of(bundle, profile.machine)
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
-        temporary.write_text(
-            as_json({"format": FORMAT, "knobs": knobs.named, **found, "machine": dict(machine)})
-        )
+        temporary.write_text(to_json(profile))
     return path
 
 
@@ -191,22 +243,22 @@ def advise(settings: Settings, models: Bundle, choice: Choice, *, recorded: RunR
             others = folder.is_dir() and any(entry.suffix == ".json" for entry in folder.iterdir())
             line = f"{folder.name}: no profile there is for this machine, bundle and versions: ignored"
             return Advice(settings, line if others else None)
-        knobs = _read(path, machine)
+        knobs = _read(path, machine).knobs
         if not choice.gpu and not knobs.for_cpu:
             raise ValueError("it has entries for a GPU, and there is none")
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return Advice(settings, f"{folder.name}/{path.name} is ignored: {reason}")
     if choice.gpu and settings.decoder == "cpu":
-        knobs = replace(knobs, decoding=None)
+        knobs = structs.replace(knobs, decoding=None)
     nothing_gained = not knobs.named
     if recorded is not None:
-        knobs = replace(knobs, batch_size=None, runner=None, compiled=None, decoding=None)
+        knobs = structs.replace(knobs, batch_size=None, runner=None, compiled=None, decoding=None)
     applied = knobs.on(settings)
     used = Knobs(
         **{
-            name: value
-            for name, value in knobs.named.items()
+            name: getattr(knobs, name)
+            for name in knobs.named
             if name in knobs.for_gpu or getattr(settings, name) != getattr(applied, name)
         }
     )
@@ -224,16 +276,15 @@ def rate_of(models: Bundle, choice: Choice) -> tuple[float, str] | None:
     machine = machine_of(models, choice)
     path = path_of(models.path, machine)
     try:
-        knobs = _read(path, machine).named
-        compared = {name: value for name, value in knobs.items() if name not in ("compiled", "decoding")}
-        tried = json.loads(path.read_bytes())["tried"]
-        rates = next(one["images_per_s"] for one in tried if one["knobs"] == compared)
+        profile = _read(path, machine)
+        compared = structs.replace(profile.knobs, compiled=None, decoding=None)
+        rates = next(one.images_per_s for one in profile.tried if one.knobs == compared)
         return float(median(rates)), f"{path.parent.name}/{path.name}"
-    except (OSError, ValueError, KeyError, TypeError, StopIteration, RecursionError):
+    except (OSError, ValueError, StopIteration):
         return None
 
 
-def _read(path: Path, machine: Mapping[str, Any]) -> Knobs:
+def _read(path: Path, machine: Machine) -> TuningProfile:
     """Raises ValueError, with words of our own, and OSError."""
     # a FIFO by this name must not hold up the run
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
@@ -243,15 +294,9 @@ def _read(path: Path, machine: Mapping[str, Any]) -> Knobs:
     if len(raw) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES} bytes")
     try:
-        data = json.loads(raw)
-        knobs = dict(data["knobs"])
-        is_ours, made_for = data["format"] == FORMAT, data["machine"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError("it is damaged; run engine.tune again") from None
-    if not is_ours:
-        raise ValueError("it is of another version; run engine.tune again")
-    if made_for != machine:
+        profile = from_json(raw, TuningProfile)
+    except ValueError as error:
+        raise ValueError(f"{error}; run engine.tune again") from None
+    if profile.machine != machine:
         raise ValueError("it was made for another machine, bundle or version")
-    if unknown := knobs.keys() - Knobs().__dataclass_fields__.keys():
-        raise ValueError(f"it has {len(unknown)} entries that engine.tune does not write")
-    return Knobs(**knobs)
+    return profile

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import logging
 import os
 import shutil
@@ -24,7 +23,15 @@ from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import save as tensors_to_bytes
 
 from engine import bundle as bundles
-from engine.bundle import IMAGENET_MEAN, IMAGENET_STD, Decode
+from engine.bundle import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Decode,
+    FileEntry,
+    InputEntry,
+    MemberEntry,
+    Normalization,
+)
 from engine.ensemble import softmax
 from engine.errors import ParityError, UsageError
 from engine.labels import groups_of
@@ -109,20 +116,19 @@ def write_bundle(
             (unfinished / name).write_text(text, encoding="utf-8")
         logits = _write_members(unfinished, members, canaries)
         _write_canaries(unfinished / "canaries", canaries, logits)
-        description = {
-            "format": bundles.FORMAT,
-            "classes": list(classes),
-            "groups": groups_of(classes),
-            "input": _input(canaries, members),
-            "decode": decode,
-            "temperature": temperature,
-            "members": [_describe(unfinished, member) for member in members],
-            "canaries": _file(unfinished, "canaries/canaries.safetensors"),
-            "documents": [_file(unfinished, name) for name in documents],
-            "training": training,
-        }
-        text = json.dumps(description, indent=2, ensure_ascii=False, allow_nan=False)
-        (unfinished / bundles.DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+        description = bundles.EnsembleDescription(
+            format=bundles.FORMAT,
+            classes=tuple(classes),
+            groups=groups_of(classes),
+            input=_input(canaries, members),
+            decode=decode,
+            temperature=temperature,
+            members=tuple(_describe(unfinished, member) for member in members),
+            canaries=_file(unfinished, "canaries/canaries.safetensors"),
+            documents=tuple(_file(unfinished, name) for name in documents),
+            training=training,
+        )
+        (unfinished / bundles.DESCRIPTION).write_bytes(bundles.serialize(description))
         _check_parity(unfinished, members, canaries, logits, check)
         _sync(unfinished)
         _put(unfinished, target)
@@ -160,18 +166,18 @@ def _write_members(folder: Path, members: Sequence[Member], canaries: Pixels) ->
     return np.stack([infer(member.network, torch.from_numpy(canaries)).numpy() for member in members])
 
 
-def _input(pixels: Pixels, members: Sequence[Member]) -> dict[str, Any]:
+def _input(pixels: Pixels, members: Sequence[Member]) -> InputEntry:
     """What the graphs take; the normalization is inside them, and named for whoever rebuilds the networks."""
     (normalization,) = {member.network.normalization for member in members}
-    return {
-        "height": pixels.shape[2],
-        "width": pixels.shape[3],
-        "channels": 1,
-        "dtype": "uint8",
-        "normalization": None
+    return InputEntry(
+        height=pixels.shape[2],
+        width=pixels.shape[3],
+        channels=1,
+        dtype="uint8",
+        normalization=None
         if normalization == "none"
-        else {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)},
-    }
+        else Normalization(mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    )
 
 
 def _write_canaries(folder: Path, pixels: Pixels, logits: Floats) -> None:
@@ -180,19 +186,19 @@ def _write_canaries(folder: Path, pixels: Pixels, logits: Floats) -> None:
     (folder / "canaries.safetensors").write_bytes(arrays_to_bytes(arrays))
 
 
-def _describe(folder: Path, member: Member) -> dict[str, Any]:
-    return {
-        "name": member.name,
-        "architecture": member.architecture,
-        "weight": member.weight,
-        "temperature": 1.0,
-        "files": {kind: _file(folder, f"{member.name}.{kind}") for kind in ("onnx", "safetensors")},
-    }
+def _describe(folder: Path, member: Member) -> MemberEntry:
+    return MemberEntry(
+        name=member.name,
+        architecture=member.architecture,
+        weight=member.weight,
+        temperature=1.0,
+        files={kind: _file(folder, f"{member.name}.{kind}") for kind in ("onnx", "safetensors")},
+    )
 
 
-def _file(folder: Path, path: str) -> dict[str, str]:
+def _file(folder: Path, path: str) -> FileEntry:
     with (folder / path).open("rb") as opened:
-        return {"path": path, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+        return FileEntry(path=path, sha256=hashlib.file_digest(opened, "sha256").hexdigest())
 
 
 def _check_parity(

@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from benchmarks.gpu import decode, members, peers
 from benchmarks.gpu.bundle import proof_bundle
 from benchmarks.throughput import make_archive
 from engine import bundle as bundles
+from engine.core.json_records import to_builtins
 from engine.errors import EngineError
 from engine.gpu import machine
 from engine.gpu.choice import installed_version
@@ -78,7 +78,7 @@ class Proof:
         self.figures["versions"] = versions() | _of_the_gpu_packages()
         if self.on_gpu:
             found = machine.gpu()
-            self.figures["gpu"] = asdict(found) | {"cuda": machine.cuda_version()}
+            self.figures["gpu"] = to_builtins(found) | {"cuda": machine.cuda_version()}
             kind = found.name.lower().replace(" ", "-")
         self.name = f"gpu-proof-{kind}.json"
 

@@ -20,6 +20,15 @@ _PATTERN = re.compile(r"`str` matching regex '(.*)'$")
 _FIELD = re.compile(r"Object (contains unknown|missing required) field `(.*)`$")
 _SHOWN = 120  # characters of a value in an error line
 _LINE = 300  # characters of an error line
+_TYPE = re.compile("`([a-z| ]+)`")
+_TYPES = {
+    "float": "a number",
+    "int": "a whole number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+}
 _FORMS: dict[str, str] = {}  # what `text` has described, by the pattern as msgspec shows it
 
 
@@ -125,7 +134,14 @@ def _allowed(reason: str, kind: Any, path: Path) -> str:
         return f"allowed: {', '.join(map(str, _literals(kind, path)))}"
     if found := _PATTERN.search(reason):
         return f"expected {_FORMS.get(found[1], f'a text like {found[1]}')}"
-    return reason[0].lower() + reason[1:]
+    if path:  # the value is shown
+        reason = reason.partition(", got `")[0]
+    return _TYPE.sub(_in_words, reason[0].lower() + reason[1:])
+
+
+def _in_words(types: re.Match[str]) -> str:
+    """Return what msgspec calls `float | null` in words."""
+    return " or ".join(_TYPES.get(name, name) for name in types[1].split(" | "))
 
 
 def _literals(kind: Any, path: Path) -> tuple[Any, ...]:

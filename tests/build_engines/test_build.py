@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from msgspec import structs
 from safetensors.numpy import save
 
 from build_engines import compiler, parity
@@ -85,7 +86,7 @@ def test_each_member_has_a_plan_with_a_passport_that_is_true(built):
         assert not passport.parity.executed
         assert 0 < passport.parity.max < 0.2
         assert passport.options["workspace"] == 1 << 30
-        weighted = [one for one in passport.layers if one["type"] in ("CONVOLUTION", "MATRIX_MULTIPLY")]
+        weighted = [one for one in passport.layers if one.type in ("CONVOLUTION", "MATRIX_MULTIPLY")]
         assert len(weighted) == {"resnet50": 53, "inception_v3": 94}[member.name] + 2
         assert {one["input"] for one in weighted} == {"HALF"}
 
@@ -183,13 +184,16 @@ def test_an_altered_plan_or_passport_is_refused(built, tmp_path):
     for change, complaint in [
         ({}, "altered"),
         ({"plan": "../../secret"}, "not the name of a file"),
-        ({"format": 2}, "format"),
-        ({"profiles": []}, "profiles"),
-        ({"parity": {}}, "missing"),
-        ({"extra": 1}, "extra"),
-        ({"compute_capabilities": ["x.y"], "hardware_compatible": True}, "compute_capabilities 'x.y'"),
-        ({"hardware_compatible": "no"}, "hardware_compatible 'no'"),
-        ({"frontend": "pickle"}, "frontend 'pickle'"),
+        ({"format": 2}, "format is 2: allowed: 1"),
+        ({"profiles": []}, "profiles: 0; a compiled plan has some"),
+        ({"parity": {}}, "parity.executed is missing"),
+        ({"extra": 1}, "extra: unknown field"),
+        (
+            {"compute_capabilities": ["x.y"], "hardware_compatible": True},
+            r'compute_capabilities\[0\] is "x.y": expected a compute capability such as 9.0',
+        ),
+        ({"hardware_compatible": "no"}, 'hardware_compatible is "no": expected true or false'),
+        ({"frontend": "pickle"}, 'frontend is "pickle": allowed: onnx, torch-tensorrt'),
     ]:
         (tmp_path / "resnet50.json").write_text(json.dumps(data | change))
         with pytest.raises(UsageError, match=complaint) as caught:
@@ -202,7 +206,7 @@ def test_other_weights_make_a_plan_stale(built):
     plan = plans.load(built[0] / "plans" / TARGET / "resnet50.json")
     other = next(member for member in bundle.members if member.name != "resnet50")
     assert plan.passport.problem(other, ADA, rtx.__version__) == "it was made from another model"
-    renamed = replace(plan.passport, member=other.name)
+    renamed = structs.replace(plan.passport, member=other.name)
     member = next(member for member in bundle.members if member.name == "resnet50")
     assert renamed.problem(member, ADA, rtx.__version__) == "it was made from another model"
 
@@ -211,7 +215,7 @@ def test_a_version_compatible_plan_runs_under_the_same_and_later_minors(built):
     bundle = bundles.load(built[0])
     member = next(member for member in bundle.members if member.name == "resnet50")
     passport = plans.load(built[0] / "plans" / TARGET / "resnet50.json").passport
-    made = replace(passport, backend="tensorrt", version="11.1.0.106", version_compatible=True)
+    made = structs.replace(passport, backend="tensorrt", version="11.1.0.106", version_compatible=True)
     for version, fits in [
         ("11.1.0.106", True),
         ("11.4.0.99", True),
@@ -219,13 +223,13 @@ def test_a_version_compatible_plan_runs_under_the_same_and_later_minors(built):
         ("12.1.0.1", False),
     ]:
         assert (made.problem(member, ADA, version) is None) == fits, version
-    strict = replace(made, version_compatible=False)
+    strict = structs.replace(made, version_compatible=False)
     assert (
         strict.problem(member, ADA, "11.1.0.107") == "it was built by tensorrt 11.1.0.106, here is 11.1.0.107"
     )
-    wide = replace(strict, hardware_compatible=True)
+    wide = structs.replace(strict, hardware_compatible=True)
     assert wide.problem(member, HOPPER, "11.1.0.106") is None
-    turing = replace(ADA, capability="7.5")
+    turing = structs.replace(ADA, capability="7.5")
     assert "this GPU has 7.5" in wide.problem(member, turing, "11.1.0.106")
 
 

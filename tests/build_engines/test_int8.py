@@ -143,14 +143,14 @@ def test_each_graph_has_a_passport_that_is_true(built):
         kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
         made_by = {output: node for node in graph.node for output in node.output}
         layers = {node.name: node for node in graph.node}
-        assert [one["type"] for one in passport.layers] == ["Conv"] * 5 + ["Gemm"] * 2
+        assert [one.type for one in passport.layers] == ["Conv"] * 5 + ["Gemm"] * 2
         assert "AveragePool" not in {node.op_type for node in graph.node}
-        assert passport.layers[0]["precision"] == passport.layers[-1]["precision"] == "FLOAT"
-        assert "INT8" in {one["precision"] for one in passport.layers}
+        assert passport.layers[0].precision == passport.layers[-1].precision == "FLOAT"
+        assert "INT8" in {one.precision for one in passport.layers}
         for one in passport.layers:
-            source = made_by.get(layers[one["name"]].input[1])
+            source = made_by.get(layers[one.name].input[1])
             quantized = source is not None and kinds[source.input[0]] == onnx.TensorProto.INT8
-            assert quantized == (one["precision"] == "INT8"), one
+            assert quantized == (one.precision == "INT8"), one
 
 
 def test_seven_bits_never_overflow_where_there_is_no_vnni(small):
@@ -172,9 +172,7 @@ def test_as_many_first_layers_stay_in_float32_as_it_takes(small):
     for answers, kept in [([True], 1), ([False, True], 2), ([False, False, False], 4)]:
         left = iter(answers)
         layers = int8_graph(data, pixels, lambda _: next(left), bits=8).layers  # noqa: B023
-        assert [one["precision"] for one in layers] == ["FLOAT"] * kept + ["INT8"] * (5 - kept) + [
-            "FLOAT"
-        ] * 2
+        assert [one.precision for one in layers] == ["FLOAT"] * kept + ["INT8"] * (5 - kept) + ["FLOAT"] * 2
 
 
 def test_the_engine_runs_them_when_asked_and_records_it(built, archive, engine_run):
@@ -227,7 +225,7 @@ def test_missing_altered_or_foreign_graphs_are_refused_with_the_command(built, t
         ({"precision": "fp16"}, "no INT8 graph"),
         ({"parity": json.loads(text)["parity"] | {"agreement": 0.5}}, "did not pass the gate"),
         ({"ensemble": None}, "did not pass the gate"),
-        ({"options": []}, "options []"),
+        ({"options": []}, "options is []: expected an object"),
     ):
         passport.write_text(json.dumps(json.loads(text) | changed))
         refused(why)

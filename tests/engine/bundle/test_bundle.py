@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import UNSET
 
-from engine.bundle import load
+from engine.bundle import EnsembleDescription, load, serialize
+from engine.core.json_records import from_builtins, from_json
 from engine.errors import UsageError
 from engine.runners.onnx import OnnxRunner
 from tests.helpers.bundles import CLASSES, write_bundle
@@ -39,28 +41,45 @@ def _set(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (_set("format", value=7), "format 1"),
+        (_set("format", value=7), "format is 7: allowed: 1"),
         (_set("members", value=[]), "members is empty"),
         (_set("members", 0, "weight", value=0.9), "add up to 1.3"),
-        (_set("members", 0, "weight", value=float("nan")), "weight nan"),
-        (_set("members", 0, "weight", value="0.6"), "weight '0.6'"),
-        (_set("members", 0, "name", value="../x"), "member name '../x'"),
+        (
+            _set("members", 0, "weight", value=float("nan")),
+            r"members\[0\].weight is NaN: expected a finite number",
+        ),
+        (_set("members", 0, "weight", value="0.6"), r'members\[0\].weight is "0.6": expected a number'),
+        (
+            _set("members", 0, "name", value="../x"),
+            r'members\[0\].name is "../x": expected a name of a-z, 0-9 and _',
+        ),
         (_set("members", 1, "name", value="member0"), "same name"),
-        (_set("members", 0, "temperature", value=0), "temperature 0 is not a positive"),
+        (_set("members", 0, "temperature", value=0), r"members\[0\].temperature is 0: expected a number > 0"),
         (_set("members", 0, "files", value={}), "no onnx"),
         (_set("members", 0, "files", "onnx", "path", value="/etc/passwd"), "outside the bundle"),
         (_set("members", 0, "files", "onnx", "path", value="a/../../x"), "outside the bundle"),
-        (_set("members", 0, "files", "onnx", "sha256", value="00"), "sha256 '00'"),
+        (
+            _set("members", 0, "files", "onnx", "sha256", value="00"),
+            r'members\[0\].files.onnx.sha256 is "00": expected 64 digits of 0-9',
+        ),
         (_set("members", 0, "files", "onnx", "sha256", value="0" * 64), "altered"),
         (_set("members", 0, "files", "onnx", "path", value="nowhere.onnx"), "incomplete"),
         (_set("classes", value=["a"]), "two or more"),
         (_set("classes", value=["a", "a", "b"]), "two or more"),
         (_set("classes", value=["a", "b\n", "c"]), "two or more"),
-        (_set("classes", value=7), "ensemble.json"),
-        (_set("input", "height", value=0), "input of size"),
-        (_set("input", "dtype", value="float32"), "not uint8"),
-        (_set("decode", value="sloppy"), "allowed: exact, fast"),
-        (_set("canaries", value=None), "ensemble.json"),
+        (_set("classes", value=7), "ensemble.json: classes is 7: expected a list"),
+        (_set("input", "height", value=0), "input.height is 0: expected a whole number >= 1"),
+        (_set("input", "dtype", value="float32"), 'input.dtype is "float32": allowed: uint8'),
+        (_set("decode", value="sloppy"), 'decode is "sloppy": allowed: exact, fast'),
+        (_set("canaries", value=None), "ensemble.json: canaries is null: expected an object"),
+        (_set("surprise", value=1), "ensemble.json: surprise: unknown field"),
+        (_set("members", 1, "wieght", value=1), r"members\[1\].wieght: unknown field"),
+        (_set("members", 0, "files", "onnx", "path", value="a\0b"), "outside the bundle"),
+        (_set("members", 0, "weight", value=10**400), "out of range"),
+        (_set("temperature", value=float("inf")), "temperature is Infinity: expected a finite number"),
+        (_set("input", "width", value=True), "input.width is true: expected a whole number"),
+        (_set("input", "normalization", value={"mean": [0, 0, 0], "std": [1, 1, 1]}), "allowed: .0.485"),
+        (_set("training", value=[]), r"training is \[\]: expected an object"),
     ],
 )
 def test_a_bundle_that_makes_no_sense_is_refused(
@@ -107,3 +126,22 @@ def test_a_graph_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     loaded = load(path)
     with pytest.raises(UsageError, match=r"expected uint8 \[N, 1, 64, 64\] to float32 \[N, 4\]"):
         OnnxRunner(loaded.members[0], loaded)
+
+
+@pytest.mark.parametrize("name", ["trained", "calibrated"])
+def test_what_version_0_1_0_wrote_is_read_and_written_as_it_was(name: str) -> None:
+    """`trained` by the training, `calibrated` after it with distances."""
+    raw = (Path(__file__).parent / "written_by_0_1_0" / f"{name}.json").read_bytes()
+    found = from_json(raw, EnsembleDescription)
+    assert serialize(found) == raw
+    assert (found.operating_points is UNSET) == (name == "trained")
+    assert found.training["recipe"] == "whole network"
+
+
+def test_what_older_versions_did_not_write_has_a_default() -> None:
+    raw = (Path(__file__).parent / "written_by_0_1_0" / "small.json").read_bytes()
+    older = {name: value for name, value in json.loads(raw).items() if name not in ("groups", "training")}
+    found = from_builtins(older, EnsembleDescription)
+    assert (found.groups, found.documents, found.training, found.operating_points) == ({}, (), {}, UNSET)
+    assert found.input.normalization is None
+    assert from_builtins(older | {"operating_points": None}, EnsembleDescription).operating_points is None

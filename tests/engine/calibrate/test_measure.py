@@ -20,7 +20,8 @@ from engine import bundle as bundles
 from engine import calibrate
 from engine.ensemble import average, tempered
 from engine.merge import merge
-from engine.triage import ZONES, disagreement, zones
+from engine.operating_points import ZONES
+from engine.triage import disagreement, zones
 from tests.helpers.bundles import CLASSES, write_bundle
 from tests.helpers.images import write_images
 from tests.helpers.processes import Command

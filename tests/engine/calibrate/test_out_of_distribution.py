@@ -148,7 +148,7 @@ def test_odd_images_are_abstained_from(archive_with_labels: Path, tmp_path: Path
             lambda data: data["operating_points"]["abstain"]["distance"]["above"].update(
                 member1=float("nan")
             ),
-            "nan is not a number",
+            "distance.above.member1 is NaN: expected a finite number",
         ),
     ]:
         data = json.loads(good)

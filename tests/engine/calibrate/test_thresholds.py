@@ -12,6 +12,7 @@ from engine.calibration import FOLDS, Asked, Sample, calibrate, fit_temperature,
 from engine.ensemble import tempered
 from engine.errors import UsageError
 from engine.intervals import share
+from engine.operating_points import LabelledData, OperatingPoints
 from training.synthetic import CLASSES, Recipe, posterior
 
 NOISE_SD = 0.8  # T-score; far more than images have, so that the classes overlap
@@ -40,8 +41,18 @@ def sample_of(likely: Array, labels: Array, groups: Array | None = None) -> Samp
     return Sample(np.stack([likely, likely]), labels, np.arange(len(labels)) if groups is None else groups)
 
 
-def points_of(sample: Sample, asked: Asked = ASKED) -> dict[str, Any]:
-    return calibrate(sample, CLASSES, (0.5, 0.5), asked)[1]
+def points_of(sample: Sample, asked: Asked = ASKED) -> OperatingPoints:
+    data = LabelledData(
+        sha256="a" * 64,
+        manifest_sha256=None,
+        bundle_sha256="b" * 64,
+        precision="fp32",
+        images=len(sample.labels),
+        by_class={},
+        patients=None,
+        left_out={},
+    )
+    return calibrate(sample, CLASSES, (0.5, 0.5), asked, data)
 
 
 @pytest.mark.parametrize("confidence", [0.5, 1.0, 3.0])
@@ -73,22 +84,20 @@ def test_what_is_promised_is_kept_on_fresh_images() -> None:
     for seed in range(40):
         likely, labels = truth(300, 100 + seed)
         points = points_of(sample_of(said(likely, 2.0), labels))
-        temperature = points["temperature"]
-        scores = tempered(sure, temperature["value"])[:, TARGET]
-        low, high = points["rule_out"]["below"], points["refer"]["above"]
-        on_data = points["rule_out"]["on_data"]["sensitivity"]
+        temperature = points.temperature
+        scores = tempered(sure, temperature.value)[:, TARGET]
+        low, high = points.rule_out.below, points.refer.above
+        on_data = points.rule_out.on_data.sensitivity
         true = float((scores[positive] >= low).mean())
         kept.append(true)
-        optimistic.append(on_data["value"])
-        honest.append(points["rule_out"]["cross_fitted"]["sensitivity"]["value"])
-        specific = points["refer"]["on_data"]["specificity"]
-        covered["rule_out"] += on_data["low"] <= true <= on_data["high"]
-        covered["refer"] += specific["low"] <= (scores[~positive] <= high).mean() <= specific["high"]
+        optimistic.append(on_data.value)
+        honest.append(points.rule_out.cross_fitted.sensitivity.value)
+        specific = points.refer.on_data.specificity
+        covered["rule_out"] += on_data.low <= true <= on_data.high
+        covered["refer"] += specific.low <= (scores[~positive] <= high).mean() <= specific.high
         ideal = np.quantile(scores[positive], 0.1)
-        covered["threshold"] += (
-            points["rule_out"]["interval"][0] <= ideal <= points["rule_out"]["interval"][1]
-        )
-        covered["temperature"] += temperature["interval"][0] <= 2.0 <= temperature["interval"][1]
+        covered["threshold"] += points.rule_out.interval[0] <= ideal <= points.rule_out.interval[1]
+        covered["temperature"] += temperature.interval[0] <= 2.0 <= temperature.interval[1]
         assert min(optimistic) >= 0.9
     assert min(covered.values()) >= 35, covered  # 38 on average
     assert np.mean(kept) == pytest.approx(0.9, abs=0.015)
@@ -150,20 +159,20 @@ def test_patients_are_in_one_fold_and_widen_the_intervals() -> None:
         assert np.isin(groups[held], groups[~held]).sum() == 0
         assert len(labels) / FOLDS * 0.7 < held.sum() < len(labels) / FOLDS * 1.3
     grouped = points_of(sample_of(said(likely, 1.0), labels, groups))
-    assert grouped["rule_out"]["below"] == alone["rule_out"]["below"]
-    assert grouped["rule_out"]["interval"] == pytest.approx(alone["rule_out"]["interval"], abs=0.02)
-    assert grouped["temperature"]["interval"] == pytest.approx(alone["temperature"]["interval"], rel=0.1)
+    assert grouped.rule_out.below == alone.rule_out.below
+    assert grouped.rule_out.interval == pytest.approx(alone.rule_out.interval, abs=0.02)
+    assert grouped.temperature.interval == pytest.approx(alone.temperature.interval, rel=0.1)
 
 
 def test_classes_that_are_told_apart_without_error() -> None:
     labels = np.array([0, 1, 2] * 40)
     sure = (0.9 * np.eye(3)[labels] + 0.1 / 3).astype(np.float32)
     points = points_of(sample_of(sure, labels))
-    assert points["temperature"]["value"] == 1.0
-    assert points["temperature"]["interval"] is None
-    assert points["crossed"]
-    assert points["rule_out"]["below"] == points["refer"]["above"] == pytest.approx((0.9 + 0.2 / 3) / 2)
-    assert points["zones"]["gray_zone"]["images"] == 0
+    assert points.temperature.value == 1.0
+    assert points.temperature.interval is None
+    assert points.crossed
+    assert points.rule_out.below == points.refer.above == pytest.approx((0.9 + 0.2 / 3) / 2)
+    assert points.zones.gray_zone.images == 0
 
 
 def test_too_few_images_promise_nothing() -> None:

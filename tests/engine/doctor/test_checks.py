@@ -24,6 +24,7 @@ from engine.runners import choose
 from engine.settings import Settings
 from tests.helpers.bundles import write_bundle
 from tests.helpers.processes import Command, run_module
+from tests.helpers.profiles import profile_of
 
 
 @pytest.fixture(autouse=True)
@@ -178,10 +179,10 @@ def test_the_rate_of_a_tuned_machine_is_taken(manifest: Path, bundle: Path, tmp_
     choice = choose("auto", "cpu", models, precision=None, batch_size=None)
     knobs = tuned.Knobs(batch_size=4)
     tried = [
-        {"knobs": {}, "images_per_s": [50.0]},
-        {"knobs": {"batch_size": 4}, "images_per_s": [7.0, 9.0, 8.0]},
+        tuned.Tried(knobs=tuned.Knobs(), images_per_s=(50.0,)),
+        tuned.Tried(knobs=knobs, images_per_s=(7.0, 9.0, 8.0)),
     ]
-    kept = tuned.keep(copy, tuned.machine_of(models, choice), knobs, {"tried": tried})
+    kept = tuned.keep(copy, profile_of(tuned.machine_of(models, choice), knobs, tried))
     found = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
     assert found["rate"] == f"8.0 images/s, as engine.tune measured here (bundle.tuning/{kept.name})"
     assert "batch 4" in found["tuned"]

@@ -30,6 +30,7 @@ from engine.tune import Found, search
 from engine.tuned import Knobs
 from tests.helpers.bundles import write_bundle
 from tests.helpers.processes import ROOT, Command, run_here, run_module
+from tests.helpers.profiles import profile_of
 from tests.helpers.records import run_record
 
 OTHERS = [Knobs(batch_size=size) for size in (1, 2, 4, 16, 32)] + [Knobs(workers=1)]
@@ -101,13 +102,13 @@ def own_bundle(tmp_path: Path) -> Path:
     return write_bundle(tmp_path / "bundle")
 
 
-def machine_of(bundle: Path) -> dict[str, Any]:
+def machine_of(bundle: Path) -> tuned.Machine:
     models = bundles.load(bundle)
     return tuned.machine_of(models, choice_of(Settings(manifest=Path()), models))
 
 
 def write_profile(bundle: Path, knobs: Knobs) -> Path:
-    return tuned.keep(bundle, machine_of(bundle), knobs, {})
+    return tuned.keep(bundle, profile_of(machine_of(bundle), knobs))
 
 
 def record(output: Path) -> dict[str, Any]:
@@ -166,7 +167,8 @@ def test_a_profile_of_another_machine_or_bundle_is_ignored_with_a_line(
 ) -> None:
     other = write_bundle(tmp_path / "other", weights=(0.5, 0.5))
     shutil.copytree(write_profile(other, Knobs(batch_size=16)).parent, tmp_path / "bundle.tuning")
-    tuned.keep(own_bundle, machine_of(own_bundle) | {"cores": 96}, Knobs(batch_size=16), {})
+    other_machine = structs.replace(machine_of(own_bundle), cores=96)
+    tuned.keep(own_bundle, profile_of(other_machine, Knobs(batch_size=16)))
     run = engine_run(archive, "-b", own_bundle)
     assert run.returncode == 0, run.stderr
     assert "bundle.tuning: no profile there is for this machine" in run.stderr
@@ -234,9 +236,10 @@ def test_what_a_gpu_has_settled_is_handed_on_but_not_to_a_resumed_run(own_bundle
     models = bundles.load(own_bundle)
     on_cpu = choice_of(settings, models)
     choice = replace(on_cpu, gpu=Gpu(name="stand-in", uuid="GPU-0", capability="9.0", driver="580"))
-    knobs = Knobs(cuda_graph=False, compiled=True, decoding=decoding)
+    settled = tuned.DecodingKnobs(**decoding)  # type: ignore[arg-type]
+    knobs = Knobs(cuda_graph=False, compiled=True, decoding=settled)
     for machine in (tuned.machine_of(models, one) for one in (choice, on_cpu)):
-        tuned.keep(own_bundle, machine, knobs, {})
+        tuned.keep(own_bundle, profile_of(machine, knobs))
     refused = tuned.advise(settings, models, on_cpu, recorded=None)
     assert refused.settings == settings
     assert "entries for a GPU" in (refused.line or "")
