@@ -186,11 +186,12 @@ def group_of(item: pytest.Item) -> str:
     return "browser" if item.get_closest_marker("browser") else item.nodeid.split("::")[0]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.xdist_group(group_of(item)))  # here, before pytest-xdist reads the groups
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`gpu` and `browser` tests skip where there is none; with REQUIRE_GPU=1, REQUIRE_BROWSER=1 they fail."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
     items.sort(key=lambda item: LONGEST.get(group_of(item), 0), reverse=True)
     there = {
         "gpu": Path("/dev/nvidiactl").exists(),

@@ -478,7 +478,7 @@ def test_google_and_azure_are_opened_as_their_own_tools_would(monkeypatch: pytes
 
 def test_google_cloud_storage_holds_images_and_results(
     monkeypatch: pytest.MonkeyPatch,
-    engine_run: Command,
+    engine_process: Command,
     images: Path,
     names: list[str],
     local: pa.Table,
@@ -495,7 +495,7 @@ def test_google_cloud_storage_holds_images_and_results(
             folder.write(name, partial(shutil.copy, images / name))
         folder.write("m.csv", lambda path: path.write_bytes(csv(names)))
         for _ in range(2):
-            run = engine_run("gs://archive/knees/m.csv", "-b", bundle, "-o", "gs://archive/out")
+            run = engine_process("gs://archive/knees/m.csv", "-b", bundle, "-o", "gs://archive/out")
             assert run.returncode == 0, run.stderr
         assert "finished already" in run.stderr
         results = ObjectFolder(Url("gs", "archive", "/out"))
