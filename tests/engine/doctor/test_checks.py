@@ -63,7 +63,9 @@ def manifest(archive: Path) -> Path:
     return archive / "manifest.csv"
 
 
-def test_one_screen_that_is_true(engine_run: Command, manifest: Path, bundle: Path, tmp_path: Path) -> None:
+def test_one_screen_that_is_true(
+    engine_process: Command, manifest: Path, bundle: Path, tmp_path: Path
+) -> None:
     arguments = [manifest, "-b", bundle, "-o", "out", "--device", "cpu", "--finish-by", "23:59"]
     done = run_module("engine.doctor", arguments, folder=tmp_path, timeout_s=60)
     assert done.returncode == 0, done.stderr
@@ -82,7 +84,7 @@ def test_one_screen_that_is_true(engine_run: Command, manifest: Path, bundle: Pa
     ):
         assert words in said, said
     assert "--only-errors out" in said  # what is missing is no reason not to start
-    dry = engine_run(*arguments, "--dry-run")
+    dry = engine_process(*arguments, "--dry-run")
     assert dry.returncode == 0
     labels = [line[:22] for line in said.splitlines()]
     assert [line[:22] for line in dry.stdout.splitlines()] == labels
