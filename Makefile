@@ -24,7 +24,7 @@ export PIP_TO_UV
 INSTALL = eval "$$($(BIN)/pip config list | sed -nE "$$PIP_TO_UV")"; $(BIN)/uv pip install --quiet \
   --python $(BIN)/python --index-strategy unsafe-best-match -c constraints.txt "$$@"
 
-.PHONY: run test lint benchmarks peers gpu-proof fuzz clean
+.PHONY: run test test-all lint benchmarks peers gpu-proof fuzz clean
 
 run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
 	$(BIN)/python -m engine.run demo/archive/manifest.csv -b demo/bundle -o demo/results
@@ -33,8 +33,15 @@ run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
 	  print("\nThe rows with the highest probability of osteoporosis, of", len(rows), "in demo/results:\n"); \
 	  print(rows[["row", "path", "label", "prediction", "p_osteoporosis", "triage"]].head(10).to_string(index=False))'
 
+# two workers; tests that share a server, a cluster or a module's fixtures stay in one
+IN_TWO := -n 2 --dist loadgroup
+
+# make test-all: with the tests marked slow
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not slow' $(IN_TWO)
+
+test-all: .venv/dev.stamp
+	$(BIN)/python -m pytest $(IN_TWO)
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .

@@ -24,6 +24,7 @@ def figures(folder: Path, name: str, *arguments: str | Path) -> dict:
     return json.loads((folder / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_decode_knows_every_format(tmp_path: Path, bundle: Path) -> None:
     small = ("--width", "96", "--height", "80", "--seconds", "0.01")
     few = ("--rounds", "3", "--images", "2", "-b", bundle)
@@ -39,6 +40,7 @@ def test_decode_knows_every_format(tmp_path: Path, bundle: Path) -> None:
     assert 0 < fast["scores_from_exact"]["largest_difference_in_probability"] < 0.1
 
 
+@pytest.mark.slow
 def test_scaling_fits_lines_and_draws_them(tmp_path: Path, bundle: Path) -> None:
     quick = ("--quick", "--series", "rows", "bad_files")
     found = figures(tmp_path, "scaling-cpu", "scaling", *quick, "-b", bundle)["series"]
@@ -57,6 +59,7 @@ def test_a_line_is_found() -> None:
     assert bent["r2"] < 0.95
 
 
+@pytest.mark.slow
 def test_a_kill_costs_no_more_than_the_parts_that_were_open(tmp_path: Path, bundle: Path) -> None:
     small = ("--rows", "3000", "--part-rows", "256", "--rounds", "1", "--side", "64")
     found = figures(tmp_path, "restart-cpu", "restart", *small, "-b", bundle)

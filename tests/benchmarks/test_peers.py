@@ -168,6 +168,7 @@ def test_a_command_that_hangs_is_ended_with_all_it_started() -> None:
     assert done.wall_s < 20
 
 
+@pytest.mark.slow
 def test_a_contest_from_its_command_to_its_json(tmp_path: Path, bundle: Path) -> None:
     small = ["--rows", "6", "--rounds", "1", "--only", "onnx-loop", "-b", str(bundle), "-o", str(tmp_path)]
     done = run_module("benchmarks", ["peers", *small], folder=tmp_path, timeout_s=120)

@@ -187,13 +187,27 @@ def every_format(height: int = 41, width: int = 53) -> dict[str, bytes]:
     return files
 
 
+def image_names(count: int, start: int = 0) -> list[str]:
+    """The names of `write_images`, from number `start` on."""
+    return [f"image-{row:02}{('.png', '.jpg')[row % 2]}" for row in range(start, start + count)]
+
+
 def write_images(folder: Path, count: int) -> Path:
     folder.mkdir(parents=True)
-    for index in range(count):
+    for index, name in enumerate(image_names(count)):
         rng = np.random.default_rng(index)
         blocks = rng.integers(0, 256, (4, 4)).astype(np.uint8)
         picture = Image.fromarray(blocks).resize((96 + index, 80 + 2 * index), Image.Resampling.BICUBIC)
         if index % 5 == 0:
             picture = picture.convert("RGB")
-        picture.save(folder / f"image-{index:02}{('.png', '.jpg')[index % 2]}", quality=92)
+        picture.save(folder / name, quality=92)
     return folder
+
+
+def jpeg(picture: npt.NDArray[np.uint8] | Image.Image, **options: object) -> bytes:
+    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    return encode(picture, "JPEG", **options)
+
+
+def smooth_jpeg(seed: int, comment: bytes = b"") -> bytes:
+    return encode(Image.fromarray(smooth(80, 90, seed=seed)), "JPEG", comment=comment)

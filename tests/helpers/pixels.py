@@ -1,9 +1,10 @@
-"""Images one by one through the engine's preprocess: what batches are held against."""
+"""Images through the engine's reader and preprocess."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +12,33 @@ import pyarrow as pa
 from engine.overlap import Meter
 from engine.preprocess.stage import Preprocess
 from engine.reader import Reader
-from engine.records import Part
+from engine.records import Batch, Part
 from engine.settings import Limits
+from engine.storage.location import Url
+
+
+def part_of(paths: Sequence[str | None], index: int = 0) -> Part:
+    """A part whose rows are `paths`, without further columns."""
+    return Part(index, np.arange(len(paths)), list(paths), pa.table({"_": pa.nulls(len(paths))}))
+
+
+def read_batches(
+    root: Path | Url,
+    paths: Sequence[str | None],
+    *,
+    batch_size: int = 8,
+    threads: int = 2,
+    limits: Limits | None = None,
+    **options: Any,
+) -> Iterator[Batch]:
+    """The batches of one part of `paths`, as the reader reads them."""
+    reader = Reader(root, batch_size, threads, limits or Limits(), **options)
+    return reader.stage([part_of(paths)], Meter("read"))
 
 
 def pixels_alone(paths: Sequence[Path], size: tuple[int, int]) -> list[np.ndarray | None]:
     """uint8 [1, H, W] of each file, None for one that is refused; no other image is near it."""
-    part = Part(0, np.arange(len(paths)), [str(path) for path in paths], pa.table({}))
-    batches = Reader(Path(), batch_size=1, threads=1, limits=Limits()).stage([part], Meter("read"))
+    batches = read_batches(Path(), [str(path) for path in paths], batch_size=1, threads=1)
     with Preprocess(size=size, batch_size=1, threads=1, decoding_bytes=1) as preprocess:
         return [
             batch.pixels[0] if len(batch.index) else None

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 Command = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., subprocess.Popen[str]]
 
 
 def run_module(
@@ -27,14 +36,59 @@ def run_module(
     )
 
 
+def run_here(
+    module: str, arguments: Sequence[str | Path], *, folder: Path
+) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE ARGUMENTS` in `folder`, within this process: without the seconds that a start takes.
+
+    Not for what ends by a signal or by `--finish-by`.
+    """
+    main = import_module(module).main
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    last_resort = logging.lastResort
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.chdir(folder)
+            patch.setenv("PYTHONPATH", str(ROOT))
+            patch.setenv("COLUMNS", "200")
+            with redirect_stdout(out), redirect_stderr(err):
+                status = main([str(argument) for argument in arguments])
+    finally:
+        logging.lastResort = last_resort
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
 def in_background(arguments: Sequence[str | Path], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """`python ARGUMENTS` in `folder`, in a session of its own, with its standard error to be read."""
+    """`python ARGUMENTS` in `folder`, in a session of its own, with its output to be read."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+@contextmanager
+def starting(folder: Path) -> Iterator[Start]:
+    """Starts `python ARGUMENTS` in `folder` in the background; what is left of it at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
+        started.append(in_background(arguments, folder, **environment))
+        return started[-1]
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdout, process.stderr):
+                assert pipe
+                pipe.close()

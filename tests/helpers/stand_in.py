@@ -18,6 +18,8 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.runners.onnx import OnnxRunner
+
 Span = tuple[int, int]  # addresses of a tensor's bytes
 
 
@@ -207,3 +209,18 @@ def _conflict(one: Work, other: Work) -> bool:
     pairs = [(a, b) for a in one.writes for b in other.writes | other.reads]
     pairs += [(a, b) for a in one.reads for b in other.writes]
     return any(a[0] < b[1] and b[0] < a[1] for a, b in pairs)
+
+
+class Member:
+    """A member's real graph on ONNX Runtime, launched as a kernel of the stand-in."""
+
+    def __init__(self, runner: OnnxRunner, cuda: StandIn) -> None:
+        self.name, self.input_shape = runner.name, runner.input_shape
+        self._runner, self._cuda = runner, cuda
+
+    def enqueue(self, pixels: torch.Tensor, logits: torch.Tensor, stream: object) -> None:
+        assert logits.storage_offset() * logits.itemsize % 256 == 0, "TensorRT would refuse the address"
+        with self._cuda.stream(stream):
+            self._cuda.launch(
+                lambda: self._runner.enqueue(pixels.numpy(), logits.numpy()), reads=[pixels], writes=[logits]
+            )

@@ -19,7 +19,7 @@ from tests.fuzz.samples import samples
 from tests.fuzz.watched import Row, screen
 
 MEMORY_MB = 1000  # of all processes together
-SEEDS = (1, 2)
+SEEDS = (1, pytest.param(2, marks=pytest.mark.slow))
 FILES = 400
 
 

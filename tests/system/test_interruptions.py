@@ -10,19 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from tests.engine.preprocess.test_decoder import FAULTS, jpeg
-from tests.helpers.images import write_images
-from tests.helpers.processes import ROOT, Command, in_background
+from tests.helpers.decoder_faults import FAULTS
+from tests.helpers.images import smooth_jpeg
+from tests.helpers.processes import ROOT, Command, Start
+from tests.helpers.runs import list_images, only_results_are_left, parts, table, wait_for_parts
 
 HANGING_READ = """
 #define _GNU_SOURCE
@@ -44,65 +43,17 @@ ssize_t read(int file, void *buffer, size_t count) {
 }
 """
 
-Start = Callable[..., subprocess.Popen[str]]
 
-
-@pytest.fixture
-def start(tmp_path: Path, bundle: Path):
-    """The command in the background; whatever is left of it at the end is killed."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-        command = ["-m", "engine.run", *arguments, "-b", bundle]
-        started.append(in_background(command, tmp_path, **environment))
-        return started[-1]
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def list_images(folder: Path, rows: int, *, name: str = "m.txt") -> Path:
-    """A text list of `rows` rows over eight images, one of them missing and one damaged."""
-    if not (folder / "images").exists():
-        write_images(folder / "images", 8)
-    good = (folder / "images" / "image-01.jpg").read_bytes()
-    (folder / "images" / "bad.jpg").write_bytes(good[: len(good) * 3 // 4] + b"\xff\xd9")
-    names = [f"image-{index:02}{('.png', '.jpg')[index % 2]}" for index in range(8)] + ["nowhere", "bad.jpg"]
-    rng = random.Random(1)
-    lines = [f"images/{rng.choice(names)}" for _ in range(rows)]
-    (folder / name).write_text("\n".join(lines))
-    return folder / name
-
-
-def parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*.parquet"))
-
-
-def wait_for_parts(process: subprocess.Popen[str], folder: Path, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while len(parts(folder)) < count and process.poll() is None:
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.002)
-
-
-def table(folder: Path) -> pa.Table:
-    return ds.dataset(parts(folder)).to_table().replace_schema_metadata(None)
-
-
-def only_results_are_left(folder: Path) -> bool:
-    allowed = {"_run.json", "_SUCCESS", "_manifest.parquet", "report.html", ".lock"}
-    return not {path.name for path in folder.iterdir()} - allowed - {path.name for path in parts(folder)}
-
-
-def test_thirty_kills_change_nothing(start: Start, engine_run: Command, bundle: Path, tmp_path: Path) -> None:
-    list_images(tmp_path, 8000)
+@pytest.mark.parametrize(("kills", "rows"), [(8, 3200), pytest.param(30, 8000, marks=pytest.mark.slow)])
+def test_kills_change_nothing(
+    start: Start, engine_run: Command, bundle: Path, tmp_path: Path, kills: int, rows: int
+) -> None:
+    list_images(tmp_path, rows)
     arguments = ("m.txt", "--part-rows", "16", "-b", bundle)
     assert engine_run(*arguments, "-o", "whole").returncode == 0
     rng = random.Random(30)
     output = tmp_path / "out"
-    for _ in range(30):
+    for _ in range(kills):
         before = {path.name: path.stat().st_ino for path in parts(output)}
         process = start("m.txt", "--part-rows", "16", "-o", "out")
         if rng.random() < 0.3:
@@ -117,7 +68,7 @@ def test_thirty_kills_change_nothing(start: Start, engine_run: Command, bundle: 
         assert kept == before, "what was finished is never done again"
     assert engine_run(*arguments, "-o", "out").returncode == 0
     assert table(output).equals(table(tmp_path / "whole"))
-    assert table(output).column("row").to_pylist() == list(range(8000))
+    assert table(output).column("row").to_pylist() == list(range(rows))
     assert only_results_are_left(output)
 
 
@@ -164,7 +115,7 @@ def test_a_second_interrupt_stops_at_once(
 
 
 def test_finish_by_stops_at_the_border_of_a_part(
-    start: Start, engine_run: Command, bundle: Path, tmp_path: Path
+    start: Start, engine_process: Command, bundle: Path, tmp_path: Path
 ) -> None:
     list_images(tmp_path, 100_000)
     moment = datetime.now() + timedelta(seconds=6)
@@ -179,7 +130,7 @@ def test_finish_by_stops_at_the_border_of_a_part(
     assert f"{128 * found} of 100000 rows" in errors
     # tonight's deadline may differ from yesterday's
     moment = datetime.now() + timedelta(seconds=4)
-    again = engine_run("m.txt", "-o", "out", "--finish-by", moment.isoformat(), "-b", bundle)
+    again = engine_process("m.txt", "-o", "out", "--finish-by", moment.isoformat(), "-b", bundle)
     assert again.returncode == 5, again.stderr
     assert len(parts(tmp_path / "out")) > found
 
@@ -308,6 +259,7 @@ def test_a_read_that_hangs_costs_its_row_and_no_time_of_others(start: Start, tmp
     assert rest.groupby("path").p_normal.nunique(dropna=False).eq(1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
 def test_storage_that_hangs_as_a_whole_stops_the_run(start: Start, tmp_path: Path) -> None:
     (tmp_path / "hang.c").write_text(HANGING_READ)
@@ -435,7 +387,7 @@ def test_the_ledger_names_the_part_that_is_wrong(
 
 def test_a_crash_of_the_decoder_is_told(start: Start, tmp_path: Path) -> None:
     list_images(tmp_path, 30)
-    (tmp_path / "images" / "nowhere").write_bytes(jpeg(1, b"CRASH"))
+    (tmp_path / "images" / "nowhere").write_bytes(smooth_jpeg(1, b"CRASH"))
     (tmp_path / "faults").mkdir()
     (tmp_path / "faults" / "sitecustomize.py").write_text(FAULTS)
     process = start("m.txt", "-o", "out", PYTHONPATH=f"{ROOT}:{tmp_path / 'faults'}")

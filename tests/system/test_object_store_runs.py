@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -11,150 +10,42 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-import boto3
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from botocore.config import Config
 from gcp_storage_emulator.server import create_server
-from moto.server import ThreadedMotoServer
-from werkzeug.serving import WSGIRequestHandler
 
 import engine
 from engine.errors import EngineError, UsageError
 from engine.merge import merge
 from engine.options import settings_from
-from engine.overlap import Meter
 from engine.pipeline import screen
-from engine.reader import Reader
-from engine.records import Batch, Part, Status
+from engine.records import Batch, Status
 from engine.report import __main__ as report
 from engine.settings import Limits, parse_location
 from engine.storage import ReadError, Storage, common, objects
 from engine.storage.location import Url
-from engine.store import ObjectFolder, StoreError
-from tests.helpers.images import write_images
-from tests.helpers.processes import ROOT, Command, run_module
+from engine.store import ObjectFolder
+from tests.helpers.pixels import read_batches
+from tests.helpers.processes import ROOT, Command, Start, run_module
+from tests.helpers.runs import csv, ended, keys, local_rows, rows, stored_rows
 from tests.helpers.servers import Proxy, web_server
 
-DUMMY = {
-    "AWS_ACCESS_KEY_ID": "someone",
-    "AWS_SECRET_ACCESS_KEY": "secret-of-someone",
-    "AWS_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 IMAGES = 40
 
 
-@pytest.fixture(scope="session")
-def moto() -> Iterator[int]:
-    """The port of an S3 server."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    WSGIRequestHandler.disable_nagle_algorithm = True  # 40 ms for each answer otherwise
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield server.get_host_and_port()[1]
-    server.stop()
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 good images and a damaged one."""
-    folder = write_images(tmp_path_factory.mktemp("remote") / "images", IMAGES)
-    (folder / "broken.jpg").write_bytes((folder / "image-01.jpg").read_bytes()[:-300])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def names(images: Path) -> list[str]:
-    return sorted(path.name for path in images.iterdir())
-
-
-@pytest.fixture(scope="session")
-def client(moto: int, images: Path, names: list[str]) -> Any:
-    """boto3's, on a server whose bucket `archive` has the images below `knees/`."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=f"http://127.0.0.1:{moto}",
-        region_name="us-east-1",
-        aws_access_key_id="someone",
-        aws_secret_access_key="secret-of-someone",
-        config=Config(request_checksum_calculation="when_required"),
-    )
-    client.create_bucket(Bucket="archive")
-    for name in names:
-        client.put_object(Bucket="archive", Key=f"knees/{name}", Body=(images / name).read_bytes())
-    client.put_object(Bucket="archive", Key="knees/empty.png", Body=b"")
-    client.put_object(Bucket="archive", Key="lists/all.csv", Body=csv([f"../knees/{name}" for name in names]))
-    return client
-
-
-@pytest.fixture
-def proxy(moto: int, client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """What this process and those it starts take for S3."""
-    for name, value in DUMMY.items():
-        monkeypatch.setenv(name, value)
-    proxy = Proxy(moto)
-    with proxy.serving() as port:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        objects._s3.cache_clear()
-        yield proxy
-    objects._s3.cache_clear()
-
-
-@pytest.fixture(scope="session")
-def local(images: Path, names: list[str], bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    """The rows of `names`, read from disk."""
-    folder = tmp_path_factory.mktemp("local")
-    (folder / "m.csv").write_bytes(csv(names))
-    subprocess.run(
-        [sys.executable, "-m", "engine.run", "m.csv", "--root", str(images), "-b", str(bundle)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        check=True,
-    )
-    return rows(sorted((folder / "results").glob("part-*")))
-
-
-def csv(paths: list[str]) -> bytes:
-    return "\n".join(["path", *paths]).encode() + b"\n"
-
-
-def rows(parts: list[Any]) -> pa.Table:
-    """Without the paths, which differ by design, and what the listing of a folder adds."""
-    table = pa.concat_tables([pq.read_table(part) for part in parts]).replace_schema_metadata(None)
-    return table.select(
-        [name for name in table.column_names if name not in ("path", "file_size", "file_mtime")]
-    )
-
-
-def local_rows(folder: Path) -> pa.Table:
-    return rows(sorted(folder.glob("part-*.parquet")))
-
-
-def keys(client: Any, prefix: str) -> list[str]:
-    found = client.list_objects_v2(Bucket="archive", Prefix=prefix).get("Contents", [])
-    return [entry["Key"].removeprefix(prefix) for entry in found if entry["Key"] != prefix]
-
-
-def stored_rows(client: Any, prefix: str) -> pa.Table:
-    parts = [key for key in keys(client, prefix) if key.startswith("part-")]
-    bodies = [client.get_object(Bucket="archive", Key=prefix + key)["Body"].read() for key in parts]
-    return rows([pa.BufferReader(body) for body in bodies])
-
-
 def read(paths: list[str | None], root: str = "/", timeout_s: float = 60, **options: int) -> list[Batch]:
-    reader = Reader(parse_location(root), 8, 4, Limits(**options), timeout_s=timeout_s)
-    return list(reader.stage([Part(0, np.arange(len(paths)), paths, pa.table({}))], Meter("read")))
+    batches = read_batches(
+        parse_location(root), paths, threads=4, limits=Limits(**options), timeout_s=timeout_s
+    )
+    return list(batches)
 
 
 def statuses(batches: list[Batch]) -> list[Status]:
@@ -163,26 +54,6 @@ def statuses(batches: list[Batch]) -> list[Status]:
 
 def errors(batches: list[Batch]) -> list[str]:
     return [batch.errors.get(position, "") for batch in batches for position in range(batch.rows)]
-
-
-Start = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def start(tmp_path: Path, bundle: Path) -> Iterator[Start]:
-    started: list[subprocess.Popen[str]] = []
-
-    def run(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "engine.run", *arguments, "-b", str(bundle)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("form", ["rows", "root", "manifest"])
@@ -315,6 +186,7 @@ def test_a_bucket_that_may_not_be_listed_can_be_read(proxy: Proxy, names: list[s
     assert statuses(found).count(Status.OK) == IMAGES
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_down_ends_the_run_and_the_same_command_goes_on(
     start: Start,
     engine_run: Command,
@@ -439,39 +311,6 @@ def test_an_archive_in_s3_is_listed_and_known_again_by_the_objects_time(
     for manifest in (place, "list.parquet"):
         done = engine_run(manifest, "-b", bundle, "-o", "second", "--since", "first")
         assert "nothing is new" in done.stderr, done.stderr
-
-
-@pytest.mark.parametrize("size", [1000, 12_000_000])
-@pytest.mark.parametrize("broken", ["POST", "PUT"])
-def test_an_upload_that_fails_leaves_what_was_there(
-    proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch, size: int, broken: str
-) -> None:
-    monkeypatch.setattr(common, "BACKOFF_S", 0.01)
-    folder = ObjectFolder(Url("s3", "archive", f"/upload-{size}-{broken}"))
-    folder.write("x", lambda path: path.write_bytes(b"old"))
-    calls = iter(range(1000))
-    # of the requests that a large upload makes, one in two: some pieces arrive, it is never whole
-    proxy.refuse = lambda method, path: (500, {}, b"") if method == broken and next(calls) % 2 == 0 else None
-    if broken == "PUT" and size < 10_000_000:
-        proxy.refuse = lambda method, path: (500, {}, b"") if method == "PUT" else None
-    with pytest.raises(StoreError, match="the storage fails"):
-        folder.write("x", lambda path: path.write_bytes(bytes(size)))
-    proxy.refuse = lambda method, path: None
-    assert folder.read("x", lambda opened: opened.read()) == b"old"
-
-
-def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
-    proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, other = (ObjectFolder(Url("s3", "archive", "/locked")) for _ in range(2))
-    folder.lock()
-    with pytest.raises(BlockingIOError):
-        other.lock()
-    monkeypatch.setattr("engine.store.STALE_S", -1.0)
-    other.lock()
-    other.unlock(leave_no_trace=True)
-    folder.unlock(leave_no_trace=True)
-    assert keys(client, "locked/") == []
 
 
 @pytest.mark.parametrize(
@@ -639,7 +478,7 @@ def test_google_and_azure_are_opened_as_their_own_tools_would(monkeypatch: pytes
 
 def test_google_cloud_storage_holds_images_and_results(
     monkeypatch: pytest.MonkeyPatch,
-    engine_run: Command,
+    engine_process: Command,
     images: Path,
     names: list[str],
     local: pa.Table,
@@ -656,7 +495,7 @@ def test_google_cloud_storage_holds_images_and_results(
             folder.write(name, partial(shutil.copy, images / name))
         folder.write("m.csv", lambda path: path.write_bytes(csv(names)))
         for _ in range(2):
-            run = engine_run("gs://archive/knees/m.csv", "-b", bundle, "-o", "gs://archive/out")
+            run = engine_process("gs://archive/knees/m.csv", "-b", bundle, "-o", "gs://archive/out")
             assert run.returncode == 0, run.stderr
         assert "finished already" in run.stderr
         results = ObjectFolder(Url("gs", "archive", "/out"))
@@ -700,3 +539,16 @@ def test_results_there_are_read_and_merged(
     assert frame.run_id.nunique() == len(frame.attrs["provenance"]["runs"]) == 2
     dataset = engine.open_results("s3://archive/one")
     assert dataset.to_table(columns=["row"]).column("row").to_pylist() == [0, 1, 2, 3]
+
+
+def test_two_shards_into_an_object_store(
+    start: Start, proxy: Any, client: Any, names: list[str], local: pa.Table, tmp_path: Path
+) -> None:
+    (tmp_path / "m.csv").write_bytes(csv([f"s3://archive/knees/{name}" for name in names]))
+    output = ("m.csv", "-o", "s3://archive/shards", "--part-rows", "8")
+    processes = [start(*output, "--shard", f"{number}/2") for number in (1, 2)]
+    said = [ended(process) for process in processes]
+    assert stored_rows(client, "shards/").equals(local)
+    others = {key for key in keys(client, "shards/") if not key.startswith("part-")}
+    assert others == {"_run.json", "_SUCCESS", "report.html"}
+    assert any("and with it all 6 parts" in one for one in said)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it, each time in a process of its own."""
+"""The command line as a user meets it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import numpy as np
 import onnxruntime
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
@@ -26,6 +25,7 @@ from tests.helpers.bundles import CLASSES, write_bundle
 from tests.helpers.images import write_images
 from tests.helpers.pixels import pixels_alone
 from tests.helpers.processes import ROOT, Command
+from tests.helpers.runs import table
 from tests.helpers.tolerances import ROUNDING
 
 
@@ -51,7 +51,7 @@ def assert_scores(frame: pd.DataFrame, bundle: Path, folder: Path) -> None:
     assert np.abs(ok.confidence - scores.max(1)).max() == 0
 
 
-def test_every_row_gets_its_own_scores(engine_run: Command, archive: Path, bundle: Path) -> None:
+def test_every_row_gets_its_own_scores(engine_process: Command, archive: Path, bundle: Path) -> None:
     frame = pd.DataFrame({"path": sorted(path.name for path in archive.iterdir())})
     frame["patient"] = [f"{row:04}" for row in range(len(frame))]
     frame["t_score"] = np.linspace(-4, 1, len(frame))
@@ -60,7 +60,7 @@ def test_every_row_gets_its_own_scores(engine_run: Command, archive: Path, bundl
     frame.loc[20, "path"] = "broken.jpg"
     frame.to_csv(archive / "manifest.csv", index=False)
 
-    run = engine_run(
+    run = engine_process(
         archive / "manifest.csv", "-b", bundle, "-o", "out", "--part-rows", 16, "--batch-size", 3
     )
     assert run.returncode == 0, run.stderr
@@ -125,10 +125,6 @@ def test_all_kinds_of_manifest_give_the_same_rows(
     assert_scores(found, bundle, archive)
 
 
-def table_without_metadata(folder: Path) -> pa.Table:
-    return ds.dataset(sorted(folder.glob("part-*.parquet"))).to_table().replace_schema_metadata(None)
-
-
 def test_serial_overlapped_and_other_worker_counts_are_equal_bit_for_bit(
     engine_run: Command, archive: Path, bundle: Path
 ) -> None:
@@ -137,7 +133,7 @@ def test_serial_overlapped_and_other_worker_counts_are_equal_bit_for_bit(
     for name, options in {"a": ["--serial"], "b": [], "c": ["--workers", "5"]}.items():
         run = engine_run(archive, "-b", bundle, "-o", name, "--part-rows", 16, *options)
         assert run.returncode == 0, run.stderr
-        tables.append(table_without_metadata(archive.parent / name))
+        tables.append(table(archive.parent / name))
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
 
@@ -155,7 +151,7 @@ def test_a_finished_run_says_so_and_changes_nothing(engine_run: Command, archive
 def test_only_missing_parts_are_made(engine_run: Command, archive: Path, bundle: Path) -> None:
     engine_run(archive, "-b", bundle, "-o", "out", "--part-rows", 8)
     output = archive.parent / "out"
-    whole = table_without_metadata(output)
+    whole = table(output)
     (output / "_SUCCESS").unlink()
     (output / "part-00002.parquet").unlink()
     (output / ".part-00003.parquet.tmp").write_bytes(b"half")
@@ -165,7 +161,7 @@ def test_only_missing_parts_are_made(engine_run: Command, archive: Path, bundle:
     assert json.loads((output / "_SUCCESS").read_text())["last_start"]["rows"] == 8
     assert (output / "part-00001.parquet").stat().st_ino == kept
     assert not list(output.glob(".*.tmp"))
-    assert table_without_metadata(output).equals(whole)
+    assert table(output).equals(whole)
 
 
 def test_a_folder_that_grew_is_resumed_from_its_listing(
@@ -173,13 +169,13 @@ def test_a_folder_that_grew_is_resumed_from_its_listing(
 ) -> None:
     engine_run(archive, "-b", bundle, "-o", "out", "--part-rows", 8)
     output = archive.parent / "out"
-    whole = table_without_metadata(output)
+    whole = table(output)
     (output / "_SUCCESS").unlink()
     (output / "part-00001.parquet").unlink()
     (archive / "a-new-one.png").write_bytes((archive / "image-00.png").read_bytes())
     run = engine_run(archive, "-b", bundle, "-o", "out")
     assert run.returncode == 0, run.stderr
-    assert table_without_metadata(output).equals(whole)
+    assert table(output).equals(whole)
 
 
 def test_an_output_folder_with_another_run_is_left_alone(
@@ -284,9 +280,9 @@ def test_column_prefix_lets_clashing_columns_through(
     assert (found.manifest_status[0], found.status[0]) == ("scanned", "ok")
 
 
-def test_error_rate_over_the_limit_is_status_3(engine_run: Command, archive: Path, bundle: Path) -> None:
+def test_error_rate_over_the_limit_is_status_3(engine_process: Command, archive: Path, bundle: Path) -> None:
     (archive / "m.csv").write_text("path\nimage-00.png\nnowhere.png\n")
-    run = engine_run(archive / "m.csv", "-b", bundle, "-o", "out", "--max-error-rate", "0.4")
+    run = engine_process(archive / "m.csv", "-b", bundle, "-o", "out", "--max-error-rate", "0.4")
     assert run.returncode == 3
     assert "1 of 2 rows failed" in run.stderr
     assert (archive.parent / "out" / "_SUCCESS").exists()
@@ -319,22 +315,22 @@ def test_a_signal_stops_the_run_and_the_same_command_goes_on(
 
 
 def test_two_processes_never_share_a_folder(
-    engine_run: Command, archive: Path, bundle: Path, tmp_path: Path
+    engine_process: Command, archive: Path, bundle: Path, tmp_path: Path
 ) -> None:
     import fcntl
 
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        run = engine_run(archive, "-b", bundle, "-o", "out")
+        run = engine_process(archive, "-b", bundle, "-o", "out")
     assert run.returncode == 2
     assert "another process" in run.stderr
 
 
 def test_progress_is_plain_lines_and_the_table_adds_up(
-    engine_run: Command, archive: Path, bundle: Path
+    engine_process: Command, archive: Path, bundle: Path
 ) -> None:
-    run = engine_run(archive, "-b", bundle, "-o", "out")
+    run = engine_process(archive, "-b", bundle, "-o", "out")
     assert re.search(r"40/40 rows, [\d.]+ images/s, 0 errors, ETA", run.stderr)
     assert re.search(r"rows\s+40\n.*ok\s+40\n", run.stderr)
     assert "limited by:" in run.stderr
@@ -355,7 +351,7 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
         check=False,
     )
     assert run.returncode == 2
-    assert "pip install nvidia-dali-cuda130" in run.stderr
+    assert "install it with: pip install -c constraints.txt ." in run.stderr
     assert run.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -47,7 +47,7 @@ def plain_pytorch(bundle: Path, paths: list[Path]) -> np.ndarray:
 def assert_parity(engine_run: Command, bundle: Path, folder: Path, paths: list[Path]) -> None:
     manifest = folder / "manifest.csv"
     pd.DataFrame({"path": [str(path) for path in paths]}).to_csv(manifest, index=False)
-    run = engine_run(manifest, "-b", bundle, "-o", "parity", timeout_s=300)
+    run = engine_run(manifest, "-b", bundle, "-o", "parity")
     assert run.returncode == 0, run.stderr
     found = engine.read_results(folder / "parity")
     assert (found.status == "ok").all()
@@ -72,7 +72,7 @@ def test_serial_and_overlapped_are_equal_bit_for_bit(
 ) -> None:
     tables = []
     for name, options in {"serial": ["--serial"], "overlapped": []}.items():
-        run = engine_run(archive, "-b", real_bundle, "-o", name, *options, timeout_s=300)
+        run = engine_run(archive, "-b", real_bundle, "-o", name, *options)
         assert run.returncode == 0, run.stderr
         table = pq.read_table(archive.parent / name / "part-00000.parquet")
         tables.append(table.replace_schema_metadata(None))

@@ -19,7 +19,8 @@ from scipy import ndimage
 
 import engine
 from engine import bundle as bundles
-from tests.helpers.processes import ROOT, Command, run_module
+from tests.helpers.kept import kept
+from tests.helpers.processes import ROOT, Command, run_here, run_module
 from training.__main__ import main
 
 SMALL = ("--members", "shufflenet_v2_x0_5", "mobilenet_v3_small", "--weights", "none", "--size", "64", "64")
@@ -44,36 +45,45 @@ def write_set(folder: Path, per_class: int, *, seed: int = 0, below: str = "") -
     return folder
 
 
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """75 pictures in class folders; a damaged one, a copy and a contradiction on top. Read-only for tests."""
-    folder = write_set(tmp_path_factory.mktemp("labelled") / "images", 25)
+def write_labelled(folder: Path) -> Path:
+    """75 pictures in class folders; a damaged one, a copy and a contradiction on top."""
+    write_set(folder, 25)
     (folder / "normal" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     shutil.copy(folder / "normal" / "normal-0-3.jpg", folder / "normal" / "again.jpg")
     shutil.copy(folder / "normal" / "normal-0-4.jpg", folder / "osteoporosis" / "contradicts.jpg")
     return folder
 
 
-@pytest.fixture(scope="session")
-def frozen(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
-    """A folder with a bundle of frozen members, its training's folder, and the log. Read-only for tests."""
-    folder = tmp_path_factory.mktemp("frozen")
+def write_frozen(folder: Path) -> None:
+    images = write_labelled(folder / "images")
     arguments = ["--freeze", "--folds", "2", "--temperature-scaling", "--copies", "1", "--head-epochs", "30"]
     arguments += ["--decode", "fast"]
     run = run_module("training", [images, "-o", "bundle", *SMALL, *arguments], folder=folder, timeout_s=400)
     assert run.returncode == 0, run.stderr
     (folder / "log.txt").write_text(run.stderr + run.stdout)
-    return folder
+
+
+@pytest.fixture(scope="session")
+def frozen(pytestconfig: pytest.Config) -> Path:
+    """A folder with images, a bundle of frozen members, its training's folder, and the log. Read-only."""
+    return kept(pytestconfig, "frozen", write_frozen)
+
+
+@pytest.fixture(scope="session")
+def images(frozen: Path) -> Path:
+    return frozen / "images"
 
 
 @pytest.fixture
 def training(tmp_path: Path) -> Command:
+    """`python -m training ARGUMENTS` in `tmp_path`, within this process."""
+    return lambda *arguments: run_here("training.__main__", arguments, folder=tmp_path)
+
+
+@pytest.fixture
+def training_process(tmp_path: Path) -> Command:
     """`python -m training ARGUMENTS` in a process of its own, in `tmp_path`."""
-
-    def run(*arguments: str | Path, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
-        return run_module("training", arguments, folder=tmp_path, timeout_s=timeout_s)
-
-    return run
+    return lambda *arguments: run_module("training", arguments, folder=tmp_path, timeout_s=200)
 
 
 def one_line(run: subprocess.CompletedProcess[str], status: int) -> str:
@@ -179,12 +189,13 @@ def test_what_was_trained_is_cleaned_up_and_not_overwritten(frozen: Path, images
     assert "--overwrite" in one_line(run, 2)
 
 
+@pytest.mark.slow
 def test_the_whole_network_is_trained_stopped_and_gone_on_with(
-    tmp_path: Path, images: Path, training: Command
+    tmp_path: Path, images: Path, training_process: Command
 ) -> None:
     """A kill during the epochs of the second member; the outcome is that of an undisturbed training."""
     whole = [images, *SMALL, "--epochs", "3", "--seed", "3"]
-    undisturbed = training(*whole, "-o", "a")
+    undisturbed = training_process(*whole, "-o", "a")
     assert undisturbed.returncode == 0, undisturbed.stderr
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "training", *map(str, whole), "-o", "b"]
@@ -200,9 +211,9 @@ def test_the_whole_network_is_trained_stopped_and_gone_on_with(
     assert process.returncode == 5, log
     assert log.rstrip().endswith("the same command with --resume goes on")
     assert not (tmp_path / "b").exists()
-    assert "--resume" in one_line(training(*whole, "-o", "b"), 2)
-    assert "seed was 3, is 4" in one_line(training(*whole[:-1], "4", "-o", "b", "--resume"), 2)
-    resumed = training(*whole, "-o", "b", "--resume")
+    assert "--resume" in one_line(training_process(*whole, "-o", "b"), 2)
+    assert "seed was 3, is 4" in one_line(training_process(*whole[:-1], "4", "-o", "b", "--resume"), 2)
+    resumed = training_process(*whole, "-o", "b", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     first, again = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
     assert first == again
@@ -212,11 +223,12 @@ def test_the_whole_network_is_trained_stopped_and_gone_on_with(
     assert {one["phase"] for one in first["history"]["mobilenet_v3_small"]} == {"whole"}
 
 
+@pytest.mark.slow
 def test_pretrained_weights_freeze_first_and_fine_tune_then(
-    tmp_path: Path, frozen: Path, images: Path, training: Command
+    tmp_path: Path, frozen: Path, images: Path, training_process: Command
 ) -> None:
     weights = [frozen / "bundle" / f"{name}.safetensors" for name in SMALL[1:3]]
-    run = training(
+    run = training_process(
         images, "-o", "bundle", *SMALL[:3], "--weights", *weights, "--size", "64", "64", "--normalization",
         "imagenet", "--copies", "1", "--head-epochs", "5", "--epochs", "2", "--balance", "sampling",
     )  # fmt: skip
@@ -322,8 +334,8 @@ def test_bad_input_is_one_clear_line(
     assert not Path("bundle").exists()
 
 
-def test_help_names_defaults(training: Command) -> None:
-    run = training("--help-all")
+def test_help_names_defaults(tmp_path: Path) -> None:
+    run = run_module("training", ["--help-all"], folder=tmp_path, timeout_s=60)
     assert run.returncode == 0
     for expected in ("--freeze", "(cosine)", "(200)", "Research use only"):
         assert expected in run.stdout

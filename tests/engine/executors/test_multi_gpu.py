@@ -6,9 +6,8 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -19,11 +18,10 @@ from engine import fleet
 from engine.errors import EngineError
 from engine.ledger import Progress
 from engine.settings import Settings, Shard
-from tests.engine.executors.test_shards import PART_ROWS, ROWS, only_one_run_is_left, whole
-from tests.helpers.processes import ROOT
-from tests.system.test_interruptions import list_images, parts, table, wait_for_parts
-
-__all__ = ["whole"]  # a fixture
+from tests.helpers.processes import Start, starting
+from tests.helpers.runs import SHARDED_PART_ROWS as PART_ROWS
+from tests.helpers.runs import SHARDED_ROWS as ROWS
+from tests.helpers.runs import list_images, only_one_run_is_left, parts, table, wait_for_parts
 
 SCRIPT = """
 import sys
@@ -32,32 +30,15 @@ from engine.run import main
 fleet.devices_here = lambda: ["cpu", "cpu"]
 sys.exit(main())
 """
-Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
 def start(tmp_path: Path, bundle: Path) -> Iterator[Start]:
     """The command line, for which two CPUs are the GPUs."""
     (tmp_path / "two.py").write_text(SCRIPT)
-    started: list[subprocess.Popen[str]] = []
-
-    def run(manifest: str, *options: str) -> subprocess.Popen[str]:
-        arguments = [manifest, "-b", str(bundle), "-o", "out", "--device", "cuda:all", *options]
-        process = subprocess.Popen(
-            [sys.executable, "two.py", *arguments, "--part-rows", str(PART_ROWS)],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
+    with starting(tmp_path) as start_process:
+        last = ("-b", bundle, "-o", "out", "--device", "cuda:all", "--part-rows", str(PART_ROWS))
+        yield lambda *arguments: start_process("two.py", *arguments, *last)
 
 
 def children(process: subprocess.Popen[str]) -> dict[str, int]:

@@ -7,50 +7,30 @@ import random
 import re
 import signal
 import subprocess
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from engine.core.json_records import to_json
 from engine.errors import UsageError
-from engine.lock import NumberedLocks, hold
 from engine.run_folder import RunFolder
-from engine.storage.location import Url
-from engine.store import LocalFolder, ObjectFolder
 from tests.helpers.images import write_images
-from tests.helpers.processes import Command, run_module
+from tests.helpers.processes import Command, Start
 from tests.helpers.records import run_record
-from tests.system.test_interruptions import Start, list_images, parts, start, table, wait_for_parts
-from tests.system.test_object_store_runs import client, images, keys, moto, names, proxy, stored_rows
-from tests.system.test_object_store_runs import csv as as_csv
-from tests.system.test_object_store_runs import local as local_rows
+from tests.helpers.runs import (
+    SHARDED_PART_ROWS,
+    SHARDED_ROWS,
+    ended,
+    list_images,
+    only_one_run_is_left,
+    parts,
+    table,
+    wait_for_parts,
+)
 
-__all__ = ["client", "images", "local_rows", "moto", "names", "proxy", "start"]  # fixtures
-
-ROWS, PART_ROWS = 2000, 16
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> pa.Table:
-    """The rows of the plain run of `list_images(..., ROWS)`."""
-    folder = tmp_path_factory.mktemp("plain")
-    list_images(folder, ROWS)
-    arguments = ["m.txt", "-b", bundle, "-o", "out", "--part-rows", str(PART_ROWS)]
-    run = run_module("engine.run", arguments, folder=folder, timeout_s=60)
-    assert run.returncode == 0, run.stderr
-    return table(folder / "out")
-
-
-def ended(process: subprocess.Popen[str]) -> str:
-    """What it said on standard error."""
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    return said
+ROWS, PART_ROWS = SHARDED_ROWS, SHARDED_PART_ROWS
 
 
 def told(process: subprocess.Popen[str]) -> tuple[str, int]:
@@ -62,11 +42,6 @@ def told(process: subprocess.Popen[str]) -> tuple[str, int]:
 
 def shard(start: Start, which: str, *options: str) -> subprocess.Popen[str]:
     return start("m.txt", "-o", "out", "--part-rows", str(PART_ROWS), "--shard", which, *options)
-
-
-def only_one_run_is_left(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()} - {path.name for path in parts(folder)}
-    return names == {"_run.json", "_SUCCESS", "report.html", ".lock", ".locks"}
 
 
 def test_three_shards_at_once_give_the_plain_runs_rows(start: Start, tmp_path: Path, whole: pa.Table) -> None:
@@ -206,156 +181,6 @@ def test_a_run_that_no_shard_began_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-def test_locks_on_a_disk(tmp_path: Path) -> None:
-    first, second = (NumberedLocks(tmp_path / "locks") for _ in range(2))
-    assert first.take(3)
-    assert not second.take(3)
-    assert second.take(4)
-    assert second.is_taken(3)
-    assert not second.is_taken(4)
-    first.close()
-    assert second.take(3)
-    second.close()
-
-    shards = [LocalFolder(tmp_path / "out") for _ in range(2)]
-    for folder in shards:
-        folder.lock(shared=True)
-    with pytest.raises(BlockingIOError):
-        hold(tmp_path / "out" / ".lock")
-    shards[0].unlock(leave_no_trace=True)
-    assert (tmp_path / "out" / ".lock").exists(), "the other is still there"
-    shards[1].unlock(leave_no_trace=True)
-    assert not (tmp_path / "out" / ".lock").exists()
-
-
-def test_a_turn_in_an_object_store_is_one_ones_at_a_time(proxy: Any, client: Any) -> None:
-    """Five that want it at once, over and over; none is ever inside with another."""
-    inside, most, entered = 0, 0, 0
-    guard = threading.Lock()
-
-    def come_and_go(number: int) -> None:
-        nonlocal inside, most, entered
-        folder = ObjectFolder(Url("s3", "archive", "/turns"))
-        folder.lock(shared=True)
-        for _ in range(3):
-            while not folder.take_turn():
-                time.sleep(0.002)
-            with guard:
-                inside, entered = inside + 1, entered + 1
-                most = max(most, inside)
-            time.sleep(0.005)
-            with guard:
-                inside -= 1
-            folder.give_turn()
-        folder.unlock(leave_no_trace=False)
-
-    with ThreadPoolExecutor(5) as threads:
-        list(threads.map(come_and_go, range(5)))
-    assert (most, entered) == (1, 15)
-    assert keys(client, "turns/") == []
-
-
-def test_who_is_drawing_a_ticket_is_waited_for(
-    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, two = (ObjectFolder(Url("s3", "archive", "/drawing")) for _ in range(2))
-    for folder in (one, two):
-        folder.lock(shared=True)
-    tickets, meanwhile = one._tickets, list[bool]()
-
-    def interrupted() -> dict[str, int]:
-        found = tickets()
-        if not meanwhile:
-            meanwhile.append(two.take_turn())
-        return found
-
-    monkeypatch.setattr(one, "_tickets", interrupted)
-    got = [one.take_turn(), two.take_turn()]
-    assert meanwhile == [False]
-    assert sorted(got) == [False, True]
-    winner, loser = (one, two) if got[0] else (two, one)
-    winner.give_turn()
-    assert loser.take_turn()
-    assert not winner.take_turn()
-    for folder in (one, two):
-        folder.unlock(leave_no_trace=False)
-
-
-def test_who_shares_an_object_store_keeps_out_who_does_not(
-    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, two, alone = (ObjectFolder(Url("s3", "archive", "/shared")) for _ in range(3))
-    one.lock(shared=True)
-    two.lock(shared=True)
-    with pytest.raises(BlockingIOError):
-        alone.lock()
-    assert one.claim(7)
-    assert not two.claim(7)
-    assert two.is_claimed(7)
-    assert not one.is_claimed(7)
-    one.release(7)
-    assert two.claim(7)
-    one.unlock(leave_no_trace=False)
-    monkeypatch.setattr("engine.store.STALE_S", -1.0)  # as if `two` had been silent for long
-    alone.lock()
-    assert not alone.is_claimed(7)
-    monkeypatch.undo()
-    with pytest.raises(BlockingIOError):
-        one.lock(shared=True)
-    for folder in (alone, two):
-        folder.unlock(leave_no_trace=False)
-    assert keys(client, "shared/") == []
-
-
-def test_what_the_dead_have_left_in_an_object_store_is_swept(
-    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dead, living = (ObjectFolder(Url("s3", "archive", "/swept")) for _ in range(2))
-    dead.lock(shared=True)
-    assert dead.claim(1)
-    monkeypatch.setattr(
-        "engine.store._began", lambda pid: "later"
-    )  # its process is gone, another has its number
-    living.lock(shared=True)
-    assert not living.is_claimed(1)
-    assert living.claim(2)
-    living.sweep()
-    mine, claim = sorted(keys(client, "swept/"))
-    assert (mine[:6], claim) == (".lock-", ".part-00002.lock")
-    for folder in (living, dead):
-        folder.unlock(leave_no_trace=False)
-    assert keys(client, "swept/") == []
-
-
-def test_who_was_killed_on_another_machine_is_found_out(
-    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = Url("s3", "archive", "/elsewhere")
-    dead, alone, living = (
-        ObjectFolder(place),
-        ObjectFolder(place),
-        RunFolder(place, overwrite=False, shared=True),
-    )
-    dead.lock(shared=True)
-    assert dead.claim(1)
-    assert dead._sign
-    dead._sign.cease()
-    monkeypatch.setattr("engine.store._machine", lambda: "another")
-    for module in ("store", "run_folder"):
-        monkeypatch.setattr(f"engine.{module}.STALE_S", 2.5)
-    with living:
-        assert not living.files.claim(1)
-        assert living.claimed({1, 2}) == set()
-        assert living.files.claim(1)
-        monkeypatch.setattr("engine.store.STALE_S", 90.0)
-        again = alone._refuse_company  # as if the other came between the first look and the second
-        monkeypatch.setattr(alone, "_refuse_company", lambda *_, **but_for: but_for and again(*_, **but_for))
-        with pytest.raises(BlockingIOError):
-            alone.lock()
-        assert ".lock" not in keys(client, "elsewhere/")
-    dead.unlock(leave_no_trace=False)
-
-
 def test_a_run_of_an_older_version_that_names_the_gpus_number_goes_on(tmp_path: Path) -> None:
     (tmp_path / "_run.json").write_text(to_json(run_record(device="cuda:1", runner="torch")))
     folder = RunFolder(tmp_path, overwrite=False)
@@ -363,16 +188,3 @@ def test_a_run_of_an_older_version_that_names_the_gpus_number_goes_on(tmp_path: 
     folder.check_same(recorded, run_record(device="cuda", runner="torch"))
     with pytest.raises(UsageError, match="device was 'cuda', is 'cpu'"):
         folder.check_same(recorded, run_record(device="cpu", runner="torch"))
-
-
-def test_two_shards_into_an_object_store(
-    start: Start, proxy: Any, client: Any, names: list[str], local_rows: pa.Table, tmp_path: Path
-) -> None:
-    (tmp_path / "m.csv").write_bytes(as_csv([f"s3://archive/knees/{name}" for name in names]))
-    output = ("m.csv", "-o", "s3://archive/shards", "--part-rows", "8")
-    processes = [start(*output, "--shard", f"{number}/2") for number in (1, 2)]
-    said = [ended(process) for process in processes]
-    assert stored_rows(client, "shards/").equals(local_rows)
-    others = {key for key in keys(client, "shards/") if not key.startswith("part-")}
-    assert others == {"_run.json", "_SUCCESS", "report.html"}
-    assert any("and with it all 6 parts" in one for one in said)

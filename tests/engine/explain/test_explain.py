@@ -31,7 +31,7 @@ from engine.storage import objects
 from tests.helpers.bundles import write_real_bundle
 from tests.helpers.images import write_images
 from tests.helpers.networks import random_pixels, tiny_network
-from tests.system.test_object_store_runs import DUMMY
+from tests.helpers.servers import CREDENTIALS
 from training import models
 
 SIZE = (32, 32)
@@ -374,7 +374,7 @@ def test_a_redacted_run_of_an_archive(
 def test_results_and_images_in_an_object_store(
     finished: Path, small_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in DUMMY.items():
+    for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     objects._s3.cache_clear()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

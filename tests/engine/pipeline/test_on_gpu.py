@@ -24,9 +24,9 @@ from engine.reader import Reader
 from engine.records import Part
 from engine.runners import choose, open_runner
 from engine.settings import Limits
-from tests.engine.pipeline.test_open_gpu import rows_of
 from tests.helpers.images import smooth, write_images
 from tests.helpers.processes import Command
+from tests.helpers.runs import read_frame
 
 pytestmark = pytest.mark.gpu
 LIMIT = 5e-3  # of a probability, FP16 against float32
@@ -51,20 +51,20 @@ def archive(tmp_path_factory) -> Path:
     return folder
 
 
-def screened(engine_run: Command, archive: Path, bundle: Path, name: str, *options: object) -> pd.DataFrame:
-    run = engine_run(archive, "-b", bundle, "-o", name, *map(str, options), timeout_s=300)
+def screen(engine_process: Command, archive: Path, bundle: Path, name: str, *options: object) -> pd.DataFrame:
+    run = engine_process(archive, "-b", bundle, "-o", name, *map(str, options), timeout_s=300)
     assert run.returncode == 0, run.stderr
-    return rows_of(Path(run.stdout.strip()))
+    return read_frame(Path(run.stdout.strip()))
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # where `engine_run` runs
+    monkeypatch.chdir(tmp_path)  # where `engine_process` runs
 
 
-def test_a_whole_run_gives_the_rows_of_the_cpu(engine_run, archive, proof):
-    expected = screened(engine_run, archive, proof, "cpu", "--device", "cpu")
-    found = screened(engine_run, archive, proof, "gpu", "--device", "cuda:0", "--batch-size", 16)
+def test_a_whole_run_gives_the_rows_of_the_cpu(engine_process, archive, proof):
+    expected = screen(engine_process, archive, proof, "cpu", "--device", "cpu")
+    found = screen(engine_process, archive, proof, "gpu", "--device", "cuda:0", "--batch-size", 16)
     exact = ["row", "path", "status", "width", "height"]
     pd.testing.assert_frame_equal(found[exact], expected[exact])
     scores = [name for name in expected if "p_" in name] + ["confidence"]
@@ -73,31 +73,31 @@ def test_a_whole_run_gives_the_rows_of_the_cpu(engine_run, archive, proof):
     assert found[found.status != "ok"][scores].isna().all().all()
 
 
-def test_graphs_streams_and_slots_change_no_score(engine_run, archive, proof):
+def test_graphs_streams_and_slots_change_no_score(engine_process, archive, proof):
     fixed = ("--device", "cuda:0", "--batch-size", 16)
     bare = ("--no-cuda-graph", "--streams", 1, "--slots", 1)
-    plain = screened(engine_run, archive, proof, "plain", *fixed, *bare)
+    plain = screen(engine_process, archive, proof, "plain", *fixed, *bare)
     for name, options in {
         "graph": ["--streams", 1],
         "two": ["--streams", 2],
         "slots": ["--streams", 2, "--slots", 5],
         "serial": ["--serial"],
     }.items():
-        found = screened(engine_run, archive, proof, name, *fixed, *options)
+        found = screen(engine_process, archive, proof, name, *fixed, *options)
         pd.testing.assert_frame_equal(found, plain, obj=name)
 
 
-def test_it_goes_on_where_it_stopped_and_tries_failed_rows_again(engine_run, archive, proof, tmp_path):
+def test_it_goes_on_where_it_stopped_and_tries_failed_rows_again(engine_process, archive, proof, tmp_path):
     fixed = ("--device", "cuda:0", "--batch-size", 8, "--part-rows", 16)
-    whole = screened(engine_run, archive, proof, "out", *fixed)
+    whole = screen(engine_process, archive, proof, "out", *fixed)
     (tmp_path / "out" / "_SUCCESS").unlink()
     (tmp_path / "out" / "part-00001.parquet").unlink()
-    pd.testing.assert_frame_equal(screened(engine_run, archive, proof, "out", *fixed), whole)
+    pd.testing.assert_frame_equal(screen(engine_process, archive, proof, "out", *fixed), whole)
     tuning = json.loads((tmp_path / "out" / "_run.json").read_text())["tuning"]
     assert Decoding(**tuning["decoding"])
-    run = engine_run("out", "--only-errors", timeout_s=300)
+    run = engine_process("out", "--only-errors", timeout_s=300)
     assert run.returncode == 0, run.stderr
-    pd.testing.assert_frame_equal(rows_of(tmp_path / "out"), whole)
+    pd.testing.assert_frame_equal(read_frame(tmp_path / "out"), whole)
 
 
 def test_dalis_pixels_are_the_cpus_within_two_gray_levels(tmp_path):
@@ -136,10 +136,10 @@ def test_the_canaries_pass_in_fp16_and_members_overlap(proof, graphs):
         assert found["overlapping_share"] > 0
 
 
-def test_one_line_for_more_than_the_memory_holds(engine_run, archive, proof):
+def test_one_line_for_more_than_the_memory_holds(engine_process, archive, proof):
     """4,096 images of a batch fit an 80 GB card; what does not is halved once, then said."""
     large = ("--device", "cuda:0", "--batch-size", "4096", "--slots", "16")
-    run = engine_run(archive, "-b", proof, "-o", "out", *large, timeout_s=300)
+    run = engine_process(archive, "-b", proof, "-o", "out", *large, timeout_s=300)
     assert run.returncode in (0, 1)
     if run.returncode:
         assert "is out of memory with batches of 2048" in run.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from threading import Event
 
 import numpy as np
@@ -30,10 +29,10 @@ from engine.preprocess.stage import Preprocess
 from engine.runners import Choice
 from engine.runners.onnx import OnnxRunner
 from engine.settings import Settings
-from tests.engine.scoring.test_gpu import Member
 from tests.helpers.bundles import write_bundle
 from tests.helpers.images import encode, smooth, write_images
-from tests.helpers.stand_in import StandIn
+from tests.helpers.runs import read_frame
+from tests.helpers.stand_in import Member, StandIn
 
 pytestmark = pytest.mark.usefixtures("launched_fusion")
 
@@ -65,10 +64,6 @@ def stages_on(cuda: StandIn, kind: type[Member] = Member, *, graphs: bool = True
     return StandInStages
 
 
-def rows_of(output: Path) -> pd.DataFrame:
-    return pd.concat(pd.read_parquet(path) for path in sorted(output.glob("part-*.parquet")))
-
-
 def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
     archive = write_images(tmp_path / "archive", 45)
     (archive / "image-07-cut.jpg").write_bytes((archive / "image-07.jpg").read_bytes()[:400])
@@ -78,7 +73,7 @@ def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
     with StandIn(5) as cuda:
         summary = screen(Settings(output=tmp_path / "gpu", **settings), stages_of=stages_on(cuda))
     assert (summary.rows, summary.errors) == (47, 2)
-    expected, found = rows_of(tmp_path / "cpu"), rows_of(tmp_path / "gpu")
+    expected, found = read_frame(tmp_path / "cpu"), read_frame(tmp_path / "gpu")
     exact = ["row", "path", "status", "error", "width", "height", "prediction"]
     pd.testing.assert_frame_equal(found[exact], expected[exact])
     scores = [name for name in expected if "p_" in name] + ["confidence"]
@@ -118,7 +113,7 @@ def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
     tuned = json.loads((tmp_path / "gpu" / "_run.json").read_text())["tuning"]
     assert tuned["decoding"]["cpu_share"] == 1
     assert "decoding_tried" not in tuned
-    expected, found = rows_of(tmp_path / "cpu"), rows_of(tmp_path / "gpu")
+    expected, found = read_frame(tmp_path / "cpu"), read_frame(tmp_path / "gpu")
     scores = [name for name in expected if "p_" in name]
     assert np.allclose(found[scores], expected[scores], atol=1e-6)
 

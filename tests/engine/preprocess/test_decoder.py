@@ -7,37 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from PIL import Image
 
 from engine.errors import EngineError
 from engine.overlap import Meter
 from engine.preprocess import decoder
 from engine.preprocess.stage import Preprocess
-from engine.reader import Reader
-from engine.records import Batch, Part, Status
-from engine.settings import Limits
-from tests.helpers.images import encode, smooth
-
-# runs in the decoder before its own code: an image that holds a word does to the process what the word says
-FAULTS = """
-import os, signal, sys
-if "engine.preprocess.decoder" in sys.orig_argv:
-    from engine.preprocess import codecs
-    decode = codecs.decode
-    def faulty(image, header, **least):
-        if b"CRASH" in image:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        if b"HANG" in image:
-            signal.sigwait({signal.SIGUSR2})
-        return decode(image, header, **least)
-    codecs.decode = faulty
-"""
-
-
-def jpeg(seed: int, comment: bytes = b"") -> bytes:
-    return encode(Image.fromarray(smooth(80, 90, seed=seed)), "JPEG", comment=comment)
+from engine.records import Batch, Status
+from tests.helpers.decoder_faults import FAULTS
+from tests.helpers.images import smooth_jpeg
+from tests.helpers.pixels import read_batches
 
 
 @pytest.fixture
@@ -49,23 +28,22 @@ def preprocess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Prep
         yield opened
 
 
-def screened(preprocess: Preprocess, folder: Path, images: list[bytes]) -> list[Batch]:
+def decoded(preprocess: Preprocess, folder: Path, images: list[bytes]) -> list[Batch]:
     folder.mkdir(exist_ok=True)
     for index, data in enumerate(images):
         (folder / str(index)).write_bytes(data)
-    part = Part(0, np.arange(len(images)), [str(index) for index in range(len(images))], pa.table({}))
-    reader = Reader(folder, batch_size=8, threads=1, limits=Limits())
-    return list(preprocess.stage(reader.stage([part], Meter("")), Meter("")))
+    batches = read_batches(folder, [str(index) for index in range(len(images))], threads=1)
+    return list(preprocess.stage(batches, Meter("")))
 
 
 @pytest.mark.parametrize(("word", "reason"), [(b"CRASH", "ended by SIGSEGV"), (b"HANG", "stopped after 1 s")])
 def test_an_image_that_ends_the_decoder_costs_only_its_row(
     preprocess: Preprocess, tmp_path: Path, word: bytes, reason: str
 ) -> None:
-    good = [jpeg(seed) for seed in range(16)]
-    (first, second) = screened(preprocess, tmp_path / "images", good)
-    images = [*good[:3], jpeg(3, word), *good[4:]]
-    (batch, after) = screened(preprocess, tmp_path / "images", images)
+    good = [smooth_jpeg(seed) for seed in range(16)]
+    (first, second) = decoded(preprocess, tmp_path / "images", good)
+    images = [*good[:3], smooth_jpeg(3, word), *good[4:]]
+    (batch, after) = decoded(preprocess, tmp_path / "images", images)
     assert batch.status.tolist() == [0, 0, 0, Status.CRASHED, 0, 0, 0, 0]
     assert batch.errors == {3: f"jpeg decoder: {reason}"}
     assert np.array_equal(batch.pixels, np.delete(first.pixels, 3, axis=0))
@@ -74,11 +52,9 @@ def test_an_image_that_ends_the_decoder_costs_only_its_row(
 
 
 def test_a_header_that_cannot_be_sent_costs_only_its_row(preprocess: Preprocess, tmp_path: Path) -> None:
-    images = [jpeg(seed) for seed in range(3)]
-    (before,) = screened(preprocess, tmp_path / "images", images)
-    part = Part(0, np.arange(3), ["0", "1", "2"], pa.table({}))
-    reader = Reader(tmp_path / "images", batch_size=8, threads=1, limits=Limits())
-    (batch,) = reader.stage([part], Meter(""))
+    images = [smooth_jpeg(seed) for seed in range(3)]
+    (before,) = decoded(preprocess, tmp_path / "images", images)
+    (batch,) = read_batches(tmp_path / "images", ["0", "1", "2"], threads=1)
     batch.headers[1] = batch.headers[1]._replace(layout=lambda: None)
     preprocess.fill(batch)
     assert batch.errors == {1: "jpeg decoder: its header can't be sent to the process that decodes"}
@@ -87,12 +63,12 @@ def test_a_header_that_cannot_be_sent_costs_only_its_row(preprocess: Preprocess,
 
 
 def test_a_decoder_killed_from_outside_costs_nothing(preprocess: Preprocess, tmp_path: Path) -> None:
-    images = [jpeg(seed) for seed in range(3)]
-    (before,) = screened(preprocess, tmp_path / "images", images)
+    images = [smooth_jpeg(seed) for seed in range(3)]
+    (before,) = decoded(preprocess, tmp_path / "images", images)
     process = preprocess.decoder._process
     process.kill()
     process.wait()
-    (after,) = screened(preprocess, tmp_path / "images", images)
+    (after,) = decoded(preprocess, tmp_path / "images", images)
     assert not after.errors
     assert np.array_equal(before.pixels, after.pixels)
     assert preprocess.decoder.crashes == 1
@@ -100,7 +76,7 @@ def test_a_decoder_killed_from_outside_costs_nothing(preprocess: Preprocess, tmp
 
 def test_a_decoder_killed_while_it_starts_is_started_again(preprocess: Preprocess, tmp_path: Path) -> None:
     preprocess.decoder._process.kill()
-    (batch,) = screened(preprocess, tmp_path / "images", [jpeg(0)])
+    (batch,) = decoded(preprocess, tmp_path / "images", [smooth_jpeg(0)])
     assert not batch.errors
     assert preprocess.decoder.crashes == 0
 
@@ -115,11 +91,11 @@ def test_a_decoder_that_never_starts_is_one_line(
 
 
 def test_signals_for_the_engine_do_not_end_the_decoder(preprocess: Preprocess, tmp_path: Path) -> None:
-    images = [jpeg(seed) for seed in range(3)]
-    screened(preprocess, tmp_path / "images", images)
+    images = [smooth_jpeg(seed) for seed in range(3)]
+    decoded(preprocess, tmp_path / "images", images)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(preprocess.decoder._process.pid, number)
-    (after,) = screened(preprocess, tmp_path / "images", images)
+    (after,) = decoded(preprocess, tmp_path / "images", images)
     assert not after.errors
     assert preprocess.decoder.crashes == 0
 
@@ -129,11 +105,11 @@ def test_a_decoder_that_may_leak_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     monkeypatch.setattr(decoder, limit, 1)
-    images = [jpeg(0), damaged_middle(jpeg(1)), damaged_middle(jpeg(2))]
+    images = [smooth_jpeg(0), damaged_middle(smooth_jpeg(1)), damaged_middle(smooth_jpeg(2))]
     with Preprocess(size=(32, 32), batch_size=8, threads=1, decoding_bytes=1 << 24) as preprocess:
         first = preprocess.decoder._process.pid
         for _ in range(decoder.RETIRE_REQUESTS + 1):
-            (batch,) = screened(preprocess, tmp_path / "images", images)
+            (batch,) = decoded(preprocess, tmp_path / "images", images)
             assert sorted(batch.errors) == [1, 2]
         assert preprocess.decoder._process.pid != first
         assert preprocess.decoder.crashes == 0
@@ -157,11 +133,11 @@ def damaged_middle(data: bytes) -> bytes:
 
 
 def test_a_jpeg_with_a_damaged_middle_is_corrupt(preprocess: Preprocess, tmp_path: Path) -> None:
-    good = [jpeg(seed) for seed in range(8)]
-    (reference,) = screened(preprocess, tmp_path / "images", good)
+    good = [smooth_jpeg(seed) for seed in range(8)]
+    (reference,) = decoded(preprocess, tmp_path / "images", good)
     for bad in ([2], [0, 7], [1, 2, 3, 4, 5, 6]):
         images = [damaged_middle(data) if n in bad else data for n, data in enumerate(good)]
-        (batch,) = screened(preprocess, tmp_path / "images", images)
+        (batch,) = decoded(preprocess, tmp_path / "images", images)
         assert sorted(batch.errors) == bad
         assert all(batch.status[position] == Status.CORRUPT for position in bad)
         assert all("Corrupt JPEG data" in error for error in batch.errors.values())
@@ -169,16 +145,16 @@ def test_a_jpeg_with_a_damaged_middle_is_corrupt(preprocess: Preprocess, tmp_pat
 
 
 def test_a_jpeg_cut_short_and_ended_is_corrupt(preprocess: Preprocess, tmp_path: Path) -> None:
-    good = jpeg(0)
-    (batch,) = screened(preprocess, tmp_path / "images", [good, good[: len(good) // 2] + b"\xff\xd9"])
+    good = smooth_jpeg(0)
+    (batch,) = decoded(preprocess, tmp_path / "images", [good, good[: len(good) // 2] + b"\xff\xd9"])
     assert batch.errors == {1: "jpeg decoder: Corrupt JPEG data: premature end of data segment"}
 
 
 def test_a_warning_that_may_hide_damage_is_a_flag(preprocess: Preprocess, tmp_path: Path) -> None:
-    good = jpeg(0)
+    good = smooth_jpeg(0)
     version = good.index(b"JFIF\0") + 5
     odd = good[:version] + b"\x07" + good[version + 1 :]
-    (batch,) = screened(preprocess, tmp_path / "images", [good, odd])
+    (batch,) = decoded(preprocess, tmp_path / "images", [good, odd])
     assert not batch.errors
     assert batch.flags == {1: ["decoder_warning"]}
     assert np.array_equal(batch.pixels[0], batch.pixels[1])

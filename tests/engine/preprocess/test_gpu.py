@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
 
 from engine.errors import EngineError
-from engine.gpu.decode import DecodedPixels, Decoding, EncodedGraph, GpuPreprocess, RefusedError
-from engine.gpu.slots import Slot
+from engine.gpu.decode import Decoding, EncodedGraph, GpuPreprocess, RefusedError
 from engine.header import parse
-from engine.overlap import Meter
 from engine.preprocess.stage import Preprocess, load_pixels
-from engine.reader import Reader
-from engine.records import Batch, Part, Status
-from engine.settings import Limits
-from tests.helpers.images import write_images
-
-SIZE = (64, 64)
-
-
-def jpeg(picture: np.ndarray | Image.Image, **options) -> bytes:
-    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    file = io.BytesIO()
-    picture.save(file, "JPEG", **options)
-    return file.getvalue()
+from engine.records import Status
+from tests.helpers.gpu_pixels import SIZE, decoded
+from tests.helpers.images import jpeg, write_images
 
 
 @pytest.fixture(scope="module")
@@ -44,52 +28,6 @@ def spoiled(data: bytes) -> bytes:
     """A JPEG that looks sound but has a Huffman table that is none: DALI refuses the batch that holds it."""
     table = data.index(b"\xff\xc4") + 5
     return data[:table] + b"\xff" * 16 + data[table + 16 :]
-
-
-def batches(folder: Path, decoding: Decoding, batch_size: int = 8) -> Iterator[Batch]:
-    names = sorted(path.name for path in folder.iterdir())
-    part = Part(0, np.arange(len(names)), names, pa.table({}))
-    reader = Reader(folder, batch_size, 2, limits=Limits(), on_gpu=decoding.on_gpu)
-    return reader.stage([part], Meter("read"))
-
-
-def decoded(folder: Path, decoding: Decoding | None = None, batch_size: int = 8) -> dict[str, object]:
-    """Pixels by file name; the failure's status and text for the others."""
-    decoding = decoding or Decoding()
-    found: dict[str, object] = {}
-    with (
-        Preprocess(size=SIZE, batch_size=4, threads=2, decoding_bytes=1 << 29) as cpu,
-        GpuPreprocess(
-            cpu, size=SIZE, batch_size=batch_size, threads=2, device_id=None, decoding=decoding
-        ) as preprocess,
-    ):
-        for batch in preprocess.stage(batches(folder, decoding, batch_size), Meter("preprocess")):
-            pixels = in_a_slot(batch.device_pixels, len(batch.index))
-            names = batch.part.paths[batch.start : batch.start + batch.rows]
-            found |= {names[place]: row for place, row in zip(batch.index, pixels, strict=True)}
-            found |= {
-                names[place]: (Status(batch.status[place]), text) for place, text in batch.errors.items()
-            }
-            assert len(batch.index) + len(batch.errors) == batch.rows
-    return found
-
-
-def in_a_slot(pixels: DecodedPixels, count: int) -> np.ndarray:
-    """What `copy_to` puts into a slot; the rest of it stays as it was."""
-    filled = torch.full((count + 3, 1, *SIZE), 77, dtype=torch.uint8)
-    none = torch.empty(0)
-    slot = Slot(filled, torch.zeros_like(filled), none, none, none, copied=None, done=None)
-
-    class Cuda:
-        @staticmethod
-        def stream(stream: object):
-            import contextlib
-
-            return contextlib.nullcontext()
-
-    pixels.copy_to(slot, None, Cuda)
-    assert (filled[count:] == 77).all()
-    return filled[:count].numpy()
 
 
 def on_the_cpu(folder: Path) -> dict[str, np.ndarray]:

@@ -14,8 +14,8 @@ from engine.header import parse
 from engine.preprocess.codecs.presentation import display, display_samples
 from engine.preprocess.stage import load_pixels
 from engine.records import Status
-from tests.engine.preprocess.test_gpu import SIZE, decoded, jpeg
-from tests.helpers.images import smooth
+from tests.helpers.gpu_pixels import SIZE, decoded
+from tests.helpers.images import jpeg, smooth
 
 pytest.importorskip("pydicom")  # a machine that only has a GPU may lack it
 

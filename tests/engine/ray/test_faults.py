@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -21,11 +21,10 @@ from engine.errors import Stopped
 from tests.helpers.hurt.sitecustomize import DEADLY
 from tests.helpers.images import write_images
 from tests.helpers.nodes import Nodes
-from tests.helpers.processes import in_background, run_module
-from tests.system.test_interruptions import list_images, only_results_are_left, parts, table, wait_for_parts
+from tests.helpers.processes import Start, in_background, run_module, starting
+from tests.helpers.runs import ended, list_images, only_results_are_left, parts, table, wait_for_parts
 
 ROWS, PART_ROWS = 4000, 64
-Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
@@ -41,29 +40,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
 @pytest.fixture
 def start(plain: Path, bundle: Path, nodes: Nodes) -> Iterator[Start]:
     """A run on the cluster in the background, in the folder `plain`."""
-    started: list[subprocess.Popen[str]] = []
+    with starting(plain) as start_process:
 
-    def run(*arguments: str | Path, ray: str | None = None, rows: int = PART_ROWS) -> subprocess.Popen[str]:
-        command = ["-m", "engine.run", *arguments, "-b", bundle]
-        command += ["--ray", ray or nodes.address, "--part-rows", str(rows)]
-        started.append(in_background(command, plain))
-        return started[-1]
+        def run(
+            *arguments: str | Path, ray: str | None = None, rows: int = PART_ROWS
+        ) -> subprocess.Popen[str]:
+            command = ["-m", "engine.run", *arguments, "-b", bundle]
+            return start_process(*command, "--ray", ray or nodes.address, "--part-rows", str(rows))
 
-    yield run
-    for process in started:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+        yield run
     for order in nodes.hurt.iterdir():
         order.unlink()
-
-
-def ended(process: subprocess.Popen[str], status: int = 0) -> str:
-    """What the run said."""
-    _, said = process.communicate(timeout=90)
-    assert process.returncode == status, said
-    assert "Traceback" not in said
-    return said
 
 
 def success(output: Path) -> dict:
@@ -95,6 +82,7 @@ def test_actors_that_are_killed_change_nothing(start: Start, nodes: Nodes, plain
     assert fared["parts_done_again"] > 0
 
 
+@pytest.mark.slow
 def test_a_node_that_goes_and_one_that_comes(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "node"
     process = start("m.txt", "-o", output, "--actors", "2")
@@ -106,6 +94,7 @@ def test_a_node_that_goes_and_one_that_comes(start: Start, nodes: Nodes, plain: 
     assert check(output, plain)["lost"] == 1
 
 
+@pytest.mark.slow
 def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "hanging"
     process = start("m.txt", "-o", output, "--part-timeout", "2")
@@ -118,6 +107,7 @@ def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) 
     assert 1 <= said.count("for 2 s (--part-timeout)") == check(output, plain)["lost"] <= 2
 
 
+@pytest.mark.slow
 def test_drivers_are_killed_and_one_process_goes_on_with_it(start: Start, plain: Path, bundle: Path) -> None:
     output = plain / "driver"
     alone = ["-m", "engine.run", "m.txt", "-b", bundle, "-o", output, "--part-rows", str(PART_ROWS)]
@@ -153,6 +143,7 @@ def test_a_row_that_ends_its_actor_is_found(start: Start, plain: Path) -> None:
     assert success(output)["last_start"]["actors"]["rows_crashed"] == 1
 
 
+@pytest.mark.slow
 def test_an_actor_whose_scores_go_wrong_is_refused(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "noise"
     process = start("m.txt", "-o", output)
@@ -173,6 +164,7 @@ def test_no_actor_is_right_from_the_start(start: Start, nodes: Nodes, plain: Pat
     assert not (plain / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_two_kinds_of_actors_share_the_work(start: Start, nodes: Nodes, plain: Path) -> None:
     nodes.order("other")
     output = plain / "kinds"
@@ -202,6 +194,7 @@ def test_it_stops_cleanly_and_goes_on(start: Start, plain: Path) -> None:
     check(output, plain)
 
 
+@pytest.mark.slow
 def test_finish_by_is_named_in_the_middle_of_parts(start: Start, plain: Path) -> None:
     list_images(plain, 100_000, name="long.txt")
     moment = datetime.now() + timedelta(seconds=20)
@@ -214,6 +207,7 @@ def test_finish_by_is_named_in_the_middle_of_parts(start: Start, plain: Path) ->
         assert "of 100000 rows were through; the same command goes on" in said
 
 
+@pytest.mark.slow
 def test_a_ray_of_its_own_leaves_nothing_behind(start: Start, plain: Path) -> None:
     output = plain / "own"
     before = set(Path("/tmp").glob("engine-ray-*"))
@@ -243,6 +237,7 @@ def processes_of(scratch: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_storage_that_goes_away_is_one_line(start: Start, plain: Path) -> None:
     folder = plain / "away"
     write_images(folder / "images", 8)

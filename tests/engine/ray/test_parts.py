@@ -6,11 +6,11 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from msgspec import structs
 
@@ -34,6 +34,7 @@ from engine.settings import Settings
 from engine.sink import Layout
 from engine.step import CpuStep
 from tests.helpers.images import write_images
+from tests.helpers.pixels import part_of
 from tests.helpers.records import run_record
 
 
@@ -52,16 +53,18 @@ def test_what_is_not_ray_is_not_waited_for() -> None:
     with socket.create_server(("", 0)) as server:
 
         def answer() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(1000)
-                connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+            with suppress(OSError):  # the server is shut down
+                while True:
+                    with server.accept()[0] as connection:
+                        connection.recv(1000)
+                        connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         settings = Settings(manifest=Path(), ray=f"localhost:{server.getsockname()[1]}")
         with pytest.raises(UsageError, match="what answers there is not Ray"), joined(settings):
             pass
+        server.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 
@@ -94,10 +97,6 @@ def test_a_slow_actor_gets_nothing_that_the_others_would_do_sooner() -> None:
     assert is_sooner_elsewhere(100, Load(1000, 1.0), [replace(slow, rows=500)], left=100)
 
 
-def part_of(rows: int, index: int = 0) -> Part:
-    return Part(index, np.arange(rows), [f"{row}" for row in range(rows)], pa.table({"_": pa.nulls(rows)}))
-
-
 def taken(supply: Supply, count: int) -> list[int]:
     found: list[int] = []
     deadline = time.monotonic() + 10
@@ -114,7 +113,7 @@ def test_what_is_lost_comes_again_and_little_is_held() -> None:
     def parts_of(wanted: set[int]) -> Iterator[Part]:
         for index in sorted(wanted):
             read.append(index)
-            yield part_of(1, index)
+            yield part_of(["0"], index)
 
     supply = Supply(parts_of, set(range(100)))
     assert supply.left == 100
@@ -131,7 +130,7 @@ def test_what_is_lost_comes_again_and_little_is_held() -> None:
 
 def test_a_manifest_that_goes_away_is_told() -> None:
     def parts_of(wanted: set[int]) -> Iterator[Part]:
-        yield part_of(1)
+        yield part_of(["0"])
         raise OSError("gone")
 
     supply = Supply(parts_of, {0, 1})
@@ -155,7 +154,7 @@ class Calls:
 @pytest.mark.parametrize("deadly", [set(), {0}, {13}, {9, 10, 40}])
 def test_isolation_finds_the_rows(deadly: set[int]) -> None:
     crew, deaths = Calls(), 0
-    isolation = Isolation(crew, part_of(41), 8)
+    isolation = Isolation(crew, part_of([None] * 41), 8)
     while not isolation.is_over:
         if isolation.hand is None:
             isolation.go_on("hand")
@@ -169,8 +168,8 @@ def test_isolation_finds_the_rows(deadly: set[int]) -> None:
     assert deaths <= 3 * len(deadly)
 
 
-def batches(count: int, rows: int, size: tuple[int, int]) -> Iterator[Batch]:
-    part = part_of(count * rows)
+def blank_batches(count: int, rows: int, size: tuple[int, int]) -> Iterator[Batch]:
+    part = part_of([None] * (count * rows))
     for start in range(0, count * rows, rows):
         zeros = np.zeros(rows, np.int32)
         batch = Batch(part, start, np.zeros(rows, np.uint8), zeros, zeros, index=np.arange(rows))
@@ -188,7 +187,7 @@ def test_canaries_pass_among_the_images_and_are_not_seen_behind(bundle: Path) ->
     per_round = int(canaries.rows / SHARE) // 80
     passed: list[int] = []
     guard.passed = passed.append
-    found = list(guard.stage(batches(3 * per_round + 1, 80, models.size), Meter("members")))
+    found = list(guard.stage(blank_batches(3 * per_round + 1, 80, models.size), Meter("members")))
     assert [batch.start for batch in found] == [80 * number for number in range(3 * per_round + 1)]
     assert passed == [2, 3, 4]
 
@@ -198,7 +197,7 @@ def test_canaries_pass_among_the_images_and_are_not_seen_behind(bundle: Path) ->
 
     runners[0].enqueue = wrong
     with pytest.raises(ParityError, match="right before"):
-        list(guard.stage(batches(per_round + 1, 80, models.size), Meter("members")))
+        list(guard.stage(blank_batches(per_round + 1, 80, models.size), Meter("members")))
     step.close()
 
 

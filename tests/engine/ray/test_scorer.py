@@ -25,7 +25,7 @@ from engine.settings import Limits, Settings
 from tests.helpers.images import encode, smooth
 from tests.helpers.nodes import Nodes
 from tests.helpers.processes import ROOT
-from tests.system.test_interruptions import table
+from tests.helpers.runs import table
 
 DATA = """
 import json, sys

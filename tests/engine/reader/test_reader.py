@@ -4,25 +4,20 @@ import threading
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
 from engine.overlap import Meter
 from engine.reader import Reader
-from engine.records import Batch, Part, Status
+from engine.records import Batch, Status
 from engine.settings import Limits
 from tests.helpers.images import encode, smooth
+from tests.helpers.pixels import part_of, read_batches
 
 
 def read(paths: list[str | None], *, threads: int = 3, **options: object) -> list[Batch]:
     settings = {"memory": 4 << 20, "max_pixels": 10_000, "max_file_size": 1 << 20} | options
-    reader = Reader(Path("/"), batch_size=4, threads=threads, limits=Limits(**settings))
-    return list(reader.stage([part_of(paths)], Meter("read")))
-
-
-def part_of(paths: list[str | None]) -> Part:
-    return Part(0, np.arange(len(paths)), paths, pa.table({}))
+    return list(read_batches(Path("/"), paths, batch_size=4, threads=threads, limits=Limits(**settings)))
 
 
 def picture(path: Path, seed: int = 0) -> bytes:

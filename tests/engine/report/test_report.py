@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -33,32 +32,25 @@ from engine.report.page import number, printable, shown
 from engine.run_folder import clear_explanations
 from engine.sink import Done
 from engine.store import open_folder
-from tests.engine.test_results import many_rows
 from tests.helpers.bundles import CLASSES, write_bundle
+from tests.helpers.images import image_names
 from tests.helpers.pages import Page
 from tests.helpers.processes import ROOT
 from tests.helpers.reports import HOSTILE, LABELS, with_explanations, with_operating_points
+from tests.helpers.runs import Screen, many_rows, screen_columns
 
-Screen = Callable[..., Path]
 SALT = "a salt that is long enough"
 
 
 @pytest.fixture
-def screened(archive: Path, bundle: Path, tmp_path: Path) -> Screen:
+def reported(archive: Path, bundle: Path, tmp_path: Path) -> Screen:
     """The results of a manifest of these columns."""
 
     def run(name: str = "results", **columns: Any) -> Path:
-        manifest = archive / f"{name}.csv"
-        options = columns.pop("options", {})
-        pd.DataFrame(columns).to_csv(manifest, index=False)
-        engine.screen(manifest, output=tmp_path / name, bundle=bundle, **{"part_rows": 8, **options})
-        return tmp_path / name
+        options = {"part_rows": 8} | columns.pop("options", {})
+        return screen_columns(archive, tmp_path / name, columns, bundle, **options)
 
     return run
-
-
-def names(count: int) -> list[str]:
-    return [f"image-{row:02}{('.png', '.jpg')[row % 2]}" for row in range(count)]
 
 
 def page_of(results: Path, **options: Any) -> Page:
@@ -73,18 +65,20 @@ HEADINGS = [
 ]
 
 
-def test_a_run_leaves_a_page_with_its_numbers(screened: Screen, archive: Path) -> None:
+def test_a_run_leaves_a_page_with_its_numbers(reported: Screen, archive: Path) -> None:
     truth = ["Normal ", "osteopenia", "OSTEOPOROSIS"]
     labels = [truth[row % 3] for row in range(24)]
-    (archive / names(24)[20]).write_bytes(b"")
-    results = screened(path=[*names(24), "gone.png", "gone too.png"], label=[*labels, "normal", "unknown"])
+    (archive / image_names(24)[20]).write_bytes(b"")
+    results = reported(
+        path=[*image_names(24), "gone.png", "gone too.png"], label=[*labels, "normal", "unknown"]
+    )
     page = page_of(results)
     rows = engine.read_results(results)
     scored = rows[rows.status == "ok"]
     assert page.headings == [one for one in HEADINGS if one not in ("Triage", "Explanations")]
     assert "rows 26 scored 23 skipped 0 failed 3" in page.section("Rows")
     assert "missing 2 7.7 % No such file or directory row 24: gone.png" in page.section("Rows")
-    assert f"empty 1 3.8 % the file has 0 bytes row 20: {names(24)[20]}" in page.section("Rows")
+    assert f"empty 1 3.8 % the file has 0 bytes row 20: {image_names(24)[20]}" in page.section("Rows")
     classes = page.section("Classes")
     for name, count in scored.prediction.value_counts().items():
         assert f"{name} {count} {100 * count / 23:.1f} %" in classes
@@ -125,12 +119,14 @@ def test_a_run_leaves_a_page_with_its_numbers(screened: Screen, archive: Path) -
         assert not {"nan", "NaN", "None"} & set(page.section(heading).split()), heading
 
 
-def test_operating_points_explanations_and_pictures(screened: Screen, archive: Path) -> None:
-    turned = Image.open(archive / names(2)[1])
+def test_operating_points_explanations_and_pictures(reported: Screen, archive: Path) -> None:
+    turned = Image.open(archive / image_names(2)[1])
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     turned.save(archive / "turned.jpg", exif=exif)
-    results = with_operating_points(screened(path=["turned.jpg", *names(30)], options={"part_rows": 16}))
+    results = with_operating_points(
+        reported(path=["turned.jpg", *image_names(30)], options={"part_rows": 16})
+    )
     with_explanations(results, row=3)
     rows = engine.read_results(results)
     page = page_of(results, rows=5, thumbnails=31)
@@ -166,9 +162,9 @@ def test_operating_points_explanations_and_pictures(screened: Screen, archive: P
 
 @pytest.mark.parametrize("damage", ["index", "picture", "other run"])
 def test_explanations_that_are_none(
-    screened: Screen, capsys: pytest.CaptureFixture[str], damage: str
+    reported: Screen, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
-    results = screened(path=names(4))
+    results = reported(path=image_names(4))
     folder = with_explanations(results, row=1)
     if damage == "index":
         (folder / "index.json").write_text('{"run_id": 3, "rows": 7')
@@ -183,9 +179,9 @@ def test_explanations_that_are_none(
 
 
 def test_explanations_that_no_browser_could_hold(
-    screened: Screen, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    reported: Screen, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = screened(path=names(4))
+    results = reported(path=image_names(4))
     index = with_explanations(results, row=1) / "index.json"
     found = json.loads(index.read_text())
     index.write_text(json.dumps(found | {"rows": found["rows"] * 3}))
@@ -199,10 +195,10 @@ def test_explanations_that_no_browser_could_hold(
 def test_what_is_hostile_is_text(archive: Path, tmp_path: Path) -> None:
     evil = ("normal", "</style><script>alert(5)</script>", '"onmouseover=alert(6) x="')
     for name in HOSTILE[:6:2]:
-        (archive / name.replace("/", "_")).write_bytes((archive / names(1)[0]).read_bytes())
+        (archive / name.replace("/", "_")).write_bytes((archive / image_names(1)[0]).read_bytes())
     paths = [
         *(name.replace("/", "_") if row % 2 == 0 else name for row, name in enumerate(HOSTILE)),
-        *names(9),
+        *image_names(9),
     ]
     pq.write_table(
         pa.table({"path": paths, "label": [*(LABELS * 4)[: len(paths) - 2], *evil[1:]]}),
@@ -231,7 +227,7 @@ def test_a_redacted_run_names_no_path(
 ) -> None:
     monkeypatch.setenv("ENGINE_SALT", SALT)
     (archive / "m.csv").write_text(
-        "\n".join(["path,label", *(f"{name},normal" for name in names(6)), "doe.png,x"])
+        "\n".join(["path,label", *(f"{name},normal" for name in image_names(6)), "doe.png,x"])
     )
     out = tmp_path / "out"
     engine.screen(archive / "m.csv", output=out, bundle=bundle, redact=True, keep=["label"])
@@ -247,15 +243,15 @@ def test_a_redacted_run_names_no_path(
     assert "a run with --redact shows no pictures" in capsys.readouterr().err
 
 
-def test_nothing_scored_one_row_and_no_part(screened: Screen, tmp_path: Path) -> None:
-    failed = page_of(screened("failed", path=["gone.png", "gone.jpg"], label=["normal", "normal"]))
+def test_nothing_scored_one_row_and_no_part(reported: Screen, tmp_path: Path) -> None:
+    failed = page_of(reported("failed", path=["gone.png", "gone.jpg"], label=["normal", "normal"]))
     assert "rows 2 scored 0 skipped 0 failed 2" in failed.section("Rows")
     assert "No row has scores." in failed.section("Classes")
     assert "Work list" not in failed.headings
     assert "Against the labels" not in failed.headings
-    one = page_of(screened("one", path=names(1), label=["normal"]))
+    one = page_of(reported("one", path=image_names(1), label=["normal"]))
     assert "1 rows" in one.section("Against the labels")
-    assert names(1)[0] in one.section("Work list")
+    assert image_names(1)[0] in one.section("Work list")
     (tmp_path / "one" / "_SUCCESS").unlink()
     with pytest.raises(UsageError, match="not finished"):
         write(tmp_path / "one")
@@ -265,8 +261,8 @@ def test_nothing_scored_one_row_and_no_part(screened: Screen, tmp_path: Path) ->
     assert "0 of 1 rows are there" in none.words
 
 
-def test_unfinished_and_older_results(screened: Screen, capsys: pytest.CaptureFixture[str]) -> None:
-    results = screened(path=names(20), label=["left"] * 20)
+def test_unfinished_and_older_results(reported: Screen, capsys: pytest.CaptureFixture[str]) -> None:
+    results = reported(path=image_names(20), label=["left"] * 20)
     (results / "_SUCCESS").unlink()
     (results / "part-00001.parquet").unlink()
     for file in results.glob("part-*"):  # as older versions wrote them
@@ -286,14 +282,16 @@ def test_unfinished_and_older_results(screened: Screen, capsys: pytest.CaptureFi
     assert not {"Triage", "Throughput", "Stages", "Against the labels"} & set(page.headings)
 
 
-def test_labels_that_are_all_strange(screened: Screen, capsys: pytest.CaptureFixture[str]) -> None:
-    results = screened(path=names(4), label=["left", "right"] * 2)
+def test_labels_that_are_all_strange(reported: Screen, capsys: pytest.CaptureFixture[str]) -> None:
+    results = reported(path=image_names(4), label=["left", "right"] * 2)
     assert command.main([str(results)]) == 0
     assert "no figures of merit: no value of column 'label' is a class" in capsys.readouterr().err
 
 
-def test_label_columns(screened: Screen, capsys: pytest.CaptureFixture[str]) -> None:
-    results = screened(path=names(6), grade=["normal"] * 6, side=[1.5] * 6, public=["OS", "healthy", "1"] * 2)
+def test_label_columns(reported: Screen, capsys: pytest.CaptureFixture[str]) -> None:
+    results = reported(
+        path=image_names(6), grade=["normal"] * 6, side=[1.5] * 6, public=["OS", "healthy", "1"] * 2
+    )
     assert "Against the labels" not in page_of(results).headings
     graded = page_of(results, label_column="grade").section("Against the labels")
     assert "whose grade is one" in graded
@@ -309,9 +307,9 @@ def test_label_columns(screened: Screen, capsys: pytest.CaptureFixture[str]) -> 
         assert command.main([str(results), "--rows", wrong]) == 2
 
 
-def test_merged_results(screened: Screen, tmp_path: Path) -> None:
+def test_merged_results(reported: Screen, tmp_path: Path) -> None:
     for name, first in (("monday", 0), ("tuesday", 4)):
-        screened(name, path=names(8)[first : first + 4], label=["normal"] * 4)
+        reported(name, path=image_names(8)[first : first + 4], label=["normal"] * 4)
     merge([tmp_path / "monday", tmp_path / "tuesday"], tmp_path / "merged")
     page = page_of(tmp_path / "merged", thumbnails=8)
     assert "Merged screening results" in page.text
@@ -321,13 +319,13 @@ def test_merged_results(screened: Screen, tmp_path: Path) -> None:
 
 
 def test_only_errors_writes_it_anew_and_overwrite_takes_it_along(
-    screened: Screen, archive: Path, bundle: Path
+    reported: Screen, archive: Path, bundle: Path
 ) -> None:
-    results = screened(path=[*names(9), "late.png"])
+    results = reported(path=[*image_names(9), "late.png"])
     assert "failed 1" in page_of(results).section("Rows")
     with_explanations(results, row=1)
     wrote = [one.written for one in engine.results.opened(results, unfinished=False).done]
-    (archive / "late.png").write_bytes((archive / names(1)[0]).read_bytes())
+    (archive / "late.png").write_bytes((archive / image_names(1)[0]).read_bytes())
     engine.screen(results, only_errors=True)
     assert "failed 0" in page_of(results).section("Rows")
     assert [one.written for one in engine.results.opened(results, unfinished=False).done] == wrote
@@ -389,17 +387,17 @@ def test_a_page_that_cannot_be_made_costs_the_run_nothing(
     assert not list((tmp_path / "full").glob("*report*"))
 
 
-def test_stopping_a_report(screened: Screen) -> None:
-    results = screened(path=names(4))
+def test_stopping_a_report(reported: Screen) -> None:
+    results = reported(path=image_names(4))
     stop = threading.Event()
     stop.set()
     with pytest.raises(EngineError, match="stopped"):
         write(results, deadline=Deadline(stop=stop))
 
 
-def test_long_results(screened: Screen) -> None:
+def test_long_results(reported: Screen) -> None:
     """300,000 rows: what Arrow holds is a few parts, and each list has its rows, from wherever they are."""
-    results = screened(path=names(1), label=["normal"])
+    results = reported(path=image_names(1), label=["normal"])
     parts, each = 30, 10_000
     size = many_rows(results, each, parts)
     table = pq.read_table(results / "part-00017.parquet")
@@ -476,8 +474,8 @@ def test_importing_the_engine_loads_none_of_it() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_page_without_labels_needs_no_library_for_plots(screened: Screen) -> None:
-    results = screened(path=names(4))
+def test_a_page_without_labels_needs_no_library_for_plots(reported: Screen) -> None:
+    results = reported(path=image_names(4))
     code = (
         "import sys; from engine.report.__main__ import main; "
         f"main([{str(results)!r}]); print({{'matplotlib', 'sklearn'}} & set(sys.modules))"

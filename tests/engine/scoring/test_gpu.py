@@ -20,26 +20,11 @@ from engine.overlap import Meter
 from engine.records import Batch, Part, Status
 from engine.runners.onnx import OnnxRunner
 from engine.step import CpuStep
-from tests.helpers.stand_in import OrderError, StandIn
+from tests.helpers.stand_in import Member, OrderError, StandIn
 
 pytestmark = pytest.mark.usefixtures("launched_fusion")
 
 BATCH, ROWS = 4, 19
-
-
-class Member:
-    """A member's real graph on ONNX Runtime, launched as a kernel of the stand-in."""
-
-    def __init__(self, runner: OnnxRunner, cuda: StandIn) -> None:
-        self.name, self.input_shape = runner.name, runner.input_shape
-        self._runner, self._cuda = runner, cuda
-
-    def enqueue(self, pixels: torch.Tensor, logits: torch.Tensor, stream: object) -> None:
-        assert logits.storage_offset() * logits.itemsize % 256 == 0, "TensorRT would refuse the address"
-        with self._cuda.stream(stream):
-            self._cuda.launch(
-                lambda: self._runner.enqueue(pixels.numpy(), logits.numpy()), reads=[pixels], writes=[logits]
-            )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +44,7 @@ def expected(models: Bundle, pixels: np.ndarray) -> np.ndarray:
     return fuse(logits, weights=models.weights, temperatures=temperatures)[1]
 
 
-def batches(pixels: np.ndarray) -> Iterator[Batch]:
+def device_batches(pixels: np.ndarray) -> Iterator[Batch]:
     """All rows in batches of up to four; the third row of each batch has no pixels."""
     part = Part(0, np.arange(ROWS), [None] * ROWS, pa.table({}))
     for start in range(0, ROWS, BATCH):
@@ -78,7 +63,7 @@ def scores(models: Bundle, pixels: np.ndarray, cuda: StandIn, make=GpuStep, **op
         members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
         step = make(models, members, batch_size=BATCH, device="cpu", cuda=cuda, **options)
         seen = []
-        for batch in step.stage(batches(pixels), Meter("members")):
+        for batch in step.stage(device_batches(pixels), Meter("members")):
             seen.append(batch.start)
             found[batch.start + batch.index] = batch.probabilities
             assert (batch.prediction == batch.probabilities.argmax(axis=1)).all()
@@ -128,7 +113,7 @@ def test_pixels_in_host_memory_get_the_scores_of_decoded_ones(models, pixels, ex
     with cuda:
         members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
         step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
-        for decoded, host in zip(batches(pixels), batches(pixels), strict=True):
+        for decoded, host in zip(device_batches(pixels), device_batches(pixels), strict=True):
             host.device_pixels, host.pixels = None, pixels[host.start + host.index]
             first, second = step.stage(iter([decoded, host]), Meter("members"))
             assert second.pixels is None
@@ -161,7 +146,7 @@ def test_a_batch_without_any_pixels_goes_through(models, pixels):
     with cuda:
         members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
         step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
-        (batch,) = list(batches(pixels))[:1]
+        (batch,) = list(device_batches(pixels))[:1]
         batch.index, batch.device_pixels = np.empty(0, np.intp), DecodedPixels([], pixels[:0])
         (done,) = step.stage(iter([batch]), Meter("members"))
         assert (done.members.shape, done.probabilities.shape) == ((2, 0, 3), (0, 3))
@@ -174,7 +159,7 @@ def test_what_is_copied_from_lives_until_the_results_are_there(models, pixels):
     with cuda:
         members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
         step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
-        (batch,) = list(batches(pixels))[:1]
+        (batch,) = list(device_batches(pixels))[:1]
         buffer = weakref.ref(batch.device_pixels)
         work = step.enqueue(batch)
         assert batch.device_pixels is None
@@ -232,7 +217,7 @@ def test_a_score_that_is_no_number_costs_its_own_row(models, pixels, expected):
         opened = [OnnxRunner(member, models) for member in models.members]
         members = [Member(opened[0], cuda), Odd(opened[1], cuda)]
         step, on_gpu = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda), []
-        for batch in step.stage(batches(pixels), Meter("members")):
+        for batch in step.stage(device_batches(pixels), Meter("members")):
             assert batch.status[1] == Status.CRASHED
             assert 1 not in batch.index
             assert list(batch.errors) == [1]
@@ -248,7 +233,7 @@ def test_a_score_that_is_no_number_costs_its_own_row(models, pixels, expected):
 
     runners[1].enqueue = odd
     cpu = CpuStep(models, runners, lanes=0)
-    on_cpu = list(batches(pixels))
+    on_cpu = list(device_batches(pixels))
     for batch in on_cpu:
         batch.pixels, batch.device_pixels = pixels[batch.start + batch.index], None
     for gpu, batch in zip(on_gpu, cpu.stage(iter(on_cpu), Meter("members")), strict=True):

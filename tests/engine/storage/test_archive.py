@@ -32,6 +32,7 @@ from engine.records import Part, Status
 from engine.settings import Limits
 from engine.storage import ReadError, archive
 from tests.helpers.images import encode, smooth
+from tests.helpers.pixels import read_batches
 from tests.helpers.processes import Command
 
 PNG = encode(Image.fromarray(smooth(30, 40)), "PNG")
@@ -90,11 +91,9 @@ def listed(path: Path) -> list[str] | Status:
         return status_of(error)
 
 
-def batches(root: Path, paths: list[str], threads: int = 16) -> dict[str, bytes | Status]:
-    reader = Reader(root, batch_size=4, threads=threads, limits=Limits())
-    part = Part(0, np.arange(len(paths)), list(paths), pa.table({}))
+def read(root: Path, paths: list[str], threads: int = 16) -> dict[str, bytes | Status]:
     found: dict[str, bytes | Status] = {}
-    for batch in reader.stage([part], Meter("read")):
+    for batch in read_batches(root, paths, batch_size=4, threads=threads):
         for position, data in enumerate(batch.encoded):
             path = paths[batch.start + position]
             found[path] = data if batch.status[position] == Status.OK else Status(batch.status[position])
@@ -404,14 +403,14 @@ def test_a_plain_file_of_that_name_where_there_is_no_archive(tmp_path: Path) -> 
 def test_an_archive_that_changes_or_goes_away(tmp_path: Path) -> None:
     place = tar(tmp_path / "x.tar", [(f"{index}.png", PNG) for index in range(8)])
     rows = [f"x.tar::{index}.png" for index in range(8)]
-    assert set(batches(tmp_path, rows).values()) == {PNG}
+    assert set(read(tmp_path, rows).values()) == {PNG}
     with tarfile.open(place, "a") as opened:
         opened.add(__file__)
-    assert set(batches(tmp_path, rows).values()) == {Status.UNREADABLE}
+    assert set(read(tmp_path, rows).values()) == {Status.UNREADABLE}
     loose = tmp_path / "loose.png"
     loose.write_bytes(PNG)
     place.unlink()
-    found = batches(tmp_path, ["loose.png", *rows], threads=1)
+    found = read(tmp_path, ["loose.png", *rows], threads=1)
     assert found.pop("loose.png") == PNG
     assert set(found.values()) == {Status.MISSING}
     place = tar(tmp_path / "y.tar", [(f"{index}.png", PNG) for index in range(8)])

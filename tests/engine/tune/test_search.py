@@ -29,7 +29,7 @@ from engine.settings import Settings
 from engine.tune import Found, search
 from engine.tuned import Knobs
 from tests.helpers.bundles import write_bundle
-from tests.helpers.processes import ROOT, Command, run_module
+from tests.helpers.processes import ROOT, Command, run_here, run_module
 from tests.helpers.profiles import profile_of
 from tests.helpers.records import run_record
 
@@ -269,7 +269,7 @@ def test_errors_are_one_line(
     archive: Path, own_bundle: Path, tmp_path: Path, arguments: list[str], status: int, said: str
 ) -> None:
     (tmp_path / "gone.txt").write_text("archive/not-there.jpg\n" * 50)
-    done = run_module("engine.tune", arguments, folder=tmp_path, timeout_s=60)
+    done = run_here("engine.tune", arguments, folder=tmp_path)
     assert done.returncode == status
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said in line

@@ -1,0 +1,204 @@
+"""Locks, claims and turns of processes that write into one folder: on a disk and in an object store."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.lock import NumberedLocks, hold
+from engine.run_folder import RunFolder
+from engine.storage import common
+from engine.storage.location import Url
+from engine.store import LocalFolder, ObjectFolder, StoreError
+from tests.helpers.runs import (
+    keys,
+)
+from tests.helpers.servers import Proxy
+
+
+def test_locks_on_a_disk(tmp_path: Path) -> None:
+    first, second = (NumberedLocks(tmp_path / "locks") for _ in range(2))
+    assert first.take(3)
+    assert not second.take(3)
+    assert second.take(4)
+    assert second.is_taken(3)
+    assert not second.is_taken(4)
+    first.close()
+    assert second.take(3)
+    second.close()
+
+    shards = [LocalFolder(tmp_path / "out") for _ in range(2)]
+    for folder in shards:
+        folder.lock(shared=True)
+    with pytest.raises(BlockingIOError):
+        hold(tmp_path / "out" / ".lock")
+    shards[0].unlock(leave_no_trace=True)
+    assert (tmp_path / "out" / ".lock").exists(), "the other is still there"
+    shards[1].unlock(leave_no_trace=True)
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_a_turn_in_an_object_store_is_one_ones_at_a_time(proxy: Any, client: Any) -> None:
+    """Five that want it at once, over and over; none is ever inside with another."""
+    inside, most, entered = 0, 0, 0
+    guard = threading.Lock()
+
+    def come_and_go(number: int) -> None:
+        nonlocal inside, most, entered
+        folder = ObjectFolder(Url("s3", "archive", "/turns"))
+        folder.lock(shared=True)
+        for _ in range(3):
+            while not folder.take_turn():
+                time.sleep(0.002)
+            with guard:
+                inside, entered = inside + 1, entered + 1
+                most = max(most, inside)
+            time.sleep(0.005)
+            with guard:
+                inside -= 1
+            folder.give_turn()
+        folder.unlock(leave_no_trace=False)
+
+    with ThreadPoolExecutor(5) as threads:
+        list(threads.map(come_and_go, range(5)))
+    assert (most, entered) == (1, 15)
+    assert keys(client, "turns/") == []
+
+
+def test_who_is_drawing_a_ticket_is_waited_for(
+    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (ObjectFolder(Url("s3", "archive", "/drawing")) for _ in range(2))
+    for folder in (one, two):
+        folder.lock(shared=True)
+    tickets, meanwhile = one._tickets, list[bool]()
+
+    def interrupted() -> dict[str, int]:
+        found = tickets()
+        if not meanwhile:
+            meanwhile.append(two.take_turn())
+        return found
+
+    monkeypatch.setattr(one, "_tickets", interrupted)
+    got = [one.take_turn(), two.take_turn()]
+    assert meanwhile == [False]
+    assert sorted(got) == [False, True]
+    winner, loser = (one, two) if got[0] else (two, one)
+    winner.give_turn()
+    assert loser.take_turn()
+    assert not winner.take_turn()
+    for folder in (one, two):
+        folder.unlock(leave_no_trace=False)
+
+
+def test_who_shares_an_object_store_keeps_out_who_does_not(
+    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, alone = (ObjectFolder(Url("s3", "archive", "/shared")) for _ in range(3))
+    one.lock(shared=True)
+    two.lock(shared=True)
+    with pytest.raises(BlockingIOError):
+        alone.lock()
+    assert one.claim(7)
+    assert not two.claim(7)
+    assert two.is_claimed(7)
+    assert not one.is_claimed(7)
+    one.release(7)
+    assert two.claim(7)
+    one.unlock(leave_no_trace=False)
+    monkeypatch.setattr("engine.store.STALE_S", -1.0)  # as if `two` had been silent for long
+    alone.lock()
+    assert not alone.is_claimed(7)
+    monkeypatch.undo()
+    with pytest.raises(BlockingIOError):
+        one.lock(shared=True)
+    for folder in (alone, two):
+        folder.unlock(leave_no_trace=False)
+    assert keys(client, "shared/") == []
+
+
+def test_what_the_dead_have_left_in_an_object_store_is_swept(
+    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead, living = (ObjectFolder(Url("s3", "archive", "/swept")) for _ in range(2))
+    dead.lock(shared=True)
+    assert dead.claim(1)
+    monkeypatch.setattr(
+        "engine.store._began", lambda pid: "later"
+    )  # its process is gone, another has its number
+    living.lock(shared=True)
+    assert not living.is_claimed(1)
+    assert living.claim(2)
+    living.sweep()
+    mine, claim = sorted(keys(client, "swept/"))
+    assert (mine[:6], claim) == (".lock-", ".part-00002.lock")
+    for folder in (living, dead):
+        folder.unlock(leave_no_trace=False)
+    assert keys(client, "swept/") == []
+
+
+def test_who_was_killed_on_another_machine_is_found_out(
+    proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Url("s3", "archive", "/elsewhere")
+    dead, alone, living = (
+        ObjectFolder(place),
+        ObjectFolder(place),
+        RunFolder(place, overwrite=False, shared=True),
+    )
+    dead.lock(shared=True)
+    assert dead.claim(1)
+    assert dead._sign
+    dead._sign.cease()
+    monkeypatch.setattr("engine.store._machine", lambda: "another")
+    for module in ("store", "run_folder"):
+        monkeypatch.setattr(f"engine.{module}.STALE_S", 2.5)
+    with living:
+        assert not living.files.claim(1)
+        assert living.claimed({1, 2}) == set()
+        assert living.files.claim(1)
+        monkeypatch.setattr("engine.store.STALE_S", 90.0)
+        again = alone._refuse_company  # as if the other came between the first look and the second
+        monkeypatch.setattr(alone, "_refuse_company", lambda *_, **but_for: but_for and again(*_, **but_for))
+        with pytest.raises(BlockingIOError):
+            alone.lock()
+        assert ".lock" not in keys(client, "elsewhere/")
+    dead.unlock(leave_no_trace=False)
+
+
+@pytest.mark.parametrize("size", [1000, 12_000_000])
+@pytest.mark.parametrize("broken", ["POST", "PUT"])
+def test_an_upload_that_fails_leaves_what_was_there(
+    proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch, size: int, broken: str
+) -> None:
+    monkeypatch.setattr(common, "BACKOFF_S", 0.01)
+    folder = ObjectFolder(Url("s3", "archive", f"/upload-{size}-{broken}"))
+    folder.write("x", lambda path: path.write_bytes(b"old"))
+    calls = iter(range(1000))
+    # of the requests that a large upload makes, one in two: some pieces arrive, it is never whole
+    proxy.refuse = lambda method, path: (500, {}, b"") if method == broken and next(calls) % 2 == 0 else None
+    if broken == "PUT" and size < 10_000_000:
+        proxy.refuse = lambda method, path: (500, {}, b"") if method == "PUT" else None
+    with pytest.raises(StoreError, match="the storage fails"):
+        folder.write("x", lambda path: path.write_bytes(bytes(size)))
+    proxy.refuse = lambda method, path: None
+    assert folder.read("x", lambda opened: opened.read()) == b"old"
+
+
+def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
+    proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = (ObjectFolder(Url("s3", "archive", "/locked")) for _ in range(2))
+    folder.lock()
+    with pytest.raises(BlockingIOError):
+        other.lock()
+    monkeypatch.setattr("engine.store.STALE_S", -1.0)
+    other.lock()
+    other.unlock(leave_no_trace=True)
+    folder.unlock(leave_no_trace=True)
+    assert keys(client, "locked/") == []

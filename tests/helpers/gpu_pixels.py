@@ -1,0 +1,62 @@
+"""Folders of images decoded as on a GPU, with DALI's CPU decoders in place of the GPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.gpu.decode import DecodedPixels, Decoding, GpuPreprocess
+from engine.gpu.slots import Slot
+from engine.overlap import Meter
+from engine.preprocess.stage import Preprocess
+from engine.records import Batch, Status
+from tests.helpers.pixels import read_batches
+
+SIZE = (64, 64)
+
+
+def batches_of(folder: Path, decoding: Decoding, batch_size: int = 8) -> Iterator[Batch]:
+    names = sorted(path.name for path in folder.iterdir())
+    return read_batches(folder, names, batch_size=batch_size, on_gpu=decoding.on_gpu)
+
+
+def decoded(folder: Path, decoding: Decoding | None = None, batch_size: int = 8) -> dict[str, object]:
+    """Pixels by file name; the failure's status and text for the others."""
+    decoding = decoding or Decoding()
+    found: dict[str, object] = {}
+    with (
+        Preprocess(size=SIZE, batch_size=4, threads=2, decoding_bytes=1 << 29) as cpu,
+        GpuPreprocess(
+            cpu, size=SIZE, batch_size=batch_size, threads=2, device_id=None, decoding=decoding
+        ) as preprocess,
+    ):
+        for batch in preprocess.stage(batches_of(folder, decoding, batch_size), Meter("preprocess")):
+            pixels = in_a_slot(batch.device_pixels, len(batch.index))
+            names = batch.part.paths[batch.start : batch.start + batch.rows]
+            found |= {names[place]: row for place, row in zip(batch.index, pixels, strict=True)}
+            found |= {
+                names[place]: (Status(batch.status[place]), text) for place, text in batch.errors.items()
+            }
+            assert len(batch.index) + len(batch.errors) == batch.rows
+    return found
+
+
+def in_a_slot(pixels: DecodedPixels, count: int) -> np.ndarray:
+    """What `copy_to` puts into a slot; the rest of it stays as it was."""
+    filled = torch.full((count + 3, 1, *SIZE), 77, dtype=torch.uint8)
+    none = torch.empty(0)
+    slot = Slot(filled, torch.zeros_like(filled), none, none, none, copied=None, done=None)
+
+    class Cuda:
+        @staticmethod
+        def stream(stream: object):
+            import contextlib
+
+            return contextlib.nullcontext()
+
+    pixels.copy_to(slot, None, Cuda)
+    assert (filled[count:] == 77).all()
+    return filled[:count].numpy()
