@@ -47,6 +47,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 benchmarks: .venv/dev.stamp demo/bundle/ensemble.json
 	$(BIN)/python -m benchmarks throughput -b demo/bundle

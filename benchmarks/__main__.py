@@ -11,10 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.record import ROOT
+from engine.cli.parser import Parser
 from engine.cli.terminal import run_command
-from engine.command import Parser
-from engine.errors import UsageError
-from engine.installed import install_command
+from engine.core.errors import UsageError
+from engine.core.extras import install_command
 
 INSTALL = f"{install_command('training,dev')}, or on a GPU machine {install_command('gpu,training,proof')}"
 SECTIONS = ("members", "decode", "end to end", "peers", "tensorrt")
@@ -23,8 +23,8 @@ Names = Any  # what argparse's add_subparsers gives
 
 
 def throughput_of(names: Names) -> None:
-    one = _named(names, "throughput", "end to end, each stage's ceiling, their ratio, peak memory")
-    _common(one, "throughput")
+    one = _add_parser(names, "throughput", "end to end, each stage's ceiling, their ratio, peak memory")
+    _add_common_options(one, "throughput")
     one.add("--rows", type=int, help="2048, or 200000 with --null")
     one.add("--rounds", type=int, default=7, help="repetitions (%(default)s)")
     one.add("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
@@ -33,8 +33,8 @@ def throughput_of(names: Names) -> None:
 
 
 def damage_of(names: Names) -> None:
-    one = _named(names, "damage", "the rate with none, 1 % and 20 % of the images damaged")
-    _common(one, "damage")
+    one = _add_parser(names, "damage", "the rate with none, 1 % and 20 % of the images damaged")
+    _add_common_options(one, "damage")
     one.add("--rows", type=int, default=800, help="images (%(default)s)")
     one.add("--rounds", type=int, default=3, help="repetitions (%(default)s)")
     one.add("--side", type=int, default=1024, help="pixels of the square images (%(default)s)")
@@ -42,7 +42,7 @@ def damage_of(names: Names) -> None:
 
 
 def decode_of(names: Names) -> None:
-    one = _named(names, "decode", "every format and DICOM syntax, beside Pillow, OpenCV and pydicom")
+    one = _add_parser(names, "decode", "every format and DICOM syntax, beside Pillow, OpenCV and pydicom")
     one.add("--width", type=int, default=2140, help="pixels (%(default)s)")
     one.add("--height", type=int, default=1760, help="pixels (%(default)s)")
     one.add("--seconds", type=float, default=1.0, help="a figure (%(default)s)")
@@ -50,20 +50,20 @@ def decode_of(names: Names) -> None:
     one.add("--images", type=int, default=16, help="synthetic ones for these (%(default)s)")
     one.add("--radiographs", type=Path, metavar="DIR", help="JPEGs in their place")
     one.add("-b", "--bundle", type=Path, help="whose scores on fast and exact pixels are compared")
-    _output(one, "decode")
+    _add_output_option(one, "decode")
 
 
 def memory_of(names: Names) -> None:
-    one = _named(names, "memory", "peak memory of a long run beside that of a short one")
-    _common(one, "memory")
+    one = _add_parser(names, "memory", "peak memory of a long run beside that of a short one")
+    _add_common_options(one, "memory")
     one.add("--rows", type=int, default=2_000_000, help="images (%(default)s)")
 
 
 def scaling_of(names: Names) -> None:
-    one = _named(
+    one = _add_parser(
         names, "scaling", "cost against rows, image size, batch, threads, parts and bad files, with a plot"
     )
-    _common(one, "scaling")
+    _add_common_options(one, "scaling")
     one.add("--rows", type=int, default=2_000_000, help="at most (%(default)s)")
     one.add("--rounds", type=int, default=3, help="repetitions (%(default)s)")
     one.add("--images", type=int, help="of a run with members (64 a core)")
@@ -80,8 +80,8 @@ def scaling_of(names: Names) -> None:
 
 
 def restart_of(names: Names) -> None:
-    one = _named(names, "restart", "start-up to the first finished batch; rows redone after a kill")
-    _common(one, "restart")
+    one = _add_parser(names, "restart", "start-up to the first finished batch; rows redone after a kill")
+    _add_common_options(one, "restart")
     one.add("--rows", type=int, default=512, help="images (%(default)s)")
     one.add("--part-rows", type=int, default=64, help="rows a part (%(default)s)")
     one.add("--rounds", type=int, default=5, help="starts, and kills (%(default)s)")
@@ -89,8 +89,8 @@ def restart_of(names: Names) -> None:
 
 
 def scaling_out_of(names: Names) -> None:
-    one = _named(names, "scaling-out", "what Ray costs beside one process, and recovery from a kill")
-    _common(one, "scaling_out")
+    one = _add_parser(names, "scaling-out", "what Ray costs beside one process, and recovery from a kill")
+    _add_common_options(one, "scaling_out")
     one.add("--rows", type=int, default=2048, help="with real members (%(default)s)")
     one.add("--null-rows", type=int, default=400_000, metavar="ROWS", help="with null stages (%(default)s)")
     one.add("--rounds", type=int, default=5, help="repetitions (%(default)s)")
@@ -99,13 +99,13 @@ def scaling_out_of(names: Names) -> None:
 
 
 def paper_of(names: Names) -> None:
-    one = _named(names, "paper", "64 GPUs and 50 million images in figures, for docs/scaling-out.md")
+    one = _add_parser(names, "paper", "64 GPUs and 50 million images in figures, for docs/scaling-out.md")
     one.add("--rows", type=int, default=1_000_000, help="of what is measured here (%(default)s)")
-    _output(one, "paper")
+    _add_output_option(one, "paper")
 
 
 def training_of(names: Names) -> None:
-    one = _named(
+    one = _add_parser(
         names,
         "training",
         "labelled images to a bundle to screened test images, with figures",
@@ -115,11 +115,11 @@ def training_of(names: Names) -> None:
     one.add("--data", type=Path, required=True, help="what python -m training takes")
     one.add("--name", required=True, help="of the JSON: training-NAME.json")
     one.add("--arguments", default="", help="further ones of python -m training, in one string")
-    _output(one, "training")
+    _add_output_option(one, "training")
 
 
 def peers_of(names: Names) -> None:
-    one = _named(names, "peers", "the engine and what people write instead, in turn, on the same work")
+    one = _add_parser(names, "peers", "the engine and what people write instead, in turn, on the same work")
     one.add("-b", "--bundle", type=Path, help="(one made for it, blind to rounding)")
     one.add("--archive", choices=("mixed", "uniform"), default="mixed", help="its images (%(default)s)")
     one.add("--rows", type=int, default=256, help="a contender and round (%(default)s)")
@@ -127,16 +127,16 @@ def peers_of(names: Names) -> None:
     one.add("--seed", type=int, default=1, help="of archive and order (%(default)s)")
     one.add("--only", nargs="+", metavar="NAME", help="these contenders, and the engine")
     one.add("--work", type=Path, help="folder for images, bundle and results (a temporary one)")
-    _output(one, "peers.contest")
+    _add_output_option(one, "peers.contest")
 
 
 def tables_of(names: Names) -> None:
-    one = _named(names, "tables", "README's table and the plots, from the JSON files")
-    _output(one, "tables")
+    one = _add_parser(names, "tables", "README's table and the plots, from the JSON files")
+    _add_output_option(one, "tables")
 
 
 def gpu_of(names: Names) -> None:
-    one = _named(names, "gpu", "the GPU proof kit: members, decoding, end to end, peers, TensorRT")
+    one = _add_parser(names, "gpu", "the GPU proof kit: members, decoding, end to end, peers, TensorRT")
     one.add("--device", default="cuda:0", help="cpu runs what can run there (%(default)s)")
     one.add("--rows", type=int, default=100_000, help="of the archive (%(default)s)")
     one.add("--peer-rows", type=int, default=20_000, help="images that the peers get (%(default)s)")
@@ -168,17 +168,17 @@ def gpu_of(names: Names) -> None:
         help=f"of {', '.join(SECTIONS)}",
     )
     one.add("--work", type=Path, help="folder for images and results (a temporary one)")
-    _output(one, "gpu.proof")
+    _add_output_option(one, "gpu.proof")
 
 
 def bundle_of(names: Names) -> None:
     text = "the bundle of `peers`, which tells right rows from wrong"
-    one = _named(names, "bundle", text, needed="FOLDER", example="demo/contest")
+    one = _add_parser(names, "bundle", text, needed="FOLDER", example="demo/contest")
     one.add("folder", type=Path, metavar="FOLDER", help="where it goes, if it is not there yet")
-    _runs(one, "peers.bundle")
+    _add_run_options(one, "peers.bundle")
 
 
-def _named(names: Names, name: str, text: str, *, needed: str = "", example: str = "") -> Parser:
+def _add_parser(names: Names, name: str, text: str, *, needed: str = "", example: str = "") -> Parser:
     made: Parser = names.add_parser(
         name,
         help=text.replace("%", "%%"),
@@ -189,18 +189,18 @@ def _named(names: Names, name: str, text: str, *, needed: str = "", example: str
     return made
 
 
-def _common(one: Parser, module: str) -> None:
+def _add_common_options(one: Parser, module: str) -> None:
     one.add("-b", "--bundle", type=Path, default=Path("demo/bundle"), help="model folder (%(default)s)")
-    _output(one, module)
+    _add_output_option(one, module)
 
 
-def _output(one: Parser, module: str) -> None:
+def _add_output_option(one: Parser, module: str) -> None:
     folder = ROOT / "benchmarks" / "results"
     one.add("-o", "--output", type=Path, default=folder, metavar="FOLDER", help="of the JSON (here)")
-    _runs(one, module)
+    _add_run_options(one, module)
 
 
-def _runs(one: Parser, module: str) -> None:
+def _add_run_options(one: Parser, module: str) -> None:
     def run(console: Console, options: argparse.Namespace) -> None:
         importlib.import_module(f"benchmarks.{module}").main(console, options)  # each needs its own packages
 

@@ -23,7 +23,10 @@ from PIL import Image
 
 from training import synthetic
 
-DRAWN, DRAWN_SIDE = 12, 512  # radiographs, and their pixels; detail is drawn once, noise in each file
+DRAWN_PICTURES, DRAWN_SIDE = (
+    12,
+    512,
+)  # radiographs, and their pixels; detail is drawn once, noise in each file
 PARALLEL_FROM = 48  # below this many files, starting processes costs more than it saves
 SIDE = 1024
 CORRUPT_SHARE = 0.001
@@ -32,7 +35,7 @@ Gray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """A sort of files."""
 
     name: str
@@ -44,43 +47,43 @@ class Kind:
     progressive: bool = False
 
     def encoded(self, gray: Gray) -> bytes:
-        picture = Image.fromarray(tinted(gray) if self.colour else gray)
+        picture = Image.fromarray(tint(gray) if self.colour else gray)
         if self.suffix == ".png":
-            return _saved(picture, "PNG")
-        return _saved(picture, "JPEG", quality=90, subsampling="4:2:0", progressive=self.progressive)
+            return _encode(picture, "PNG")
+        return _encode(picture, "JPEG", quality=90, subsampling="4:2:0", progressive=self.progressive)
 
 
 MIXED = (
-    Kind("gray 1024 x 1024", 0.60),
-    Kind("gray 2048 x 1700 to 2500", 0.20, height=(1700, 2500), width=2048),
-    Kind("gray 512 x 512", 0.10, height=(512, 512), width=512),
-    Kind("RGB 4:2:0", 0.05, colour=True),
-    Kind("gray progressive", 0.03, progressive=True),
-    Kind("gray PNG", 0.02, suffix=".png"),
+    FileKind("gray 1024 x 1024", 0.60),
+    FileKind("gray 2048 x 1700 to 2500", 0.20, height=(1700, 2500), width=2048),
+    FileKind("gray 512 x 512", 0.10, height=(512, 512), width=512),
+    FileKind("RGB 4:2:0", 0.05, colour=True),
+    FileKind("gray progressive", 0.03, progressive=True),
+    FileKind("gray PNG", 0.02, suffix=".png"),
 )
-UNIFORM = (Kind("gray 1024 x 1024", 1.0),)
+UNIFORM = (FileKind("gray 1024 x 1024", 1.0),)
 ARCHIVES = {"mixed": MIXED, "uniform": UNIFORM}
 
 
-def _truncated(data: bytes) -> bytes:
+def _truncate(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
 # What a careful script can find out. Damage that libjpeg decodes through with a warning is left out: only the
 # engine flags it (python -m benchmarks damage).
 DAMAGE: tuple[tuple[str, Callable[[bytes], bytes]], ...] = (
-    ("truncated", _truncated),
+    ("truncated", _truncate),
     ("empty", lambda _: b""),
     ("an HTML page", lambda _: b"<!doctype html><title>404 Not Found</title>\n"),
 )
 
 
 @dataclass(frozen=True)
-class File:
+class ArchiveFile:
     """What one row of the archive is."""
 
     row: int
-    kind: Kind
+    kind: FileKind
     damage: str = ""  # of DAMAGE; the kind is what it was before
 
     @property
@@ -88,7 +91,9 @@ class File:
         return f"{self.row:06}{self.kind.suffix}"
 
 
-def plan(kinds: tuple[Kind, ...], rows: int, seed: int, corrupt: int | None = None) -> list[File]:
+def plan_files(
+    kinds: tuple[FileKind, ...], rows: int, seed: int, corrupt: int | None = None
+) -> list[ArchiveFile]:
     """`rows` files in seeded order, of which one in a thousand, at least one, or `corrupt` are corrupt."""
     corrupt = max(1, round(rows * CORRUPT_SHARE)) if corrupt is None else corrupt
     sound = rows - corrupt
@@ -102,22 +107,23 @@ def plan(kinds: tuple[Kind, ...], rows: int, seed: int, corrupt: int | None = No
     ]
     sorts += [(kinds[0], DAMAGE[index % len(DAMAGE)][0]) for index in range(corrupt)]
     order = np.random.default_rng(seed).permutation(rows)
-    return [File(row, *sorts[place]) for row, place in enumerate(order)]
+    return [ArchiveFile(row, *sorts[place]) for row, place in enumerate(order)]
 
 
-def make(folder: Path, name: str, rows: int, seed: int, *, corrupt: int | None = None) -> Path:
+def make_archive(folder: Path, name: str, rows: int, seed: int, *, corrupt: int | None = None) -> Path:
     """The manifest (path, kind, damage) of the archive `name`, made in `folder` unless it is there."""
     target = folder / "-".join(str(part) for part in (name, rows, seed, corrupt) if part is not None)
     if not target.exists():
         making = folder / f".{target.name}"
         making.mkdir(parents=True, exist_ok=True)
-        files = plan(ARCHIVES[name], rows, seed, corrupt)
+        files = plan_files(ARCHIVES[name], rows, seed, corrupt)
         with ExitStack() as stack:
             spread = map
             if rows >= PARALLEL_FROM:
                 spread = stack.enter_context(ProcessPoolExecutor(mp_context=get_context("spawn"))).map
             np.save(
-                making / "drawn.npy", np.stack(list(spread(partial(_draw, seed), range(min(rows, DRAWN)))))
+                making / "drawn.npy",
+                np.stack(list(spread(partial(_draw, seed), range(min(rows, DRAWN_PICTURES))))),
             )
             list(spread(partial(_write, making, seed), files))
         (making / "drawn.npy").unlink()
@@ -127,17 +133,17 @@ def make(folder: Path, name: str, rows: int, seed: int, *, corrupt: int | None =
 
 
 def _draw(seed: int, index: int) -> Gray:
-    return synthetic.sample(seed, index, size_range=(DRAWN_SIDE, DRAWN_SIDE)).pixels8
+    return synthetic.draw_sample(seed, index, size_range=(DRAWN_SIDE, DRAWN_SIDE)).pixels8
 
 
-def _write(folder: Path, seed: int, file: File) -> None:
+def _write(folder: Path, seed: int, file: ArchiveFile) -> None:
     drawn = np.load(folder / "drawn.npy", mmap_mode="r")
     rng = np.random.default_rng([seed, file.row])
-    data = file.kind.encoded(picture(rng, drawn[rng.integers(len(drawn))], file.kind))
+    data = file.kind.encoded(vary_picture(rng, drawn[rng.integers(len(drawn))], file.kind))
     (folder / file.path).write_bytes(dict(DAMAGE).get(file.damage, bytes)(data))
 
 
-def picture(rng: np.random.Generator, drawn: Gray, kind: Kind) -> Gray:
+def vary_picture(rng: np.random.Generator, drawn: Gray, kind: FileKind) -> Gray:
     """[H, W]: one of the radiographs as no other file shows it."""
     turned = np.rot90(drawn, rng.integers(4))[:: rng.choice((-1, 1))]
     height = int(rng.integers(*kind.height, endpoint=True))
@@ -151,18 +157,18 @@ def picture(rng: np.random.Generator, drawn: Gray, kind: Kind) -> Gray:
     return np.clip(np.rint(samples), 0, 255).astype(np.uint8)
 
 
-def tinted(gray: Gray) -> Gray:
+def tint(gray: Gray) -> Gray:
     """[H, W] to [H, W, 3], bluish as a scanned film is."""
     return np.rint(gray[..., None] * np.array([0.93, 0.97, 1.0], np.float32)).astype(np.uint8)
 
 
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def _write_manifest(path: Path, files: list[File]) -> None:
+def _write_manifest(path: Path, files: list[ArchiveFile]) -> None:
     with path.open("w", newline="") as lines:
         table = csv.writer(lines, lineterminator="\n")
         table.writerow(["path", "kind", "damage"])

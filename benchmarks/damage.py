@@ -18,17 +18,18 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.throughput import DISTINCT, EndToEnd, make_archive, run_engine
-from engine.header import HeaderError, parse
-from engine.header.jpeg import in_doubt
-from engine.preprocess import codecs
-from engine.settings import Limits
+from engine.core.settings import Limits
+from engine.formats.common import HeaderError
+from engine.formats.header import parse_header
+from engine.formats.jpeg import looks_damaged
+from engine.preprocess.codecs import decode
 
 COPIES = 400  # of each kind of damage
 SHARES = (0.0, 0.01, 0.2)
 LIMIT = 0.95  # of the rate without damage that 1 % may leave
 
 
-def damaged(folder: Path, images: str) -> list[str]:
+def damage_images(folder: Path, images: str) -> list[str]:
     """A stray marker in the middle of each image: libjpeg decodes on, with a warning."""
     names = []
     for index in range(DISTINCT):
@@ -42,7 +43,7 @@ def damaged(folder: Path, images: str) -> list[str]:
 def make_manifest(folder: Path, rows: int, side: int, share: float) -> tuple[Path, int]:
     """The manifest with `share` of its rows replaced, spread at random, and how many that are."""
     lines = make_archive(folder, rows, side).read_text().splitlines()
-    bad = damaged(folder, f"images-{side}")
+    bad = damage_images(folder, f"images-{side}")
     count = round(share * rows)
     for place in random.Random(1).sample(range(1, rows + 1), count):
         lines[place] = bad[place % DISTINCT]
@@ -51,27 +52,27 @@ def make_manifest(folder: Path, rows: int, side: int, share: float) -> tuple[Pat
     return manifest, count
 
 
-def _flip(data: bytearray, at: int, rng: random.Random) -> None:
+def _flip_bit(data: bytearray, at: int, rng: random.Random) -> None:
     data[at] ^= 1 << rng.randrange(8)
 
 
-def _random(data: bytearray, at: int, rng: random.Random) -> None:
+def _randomise(data: bytearray, at: int, rng: random.Random) -> None:
     data[at : at + 64] = rng.randbytes(64)
 
 
-def _zeros(data: bytearray, at: int, rng: random.Random) -> None:
+def _zero_out(data: bytearray, at: int, rng: random.Random) -> None:
     data[at : at + 512] = bytes(512)
 
 
 DAMAGE = {
-    "1 bit": (_flip, 1),
-    "4 bits": (_flip, 4),
-    "64 random bytes": (_random, 1),
-    "512 zeros": (_zeros, 1),
+    "1 bit": (_flip_bit, 1),
+    "4 bits": (_flip_bit, 4),
+    "64 random bytes": (_randomise, 1),
+    "512 zeros": (_zero_out, 1),
 }
 
 
-def caught(images: list[bytes], copies: int) -> tuple[dict[str, float], dict[str, float]]:
+def caught_share(images: list[bytes], copies: int) -> tuple[dict[str, float], dict[str, float]]:
     """The share of damaged copies that is refused, by kind of damage: on the CPU, and at least on a GPU.
 
     At least: of those that the structural scan sends to the CPU there. DALI may refuse more.
@@ -84,11 +85,11 @@ def caught(images: list[bytes], copies: int) -> tuple[dict[str, float], dict[str
             for _ in range(times):
                 change(data, rng.randrange(data.index(b"\xff\xda") + 14, len(data) - 514), rng)
             try:
-                codecs.decode(bytes(data), parse(bytes(data), Limits().max_pixels))
+                decode.decode(bytes(data), parse_header(bytes(data), Limits().max_pixels))
             except HeaderError:
                 refused, doubted = refused + 1, doubted + 1
             except ValueError:
-                refused, doubted = refused + 1, doubted + in_doubt(bytes(data))
+                refused, doubted = refused + 1, doubted + looks_damaged(bytes(data))
         found[name], scanned[name] = refused / copies, doubted / copies
     return found, scanned
 
@@ -96,7 +97,7 @@ def caught(images: list[bytes], copies: int) -> tuple[dict[str, float], dict[str
 def scan(images: list[bytes]) -> dict[str, float]:
     """What the structural scan costs, and how many sound files it takes for damaged."""
     start = time.perf_counter()
-    doubted = sum(in_doubt(data) for data in images)
+    doubted = sum(looks_damaged(data) for data in images)
     seconds = time.perf_counter() - start
     return {
         "sound_files": len(images),
@@ -107,7 +108,7 @@ def scan(images: list[bytes]) -> dict[str, float]:
 
 
 def main(console: Console, options: Any) -> None:
-    before = record.machine()
+    before = record.describe_machine()
     runs: dict[float, list[EndToEnd]] = {share: [] for share in SHARES}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -115,7 +116,7 @@ def main(console: Console, options: Any) -> None:
         folder = options.radiographs or work / f"images-{options.side}"
         files = [path for path in sorted(folder.rglob("*")) if path.is_file() and "damaged" not in path.name]
         images = [data for path in files if (data := path.read_bytes()).startswith(b"\xff\xd8")]
-        shares, scanned = caught(images, COPIES)
+        shares, scanned = caught_share(images, COPIES)
         cost = scan(images)
         for _ in range(options.rounds):
             for share in random.sample(SHARES, len(SHARES)):
@@ -143,7 +144,7 @@ def main(console: Console, options: Any) -> None:
     target = options.output / "damage-cpu.json"
     command = f"damage --rows {options.rows} --rounds {options.rounds} --side {options.side}"
     work_done = {"rows": options.rows, "image": f"{options.side} x {options.side} gray JPEG, quality 90"}
-    record.write(
+    record.write_record(
         target,
         command,
         {

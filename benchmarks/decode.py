@@ -22,19 +22,19 @@ from rich.table import Table
 
 from benchmarks import fast, record
 from benchmarks.dicom_files import LOSSLESS, LOSSY, dicom
-from engine import header
-from engine.preprocess.codecs import decode
-from engine.preprocess.graph import Graph
+from engine.formats import header
+from engine.preprocess.codecs.decode import decode
+from engine.preprocess.resize import ResizePipeline
 
 SIZE = (224, 224)
 LIMIT = 25.0  # images/s and core, of uncompressed and SV1 DICOM
 LIMITED = ("DICOM explicit", "DICOM jpeg-sv1")
 WINDOW = {"WindowCenter": 2000, "WindowWidth": 3600}
 
-Way = Callable[[bytes], object]
+DecodeFunction = Callable[[bytes], object]
 
 
-def picture(height: int, width: int) -> npt.NDArray[np.uint16]:
+def draw_picture(height: int, width: int) -> npt.NDArray[np.uint16]:
     """12 bits, [H, W]: large shapes, trabecula-like texture, detector noise."""
     rng = np.random.default_rng(0)
     total = np.zeros((height, width), np.float32)
@@ -45,29 +45,29 @@ def picture(height: int, width: int) -> npt.NDArray[np.uint16]:
     return np.clip(total + rng.normal(0, 12, total.shape), 0, 4095).astype(np.uint16)
 
 
-def files(height: int, width: int) -> dict[str, bytes]:
+def encode_formats(height: int, width: int) -> dict[str, bytes]:
     """Name to bytes."""
-    wide = picture(height, width)
+    wide = draw_picture(height, width)
     narrow = (wide >> 4).astype(np.uint8)
     gray = Image.fromarray(narrow)
     colour = Image.merge("RGB", (gray, gray.transpose(Image.Transpose.FLIP_TOP_BOTTOM), gray))
     deep = Image.fromarray(wide << np.uint16(4))
     made = {
-        "JPEG gray": _saved(gray, "JPEG", quality=90),
-        "JPEG colour": _saved(colour, "JPEG", quality=90),
-        "JPEG progressive": _saved(gray, "JPEG", quality=90, progressive=True),
-        "JPEG CMYK": _saved(colour.convert("CMYK"), "JPEG", quality=90),
-        "PNG 8 bits": _saved(gray, "PNG", compress_level=6),
-        "PNG 16 bits": _saved(deep, "PNG", compress_level=6),
-        "TIFF uncompressed, 16 bits": _saved(deep, "TIFF"),
-        "TIFF LZW": _saved(gray, "TIFF", compression="tiff_lzw"),
-        "TIFF deflate": _saved(gray, "TIFF", compression="tiff_adobe_deflate"),
-        "BMP": _saved(gray, "BMP"),
-        "PGM": _saved(gray, "PPM"),
-        "WebP": _saved(gray, "WEBP", quality=90),
-        "WebP lossless": _saved(gray, "WEBP", lossless=True, method=0),
-        "JPEG 2000": _saved(gray, "JPEG2000"),
-        "GIF": _saved(gray, "GIF"),
+        "JPEG gray": _encode(gray, "JPEG", quality=90),
+        "JPEG colour": _encode(colour, "JPEG", quality=90),
+        "JPEG progressive": _encode(gray, "JPEG", quality=90, progressive=True),
+        "JPEG CMYK": _encode(colour.convert("CMYK"), "JPEG", quality=90),
+        "PNG 8 bits": _encode(gray, "PNG", compress_level=6),
+        "PNG 16 bits": _encode(deep, "PNG", compress_level=6),
+        "TIFF uncompressed, 16 bits": _encode(deep, "TIFF"),
+        "TIFF LZW": _encode(gray, "TIFF", compression="tiff_lzw"),
+        "TIFF deflate": _encode(gray, "TIFF", compression="tiff_adobe_deflate"),
+        "BMP": _encode(gray, "BMP"),
+        "PGM": _encode(gray, "PPM"),
+        "WebP": _encode(gray, "WEBP", quality=90),
+        "WebP lossless": _encode(gray, "WEBP", lossless=True, method=0),
+        "JPEG 2000": _encode(gray, "JPEG2000"),
+        "GIF": _encode(gray, "GIF"),
     }
     for syntax in (*LOSSLESS, *LOSSY):
         samples, bits = (narrow, 8) if syntax == "jpeg" else (wide, 12)
@@ -76,24 +76,24 @@ def files(height: int, width: int) -> dict[str, bytes]:
     return made
 
 
-def _saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def engine_way() -> Way:
-    graph = Graph(size=SIZE, batch_size=1, threads=1)
-    return lambda data: graph.run([decode(data, header.parse(data, 1 << 30)).gray])
+def engine_decoder() -> DecodeFunction:
+    graph = ResizePipeline(size=SIZE, batch_size=1, threads=1)
+    return lambda data: graph.run([decode(data, header.parse_header(data, 1 << 30)).gray])
 
 
-def pillow_way() -> Way:
+def pillow_decoder() -> DecodeFunction:
     return lambda data: np.asarray(
         Image.open(io.BytesIO(data)).convert("L").resize(SIZE, Image.Resampling.BILINEAR)
     )
 
 
-def opencv_way() -> Way | None:
+def opencv_decoder() -> DecodeFunction | None:
     try:
         import cv2
     except ImportError:
@@ -107,7 +107,7 @@ def opencv_way() -> Way | None:
     return way
 
 
-def pydicom_way() -> Way:
+def pydicom_decoder() -> DecodeFunction:
     import pydicom
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
@@ -121,10 +121,10 @@ def pydicom_way() -> Way:
 
 
 def pydicom_rates(made: dict[str, bytes], seconds: float) -> dict[str, float | None]:
-    return {name: rate(pydicom_way(), data, seconds) for name, data in made.items()}
+    return {name: measure_rate(pydicom_decoder(), data, seconds) for name, data in made.items()}
 
 
-def rate(way: Way | None, data: bytes, seconds: float) -> float | None:
+def measure_rate(way: DecodeFunction | None, data: bytes, seconds: float) -> float | None:
     """Images per second of one core: by processor time, all threads counted. None where it can't."""
     if way is None:
         return None
@@ -140,23 +140,23 @@ def rate(way: Way | None, data: bytes, seconds: float) -> float | None:
 
 
 def main(console: Console, options: Any) -> None:
-    before = record.machine()
+    before = record.describe_machine()
     height, width = options.height, options.width
     ways = {
-        "engine": engine_way(),
-        "pillow": pillow_way(),
-        "opencv": opencv_way(),
+        "engine": engine_decoder(),
+        "pillow": pillow_decoder(),
+        "opencv": opencv_decoder(),
     }
     table = Table("images/s and core", "MB", "MP/s", *ways, "pydicom", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     found = {}
-    made = files(height, width)
+    made = encode_formats(height, width)
     # apart, since the engine adds decoders to pydicom
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         plain = fresh.submit(pydicom_rates, made, options.seconds).result()
     for name, data in made.items():
-        rates = {way: rate(call, data, options.seconds) for way, call in ways.items()} | {
+        rates = {way: measure_rate(call, data, options.seconds) for way, call in ways.items()} | {
             "pydicom": plain[name]
         }
         megapixels = (rates["engine"] or 0) * height * width / 1e6
@@ -170,7 +170,9 @@ def main(console: Console, options: Any) -> None:
     console.print(table)
     limited = {name: found[name]["images_per_s_and_core"]["engine"] for name in LIMITED}
     console.print(f"aim: {LIMIT:g} images/s and core of {', '.join(LIMITED)}\n", highlight=False)
-    beside = fast.figures(options.radiographs, options.bundle, rounds=options.rounds, count=options.images)
+    beside = fast.measure_all(
+        options.radiographs, options.bundle, rounds=options.rounds, count=options.images
+    )
     _show(console, beside)
     figures = {
         "work": {"image": f"{width} x {height}, 12 bits or their upper 8, to {SIZE[0]} x {SIZE[1]} gray"},
@@ -180,7 +182,7 @@ def main(console: Console, options: Any) -> None:
     }
     target = options.output / "decode-cpu.json"
     command = f"decode --width {width} --height {height} --seconds {options.seconds:g}"
-    record.write(target, command, figures, before=before)
+    record.write_record(target, command, figures, before=before)
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -195,4 +197,4 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         for key, value in (found[name] or {}).items():
             shown = f"{value:.4g}" if isinstance(value, float) else value
             console.print(f"{name}, {key}: {shown}".replace("_", " "), highlight=False)
-    console.print(f"aim: {fast.AIM:g} x pillow", highlight=False)
+    console.print(f"aim: {fast.TARGET_SPEEDUP:g} x pillow", highlight=False)

@@ -19,55 +19,57 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.intervals import interval
-from engine import bundle, ensemble, header
-from engine.bundle import Bundle
-from engine.preprocess.codecs import decode
-from engine.preprocess.codecs.jpeg import scale_for
-from engine.preprocess.graph import Graph
+from benchmarks.intervals import bootstrap_interval
+from engine.bundle import bundle
+from engine.bundle.bundle import Bundle
+from engine.core.settings import CPU_BATCH, DECODES, Decode
+from engine.formats import header
+from engine.preprocess.codecs.decode import decode
+from engine.preprocess.codecs.jpeg import choose_scale
+from engine.preprocess.resize import ResizePipeline
 from engine.runners.onnx import OnnxRunner
-from engine.settings import CPU_BATCH, DECODES, Decode
+from engine.scoring import ensemble
 
 SIZE = (224, 224)
-AIM = 3.5  # times Pillow's rate
+TARGET_SPEEDUP = 3.5  # times Pillow's rate
 SIDE, SYNTHETIC, REAL = 1024, 16, 64  # pixels; images
 MAX_PIXELS = 1 << 30
 
 Pixels = npt.NDArray[np.uint8]
-Way = Callable[[list[bytes]], object]
+DecodeFunction = Callable[[list[bytes]], object]
 
 
-def synthetic(index: int) -> bytes:
+def draw_jpeg(index: int) -> bytes:
     """A gray JPEG of 1024 x 1024 pixels, quality 90, as the other benchmarks have them."""
-    from training.synthetic import sample
+    from training.synthetic import draw_sample
 
     buffer = io.BytesIO()
-    pixels = sample(seed=1, index=index, size_range=(SIDE, SIDE)).pixels8
+    pixels = draw_sample(seed=1, index=index, size_range=(SIDE, SIDE)).pixels8
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
-def images_of(folder: Path | None, count: int) -> tuple[list[bytes], str]:
+def load_jpegs(folder: Path | None, count: int) -> tuple[list[bytes], str]:
     """Gray and colour JPEGs, evenly from `folder` if there is one, and what they are."""
     if folder is None:
         with ProcessPoolExecutor() as pool:
-            made = list(pool.map(synthetic, range(count)))
+            made = list(pool.map(draw_jpeg, range(count)))
         return made, f"{count} synthetic radiographs, gray, {SIDE} x {SIDE}, quality 90"
     paths = sorted(path for path in folder.rglob("*.[jJ][pP]*") if path.is_file())
     chosen = [path.read_bytes() for path in paths[:: max(1, len(paths) // REAL)][:REAL]]
     return chosen, f"{len(chosen)} radiographs given"
 
 
-def engine_way(how: Decode, size: tuple[int, int] = SIZE) -> Callable[[list[bytes]], Pixels]:
+def engine_decoder(how: Decode, size: tuple[int, int] = SIZE) -> Callable[[list[bytes]], Pixels]:
     """As the decoder process does it, but in this one."""
-    graph = Graph(size=size, batch_size=CPU_BATCH, threads=1)
+    graph = ResizePipeline(size=size, batch_size=CPU_BATCH, threads=1)
     least = size if how == "fast" else None
 
     def way(images: list[bytes]) -> Pixels:
         found = []
         for start in range(0, len(images), CPU_BATCH):
             batch = [
-                decode(data, header.parse(data, MAX_PIXELS), least=least)
+                decode(data, header.parse_header(data, MAX_PIXELS), least=least)
                 for data in images[start : start + CPU_BATCH]
             ]
             found.append(graph.run([one.gray for one in batch], [one.margins for one in batch]))
@@ -76,14 +78,14 @@ def engine_way(how: Decode, size: tuple[int, int] = SIZE) -> Callable[[list[byte
     return way
 
 
-def pillow_way(resample: Image.Resampling | None = None) -> Way:
+def pillow_decoder(resample: Image.Resampling | None = None) -> DecodeFunction:
     def one(data: bytes) -> object:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize(SIZE[::-1], resample))
 
     return lambda images: [one(data) for data in images]
 
 
-def opencv_ways() -> dict[str, Way]:
+def opencv_decoders() -> dict[str, DecodeFunction]:
     """Full and reduced grayscale decoding; nothing where OpenCV is missing."""
     try:
         import cv2
@@ -102,12 +104,14 @@ def opencv_ways() -> dict[str, Way]:
         return cv2.resize(gray, SIZE[::-1], interpolation=cv2.INTER_AREA)
 
     def reduced(images: list[bytes]) -> object:
-        return [one(data, scale_for(header.parse(data, MAX_PIXELS), SIZE)) for data in images]
+        return [one(data, choose_scale(header.parse_header(data, MAX_PIXELS), SIZE)) for data in images]
 
     return {"opencv": lambda images: [one(data, 1) for data in images], "opencv reduced": reduced}
 
 
-def seconds(ways: dict[str, Way], images: list[bytes], rounds: int) -> dict[str, list[float]]:
+def measure_seconds(
+    ways: dict[str, DecodeFunction], images: list[bytes], rounds: int
+) -> dict[str, list[float]]:
     """Processor seconds an image, of each round; the first, which warms up, is not counted."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(rounds + 1):
@@ -119,14 +123,14 @@ def seconds(ways: dict[str, Way], images: list[bytes], rounds: int) -> dict[str,
     return found
 
 
-def ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, float | None]:
+def median_ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, float | None]:
     """The median of the rounds' ratios, and its 95 % bootstrap interval."""
     ratios: list[float] = np.divide(slow, quick).tolist()
-    low, high = interval(ratios)
+    low, high = bootstrap_interval(ratios)
     return {"median": float(np.median(ratios)), "low": low, "high": high}
 
 
-def pixels(exact: Pixels, fast: Pixels) -> dict[str, float]:
+def compare_pixels(exact: Pixels, fast: Pixels) -> dict[str, float]:
     """How far apart they are, in gray levels."""
     apart = np.abs(exact.astype(np.int16) - fast)
     means = apart.mean(axis=(1, 2, 3))
@@ -138,16 +142,16 @@ def pixels(exact: Pixels, fast: Pixels) -> dict[str, float]:
     }
 
 
-def scores(models: Bundle, images: list[bytes]) -> dict[str, Any]:
+def compare_scores(models: Bundle, images: list[bytes]) -> dict[str, Any]:
     """What the bundle makes of the same images decoded in both ways."""
     logits: dict[str, list[npt.NDArray[np.float32]]] = {how: [] for how in DECODES}
     for how in DECODES:
-        small = engine_way(how, models.size)(images)
+        small = engine_decoder(how, models.size)(images)
         for member in models.members:
             with OnnxRunner(member, models) as runner:
                 logits[how].append(runner.infer(small))
     exact, fast = (
-        ensemble.fuse(
+        ensemble.combine_logits(
             np.stack(logits[how]),
             weights=models.weights,
             temperatures=[member.temperature for member in models.members],
@@ -165,29 +169,29 @@ def scores(models: Bundle, images: list[bytes]) -> dict[str, Any]:
     }
 
 
-def figures(
+def measure_all(
     folder: Path | None, models: Path | None, *, rounds: int, count: int = SYNTHETIC
 ) -> dict[str, Any]:
     """Rates, ratios, pixels and, with a bundle, scores; of synthetic images or JPEGs in `folder`."""
-    images, what = images_of(folder, count)
-    exact, fast = engine_way("exact"), engine_way("fast")
-    ways: dict[str, Way] = {
+    images, what = load_jpegs(folder, count)
+    exact, fast = engine_decoder("exact"), engine_decoder("fast")
+    ways: dict[str, DecodeFunction] = {
         "fast": fast,
         "exact": exact,
-        "pillow": pillow_way(),
-        "pillow bilinear": pillow_way(Image.Resampling.BILINEAR),
-        **opencv_ways(),
+        "pillow": pillow_decoder(),
+        "pillow bilinear": pillow_decoder(Image.Resampling.BILINEAR),
+        **opencv_decoders(),
     }
-    taken = seconds(ways, images, rounds)
+    taken = measure_seconds(ways, images, rounds)
     return {
         "images": what,
         "bytes_of_a_file": sum(map(len, images)) / len(images),
         "rounds": rounds,
         "images_per_s_and_core": {name: 1 / float(np.median(times)) for name, times in taken.items()},
         "fast_against": {
-            name: ratio(times, taken["fast"]) for name, times in taken.items() if name != "fast"
+            name: median_ratio(times, taken["fast"]) for name, times in taken.items() if name != "fast"
         },
-        "aim": {"pillow": AIM},
-        "gray_levels_from_exact": pixels(exact(images), fast(images)),
-        "scores_from_exact": scores(bundle.load(models), images) if models else None,
+        "aim": {"pillow": TARGET_SPEEDUP},
+        "gray_levels_from_exact": compare_pixels(exact(images), fast(images)),
+        "scores_from_exact": compare_scores(bundle.load_bundle(models), images) if models else None,
     }

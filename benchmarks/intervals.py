@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 
-def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+def bootstrap_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     """95 % of the median of the rounds' values, by a percentile bootstrap over the rounds; None for one."""
     if len(values) < 2:
         return None, None

@@ -18,31 +18,35 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.null import NullStages
-from benchmarks.throughput import tiny_archive
-from engine.pipeline import screen
-from engine.settings import Settings
+from benchmarks.throughput import make_tiny_archive
+from engine.core.settings import Settings
+from engine.pipeline.pipeline import screen_in_process
 
 LIMIT_MB = 100  # that the long run may take beyond the short one
 
 
-def null_run(manifest: Path, models: Path, output: Path) -> tuple[float, float]:
+def measure_null_run(manifest: Path, models: Path, output: Path) -> tuple[float, float]:
     """Peak memory in MB and seconds of a run of its own process."""
     start = time.perf_counter()
-    summary = screen(Settings(manifest=manifest, bundle=models, output=output), stages_of=NullStages)
+    summary = screen_in_process(
+        Settings(manifest=manifest, bundle=models, output=output), stages_type=NullStages
+    )
     assert summary.rows_done == summary.rows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter() - start
 
 
 def main(console: Console, options: Any) -> None:
-    before = record.machine()
+    before = record.describe_machine()
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         for rows in (20_000, options.rows):
             work = Path(scratch, str(rows))
             work.mkdir()
-            manifest = tiny_archive(work, rows)
+            manifest = make_tiny_archive(work, rows)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                peak, seconds = fresh.submit(null_run, manifest, options.bundle, work / "out").result()
+                peak, seconds = fresh.submit(
+                    measure_null_run, manifest, options.bundle, work / "out"
+                ).result()
             found.append({"rows": rows, "peak_memory_mb": peak, "seconds": seconds})
     growth = found[1]["peak_memory_mb"] - found[0]["peak_memory_mb"]
     table = Table("rows", "peak memory, MB", "seconds", box=None, pad_edge=False)
@@ -52,5 +56,7 @@ def main(console: Console, options: Any) -> None:
     console.print(f"growth {growth:.0f} MB, limit {LIMIT_MB}", highlight=False)
     target = options.output / "memory-cpu.json"
     command = f"memory --rows {options.rows}"
-    record.write(target, command, {"runs": found, "growth_mb": growth, "limit_mb": LIMIT_MB}, before=before)
+    record.write_record(
+        target, command, {"runs": found, "growth_mb": growth, "limit_mb": LIMIT_MB}, before=before
+    )
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

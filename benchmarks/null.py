@@ -7,9 +7,9 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from engine.overlap import Meter
-from engine.pipeline import Stages
-from engine.records import Batch, Status
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Status
+from engine.pipeline.stages import Stages
 
 
 class NullPixels:
@@ -51,5 +51,5 @@ class NullStages(Stages):
 
     def open(self, stack: ExitStack) -> None:
         self.preprocess = NullPixels()
-        models = self.opening.models
+        models = self.context.bundle
         self.step = NullScores(len(models.members), len(models.classes))

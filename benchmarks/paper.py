@@ -27,16 +27,16 @@ from rich.console import Console
 
 from benchmarks import record
 from benchmarks.throughput import DISTINCT, make_archive
-from engine.canaries import SHARE
-from engine.manifest import Manifest, open_manifest
-from engine.ray.actor import Pulse
-from engine.ray.cluster import Post, joined
-from engine.ray.crew import Hand, Slot
-from engine.ray.driver import IN_STAGES, soonest
-from engine.records import Part, Scorer
-from engine.settings import CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS, Settings
-from engine.sink import FOOTERS_AT_ONCE, METADATA, Done, finished
-from engine.store import LocalFolder
+from engine.core.records import Part, PartInfo, Scorer
+from engine.core.settings import CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS, Settings
+from engine.manifest.manifest import Manifest, open_manifest
+from engine.ray.actor import Heartbeat
+from engine.ray.actor_pool import ActorHandle, Placement
+from engine.ray.cluster import ActorResources, connect_cluster
+from engine.ray.driver import BATCHES_IN_STAGES, choose_actor
+from engine.scoring.canaries import CANARY_SHARE
+from engine.sink.parts import FOOTERS_AT_ONCE, METADATA_KEY, read_parts
+from engine.storage.local_folder import LocalFolder
 
 DOCUMENT = record.ROOT / "docs" / "scaling-out.md"
 BEGIN, END = "<!-- worked out: python -m benchmarks paper -->", "<!-- end of worked out -->"
@@ -55,11 +55,13 @@ Json = dict[str, Any]
 class Echo:
     """An actor that only answers."""
 
-    def take(self, part: Part) -> Done:
+    def take(self, part: Part) -> PartInfo:
         by = Scorer(host="node", device="cuda:0", gpu="H100", actor="0123456789ab", round=7)
-        return Done(part.index, 0, part.rows, {"ok": part.rows}, {"normal": part.rows}, by, datetime.now(UTC))
+        return PartInfo(
+            part.index, 0, part.rows, {"ok": part.rows}, {"normal": part.rows}, by, datetime.now(UTC)
+        )
 
-    def pulse(self) -> dict[str, Any]:
+    def heartbeat(self) -> dict[str, Any]:
         return {"underway": {7: {"ok": 1000}, 8: {"ok": 10}}, "meters": {"read": (1, 2.0, 3.0, 4.0)}}
 
 
@@ -91,18 +93,18 @@ def of_manifest(folder: Path, rows: int) -> tuple[Manifest, Json]:
 
 
 def of_calls(manifest: Manifest) -> Json:
-    """Processor time of the driver's process for a part, and for a pulse."""
+    """Processor time of the driver's process for a part, and for a heartbeat."""
     found = {}
-    with joined(Settings(manifest=Path(), ray="local", actors=1, workers=1)) as cluster:
+    with connect_cluster(Settings(manifest=Path(), ray="local", actors=1, workers=1)) as cluster:
         ray = cluster.ray
         echo = ray.remote(Echo).options(num_cpus=1).remote()
-        ray.get(echo.pulse.remote())
+        ray.get(echo.heartbeat.remote())
         for size in (CPU_PART_ROWS, GPU_PART_ROWS):
             part = next(manifest.parts(size))
             calls = CALLS if size == CPU_PART_ROWS else CALLS // 20
             found[f"part_of_{size}_core_ms"] = 1000 * core_s(ray, partial(echo.take.remote, part), calls)
         found["choice_core_ms"] = of_choices()
-        found["pulse_core_ms"] = 1000 * core_s(ray, echo.pulse.remote, CALLS)
+        found["pulse_core_ms"] = 1000 * core_s(ray, echo.heartbeat.remote, CALLS)
     return found
 
 
@@ -110,11 +112,13 @@ def of_choices() -> float:
     """Milliseconds to choose one of all actors for a part."""
     hands = []
     for number in range(GPUS):
-        hand = Hand(f"{number}", Slot(Post(True, 8)), None, began=time.monotonic() - 100 - number)
+        hand = ActorHandle(
+            f"{number}", Placement(ActorResources(True, 8)), None, began=time.monotonic() - 100 - number
+        )
         hand.parts, hand.rows_done = {number: CPU_PART_ROWS, GPUS + number: CPU_PART_ROWS}, 1000 * number + 1
-        hand.pulse = Pulse(3, 0.0, {number: {"ok": 512}}, {}, 0, 0)
+        hand.heartbeat = Heartbeat(3, 0.0, {number: {"ok": 512}}, {}, 0, 0)
         hands.append(hand)
-    rounds = [seconds(lambda: soonest(hands[:4], hands, CPU_PART_ROWS, IMAGES)) for _ in range(CALLS)]
+    rounds = [seconds(lambda: choose_actor(hands[:4], hands, CPU_PART_ROWS, IMAGES)) for _ in range(CALLS)]
     return 1000 * statistics.median(rounds)
 
 
@@ -138,7 +142,7 @@ def of_parts(folder: Path) -> Json:
         table = pa.table({"row": row, "path": path, "prediction": ["normal"] * rows} | scores)
         facts = {"part": 0, "by_status": {"ok": rows}, "by_class": {"normal": rows}, "by": {"host": "node"}}
         table = table.replace_schema_metadata(
-            {METADATA: json.dumps({"run_id": "x", "filler": "." * 2000}), b"part": json.dumps(facts)}
+            {METADATA_KEY: json.dumps({"run_id": "x", "filler": "." * 2000}), b"part": json.dumps(facts)}
         )
         place = LocalFolder(folder / str(rows))
         place.location.mkdir()
@@ -146,7 +150,7 @@ def of_parts(folder: Path) -> Json:
         size = (place.location / "part-00000.parquet").stat().st_size
         found[f"file_bytes_a_row_{rows}"] = size / rows
         found[f"footer_ms_{rows}"] = 1000 * statistics.median(
-            seconds(partial(finished, place, "x")) for _ in range(20)
+            seconds(partial(read_parts, place, "x")) for _ in range(20)
         )
     done = pickle.dumps(Echo().take(Part(0, np.arange(1), ["a"], pa.table({}))))
     tracemalloc.start()
@@ -167,7 +171,7 @@ def worked_out(found: Json, part_rows: int, rate: int) -> Json:
     total = GPUS * rate
     parts = -(-IMAGES // part_rows)
     rounds = -(-parts // GPUS)
-    held = max(2, 2 + IN_STAGES * GPU_BATCH // part_rows)  # parts an actor has, see driver._has_room
+    held = max(2, 2 + BATCHES_IN_STAGES * GPU_BATCH // part_rows)  # parts an actor has, see driver._has_room
     driver_ms = (
         found[f"part_of_{part_rows}_core_ms"]
         + found[f"parts_of_{part_rows}_us_a_row"] * part_rows / 1000
@@ -193,7 +197,7 @@ def worked_out(found: Json, part_rows: int, rate: int) -> Json:
         "image_requests_per_s": IMAGE_GETS * total,
         "prefixes": IMAGE_GETS * total / STORE_GETS,
         "gbit_per_s_a_node": 8 * total * found["image_bytes"] / NODES / 1e9,
-        "lost_by_a_kill": held * part_rows + max(int(CANARIES / SHARE), part_rows),
+        "lost_by_a_kill": held * part_rows + max(int(CANARIES / CANARY_SHARE), part_rows),
     }
 
 
@@ -256,13 +260,13 @@ def _table(columns: dict[str, Json]) -> Iterator[str]:
 
 
 def main(console: Console, options: Any) -> None:
-    before = record.machine()
+    before = record.describe_machine()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         manifest, found = of_manifest(folder, options.rows)
         found |= of_calls(manifest) | of_parts(folder) | of_images(folder)
     target = options.output / "paper.json"
-    record.write(
+    record.write_record(
         target, f"paper --rows {options.rows}", {"measured": found, "cases": cases(found)}, before=before
     )
     DOCUMENT.write_text(with_table(DOCUMENT.read_text(), table(found)))

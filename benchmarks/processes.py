@@ -22,7 +22,7 @@ class Process:
     core_s: float  # of processor time
 
 
-def tree(leader: int) -> dict[int, Process]:
+def process_tree(leader: int) -> dict[int, Process]:
     """`leader`, the living processes of its session, and whatever they have started, by process id."""
     found: dict[int, tuple[int, int, Process]] = {}
     tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
@@ -40,23 +40,23 @@ def tree(leader: int) -> dict[int, Process]:
 
 def core_seconds(leader: int) -> float:
     """Processor time that the living processes of the tree have used."""
-    return sum(process.core_s for process in tree(leader).values())
+    return sum(process.core_s for process in process_tree(leader).values())
 
 
 def resident_bytes(leader: int) -> int:
     """Memory of the tree; pages that two of its processes share count twice."""
-    return sum(process.resident_bytes for process in tree(leader).values())
+    return sum(process.resident_bytes for process in process_tree(leader).values())
 
 
 @dataclass
-class Peak:
+class PeakMemory:
     bytes: int = 0
 
 
 @contextmanager
-def peak_memory(process: subprocess.Popen[bytes]) -> Iterator[Peak]:
+def peak_memory(process: subprocess.Popen[bytes]) -> Iterator[PeakMemory]:
     """Samples the tree of `process` while the block runs."""
-    peak, stop = Peak(), threading.Event()
+    peak, stop = PeakMemory(), threading.Event()
 
     def sample() -> None:
         while not stop.wait(SAMPLE_EVERY_S):
@@ -72,7 +72,7 @@ def peak_memory(process: subprocess.Popen[bytes]) -> Iterator[Peak]:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedProcess:
     """A command that was run to its end."""
 
     status: int
@@ -83,9 +83,9 @@ class Finished:
     peak_memory_mb: float  # of its whole tree
 
 
-def run(
+def run_command(
     command: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout_s: float | None = None
-) -> Finished:
+) -> FinishedProcess:
     """Run a command in a session of its own and watch it. After `timeout_s` all of it is killed."""
     start = time.perf_counter()
     with TemporaryFile() as output, TemporaryFile() as errors:
@@ -111,10 +111,10 @@ def run(
             stream.seek(0)
             texts.append(stream.read().decode(errors="replace"))
     core_s = usage.ru_utime + usage.ru_stime
-    return Finished(process.returncode, *texts, wall_s, core_s, peak.bytes / 2**20)
+    return FinishedProcess(process.returncode, *texts, wall_s, core_s, peak.bytes / 2**20)
 
 
 def _kill(leader: int) -> None:
-    for pid in tree(leader):
+    for pid in process_tree(leader):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine.provenance import processor_name, versions
-from engine.settings import available_cpus
+from engine.core.hardware import available_cpus, processor_name
+from engine.runs.run_record import library_versions
 
 ROOT = Path(__file__).parent.parent
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The machine and how busy it is now."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -28,30 +28,30 @@ def machine() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
+def current_commit() -> str:
     """The commit the figures belong to; "-dirty" when the source differs from it, "unknown" outside git."""
     try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--", "engine", "training", "benchmarks/*.py")
+        head = _run_git("rev-parse", "--short=12", "HEAD")
+        changed = _run_git("status", "--porcelain", "--", "engine", "training", "benchmarks/*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("-dirty" if changed else "")
 
 
-def _git(*arguments: str) -> str:
+def _run_git(*arguments: str) -> str:
     return subprocess.run(
         ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
 
 
-def write(path: Path, command: str, figures: dict[str, Any], *, before: dict[str, Any]) -> None:
+def write_record(path: Path, command: str, figures: dict[str, Any], *, before: dict[str, Any]) -> None:
     """Write the figures of `command`; `before` is `machine()` as it was at the start."""
     record = {
         "command": f"python -m benchmarks {command}",
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": current_commit(),
         "machine": before | {"load_average_after": os.getloadavg()[0]},
-        "versions": versions(),
+        "versions": library_versions(),
         **figures,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,26 +25,27 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.throughput import make_archive
-from engine.errors import EngineError
-from engine.settings import CPU_BATCH, available_cpus
+from engine.core.errors import EngineError
+from engine.core.hardware import available_cpus
+from engine.core.settings import CPU_BATCH
 
 LIMIT_S = 4.0  # to the first finished batch
 # the command line itself, but each finished batch writes how many rows are through
-_TELLING = """
+_PROGRESS_SCRIPT = """
 import sys
 from engine import run
 
-class Display(run.Display):
+class Display(run.ProgressBar):
     def __call__(self, progress):
         print(progress.rows_done, flush=True)
         super().__call__(progress)
 
-run.Display = Display
+run.ProgressBar = Display
 sys.exit(run.main())
 """
 
 
-class Run:
+class EngineProcess:
     """One start of a run."""
 
     def __init__(self, arguments: list[object], errors: Path) -> None:
@@ -52,7 +53,7 @@ class Run:
         self._errors = errors
         self._began = time.perf_counter()
         with errors.open("w") as log:
-            command = [sys.executable, "-c", _TELLING, *map(str, arguments)]
+            command = [sys.executable, "-c", _PROGRESS_SCRIPT, *map(str, arguments)]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
 
     def until(self, rows: int) -> float:
@@ -77,15 +78,15 @@ class Run:
             raise EngineError(f"engine.run failed: {self._errors.read_text()[-300:]}")
 
 
-def table_of(output: Path) -> pa.Table:
+def read_results_table(output: Path) -> pa.Table:
     return ds.dataset(sorted(output.glob("part-*.parquet"))).to_table().replace_schema_metadata(None)
 
 
-def start_up(arguments: list[object], work: Path, rounds: int) -> list[float]:
+def measure_start_up(arguments: list[object], work: Path, rounds: int) -> list[float]:
     """Seconds to the first finished batch."""
     found = []
     for number in range(rounds + 1):
-        run = Run([*arguments, "-o", work / f"start-{number}"], work / "errors.txt")
+        run = EngineProcess([*arguments, "-o", work / f"start-{number}"], work / "errors.txt")
         found.append(run.until(1))
         run.kill()
     return found[1:]  # the first fills the page cache
@@ -96,15 +97,15 @@ def kill_and_resume(
 ) -> dict[str, Any]:
     output = work / f"killed-{number}"
     command = [*arguments, "-o", output]
-    first = Run(command, work / "errors.txt")
+    first = EngineProcess(command, work / "errors.txt")
     first.until(round(rows * random.uniform(0.2, 0.8)))
     scored = first.kill()
     if (output / "_SUCCESS").exists():
         raise EngineError(f"the run of {rows} rows was over before it was killed; give more --rows")
     kept = ds.dataset(sorted(output.glob("part-*.parquet"))).count_rows()
-    Run(command, work / "errors.txt").end()
+    EngineProcess(command, work / "errors.txt").end()
     success = json.loads((output / "_SUCCESS").read_text())
-    if success["rows"] != rows or not table_of(output).equals(expected):
+    if success["rows"] != rows or not read_results_table(output).equals(expected):
         raise EngineError(f"the rows differ from those of an undisturbed run, killed after {scored} rows")
     second = success["last_start"]
     return {
@@ -117,15 +118,15 @@ def kill_and_resume(
 
 
 def main(console: Console, options: Any) -> None:
-    before = record.machine()
+    before = record.describe_machine()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         manifest = make_archive(work, options.rows, options.side)
         arguments = [manifest, "-b", options.bundle, "--part-rows", options.part_rows, "--device", "cpu"]
         arguments += ["--batch-size", CPU_BATCH, "--workers", available_cpus()]  # whatever was tuned here
-        starts = start_up(arguments, work, options.rounds)
-        Run([*arguments, "-o", work / "undisturbed"], work / "errors.txt").end()
-        expected = table_of(work / "undisturbed")
+        starts = measure_start_up(arguments, work, options.rounds)
+        EngineProcess([*arguments, "-o", work / "undisturbed"], work / "errors.txt").end()
+        expected = read_results_table(work / "undisturbed")
         kills = [
             kill_and_resume(arguments, work, number, options.rows, expected)
             for number in range(options.rounds)
@@ -151,5 +152,5 @@ def main(console: Console, options: Any) -> None:
         },
         "kills": kills,
     }
-    record.write(target, command, figures, before=before)
+    record.write_record(target, command, figures, before=before)
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

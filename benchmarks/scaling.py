@@ -25,12 +25,14 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.damage import make_manifest
-from benchmarks.memory import null_run
+from benchmarks.memory import measure_null_run
 from benchmarks.null import NullScores, NullStages
-from benchmarks.throughput import make_archive, tiny_archive
-from engine.errors import UsageError
-from engine.pipeline import Stages, screen
-from engine.settings import Settings, available_cpus
+from benchmarks.throughput import make_archive, make_tiny_archive
+from engine.core.errors import UsageError
+from engine.core.hardware import available_cpus
+from engine.core.settings import Settings
+from engine.pipeline.pipeline import screen_in_process
+from engine.pipeline.stages import Stages
 
 ROWS = (1_000, 10_000, 100_000, 500_000, 2_000_000)
 ONCE_ROWS = 200_000  # longer runs are done once
@@ -46,7 +48,7 @@ class DecodeStages(Stages):
 
     def open(self, stack: ExitStack) -> None:
         super().open(stack)
-        models = self.opening.models
+        models = self.context.bundle
         self.step = NullScores(len(models.members), len(models.classes))
 
 
@@ -61,23 +63,23 @@ class Series:
     cost: Callable[[float, float], float] = lambda x, seconds: seconds
 
 
-def seconds_of(stages: type[Stages] | None, manifest: Path, bundle: Path, **options: Any) -> float:
+def time_stages(stages: type[Stages] | None, manifest: Path, bundle: Path, **options: Any) -> float:
     """A run in this process, without opening and closing its stages."""
     with tempfile.TemporaryDirectory(dir=manifest.parent) as scratch:
         settings = Settings(manifest=manifest, bundle=bundle, output=Path(scratch, "out"), **options)
-        summary = screen(settings, stages_of=stages)
+        summary = screen_in_process(settings, stages_type=stages)
     assert summary.rows_done == summary.rows
     return summary.elapsed_s
 
 
-def _null_seconds(rows: int, bundle: Path, work: Path) -> float:
+def _time_null_run(rows: int, bundle: Path, work: Path) -> float:
     """A run with null stages in a process of its own, from its manifest to its end."""
-    manifest = tiny_archive(work, rows)
+    manifest = make_tiny_archive(work, rows)
     with (
         tempfile.TemporaryDirectory(dir=work) as scratch,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh,
     ):
-        return fresh.submit(null_run, manifest, bundle, Path(scratch, "out")).result()[1]
+        return fresh.submit(measure_null_run, manifest, bundle, Path(scratch, "out")).result()[1]
 
 
 def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[str, Callable[[], Series]]:
@@ -88,11 +90,11 @@ def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[st
     def run(stages: type[Stages] | None, manifest: Path, **settings: Any) -> Callable[[], float]:
         # whatever was tuned for this machine, each run has the settings that stand here
         given = {"device": "cpu", "batch_size": 8, "workers": cores} | settings
-        return lambda: worker.submit(seconds_of, stages, manifest, options.bundle, **given).result()
+        return lambda: worker.submit(time_stages, stages, manifest, options.bundle, **given).result()
 
     def rows() -> Series:
         counts = [count for count in ROWS if count <= options.rows]
-        runs = {count: partial(_null_seconds, count, options.bundle, work) for count in counts}
+        runs = {count: partial(_time_null_run, count, options.bundle, work) for count in counts}
         return Series("rows, nothing decoded or scored", "rows", "s", runs)
 
     def image_size() -> Series:
@@ -122,7 +124,7 @@ def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[st
         return Series("threads", "workers", "images/s", runs, lambda _, s: images / s)
 
     def part_size() -> Series:
-        manifest = tiny_archive(work, null_rows)
+        manifest = make_tiny_archive(work, null_rows)
         runs = {-(-null_rows // size): run(NullStages, manifest, part_rows=size) for size in PART_ROWS}
         return Series(f"parts of {null_rows} rows, nothing decoded or scored", "parts", "s", runs)
 
@@ -141,7 +143,7 @@ def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[st
     }
 
 
-def measured(series: Series, rounds: int) -> dict[str, Any]:
+def measure_series(series: Series, rounds: int) -> dict[str, Any]:
     """Medians of `rounds` rounds, and the line through them."""
     taken: dict[float, list[float]] = {x: [] for x in series.runs}
     for number in range(rounds):
@@ -156,11 +158,11 @@ def measured(series: Series, rounds: int) -> dict[str, Any]:
         "x": series.x,
         "y": series.y,
         "points": points,
-        "line": line_through([(one["x"], one["y"]) for one in points]),
+        "line": fit_line([(one["x"], one["y"]) for one in points]),
     }
 
 
-def line_through(points: Iterable[tuple[float, float]]) -> dict[str, float] | None:
+def fit_line(points: Iterable[tuple[float, float]]) -> dict[str, float] | None:
     """Slope, intercept and R^2 by least squares; None for fewer than three points."""
     x, y = np.array(sorted(points)).T
     if len(x) < 3:
@@ -170,7 +172,7 @@ def line_through(points: Iterable[tuple[float, float]]) -> dict[str, float] | No
     return {"slope": float(slope), "intercept": float(intercept), "r2": 1 - rest / spread if spread else 1.0}
 
 
-def draw(source: Path) -> Path:
+def draw_series(source: Path) -> Path:
     """A small plot of every series, beside the JSON it is made from."""
     try:
         import matplotlib
@@ -204,7 +206,7 @@ def draw(source: Path) -> Path:
 
 
 def main(console: Console, options: Any) -> None:
-    before = record.machine()
+    before = record.describe_machine()
     if options.quick:
         vars(options).update(QUICK)
     options.images = options.images or 64 * available_cpus()
@@ -215,7 +217,7 @@ def main(console: Console, options: Any) -> None:
     ):
         makers = all_series(options, Path(scratch), worker)
         for name in options.series:
-            found[name] = measured(makers[name](), options.rounds)
+            found[name] = measure_series(makers[name](), options.rounds)
             _show(console, found[name])
     target = options.output / "scaling-cpu.json"
     command = (
@@ -227,8 +229,10 @@ def main(console: Console, options: Any) -> None:
         "images": options.images,
         "image_size_images": 4 * options.images,
     }
-    record.write(target, command, {"work": work, "series": found}, before=before)
-    console.print(f"written: {target} and {draw(target).name}", markup=False, highlight=False, soft_wrap=True)
+    record.write_record(target, command, {"work": work, "series": found}, before=before)
+    console.print(
+        f"written: {target} and {draw_series(target).name}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _show(console: Console, series: dict[str, Any]) -> None:

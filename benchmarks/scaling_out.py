@@ -28,12 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import processes, record
-from benchmarks.intervals import interval
-from benchmarks.restart import table_of
+from benchmarks.intervals import bootstrap_interval
+from benchmarks.restart import read_results_table
 from benchmarks.throughput import make_archive
-from engine import bundle
-from engine.errors import EngineError, Stopped
-from engine.settings import CPU_BATCH, available_cpus
+from engine.bundle import bundle
+from engine.core.errors import EngineError, Stopped
+from engine.core.hardware import available_cpus
+from engine.core.settings import CPU_BATCH
 
 LIMIT = 0.05  # of the rate
 RECOVERY_ROWS, RECOVERY_PART_ROWS = 100_000, 256
@@ -41,18 +42,18 @@ _NULL = """
 import resource, sys
 from pathlib import Path
 from benchmarks.null import NullStages
-from engine.settings import Settings
-manifest, models, output, actors = sys.argv[1:]
+from engine.core.settings import Settings
+manifest, bundle, output, actors = sys.argv[1:]
 settings = Settings(
-    manifest=Path(manifest), bundle=Path(models), output=Path(output), device="cpu", workers=1
+    manifest=Path(manifest), bundle=Path(bundle), output=Path(output), device="cpu", workers=1
 )
 if actors == "0":
-    from engine.pipeline import screen
+    from engine.pipeline.pipeline import screen_in_process as screen
 else:
     from dataclasses import replace
-    from engine.ray.driver import screen
+    from engine.ray.driver import screen_on_ray as screen
     settings = replace(settings, ray="local", actors=int(actors))
-summary = screen(settings, stages_of=NullStages)
+summary = screen(settings, stages_type=NullStages)
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(summary.rows_done / summary.elapsed_s, used.ru_utime + used.ru_stime)
 """
@@ -63,52 +64,54 @@ def uniform_bundle(source: Path, target: Path) -> Path:
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(source, target, copy_function=os.link)
-    models = bundle.load(source)
+    models = bundle.load_bundle(source)
     arrays = load_file(models.canaries.path)
     arrays["logits"] = np.zeros_like(arrays["logits"])
     name = models.canaries.path.relative_to(source)
     (target / name).unlink()
     save_file(arrays, target / name)
-    description = json.loads((source / bundle.DESCRIPTION).read_text())
+    description = json.loads((source / bundle.DESCRIPTION_FILE).read_text())
     description["canaries"]["sha256"] = hashlib.sha256((target / name).read_bytes()).hexdigest()
-    (target / bundle.DESCRIPTION).unlink()
-    (target / bundle.DESCRIPTION).write_text(json.dumps(description))
+    (target / bundle.DESCRIPTION_FILE).unlink()
+    (target / bundle.DESCRIPTION_FILE).write_text(json.dumps(description))
     return target
 
 
-def run(command: Sequence[object], environment: dict[str, str] | None = None) -> str:
-    done = processes.run([sys.executable, *map(str, command)], environment=environment)
+def run_checked(command: Sequence[object], environment: dict[str, str] | None = None) -> str:
+    done = processes.run_command([sys.executable, *map(str, command)], environment=environment)
     if done.status:
         raise EngineError(f"a run failed: {' '.join(done.errors.split())[-300:]}")
     return done.output
 
 
-def rate_of(manifest: Path, models: Path, output: Path, *more: object) -> tuple[float, float]:
+def measure_rate(manifest: Path, models: Path, output: Path, *more: object) -> tuple[float, float]:
     """Rows per second, and seconds of the command before and after its rows."""
     options = ["-b", models, "-o", output, "--device", "cpu", "--batch-size", CPU_BATCH, "--part-rows", 256]
     began = time.perf_counter()
-    run(["-m", "engine.run", manifest, *options, "--workers", available_cpus(), *more])
+    run_checked(["-m", "engine.run", manifest, *options, "--workers", available_cpus(), *more])
     wall_s = time.perf_counter() - began
     last = json.loads((output / "_SUCCESS").read_text())["last_start"]
     return last["rows"] / last["elapsed_s"], wall_s - last["elapsed_s"]
 
 
-def overhead(console: Console, manifest: Path, models: Path, work: Path, rounds: int) -> dict[str, Any]:
+def measure_overhead(
+    console: Console, manifest: Path, models: Path, work: Path, rounds: int
+) -> dict[str, Any]:
     """One process and one actor in turn; the rows have to be the same."""
     alone, actor, around = [], [], []
     for number in range(rounds):
         outputs = work / f"alone-{number}", work / f"ray-{number}"
-        alone.append(rate_of(manifest, models, outputs[0])[0])
-        rate, seconds = rate_of(manifest, models, outputs[1], "--ray")
+        alone.append(measure_rate(manifest, models, outputs[0])[0])
+        rate, seconds = measure_rate(manifest, models, outputs[1], "--ray")
         actor.append(rate)
         around.append(seconds)
-        if not table_of(outputs[0]).equals(table_of(outputs[1])):
+        if not read_results_table(outputs[0]).equals(read_results_table(outputs[1])):
             raise EngineError("the rows by an actor differ from those of one process")
         console.print(f"round {number + 1}: {alone[-1]:.2f} images/s, with Ray {rate:.2f}", highlight=False)
     lost = [1 - with_ray / without for with_ray, without in zip(actor, alone, strict=True)]
     return {
         "median": statistics.median(lost),
-        "interval": interval(lost),
+        "interval": bootstrap_interval(lost),
         "rounds": lost,
         "limit": LIMIT,
         "images_per_s": {"one process": alone, "ray": actor},
@@ -116,7 +119,9 @@ def overhead(console: Console, manifest: Path, models: Path, work: Path, rounds:
     }
 
 
-def null_rates(manifest: Path, models: Path, work: Path, actors: list[int], rounds: int) -> dict[str, Any]:
+def measure_null_rates(
+    manifest: Path, models: Path, work: Path, actors: list[int], rounds: int
+) -> dict[str, Any]:
     """Rows per second of null stages, and the driver's processor time a row."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(record.ROOT), *sys.path]))}
     found: dict[str, Any] = {}
@@ -124,7 +129,7 @@ def null_rates(manifest: Path, models: Path, work: Path, actors: list[int], roun
         for count in (0, *actors):
             name = f"{count} actor{'s' * (count > 1)}" if count else "one process"
             output = work / f"null-{count}-{number}"
-            rate, core_s = run(["-c", _NULL, manifest, models, output, count], environment).split()
+            rate, core_s = run_checked(["-c", _NULL, manifest, models, output, count], environment).split()
             one = found.setdefault(name, {"rounds": [], "driver_core_s": []})
             one["rounds"].append(float(rate))
             one["driver_core_s"].append(float(core_s))
@@ -134,14 +139,14 @@ def null_rates(manifest: Path, models: Path, work: Path, actors: list[int], roun
     return found
 
 
-def recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[float, int]:
+def measure_recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[float, int]:
     """Seconds from the kill of an actor until another holds a part; rows that were given out again."""
     from engine.core.deadline import Deadline
-    from engine.job import prepare
-    from engine.pipeline import Stages
-    from engine.ray.crew import Crew
-    from engine.ray.driver import Run, token_of
-    from engine.settings import Settings
+    from engine.core.settings import Settings
+    from engine.pipeline.stages import Stages
+    from engine.ray.actor_pool import ActorPool
+    from engine.ray.driver import RayRun, write_token
+    from engine.runs.prepare import prepare_run
 
     settings = Settings(
         manifest=manifest,
@@ -154,24 +159,24 @@ def recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[flo
         actors=2,
     )
     deadline, times = Deadline(), dict[str, float]()
-    crew = Crew(settings, lambda _: None, deadline)
+    pool = ActorPool(settings, lambda _: None, deadline)
 
     def hurt() -> None:
-        wait_until(lambda: sum(hand.rows_done > 0 for hand in crew.ready) == 2)
-        victim = crew.ready[0]
+        wait_until(lambda: sum(hand.rows_done > 0 for hand in pool.ready) == 2)
+        victim = pool.ready[0]
         os.kill(victim.pid, signal.SIGKILL)
         times["killed"] = time.monotonic()
-        wait_until(lambda: victim.gone and sum(bool(hand.parts) for hand in crew.ready) == 2)
+        wait_until(lambda: victim.gone and sum(bool(hand.parts) for hand in pool.ready) == 2)
         times["back"] = time.monotonic()
         deadline.stop.set()
 
     with (
-        closing(crew),
-        prepare(settings, lambda _: None, chosen=crew.assemble) as job,
-        closing(crew),
-        token_of(job) as token,
+        closing(pool),
+        prepare_run(settings, lambda _: None, chosen=pool.start_actors) as job,
+        closing(pool),
+        write_token(job) as token,
     ):
-        one = Run(crew, job, token, lambda _: None, deadline, Stages)
+        one = RayRun(pool, job, token, lambda _: None, deadline, Stages)
         thread = threading.Thread(target=hurt, daemon=True)
         thread.start()
         with suppress(Stopped):
@@ -189,16 +194,16 @@ def wait_until(condition: Any) -> None:
 
 
 def main(console: Console, options: Any) -> None:
-    before = record.machine()
+    before = record.describe_machine()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         manifest = make_archive(work, options.rows, options.side)
-        found = overhead(console, manifest, options.bundle, work, options.rounds)
+        found = measure_overhead(console, manifest, options.bundle, work, options.rounds)
         long = make_archive(work, RECOVERY_ROWS, options.side)
-        kills = [recovery(long, options.bundle, work, number) for number in range(options.rounds)]
+        kills = [measure_recovery(long, options.bundle, work, number) for number in range(options.rounds)]
         null = make_archive(work, options.null_rows, 64)
         blank = uniform_bundle(options.bundle, work / "bundle")
-        rates = null_rates(null, blank, work, options.actors, options.rounds)
+        rates = measure_null_rates(null, blank, work, options.actors, options.rounds)
     seconds, again = [seconds for seconds, _ in kills], [rows for _, rows in kills]
     table = Table("figure", "measured", "limit", box=None, pad_edge=False)
     table.add_row("overhead of --ray, %", f"{100 * found['median']:.1f}", f"<= {100 * LIMIT:g}")
@@ -221,5 +226,5 @@ def main(console: Console, options: Any) -> None:
             "rows_again": {"median": statistics.median(again), "rounds": again},
         },
     }
-    record.write(target, command, figures, before=before)
+    record.write_record(target, command, figures, before=before)
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import ROOT
-from engine.errors import UsageError
+from engine.core.errors import UsageError
 
 BEGIN, END = "<!-- measured: python -m benchmarks tables -->", "<!-- end of measured -->"
 Json = dict[str, Any]
@@ -73,14 +73,14 @@ def peers_rows(found: Json) -> Iterator[Row]:
             figure = f"{one['title']}, its rate beside float32"
         aim = one["beside_the_engine" if own else "engine_beside_it"]["aim"]
         rate = f"{one['images_per_s']['median']:.1f} images/s"
-        yield figure, f"{_ratio(one)} ({rate})", "" if aim is None else f"{aim:g}"
+        yield figure, f"{_ratio_text(one)} ({rate})", "" if aim is None else f"{aim:g}"
     if "corrupt_files" in found:
         files = found["corrupt_files"]
-        told = "; ".join(f"{one['title']}: {_aftermath(one)}" for one in files["patterns"].values())
+        told = "; ".join(f"{one['title']}: {_aftermath_text(one)}" for one in files["patterns"].values())
         yield f"{files['corrupt']} corrupt files among {files['rows']}", told, ""
 
 
-def _ratio(one: Json) -> str:
+def _ratio_text(one: Json) -> str:
     """Of the engine's rate to that of a peer, of its INT8 to its float32, or nothing where there is none."""
     beside = one.get("engine_beside_it") or one.get("beside_the_engine")
     if not beside:
@@ -89,7 +89,7 @@ def _ratio(one: Json) -> str:
     return f"{beside['median']:.2f} x" + ("" if low is None else f", 95 % {low:.2f} to {high:.2f}")
 
 
-def _aftermath(one: Json) -> str:
+def _aftermath_text(one: Json) -> str:
     if "problem" in one:
         return str(one["problem"]).split(":")[0]
     borrowed, lost = one["rows_with_anothers_score"], one["sound_rows_lost"]
@@ -226,13 +226,13 @@ ROWS: dict[str, Callable[[Json], Iterator[Row]]] = {  # by the name of the JSON 
 PLOTTED = ("peers-cpu", "peers-uniform-cpu")
 
 
-def loaded(folder: Path) -> dict[str, Json]:
+def load_results(folder: Path) -> dict[str, Json]:
     """The results that are there, in README's order."""
     paths = {name: folder / f"{name}.json" for name in ROWS}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
-def measured(results: dict[str, Json]) -> str:
+def format_tables(results: dict[str, Json]) -> str:
     """README's table in Markdown, with the machines that the figures were taken on."""
     machines = defaultdict(list)
     for name, found in results.items():
@@ -258,7 +258,7 @@ def measured(results: dict[str, Json]) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, table: str) -> str:
+def insert_table(text: str, table: str) -> str:
     """README with `table` between its two marks. Raises UsageError where they are not."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -299,7 +299,7 @@ def show_peers(console: Console, found: Json) -> None:
     table = Table(*columns, box=None, pad_edge=False)
     for name, one in found["contenders"].items():
         rates = one.get("images_per_s")
-        told = f"not counted: {one['not_counted']}" if one["not_counted"] else _ratio(one)
+        told = f"not counted: {one['not_counted']}" if one["not_counted"] else _ratio_text(one)
         if rates is None:
             table.add_row(name, *[""] * 5, told)
             continue
@@ -319,16 +319,16 @@ def show_peers(console: Console, found: Json) -> None:
         console.print(f"{name}: {why}", highlight=False)
     for one in found.get("corrupt_files", {}).get("patterns", {}).values():
         console.print(
-            f"corrupt files, {one['title']}: {one.get('problem') or _aftermath(one)}", highlight=False
+            f"corrupt files, {one['title']}: {one.get('problem') or _aftermath_text(one)}", highlight=False
         )
 
 
 def main(console: Console, options: Any) -> None:
-    results = loaded(options.output)
+    results = load_results(options.output)
     for name in PLOTTED:
         if name in results:
             plot_peers(results[name], options.output / f"{name}.svg")
             console.print(f"written: {options.output / name}.svg", highlight=False, soft_wrap=True)
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(), measured(results)))
+    readme.write_text(insert_table(readme.read_text(), format_tables(results)))
     console.print(f"written: {readme}", highlight=False, soft_wrap=True)

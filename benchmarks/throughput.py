@@ -26,37 +26,33 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import processes, record
-from benchmarks.intervals import interval
+from benchmarks.intervals import bootstrap_interval
 from benchmarks.null import NullPixels, NullScores
 from benchmarks.processes import core_seconds
-from engine import bundle
-from engine.manifest import Manifest, open_manifest
-from engine.overlap import Meter
-from engine.pipeline import READ_THREADS, flow, meters_for
+from engine.bundle import bundle
+from engine.core.hardware import available_cpus
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Part, Scorer
+from engine.core.settings import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS, Limits, Settings
+from engine.manifest.manifest import Manifest, open_manifest
+from engine.pipeline.context import READ_THREADS
+from engine.pipeline.flow import chain_stages
+from engine.pipeline.stages import make_meters
 from engine.preprocess.stage import Preprocess
-from engine.reader import Reader
-from engine.records import Batch, Part, Scorer
+from engine.reader.reader import Reader
 from engine.runners.onnx import OnnxRunner
-from engine.settings import (
-    CPU_BATCH,
-    CPU_PART_ROWS,
-    GPU_BATCH,
-    GPU_PART_ROWS,
-    Limits,
-    Settings,
-    available_cpus,
-)
-from engine.sink import Layout, Sink
-from engine.step import CpuStep
-from engine.store import LocalFolder
-from engine.triage import Triage
+from engine.scoring.cpu import CpuScorer
+from engine.sink.columns import ResultSchema
+from engine.sink.sink import Sink
+from engine.sink.triage import Triage
+from engine.storage.local_folder import LocalFolder
 
 DISTINCT = 32  # images on disk; the manifest repeats them
 HOST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Cost:
+class StageCost:
     """What one stage took for `rows` images when it ran alone."""
 
     rows: int
@@ -72,11 +68,11 @@ class Cost:
         return self.core_s / self.rows
 
 
-def measure(work: Callable[[], int]) -> Cost:
+def time_work(work: Callable[[], int]) -> StageCost:
     """Time `work`, which returns how many images it did."""
     wall, core = time.perf_counter(), core_seconds(os.getpid())
     rows = work()
-    return Cost(rows, time.perf_counter() - wall, core_seconds(os.getpid()) - core)
+    return StageCost(rows, time.perf_counter() - wall, core_seconds(os.getpid()) - core)
 
 
 def write_image(folder: Path, index: int, side: int) -> None:
@@ -84,7 +80,7 @@ def write_image(folder: Path, index: int, side: int) -> None:
 
     from training import synthetic
 
-    sample = synthetic.sample(seed=1, index=index, size_range=(side, side))
+    sample = synthetic.draw_sample(seed=1, index=index, size_range=(side, side))
     Image.fromarray(sample.pixels8).save(folder / f"{index:03}.jpg", quality=90)
 
 
@@ -103,16 +99,16 @@ def make_archive(folder: Path, rows: int, side: int) -> Path:
     return manifest
 
 
-class Stages:
+class StageTimings:
     """Each stage by itself, with the settings that `engine.run` chooses on this machine."""
 
     def __init__(self, models: bundle.Bundle, manifest: Manifest, workers: int) -> None:
         self._models, self._workers = models, workers
         self._paths = [path for part in manifest.parts(CPU_PART_ROWS) for path in part.paths]
         self._root = manifest.root
-        self._layout = Layout.of(models, manifest, Settings(manifest=manifest.source))
+        self._layout = ResultSchema.of(models, manifest, Settings(manifest=manifest.source))
         opened = [OnnxRunner(member, models) for member in models.members]
-        self._step = CpuStep(models, opened, lanes=workers)
+        self._step = CpuScorer(models, opened, lanes=workers)
         self._preprocess = Preprocess(
             size=models.size,
             batch_size=CPU_BATCH,
@@ -121,7 +117,7 @@ class Stages:
             decode=models.decode,
         )
 
-    def costs(self, rows: int) -> dict[str, Cost]:
+    def costs(self, rows: int) -> dict[str, StageCost]:
         """Every stage, in random order; the first `rows` rows."""
         part = Part(
             0, np.arange(rows), self._paths[:rows], pa.table({"_": pa.nulls(rows)}).drop_columns(["_"])
@@ -141,7 +137,7 @@ class Stages:
         reader = Reader(self._root, CPU_BATCH, READ_THREADS, limits=Limits())
         return reader.stage([part], Meter("read"))
 
-    def _read(self, part: Part) -> Cost:
+    def _read(self, part: Part) -> StageCost:
         def work() -> int:
             rows = 0
             for batch in self._batches(part):
@@ -149,20 +145,20 @@ class Stages:
                 rows += batch.rows
             return rows
 
-        return measure(work)
+        return time_work(work)
 
-    def _decode(self, part: Part) -> Cost:
+    def _decode(self, part: Part) -> StageCost:
         held = list(self._batches(part))  # read beforehand; dropped as it is decoded
-        return measure(lambda: _count(self._preprocess.stage(held, Meter("preprocess"))))
+        return time_work(lambda: _count(self._preprocess.stage(held, Meter("preprocess"))))
 
     def _decoded(self, part: Part) -> list[Batch]:
         return list(self._preprocess.stage(self._batches(part), Meter("preprocess")))
 
-    def _infer(self, part: Part) -> Cost:
+    def _infer(self, part: Part) -> StageCost:
         held = self._decoded(part)
-        return measure(lambda: _count(self._step.stage(held, Meter("members"))))
+        return time_work(lambda: _count(self._step.stage(held, Meter("members"))))
 
-    def _write(self, part: Part) -> Cost:
+    def _write(self, part: Part) -> StageCost:
         members, classes = len(self._models.members), len(self._models.classes)
         held = list(self._batches(part))
         for batch in held:
@@ -170,7 +166,7 @@ class Stages:
         scored = list(NullScores(members, classes).stage(NullPixels().stage(held, Meter("")), Meter("")))
         with tempfile.TemporaryDirectory() as folder:
             sink = Sink(LocalFolder(Path(folder)), self._layout, b"{}", Scorer())
-            return measure(lambda: sum(1 for _ in sink.stage(scored, Meter("write"))) * 0 + part.rows)
+            return time_work(lambda: sum(1 for _ in sink.stage(scored, Meter("write"))) * 0 + part.rows)
 
 
 def _count(batches: Iterable[Batch]) -> int:
@@ -192,7 +188,7 @@ def run_engine(manifest: Path, models: Path, folder: Path, *, errors_expected: i
     command = [sys.executable, "-m", "engine.run", str(manifest), "-b", str(models), "-o", str(output)]
     # whatever was tuned here, and where there is a GPU too
     command += ["--device", "cpu", "--batch-size", str(CPU_BATCH), "--workers", str(available_cpus())]
-    done = processes.run(command)
+    done = processes.run_command(command)
     if done.status:
         raise RuntimeError(f"engine.run ended with status {done.status}: {done.errors[-500:]}")
     success = json.loads((output / "_SUCCESS").read_text())
@@ -206,15 +202,15 @@ def run_engine(manifest: Path, models: Path, folder: Path, *, errors_expected: i
     )
 
 
-def throughput(
+def measure_throughput(
     console: Console, work: Path, models: Path, rows: int, rounds: int, side: int
 ) -> dict[str, Any]:
     """`rounds` rounds of end to end and each stage alone; medians, and efficiency within each round."""
     manifest = make_archive(work, rows, side)
-    loaded = bundle.load(models)
+    loaded = bundle.load_bundle(models)
     opened = open_manifest(manifest)
     cores = available_cpus()
-    stages = Stages(loaded, opened, cores)
+    stages = StageTimings(loaded, opened, cores)
     stages.costs(min(rows, 8 * CPU_BATCH))  # warm-up
     taken = []
     for number in range(rounds):
@@ -227,11 +223,11 @@ def throughput(
             f"efficiency {end_to_end.rate / ceiling:.3f}",
             highlight=False,
         )
-    return _figures(taken, cores, rows, side, loaded)
+    return _throughput_figures(taken, cores, rows, side, loaded)
 
 
-def _figures(
-    taken: list[tuple[EndToEnd, dict[str, Cost], float]],
+def _throughput_figures(
+    taken: list[tuple[EndToEnd, dict[str, StageCost], float]],
     cores: int,
     rows: int,
     side: int,
@@ -258,7 +254,7 @@ def _figures(
         },
         "pipeline_efficiency": {
             "median": median(efficiency for *_, efficiency in taken),
-            "interval": interval([efficiency for *_, efficiency in taken]),
+            "interval": bootstrap_interval([efficiency for *_, efficiency in taken]),
             "rounds": [efficiency for *_, efficiency in taken],
         },
         "images_per_s": median(run.rate for run, *_ in taken),
@@ -270,7 +266,7 @@ def _figures(
     }
 
 
-def tiny_archive(work: Path, rows: int) -> Path:
+def make_tiny_archive(work: Path, rows: int) -> Path:
     """A manifest of `rows` rows that name a hundred PNG of 16 x 16 pixels."""
     from PIL import Image
 
@@ -285,42 +281,42 @@ def tiny_archive(work: Path, rows: int) -> Path:
     return manifest
 
 
-def host_cost(work: Path, rows: int) -> dict[str, Any]:
+def measure_host_cost(work: Path, rows: int) -> dict[str, Any]:
     """Python's own cost: all stages but decoding and inference, on tiny real files, `rows` rows.
 
     The figure is process CPU time per row: manifest, file reads, header checks, queues, Parquet. Batches and
     parts as `engine.run` has them on a CPU and on a GPU, whose rates leave Python less time.
     """
-    opened = open_manifest(tiny_archive(work, rows))
+    opened = open_manifest(make_tiny_archive(work, rows))
     sizes = {"cpu": (CPU_BATCH, CPU_PART_ROWS), "gpu": (GPU_BATCH, GPU_PART_ROWS)}
     return {
         "work": {"rows": rows, "image": "16 x 16 PNG"},
-        "sizes": {name: _host_cost(opened, work, *size) for name, size in sizes.items()},
+        "sizes": {name: _measure_once(opened, work, *size) for name, size in sizes.items()},
     }
 
 
-def _host_cost(opened: Manifest, work: Path, batch_size: int, part_rows: int) -> dict[str, float]:
+def _measure_once(opened: Manifest, work: Path, batch_size: int, part_rows: int) -> dict[str, float]:
     classes = ("normal", "osteopenia", "osteoporosis")
     triage = Triage(classes, (0.5, 0.5), {"bone_loss": (1, 2)}, None)
-    layout = Layout(classes, ("a", "b"), opened.columns, "", uids=False, triage=triage)
+    layout = ResultSchema(classes, ("a", "b"), opened.columns, "", uids=False, triage=triage)
     reader = Reader(opened.root, batch_size, READ_THREADS, limits=Limits())
 
     def run() -> int:
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            items = flow(
+            items = chain_stages(
                 opened.parts(part_rows),
                 reader,
                 NullPixels(),
                 NullScores(2, 3),
                 Sink(LocalFolder(Path(folder)), layout, b"{}", Scorer()),
-                meters_for(available_cpus()),
+                make_meters(available_cpus()),
                 overlap=True,
             )
             with closing(items):  # type: ignore[type-var]
                 return sum(item.rows for item in items if isinstance(item, Batch))
 
-    costs = [measure(run) for _ in range(HOST_ROUNDS)]
-    reading = measure(lambda: sum(batch.rows for batch in reader.stage(opened.parts(part_rows), Meter(""))))
+    costs = [time_work(run) for _ in range(HOST_ROUNDS)]
+    reading = time_work(lambda: sum(batch.rows for batch in reader.stage(opened.parts(part_rows), Meter(""))))
     return {
         "batch_size": batch_size,
         "part_rows": part_rows,
@@ -330,7 +326,7 @@ def _host_cost(opened: Manifest, work: Path, batch_size: int, part_rows: int) ->
     }
 
 
-def show(console: Console, figures: dict[str, Any], limits: dict[str, str]) -> None:
+def show_figures(console: Console, figures: dict[str, Any], limits: dict[str, str]) -> None:
     """Efficiency first, then the stages, then what else was measured, each beside its limit."""
     table = Table("figure", "measured", "limit", box=None, pad_edge=False)
     if "stages" in figures:
@@ -354,14 +350,14 @@ def show(console: Console, figures: dict[str, Any], limits: dict[str, str]) -> N
 
 
 def main(console: Console, options: Any) -> None:
-    before = record.machine()
+    before = record.describe_machine()
     limits = {"efficiency": ">= 0.95", "memory": "<= 1200", "host": "<= 20"}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(options.work or scratch).absolute()
         work.mkdir(parents=True, exist_ok=True)
         if options.null:
             rows = options.rows or 200_000
-            name, figures = "throughput-null", host_cost(work, rows)
+            name, figures = "throughput-null", measure_host_cost(work, rows)
             command = f"throughput --null --rows {rows}"
         else:
             rows = options.rows or 2048
@@ -369,8 +365,8 @@ def main(console: Console, options: Any) -> None:
                 "throughput",
                 f"throughput --rows {rows} --rounds {options.rounds} --side {options.side}",
             )
-            figures = throughput(console, work, options.bundle, rows, options.rounds, options.side)
-    show(console, figures, limits)
+            figures = measure_throughput(console, work, options.bundle, rows, options.rounds, options.side)
+    show_figures(console, figures, limits)
     target = options.output / f"{name}-cpu.json"
-    record.write(target, command, figures, before=before)
+    record.write_record(target, command, figures, before=before)
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks import record
 from benchmarks.processes import peak_memory
-from engine.errors import EngineError
+from engine.core.errors import EngineError
 from engine.results import read_results
 
 FIGURES = ("accuracy", "macro_precision", "macro_recall", "macro_f1", "auc", "balanced_accuracy", "kappa")
@@ -31,7 +31,7 @@ AGREEMENT = 1e-9  # of accuracy and macro-F1 from the Parquet rows with those th
 
 def main(console: Console, options: Any) -> None:
     """Train, screen the test images, compare, write JSON. Raises EngineError if anything fails or differs."""
-    before = record.machine()
+    before = record.describe_machine()
     arguments = shlex.split(options.arguments)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
@@ -67,7 +67,7 @@ def main(console: Console, options: Any) -> None:
     }
     path = options.output / f"training-{options.name}.json"
     command = f"training --data DIR --name {options.name} --arguments {shlex.quote(options.arguments)}"
-    record.write(path, command, figures, before=before)
+    record.write_record(path, command, figures, before=before)
     _show(console, figures)
     console.print(f"written: {path}")
 

@@ -12,21 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from build_engines.options import (
-    AGREEMENT,
     FRONTENDS,
-    INT8_AGREEMENT,
-    LIMIT,
+    INT8_MIN_AGREEMENT,
+    MAX_DIFFERENCE,
+    MIN_AGREEMENT,
     PRECISIONS,
     TARGETS,
-    Options,
+    BuildOptions,
     parse_capabilities,
 )
+from engine.cli.parser import Parser
 from engine.cli.terminal import run_command
-from engine.command import Parser
 from engine.core.option import number, size, whole
 
 if TYPE_CHECKING:
-    from build_engines.build import Built
+    from build_engines.session import BuiltMember
 
 _EXAMPLES = """\
 examples:
@@ -42,7 +42,7 @@ Class folders, or a column with labels, say what is true; without them float32 d
 
 
 def option_parser() -> Parser:
-    defaults = Options(bundle=Path())
+    defaults = BuildOptions(bundle=Path())
     parser = Parser(
         "python -m build_engines",
         "BUNDLE [option ...]",
@@ -110,13 +110,13 @@ def option_parser() -> Parser:
         "--limit",
         type=number(0, 1),
         metavar="P",
-        help=f"largest difference in probability ({LIMIT:g}; int8: any)",
+        help=f"largest difference in probability ({MAX_DIFFERENCE:g}; int8: any)",
     )
     add(
         "--agreement",
         type=number(0, 1),
         metavar="F",
-        help=f"share of images that keep their class ({AGREEMENT:g}; int8: {INT8_AGREEMENT:g})",
+        help=f"share of images that keep their class ({MIN_AGREEMENT:g}; int8: {INT8_MIN_AGREEMENT:g})",
     )
     add(
         "--auc-limit",
@@ -133,11 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True, emoji=False)
 
     def work() -> int:
-        options = Options(**vars(option_parser().parse_args(arguments)))
+        options = BuildOptions(**vars(option_parser().parse_args(arguments)))
         from build_engines.build import build  # seconds of imports: after --help and wrong arguments
-        from build_engines.progress import shown
+        from build_engines.progress import show_phases
 
-        with shown(console) as phases:
+        with show_phases(console) as phases:
             folder, built = build(options, phases, lambda line: console.print(line, markup=False))
         _show(console, options, built)
         print(folder)
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def _show(console: Console, options: Options, built: list[Built]) -> None:
+def _show(console: Console, options: BuildOptions, built: list[BuiltMember]) -> None:
     int8 = options.precision == "int8"
     table = Table(
         "member", "built in", "size", "largest difference", "same class", "AUC" if int8 else "compared"

@@ -12,19 +12,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from build_engines.options import Options
+from build_engines.options import BuildOptions
 from build_engines.progress import Phases, monitor_for
-from engine.errors import EngineError
-from engine.plans import Layer
-from engine.runners.tensorrt import Backend, deserialize
-from engine.store import atomic
+from engine.bundle.plans import Layer
+from engine.core.errors import EngineError
+from engine.runners.tensorrt import TensorRTBackend, deserialize_engine
+from engine.storage.atomic import atomic
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
 
 @dataclass(frozen=True)
-class Compiled:
+class CompiledPlan:
     """A plan in memory, and what is known of its layers."""
 
     plan: bytes
@@ -34,8 +34,8 @@ class Compiled:
 
 
 def compile_graph(
-    backend: Backend, graph: bytes, options: Options, size: tuple[int, int], phases: Phases
-) -> Compiled:
+    backend: TensorRTBackend, graph: bytes, options: BuildOptions, size: tuple[int, int], phases: Phases
+) -> CompiledPlan:
     """Build a plan for `options`; reports the builder's phases to `phases`.
 
     TensorRT 11 knows only strongly typed networks: the graph's own types decide. Raises EngineError with
@@ -49,20 +49,20 @@ def compile_graph(
     if not parser.parse(graph):
         problems = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise EngineError(f"{backend.name} {backend.version} can't parse the graph: {problems[:1]}")
-    config = _configured(backend, builder, network, options, size)
+    config = _make_config(backend, builder, network, options, size)
     start = time.perf_counter()
-    serialized = _interruptibly(backend, builder, network, config, phases)
+    serialized = _build_interruptibly(backend, builder, network, config, phases)
     plan = bytes(checked(serialized, "building the plan"))
     build_s = time.perf_counter() - start
-    _keep_timing_cache(config, options)
+    _save_timing_cache(config, options)
     layers = tuple(_network_layers(backend, network))
     if options.precision == "fp16":
-        _refuse_wide(layers, api.DataType.HALF.name)
-    return Compiled(plan, layers, "network", build_s)
+        _refuse_float32(layers, api.DataType.HALF.name)
+    return CompiledPlan(plan, layers, "network", build_s)
 
 
-def _interruptibly(
-    backend: Backend,
+def _build_interruptibly(
+    backend: TensorRTBackend,
     builder: trt.Builder,
     network: trt.INetworkDefinition,
     config: trt.IBuilderConfig,
@@ -86,11 +86,11 @@ def _interruptibly(
         raise
 
 
-def _configured(
-    backend: Backend,
+def _make_config(
+    backend: TensorRTBackend,
     builder: trt.Builder,
     network: trt.INetworkDefinition,
-    options: Options,
+    options: BuildOptions,
     size: tuple[int, int],
 ) -> trt.IBuilderConfig:
     checked, api = backend.checked, backend.trt
@@ -109,7 +109,7 @@ def _configured(
     if options.hardware_compatible:
         config.hardware_compatibility_level = api.HardwareCompatibilityLevel.AMPERE_PLUS
     if backend.name == "tensorrt_rtx":
-        _set_up_for_rtx(backend, config, options)
+        _configure_rtx(backend, config, options)
     if options.timing_cache:
         _load_timing_cache(backend, config, options)
     pixels = checked(network.get_input(0), "reading the graph's input")
@@ -121,7 +121,7 @@ def _configured(
     return config
 
 
-def _set_up_for_rtx(backend: Backend, config: Any, options: Options) -> None:
+def _configure_rtx(backend: TensorRTBackend, config: Any, options: BuildOptions) -> None:
     """What only TensorRT for RTX has: the GPUs to build for, none of which it needs; and plans that a CUDA
     graph can capture.
     """
@@ -134,7 +134,7 @@ def _set_up_for_rtx(backend: Backend, config: Any, options: Options) -> None:
         backend.checked(config.set_compute_capability(getattr(capability, name), index), f"target {name}")
 
 
-def _load_timing_cache(backend: Backend, config: trt.IBuilderConfig, options: Options) -> None:
+def _load_timing_cache(backend: TensorRTBackend, config: trt.IBuilderConfig, options: BuildOptions) -> None:
     assert options.timing_cache
     data = b""
     with suppress(FileNotFoundError):
@@ -143,13 +143,13 @@ def _load_timing_cache(backend: Backend, config: trt.IBuilderConfig, options: Op
     backend.checked(config.set_timing_cache(cache, ignore_mismatch=False), "using the timing cache")
 
 
-def _keep_timing_cache(config: trt.IBuilderConfig, options: Options) -> None:
+def _save_timing_cache(config: trt.IBuilderConfig, options: BuildOptions) -> None:
     if options.timing_cache and (cache := config.get_timing_cache()):
         with atomic(options.timing_cache) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
 
 
-def _network_layers(backend: Backend, network: trt.INetworkDefinition) -> Iterator[Layer]:
+def _network_layers(backend: TensorRTBackend, network: trt.INetworkDefinition) -> Iterator[Layer]:
     """Of a strongly typed network, whose types the builder has to keep."""
     for index in range(network.num_layers):
         layer = backend.checked(network.get_layer(index), "reading a layer")
@@ -164,21 +164,21 @@ def _network_layers(backend: Backend, network: trt.INetworkDefinition) -> Iterat
         )
 
 
-def _refuse_wide(layers: Sequence[Layer], half: str) -> None:
+def _refuse_float32(layers: Sequence[Layer], half: str) -> None:
     weighted = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")
     wide = [str(layer.name) for layer in layers if layer.type in weighted and layer.input != half]
     if wide:
         raise EngineError(f"FP16 was asked for, but {', '.join(wide[:5])} would run in another precision")
 
 
-def inspect(backend: Backend, plan: bytes, options: Options) -> tuple[Layer, ...]:
+def inspect_layers(backend: TensorRTBackend, plan: bytes, options: BuildOptions) -> tuple[Layer, ...]:
     """The layers of a plan as the engine inspector sees them on this GPU.
 
     Raises EngineError when it can't be loaded, or when FP16 was asked for and a convolution or matrix product
     is not in FP16.
     """
     api = backend.trt
-    engine = deserialize(backend, plan, version_compatible=options.version_compatible)
+    engine = deserialize_engine(backend, plan, version_compatible=options.version_compatible)
     inspector = backend.checked(engine.create_engine_inspector(), "starting the engine inspector")
     text = inspector.get_engine_information(api.LayerInformationFormat.JSON)
     layers = []
@@ -201,11 +201,11 @@ def inspect(backend: Backend, plan: bytes, options: Options) -> tuple[Layer, ...
             )
         )
     if options.precision == "fp16":
-        _refuse_wide_engine(layers)
+        _refuse_float32_kernels(layers)
     return tuple(layers)
 
 
-def _refuse_wide_engine(layers: Sequence[Layer]) -> None:
+def _refuse_float32_kernels(layers: Sequence[Layer]) -> None:
     """The inspector names the kind of kernel and, of each tensor, a format: "Row major linear FP16".
 
     A kernel with FP16 weights computes in FP16, also when it reads float32: a cast went into it.

@@ -6,16 +6,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.errors import UsageError
-from engine.plans import RTX_CAPABILITIES
+from engine.bundle.plans import RTX_CAPABILITIES
+from engine.core.errors import UsageError
 
 TARGETS = ("tensorrt", "tensorrt_rtx", "onnx")
 FRONTENDS = ("onnx", "torch-tensorrt")
 PRECISIONS = ("fp16", "fp32", "int8")
 SMALL_BATCH = 8  # largest batch of the second profile
 # the gate: largest difference of a probability, smallest agreement; INT8: any difference, and one of AUC
-LIMIT, AGREEMENT = 5e-3, 0.999
-INT8_LIMIT, INT8_AGREEMENT, AUC_LIMIT = 1.0, 0.99, 0.002
+MAX_DIFFERENCE, MIN_AGREEMENT = 5e-3, 0.999
+INT8_MAX_DIFFERENCE, INT8_MIN_AGREEMENT, MAX_AUC_LOSS = 1.0, 0.99, 0.002
 
 # options that only some targets know, with those targets
 _ONLY_FOR = {
@@ -30,7 +30,7 @@ _ONLY_FOR = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class BuildOptions:
     """Raises UsageError where options don't go together."""
 
     bundle: Path
@@ -49,7 +49,7 @@ class Options:
     calibration_images: int = 256
     limit: float | None = None  # None: the precision's own
     agreement: float | None = None
-    auc_limit: float = AUC_LIMIT  # int8
+    auc_limit: float = MAX_AUC_LOSS  # int8
 
     def __post_init__(self) -> None:
         for name, targets in _ONLY_FOR.items():
@@ -77,7 +77,11 @@ class Options:
     @property
     def limits(self) -> tuple[float, float]:
         """Of the gate: largest difference of a probability, smallest agreement."""
-        limit, agreement = (INT8_LIMIT, INT8_AGREEMENT) if self.precision == "int8" else (LIMIT, AGREEMENT)
+        limit, agreement = (
+            (INT8_MAX_DIFFERENCE, INT8_MIN_AGREEMENT)
+            if self.precision == "int8"
+            else (MAX_DIFFERENCE, MIN_AGREEMENT)
+        )
         return (
             limit if self.limit is None else self.limit,
             agreement if self.agreement is None else self.agreement,

@@ -21,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
-from build_engines.options import LIMIT, Options
-from engine.bundle import Bundle, load_canaries
-from engine.errors import ParityError, UsageError
-from engine.manifest import open_manifest
-from engine.plans import Parity
-from engine.preprocess.stage import load_pixels
-from engine.runners import Runner
-from engine.settings import available_cpus
+from build_engines.options import MAX_DIFFERENCE, BuildOptions
+from engine.bundle.bundle import Bundle
+from engine.bundle.plans import Parity
+from engine.core.errors import ParityError, UsageError
+from engine.core.hardware import available_cpus
+from engine.manifest.manifest import open_manifest
+from engine.pipeline.load_pixels import load_pixels
+from engine.runners.base import Runner
+from engine.scoring.canaries import load_canaries
 from training.listing import list_images
 
 Floats = npt.NDArray[np.float32]
@@ -36,33 +37,33 @@ Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 _BATCH = 8
-_ENOUGH = 32  # images: with fewer to calibrate on, or to compare on, all are for both
-_MOST = 128  # images to calibrate on; more change nothing and take seconds each
+_MIN_SPLIT_IMAGES = 32  # images: with fewer to calibrate on, or to compare on, all are for both
+_MAX_BATCH = 128  # images to calibrate on; more change nothing and take seconds each
 
 
 @dataclass(frozen=True)
-class Images:
+class CalibrationImages:
     """What to compare on, and to calibrate on."""
 
     pixels: Pixels  # [N, 1, H, W]
     origin: str
     labels: Labels | None = None  # [N], positions in the bundle's classes; None where they are not known
 
-    def split(self) -> tuple[Images, Images]:
+    def split(self) -> tuple[CalibrationImages, CalibrationImages]:
         """Those to calibrate on and those to compare on: apart if there are enough, else all and all."""
         count = len(self.pixels)
-        if count < 2 * _ENOUGH:
+        if count < 2 * _MIN_SPLIT_IMAGES:
             again = f"{self.origin}, calibrated on too"
             return self, replace(self, origin=again)
-        first = np.arange(count) % max(2, -(-count // _MOST)) == 0
+        first = np.arange(count) % max(2, -(-count // _MAX_BATCH)) == 0
         return self._only(first), self._only(~first)
 
-    def _only(self, chosen: npt.NDArray[np.bool_]) -> Images:
+    def _only(self, chosen: npt.NDArray[np.bool_]) -> CalibrationImages:
         labels = None if self.labels is None else self.labels[chosen]
         return replace(self, pixels=self.pixels[chosen], labels=labels)
 
 
-def calibration_images(bundle: Bundle, options: Options) -> Images:
+def load_images(bundle: Bundle, options: BuildOptions) -> CalibrationImages:
     """Images to compare on.
 
     From `--calibration`, spread evenly over the list or folder; else the bundle's canaries and their mirror
@@ -71,7 +72,7 @@ def calibration_images(bundle: Bundle, options: Options) -> Images:
     if options.calibration is None:
         canaries, _ = load_canaries(bundle)
         pixels = np.concatenate([canaries, canaries[..., ::-1], canaries[:, :, ::-1]])
-        return Images(pixels, "synthetic canaries")
+        return CalibrationImages(pixels, "synthetic canaries")
     if not options.calibration.exists():
         raise UsageError(f"--calibration {options.calibration}: no such file or folder")
     with tempfile.TemporaryDirectory() as scratch:
@@ -85,11 +86,11 @@ def calibration_images(bundle: Bundle, options: Options) -> Images:
         raise UsageError(
             f"--calibration {options.calibration}: no image can be read; the first is {status}: {error}"
         )
-    labels = _labels(options.calibration, bundle, [chosen[number] for number in loaded.index])
-    return Images(loaded.pixels, "images given", labels)  # a folder's name may be a patient's
+    labels = _read_labels(options.calibration, bundle, [chosen[number] for number in loaded.index])
+    return CalibrationImages(loaded.pixels, "images given", labels)  # a folder's name may be a patient's
 
 
-def _labels(source: Path, bundle: Bundle, paths: list[Path]) -> Labels | None:
+def _read_labels(source: Path, bundle: Bundle, paths: list[Path]) -> Labels | None:
     """As training reads them, if all of `paths` have one."""
     try:
         listing = list_images(source, classes=bundle.classes)
@@ -100,14 +101,14 @@ def _labels(source: Path, bundle: Bundle, paths: list[Path]) -> Labels | None:
     return None if None in found else np.array(found, np.int64)
 
 
-def in_batches(infer: Callable[[Pixels], Floats], pixels: Pixels) -> Floats:
+def run_in_batches(infer: Callable[[Pixels], Floats], pixels: Pixels) -> Floats:
     """`infer` on all of `pixels`, as many batches at once as there are cores."""
     batches = [pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)]
     with ThreadPoolExecutor(available_cpus()) as pool:
         return np.concatenate(list(pool.map(infer, batches)))
 
 
-def on_gpu(runner: Runner, pixels: Pixels, batch_size: int, classes: int) -> Floats:
+def run_on_gpu(runner: Runner, pixels: Pixels, batch_size: int, classes: int) -> Floats:
     """Logits [N, C] of uint8 [N, 1, H, W] through `runner` on the current GPU, in padded batches."""
     import torch
 
@@ -125,13 +126,13 @@ def on_gpu(runner: Runner, pixels: Pixels, batch_size: int, classes: int) -> Flo
     return np.concatenate(found)
 
 
-def compare(
+def compare_probabilities(
     reference: Floats,
     candidate: Floats,
     *,
     executed: bool,
     calibration: str,
-    options: Options,
+    options: BuildOptions,
     labels: Labels | None = None,
 ) -> Parity:
     """How probabilities [N, C] agree. A call closer than twice the limit counts for no agreement; in INT8,
@@ -143,7 +144,7 @@ def compare(
     limit, agreement = options.limits
     difference = np.abs(reference - candidate)
     best = np.sort(reference, axis=1)
-    clear = best[:, -1] - best[:, -2] >= 2 * (LIMIT if int8 else limit)
+    clear = best[:, -1] - best[:, -2] >= 2 * (MAX_DIFFERENCE if int8 else limit)
     same = reference.argmax(axis=1) == candidate.argmax(axis=1)
     found = Parity(
         executed=executed,
@@ -184,7 +185,7 @@ def macro_auc(labels: Labels, probabilities: Floats) -> float:
     return float(np.mean(found)) if found else 1.0
 
 
-def require(parity: Parity, what: str, precision: str) -> None:
+def require_parity(parity: Parity, what: str, precision: str) -> None:
     """Raise ParityError unless it passed."""
     if parity.passed:
         return

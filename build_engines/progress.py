@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 if TYPE_CHECKING:
     import tensorrt as trt
 
-    from engine.runners.tensorrt import Backend
+    from engine.runners.tensorrt import TensorRTBackend
 
 
 class Phases(Protocol):
@@ -26,7 +26,7 @@ class Phases(Protocol):
     def finish(self, name: str) -> None: ...
 
 
-class Silent:
+class NoProgress:
     """Nobody watches."""
 
     def start(self, name: str, steps: int) -> None:
@@ -39,7 +39,7 @@ class Silent:
         pass
 
 
-class Bars:
+class ProgressBars:
     """One bar for each open phase; on a terminal only."""
 
     def __init__(self, progress: Progress) -> None:
@@ -59,17 +59,17 @@ class Bars:
 
 
 @contextmanager
-def shown(console: Console) -> Iterator[Phases]:
+def show_phases(console: Console) -> Iterator[Phases]:
     """Bars while the builder works; nothing where there is no terminal."""
     if not console.is_terminal:
-        yield Silent()
+        yield NoProgress()
         return
     columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        yield Bars(progress)
+        yield ProgressBars(progress)
 
 
-def monitor_for(backend: Backend, phases: Phases, stop: threading.Event) -> trt.IProgressMonitor:
+def monitor_for(backend: TensorRTBackend, phases: Phases, stop: threading.Event) -> trt.IProgressMonitor:
     """A TensorRT progress monitor that tells `phases`, and ends the build soon after `stop` is set.
 
     Its class exists only once TensorRT is imported.

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from build_engines.compiler import Compiled
-from build_engines.options import Options
-from engine.bundle import Bundle, Member
-from engine.errors import EngineError, UsageError
-from engine.installed import install_command
+from build_engines.compiler import CompiledPlan
+from build_engines.options import BuildOptions
+from engine.bundle.bundle import Bundle, Member
+from engine.core.errors import EngineError, UsageError
+from engine.core.extras import install_command
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def compile_module(bundle: Bundle, member: Member, options: Options) -> Compiled:
+def compile_module(bundle: Bundle, member: Member, options: BuildOptions) -> CompiledPlan:
     """Export a member's module in its precision and convert it for the GPU here: it decides the types.
 
     One profile, up to the batch size. What ran in which precision, the engine inspector says afterwards.
@@ -32,7 +32,7 @@ def compile_module(bundle: Bundle, member: Member, options: Options) -> Compiled
     shape = (1, *bundle.size)
     start = time.perf_counter()
     try:
-        program = exported(bundle, member, options, "cuda")
+        program = export_member(bundle, member, options, "cuda")
         plan = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
             program,
             arg_inputs=[
@@ -55,10 +55,10 @@ def compile_module(bundle: Bundle, member: Member, options: Options) -> Compiled
     except Exception as error:  # torch.export and the converters raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise EngineError(f"Torch-TensorRT can't convert {member.name}: {reason}") from None
-    return Compiled(bytes(plan), (), "none", time.perf_counter() - start)
+    return CompiledPlan(bytes(plan), (), "none", time.perf_counter() - start)
 
 
-def exported(bundle: Bundle, member: Member, options: Options, device: str) -> ExportedProgram:
+def export_member(bundle: Bundle, member: Member, options: BuildOptions, device: str) -> ExportedProgram:
     """uint8 [N, 1, H, W] to float32 logits [N, C] in the precision asked for, N from 1 to the batch size.
 
     Not channels-last: pooling would restride by as_strided, which Torch-TensorRT can't convert for a dynamic
@@ -66,10 +66,10 @@ def exported(bundle: Bundle, member: Member, options: Options, device: str) -> E
     """
     import torch
 
-    from engine.network import in_precision
+    from engine.runners.network import load_for_inference
 
     dtype = torch.float16 if options.precision == "fp16" else torch.float32
-    module = in_precision(member, bundle, dtype, torch.contiguous_format).to(device)
+    module = load_for_inference(member, bundle, dtype, torch.contiguous_format).to(device)
     example = torch.zeros((2, 1, *bundle.size), dtype=torch.uint8, device=device)
     batch = torch.export.Dim("N", min=1, max=options.batch_size)
     return torch.export.export(module, (example,), dynamic_shapes=({0: batch},))

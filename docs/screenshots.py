@@ -13,11 +13,11 @@ from tempfile import TemporaryDirectory
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 
-from engine.command import Parser
-from engine.errors import EngineError
-from engine.ledger import Progress
-from engine.progress import Display, show_summary
-from engine.settings import Settings
+from engine.cli.parser import Parser
+from engine.core.errors import EngineError
+from engine.core.settings import Settings
+from engine.monitoring.progress_bar import ProgressBar, show_summary
+from engine.runs.progress import Progress
 
 COMMAND = "python -m engine.run manifest.parquet -b bundle -o results"
 HERE = Path(__file__).parent
@@ -41,14 +41,14 @@ def option_parser() -> Parser:
 
 def draw(manifest: Path, bundle: Path, results: Path) -> str:
     """An SVG of what a terminal shows of a run: the bar when two thirds are done, and the end."""
-    from engine.pipeline import screen  # seconds of imports: after --help
+    from engine.pipeline.pipeline import screen_in_process  # seconds of imports: after --help
 
     paper, screen_now = (
         Console(record=True, width=100, file=io.StringIO(), force_terminal=True, emoji=False)
         for _ in range(2)
     )
     say = partial(paper.print, markup=False, highlight=False, soft_wrap=True)
-    with Display(screen_now) as display:
+    with ProgressBar(screen_now) as display:
         drawn = False
 
         def watch(progress: Progress) -> None:
@@ -59,7 +59,9 @@ def draw(manifest: Path, bundle: Path, results: Path) -> str:
                 drawn = True
 
         say(f"$ {COMMAND}", style="bold")
-        summary = screen(Settings(manifest=manifest, bundle=bundle, output=results), watch=watch, say=say)
+        summary = screen_in_process(
+            Settings(manifest=manifest, bundle=bundle, output=results), watch=watch, say=say
+        )
     show_summary(paper, summary)
     return paper.export_svg(title="engine.run", code_format=FORMAT)
 
@@ -69,9 +71,9 @@ def photograph(results: Path) -> bytes:
     from PIL import Image
     from selenium import webdriver
 
-    from engine.report import write
+    from engine.report.render import write_report
 
-    write(results, thumbnails=8)
+    write_report(results, thumbnails=8)
     options = webdriver.ChromeOptions()
     for option in BROWSER:
         options.add_argument(option)

@@ -15,8 +15,9 @@ from engine.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from engine.api import screen
-    from engine.errors import EngineError, ErrorRateError, NothingNew, ParityError, Stopped, UsageError
+    from engine.core.errors import EngineError, NothingNew, ParityError, Stopped, UsageError
     from engine.results import open_results, read_results
+    from engine.runs.summary import ErrorRateError
 
 __all__ = [
     "EngineError",
@@ -35,7 +36,7 @@ _ELSEWHERE = {"screen": "engine.api", "open_results": "engine.results", "read_re
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    return getattr(import_module(_ELSEWHERE.get(name, "engine.errors")), name)
+    return getattr(import_module(_ELSEWHERE.get(name, "engine.core.errors")), name)
 
 
 def __dir__() -> list[str]:

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal, TypedDict, Unpack
 
-from engine import watching
 from engine.core.deadline import Deadline
-from engine.errors import EngineError
-from engine.job import Say, Watch
-from engine.ledger import Summary
-from engine.options import AnyPlace, settings_from_keywords
-from engine.settings import Decode
-from engine.store import reason
+from engine.core.errors import EngineError
+from engine.core.records import OnMessage
+from engine.core.settings import Decode
+from engine.executors import launch
+from engine.runs.progress import OnProgress
+from engine.runs.run_settings import AnyPlace, settings_from_keywords
+from engine.runs.summary import Summary
+from engine.storage.folders import error_text
 
 
 class Options(TypedDict, total=False):
@@ -67,8 +68,8 @@ class Options(TypedDict, total=False):
 def screen(
     manifest: AnyPlace,
     *,
-    progress: Watch = lambda _: None,
-    say: Say = lambda _: None,
+    progress: OnProgress = lambda _: None,
+    say: OnMessage = lambda _: None,
     stop: threading.Event | None = None,
     **options: Unpack[Options],
 ) -> Summary:
@@ -85,7 +86,7 @@ def screen(
     settings = settings_from_keywords(manifest, options)
     try:
         deadline = Deadline(settings.finish_by, stop)
-        return watching.run(settings, watch=progress, say=say, deadline=deadline)
+        return launch.launch_run(settings, on_progress=progress, say=say, deadline=deadline)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise EngineError(f"{where}{reason(error)}") from error
+        raise EngineError(f"{where}{error_text(error)}") from error

@@ -27,38 +27,45 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec.structs import asdict
 
+from engine.cli.parser import Parser
 from engine.cli.terminal import run_command
-from engine.command import Parser
+from engine.core.errors import EngineError, UsageError
 from engine.core.json_records import to_builtins, to_json
-from engine.errors import EngineError, UsageError
-from engine.listing import PATH
-from engine.provenance import RunRecord
-from engine.records import Status
-from engine.results import MERGED, MergedRecord, MergedSuccess, Origin, Results, opened
-from engine.run_folder import SUCCESS
-from engine.settings import parse_location
-from engine.since import ScoreOptions
-from engine.sink import METADATA, ROW_GROUP, part_name
-from engine.storage.location import Place, is_url
-from engine.store import Folder, open_folder, reason
+from engine.core.location import Location, is_url
+from engine.core.records import PATH_COLUMN, Status
+from engine.core.settings import parse_location
+from engine.results import (
+    MERGED_FILE,
+    MergedRecord,
+    MergedSuccess,
+    Origin,
+    ResultsFolder,
+    open_results_folder,
+)
+from engine.runs.incremental import ScoreOptions
+from engine.runs.run_folder import SUCCESS_FILE
+from engine.runs.run_record import RunRecord
+from engine.sink.parts import METADATA_KEY, ROW_GROUP, part_name
+from engine.storage.folders import Folder, error_text
+from engine.storage.open_folder import open_folder
 
 PART_ROWS = 65_536
 BUCKET_ROWS, MAX_BUCKETS = 1 << 20, 256
 RUN_ID, RUN_ROW = "run_id", "run_row"
 _OK = np.uint64(1 << 63)
-_AGES = 1 << 15  # runs
+_MAX_RUNS = 1 << 15  # runs
 _ENTRY = np.dtype([("key", "<u8", 2), ("worth", "<u8"), ("place", "<u8")])
 Entries = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MergeResult:
     rows: int
     dropped: int  # for another row of the same image
     by_status: dict[str, int]
 
 
-def merge(sources: Sequence[Place], output: Place) -> Outcome:
+def merge(sources: Sequence[Location], output: Location) -> MergeResult:
     """Join the results in the folders `sources`, merged ones among them, into the folder `output`.
 
     Of the rows of one image (the same path below the same root) the newest that has scores is kept, else the
@@ -67,24 +74,24 @@ def merge(sources: Sequence[Place], output: Place) -> Outcome:
     Raises UsageError for unfinished runs and for runs that can't stand beside each other: of another bundle,
     precision or decoding, or with paths hashed by another salt.
     """
-    found = [opened(place, unfinished=False) for place in sources]
+    found = [open_results_folder(place, unfinished=False) for place in sources]
     runs = {run_id: run for one in found for run_id, run in one.runs.items()}
-    _check_alike(found, runs)
-    schema = _schema(found)
+    _check_compatible(found, runs)
+    schema = _merged_schema(found)
     folder = open_folder(output)
     try:
         if names := folder.names():
             raise UsageError(f"output {output}: it is not empty ({names[0]!r}); give another -o")
         folder.lock()
     except OSError as error:
-        raise UsageError(f"output {output}: {reason(error)}") from None
+        raise UsageError(f"output {output}: {error_text(error)}") from None
     try:
         with tempfile.TemporaryDirectory(prefix="engine-") as scratch:
-            kept = _kept(found, _ages(runs), Path(scratch))
+            kept = _choose_rows(found, _rank_runs(runs), Path(scratch))
             rows, parts, by_status = 0, 0, Counter[str]()
             origin = Origin(merged=datetime.now(UTC).isoformat(timespec="seconds"), runs=runs)
-            about = {METADATA: json.dumps(to_builtins(origin)).encode()}
-            for table in _cut(_copied(found, kept, schema), PART_ROWS):
+            about = {METADATA_KEY: json.dumps(to_builtins(origin)).encode()}
+            for table in _rechunk(_copy_rows(found, kept, schema), PART_ROWS):
                 table = table.set_column(0, "row", pa.array(np.arange(rows, rows + table.num_rows)))
                 by_status.update(map(str, table.column("status").to_pylist()))
                 whole = table.replace_schema_metadata(about)
@@ -92,31 +99,31 @@ def merge(sources: Sequence[Place], output: Place) -> Outcome:
                 folder.write(part_name(parts), write)
                 rows, parts = rows + table.num_rows, parts + 1
         merged = MergedRecord(**asdict(origin), rows=rows, parts=parts, by_status=dict(by_status))
-        folder.write(MERGED, lambda temporary: temporary.write_text(to_json(merged)))
-        folder.write(SUCCESS, lambda temporary: temporary.write_text(to_json(MergedSuccess(rows=rows))))
+        folder.write(MERGED_FILE, lambda temporary: temporary.write_text(to_json(merged)))
+        folder.write(SUCCESS_FILE, lambda temporary: temporary.write_text(to_json(MergedSuccess(rows=rows))))
     except BaseException as error:
         with suppress(OSError):
             _clear(folder)
         if isinstance(error, OSError):
-            raise EngineError(f"output {output}: {reason(error)}") from None
+            raise EngineError(f"output {output}: {error_text(error)}") from None
         if isinstance(error, pa.ArrowException):
             why = " ".join(str(error).split())[:200]
             raise EngineError(f"a part of the results can't be read: {why}") from None
         raise
     finally:
-        folder.unlock(leave_no_trace=True)
-    return Outcome(rows, sum(one.rows for one in found) - rows, dict(by_status))
+        folder.unlock(remove_created=True)
+    return MergeResult(rows, sum(one.rows for one in found) - rows, dict(by_status))
 
 
 def _clear(folder: Folder) -> None:
     for name in folder.names():
-        if name == MERGED or name.startswith("part-"):
+        if name == MERGED_FILE or name.startswith("part-"):
             folder.delete(name)
 
 
-def _check_alike(found: Sequence[Results], runs: dict[str, RunRecord]) -> None:
-    if len(runs) >= _AGES:
-        raise UsageError(f"{len(runs)} runs; allowed: up to {_AGES - 1}; merge some of them first")
+def _check_compatible(found: Sequence[ResultsFolder], runs: dict[str, RunRecord]) -> None:
+    if len(runs) >= _MAX_RUNS:
+        raise UsageError(f"{len(runs)} runs; allowed: up to {_MAX_RUNS - 1}; merge some of them first")
     first = found[0]
     for one in found:
         if words := _difference(first.first, one.first):  # the runs of one folder are alike
@@ -128,7 +135,9 @@ def _check_alike(found: Sequence[Results], runs: dict[str, RunRecord]) -> None:
 
 def _difference(first: RunRecord, other: RunRecord) -> str | None:
     """Return what keeps the scores of two runs from being compared, in words."""
-    if words := ScoreOptions.of_run(first.result_options).differs(ScoreOptions.of_run(other.result_options)):
+    if words := ScoreOptions.of_run(first.result_options).changed_option(
+        ScoreOptions.of_run(other.result_options)
+    ):
         return words
     if first.classes != other.classes:
         return "the classes"
@@ -136,7 +145,7 @@ def _difference(first: RunRecord, other: RunRecord) -> str | None:
     return "the salt of paths" if salts[0] != salts[1] else None
 
 
-def _schema(found: Sequence[Results]) -> pa.Schema:
+def _merged_schema(found: Sequence[ResultsFolder]) -> pa.Schema:
     schemas = []
     for one in found:
         schema = one.schema()
@@ -155,13 +164,13 @@ def _schema(found: Sequence[Results]) -> pa.Schema:
     return pa.schema([*rest, pa.field(RUN_ID, pa.string()), pa.field(RUN_ROW, pa.int64())])
 
 
-def _ages(runs: dict[str, RunRecord]) -> dict[str, int]:
+def _rank_runs(runs: dict[str, RunRecord]) -> dict[str, int]:
     """The runs by id, the one that was begun last with the highest number."""
     order = sorted(runs, key=lambda run_id: runs[run_id].began)
     return {run_id: age for age, run_id in enumerate(order)}
 
 
-def _tables(source: Results, wanted: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def _read_tables(source: ResultsFolder, wanted: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """Row groups, in order, with `run_id` and `run_row`."""
     for table in source.tables(wanted):
         if isinstance(source.run, RunRecord):
@@ -171,7 +180,9 @@ def _tables(source: Results, wanted: Sequence[str] | None = None) -> Iterator[pa
         yield table
 
 
-def _kept(found: Sequence[Results], ages: dict[str, int], scratch: Path) -> npt.NDArray[np.bool_]:
+def _choose_rows(
+    found: Sequence[ResultsFolder], ages: dict[str, int], scratch: Path
+) -> npt.NDArray[np.bool_]:
     """For every row of all folders, in order, whether it stays; on the disk."""
     total = sum(one.rows for one in found)
     buckets = min(MAX_BUCKETS, 1 + total // BUCKET_ROWS)
@@ -179,8 +190,8 @@ def _kept(found: Sequence[Results], ages: dict[str, int], scratch: Path) -> npt.
         files = [stack.enter_context((scratch / f"{number}").open("w+b")) for number in range(buckets)]
         place = 0
         for source in found:
-            for table in _tables(source, ["row", PATH, "status", RUN_ID, RUN_ROW]):
-                _spill(_entries(source, table, ages, place), files)
+            for table in _read_tables(source, ["row", PATH_COLUMN, "status", RUN_ID, RUN_ROW]):
+                _spill_to_buckets(_index_entries(source, table, ages, place), files)
                 place += table.num_rows
         if place != total:
             raise EngineError(f"{place} rows in the parts, {total} in their footers; a run goes on there")
@@ -195,12 +206,13 @@ def _kept(found: Sequence[Results], ages: dict[str, int], scratch: Path) -> npt.
     return kept
 
 
-def _entries(source: Results, table: pa.Table, ages: dict[str, int], place: int) -> Entries:
+def _index_entries(source: ResultsFolder, table: pa.Table, ages: dict[str, int], place: int) -> Entries:
     ids = [str(run_id) for run_id in table.column(RUN_ID).to_pylist()]
     roots = {run_id: run.result_options.root for run_id, run in source.runs.items()}
     entries = np.empty(table.num_rows, _ENTRY)
     keys = b"".join(
-        _key(roots[run_id], path) for run_id, path in zip(ids, table.column(PATH).to_pylist(), strict=True)
+        _image_key(roots[run_id], path)
+        for run_id, path in zip(ids, table.column(PATH_COLUMN).to_pylist(), strict=True)
     )
     entries["key"] = np.frombuffer(keys, "<u8").reshape(-1, 2)
     entries["worth"] = [ages[run_id] for run_id in ids]
@@ -209,7 +221,7 @@ def _entries(source: Results, table: pa.Table, ages: dict[str, int], place: int)
     return entries
 
 
-def _key(root: str, path: str | None) -> bytes:
+def _image_key(root: str, path: str | None) -> bytes:
     """Of an image's place; a row without path is like no other."""
     if not path:
         return os.urandom(16)
@@ -218,22 +230,24 @@ def _key(root: str, path: str | None) -> bytes:
     return hashlib.blake2b(place.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _spill(entries: Entries, files: Sequence[BinaryIO]) -> None:
+def _spill_to_buckets(entries: Entries, files: Sequence[BinaryIO]) -> None:
     bucket = entries["key"][:, 0] % np.uint64(len(files))
     for number, file in enumerate(files):
         file.write(entries[bucket == number].tobytes())
 
 
-def _copied(found: Sequence[Results], kept: npt.NDArray[np.bool_], schema: pa.Schema) -> Iterator[pa.Table]:
+def _copy_rows(
+    found: Sequence[ResultsFolder], kept: npt.NDArray[np.bool_], schema: pa.Schema
+) -> Iterator[pa.Table]:
     place = 0
     for source in found:
-        for table in _tables(source):
+        for table in _read_tables(source):
             chosen = table.filter(pa.array(kept[place : place + table.num_rows]))
             place += table.num_rows
-            yield pa.table([_as_field(chosen, field) for field in schema], schema=schema)
+            yield pa.table([_cast_column(chosen, field) for field in schema], schema=schema)
 
 
-def _as_field(table: pa.Table, field: pa.Field[Any]) -> Any:
+def _cast_column(table: pa.Table, field: pa.Field[Any]) -> Any:
     """The column of that name, cast; nulls where there is none."""
     if field.name not in table.column_names:
         nulls: pa.Array[Any] = pa.nulls(table.num_rows, field.type)
@@ -248,7 +262,7 @@ def _as_field(table: pa.Table, field: pa.Field[Any]) -> Any:
         ) from None
 
 
-def _cut(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
+def _rechunk(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
     """The same rows in tables of `rows`, the last one shorter."""
     held: list[pa.Table] = []
     for table in tables:
@@ -280,14 +294,14 @@ def option_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         given = option_parser().parse_args(arguments)
-        _tell(merge([parse_location(one) for one in given.results], parse_location(given.output)))
+        _print_result(merge([parse_location(one) for one in given.results], parse_location(given.output)))
         print(given.output)
         return 0
 
     return run_command(work)
 
 
-def _tell(outcome: Outcome) -> None:
+def _print_result(outcome: MergeResult) -> None:
     counts = ", ".join(f"{count} {status}" for status, count in sorted(outcome.by_status.items()))
     print(f"{outcome.rows} rows ({counts}); {outcome.dropped} older ones left out", file=sys.stderr)
 

@@ -15,22 +15,23 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from msgspec import Meta
 
+from engine.core.errors import EngineError, UsageError
+from engine.core.extras import install_command
 from engine.core.json_records import Count, Record, from_json, to_builtins
-from engine.errors import EngineError, UsageError
-from engine.installed import install_command
-from engine.overlap import ordered_map
-from engine.provenance import RunRecord
-from engine.run_folder import SUCCESS, RunFolder
-from engine.settings import parse_location
-from engine.sink import METADATA, Done, part_name
-from engine.storage import Url
-from engine.storage.location import Place
-from engine.store import Folder, open_folder, reason
+from engine.core.location import Location, Url
+from engine.core.overlap import ordered_map
+from engine.core.records import PartInfo
+from engine.core.settings import parse_location
+from engine.runs.run_folder import SUCCESS_FILE, RunFolder
+from engine.runs.run_record import RunRecord
+from engine.sink.parts import METADATA_KEY, part_name
+from engine.storage.folders import Folder, error_text
+from engine.storage.open_folder import open_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MERGED = "_merged.json"
+MERGED_FILE = "_merged.json"
 PARTS_AHEAD = 4
 
 
@@ -59,7 +60,7 @@ def read_results(
     try:
         frame = dataset.to_table(columns=wanted).to_pandas()
     except OSError as error:
-        raise EngineError(f"results {path}: {reason(error)}") from None
+        raise EngineError(f"results {path}: {error_text(error)}") from None
     frame.attrs["provenance"] = provenance(dataset)
     return frame
 
@@ -69,14 +70,14 @@ def open_results(path: str | os.PathLike[str], *, unfinished: bool = False) -> d
 
     Its provenance is JSON in `dataset.schema.metadata[b"engine"]`. Raises as `read_results` does.
     """
-    found = opened(parse_location(os.fspath(path)), unfinished=unfinished)
+    found = open_results_folder(parse_location(os.fspath(path)), unfinished=unfinished)
     if not found.parts:
         raise UsageError(f"results {path}: no part is finished yet")
     return found.dataset()
 
 
 def provenance(dataset: ds.Dataset) -> dict[str, Any]:
-    return dict(json.loads(dataset.schema.metadata[METADATA]))
+    return dict(json.loads(dataset.schema.metadata[METADATA_KEY]))
 
 
 class Origin(Record):
@@ -102,15 +103,15 @@ class MergedSuccess(Record):
 
 
 @dataclass(frozen=True)
-class Results:
+class ResultsFolder:
     """A results folder that was looked through."""
 
-    place: Place
+    place: Location
     files: Folder
     run: RunRecord | MergedRecord
     parts: tuple[str, ...]  # names, in order
     rows: int
-    done: tuple[Done, ...]  # the parts of a run, in order; none of merged results
+    done: tuple[PartInfo, ...]  # the parts of a run, in order; none of merged results
     finished: bool
 
     @property
@@ -152,7 +153,7 @@ class Results:
                     yield read(name, number)[1]
 
     def dataset(self) -> ds.Dataset:
-        schema = self.schema().with_metadata({METADATA: json.dumps(to_builtins(self.run)).encode()})
+        schema = self.schema().with_metadata({METADATA_KEY: json.dumps(to_builtins(self.run)).encode()})
         files, names = None, [str(self.place / name) for name in self.parts]
         if isinstance(self.place, Url):
             from engine.storage import objects
@@ -162,21 +163,25 @@ class Results:
         return ds.dataset(names, schema=schema, format="parquet", filesystem=files)
 
 
-def opened(place: Place, *, unfinished: bool) -> Results:
+def open_results_folder(place: Location, *, unfinished: bool) -> ResultsFolder:
     """Look through a results folder, footers included. Raises UsageError and EngineError."""
     try:
         files = open_folder(place)
-        return _merged(place, files) if files.exists(MERGED) else _of_run(place, unfinished=unfinished)
+        return (
+            _open_merged(place, files)
+            if files.exists(MERGED_FILE)
+            else _open_run(place, unfinished=unfinished)
+        )
     except OSError as error:
-        raise EngineError(f"results {place}: {reason(error)}") from None
+        raise EngineError(f"results {place}: {error_text(error)}") from None
 
 
-def _of_run(place: Place, *, unfinished: bool) -> Results:
+def _open_run(place: Location, *, unfinished: bool) -> ResultsFolder:
     folder = RunFolder.existing(place)
     run = folder.run()
     done = folder.finished(run)
     rows = sum(part.rows for part in done.values())
-    finished = folder.succeeded() and len(done) == run.part_count
+    finished = folder.is_marked_finished() and len(done) == run.part_count
     if not unfinished and not finished:
         raise UsageError(
             f"results {place}: the run is not finished, {rows} of {run.rows} rows are there; give its own "
@@ -184,18 +189,18 @@ def _of_run(place: Place, *, unfinished: bool) -> Results:
         )
     order = sorted(done)
     parts, names = tuple(done[index] for index in order), tuple(map(part_name, order))
-    return Results(place, folder.files, run, names, rows, parts, finished)
+    return ResultsFolder(place, folder.files, run, names, rows, parts, finished)
 
 
-def _merged(place: Place, files: Folder) -> Results:
-    if not files.exists(SUCCESS):
+def _open_merged(place: Location, files: Folder) -> ResultsFolder:
+    if not files.exists(SUCCESS_FILE):
         raise UsageError(f"results {place}: merging was not finished; give its own command again")
     try:
-        run = from_json(files.read(MERGED, lambda opened: opened.read()), MergedRecord)
+        run = from_json(files.read(MERGED_FILE, lambda opened: opened.read()), MergedRecord)
         names = tuple(map(part_name, range(run.parts)))
         rows = sum(files.read(name, pq.read_metadata).num_rows for name in names)
         if rows != run.rows:
-            raise ValueError(f"{rows} rows in the parts, {run.rows} in {MERGED}")
+            raise ValueError(f"{rows} rows in the parts, {run.rows} in {MERGED_FILE}")
     except (ValueError, pa.ArrowException) as error:
-        raise UsageError(f"results {place}: {MERGED}: {' '.join(str(error).split())[:200]}") from None
-    return Results(place, files, run, names, rows, (), finished=True)
+        raise UsageError(f"results {place}: {MERGED_FILE}: {' '.join(str(error).split())[:200]}") from None
+    return ResultsFolder(place, files, run, names, rows, (), finished=True)

@@ -13,13 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from engine.storage import objects
+
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy and PyTorch: each worker has its own core
 
 import training  # noqa: F401 before torch: it sets how torch's threads wait
-from engine.storage import objects
 from tests.helpers.bundles import write_bundle, write_real_bundle
 from tests.helpers.images import write_images
 from tests.helpers.kept import kept
@@ -163,9 +164,9 @@ def proxy(moto: int, client: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
     proxy = Proxy(moto)
     with proxy.serving() as port:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-        objects._s3.cache_clear()
+        objects._open_s3.cache_clear()
         yield proxy
-    objects._s3.cache_clear()
+    objects._open_s3.cache_clear()
 
 
 @pytest.fixture(scope="session")

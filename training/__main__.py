@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from engine.cli.parser import Parser
 from engine.cli.terminal import run_command
-from engine.command import Parser
-from engine.errors import Stopped
-from engine.settings import DECODES
-from training.settings import Balance, Duplicates, Normalization, Options, Schedule, choices
+from engine.core.errors import Stopped
+from engine.core.settings import DECODES
+from training.settings import Balance, Duplicates, Normalization, Schedule, TrainingOptions, literal_choices
 
-LEAST_COLUMNS = 100  # of the table at the end
+MIN_COLUMNS = 100  # of the table at the end
 _EXAMPLES = """\
 examples:
   python -m training radiographs -o bundle
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         from training.recipe import train  # seconds of imports: after --help and wrong arguments
 
-        with _Steps() as steps:
+        with _StepProgress() as steps:
             result = train(options, step=steps.step, note=steps.note)
         if result.evaluation is None:
             print("nothing was trained: --check-data")
@@ -51,11 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     stopped = "stopped; no bundle was written; the same command with --resume goes on"
     return run_command(
-        work, interrupted=(stopped, Stopped.exit_status), of_system=_unexpected, unexpected=_unexpected
+        work,
+        interrupted=(stopped, Stopped.exit_status),
+        of_system=_describe_unexpected,
+        unexpected=_describe_unexpected,
     )
 
 
-def _unexpected(error: Exception) -> str:
+def _describe_unexpected(error: Exception) -> str:
     text = " ".join(str(error).split())[:300]
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return f"out of memory: {text[:100]}; try a smaller --batch-size, then --resume"
@@ -80,18 +83,18 @@ def option_parser() -> Parser:
     return parser
 
 
-def _parse(arguments: Sequence[str] | None) -> Options:
+def _parse(arguments: Sequence[str] | None) -> TrainingOptions:
     given = vars(option_parser().parse_args(arguments))
     given["size"] = tuple(given["size"])
-    return Options(**given)
+    return TrainingOptions(**given)
 
 
-def _adder(parser: Parser, title: str) -> Callable[..., None]:
+def _option_adder(parser: Parser, title: str) -> Callable[..., None]:
     """Adds an option with the default that the dataclass has."""
     group = parser.add_argument_group(title)
 
     def add(flag: str, text: str, **rest: Any) -> None:
-        default = getattr(Options, flag.removeprefix("--").replace("-", "_"))
+        default = getattr(TrainingOptions, flag.removeprefix("--").replace("-", "_"))
         shown = "" if default in (None, False, 0) or isinstance(default, tuple) else f" ({default})"
         parser.add(flag, group=group, default=default, help=text + shown, **rest)
 
@@ -101,7 +104,7 @@ def _adder(parser: Parser, title: str) -> Callable[..., None]:
 def _add_data(parser: Parser) -> None:
     parser.add("data", metavar="DATA", type=Path, help="folder of class folders, or a CSV")
     parser.add(*("-o", "--output"), metavar="BUNDLE", type=Path, required=True, help="where the bundle goes")
-    add = _adder(parser, "data")
+    add = _option_adder(parser, "data")
     add("--classes", "names of the classes, in order (what the data says)", nargs="+", metavar="NAME")
     add("--path-column", "of a CSV (path, else the first)", metavar="NAME")
     add("--label-column", "of a CSV", metavar="NAME")
@@ -116,7 +119,7 @@ def _add_data(parser: Parser) -> None:
         "--duplicates",
         "copies of one image: group keeps them on one side of the split, drop uses one of them and none with "
         "contradicting labels, ignore is the paper's protocol and leaks",
-        choices=choices(Duplicates),
+        choices=literal_choices(Duplicates),
         more=True,
     )
     add(
@@ -135,7 +138,7 @@ def _add_data(parser: Parser) -> None:
 
 
 def _add_members(parser: Parser) -> None:
-    add = _adder(parser, "members")
+    add = _option_adder(parser, "members")
     add(
         "--members",
         "torchvision's classifiers (resnet50 inception_v3)",
@@ -152,13 +155,13 @@ def _add_members(parser: Parser) -> None:
     add(
         "--normalization",
         "after the division by 255, inside the graphs",
-        choices=choices(Normalization),
+        choices=literal_choices(Normalization),
         more=True,
     )
 
 
 def _add_recipe(parser: Parser) -> None:
-    add = _adder(parser, "recipe")
+    add = _option_adder(parser, "recipe")
     add("--freeze", "train the heads only", action="store_true")
     add("--copies", "augmented copies of each training image for the heads", type=int, metavar="N", more=True)
     add("--head-epochs", "of the heads, at most", type=int, metavar="N", more=True)
@@ -185,8 +188,13 @@ def _add_recipe(parser: Parser) -> None:
         more=True,
     )
     add("--batch-size", "images at once", type=int, metavar="N", more=True)
-    add("--schedule", "of the learning rate", choices=choices(Schedule), more=True)
-    add("--balance", "classes by weights in the loss, or by sampling", choices=choices(Balance), more=True)
+    add("--schedule", "of the learning rate", choices=literal_choices(Schedule), more=True)
+    add(
+        "--balance",
+        "classes by weights in the loss, or by sampling",
+        choices=literal_choices(Balance),
+        more=True,
+    )
     add(
         "--temperature-scaling",
         "fit the ensemble's temperature on the validation set",
@@ -198,13 +206,13 @@ def _add_recipe(parser: Parser) -> None:
 
 
 def _add_run(parser: Parser) -> None:
-    add = _adder(parser, "run")
+    add = _option_adder(parser, "run")
     add("--device", "auto, cpu, cuda or cuda:N", metavar="D")
     add("--resume", "go on with the training that was interrupted", action="store_true")
     add("--overwrite", "replace a bundle that is there, and an unfinished training", action="store_true")
 
 
-class _Steps:
+class _StepProgress:
     """Progress on stderr: bars on a terminal, one line per finished step elsewhere."""
 
     def __init__(self) -> None:
@@ -218,7 +226,7 @@ class _Steps:
             disable=not self._console.is_terminal,
         )
 
-    def __enter__(self) -> _Steps:
+    def __enter__(self) -> _StepProgress:
         self._bars.start()
         return self
 
@@ -244,9 +252,9 @@ class _Steps:
         self._console.print(line, markup=False)
 
 
-def _show(evaluation: dict[str, Any], options: Options) -> None:
+def _show(evaluation: dict[str, Any], options: TrainingOptions) -> None:
     """The table and the next command, on stdout."""
-    width = max(LEAST_COLUMNS, shutil.get_terminal_size().columns)
+    width = max(MIN_COLUMNS, shutil.get_terminal_size().columns)
     console = Console(highlight=False, soft_wrap=True, width=width, emoji=False)
     table = Table(box=None)
     for header in ("", "weight"):

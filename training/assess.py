@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from engine import evaluate
-from engine.calibration import fit_temperature
-from engine.ensemble import fuse, softmax
-from training import audit, ensemble
+from engine.calibrate.thresholds import fit_temperature
+from engine.scoring.ensemble import combine_logits, softmax
+from engine.stats import metrics
+from training import weight_search
+from training.audit import audit
 from training.data import Dataset
-from training.features import Floats
-from training.listing import Labels, counts
-from training.members import Trained, Trainer
-from training.settings import Options
+from training.listing import Labels, count_per_class
+from training.members import TrainedMember, Trainer
+from training.phases.features import Floats
+from training.settings import TrainingOptions
 from training.split import Split
 
 TABLE_ROWS = 21  # of the weights search that are kept: all of them for two members
@@ -28,7 +29,7 @@ FOLD_FIGURES = ("accuracy", "macro_f1", "auc", "balanced_accuracy")
 ENSEMBLE = "ensemble"
 
 # Table 2 of Kaur, Vivekanandam and Whig
-PAPER = {
+PAPER_FIGURES = {
     "resnet50": {
         "accuracy": 0.904,
         "macro_precision": 0.91,
@@ -54,22 +55,22 @@ PAPER = {
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     """The data once it is settled what is used, and for what."""
 
     dataset: Dataset
-    families: audit.Families
+    families: audit.ImageGroups
     parts: Split
     folds: list[Split]
     findings: dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Mix:
+class ChosenWeights:
     """How the members' votes are weighed, chosen on the validation set."""
 
-    searched: list[ensemble.Candidate]  # best first
-    beside: list[ensemble.Candidate]
+    searched: list[weight_search.Candidate]  # best first
+    beside: list[weight_search.Candidate]
     temperature: float  # applied
     fitted: float | None
 
@@ -77,32 +78,38 @@ class Mix:
     def weights(self) -> tuple[float, ...]:
         return self.searched[0].weights
 
-    def voters(self, trained: Sequence[Trained]) -> dict[str, Floats]:
+    def voters(self, trained: Sequence[TrainedMember]) -> dict[str, Floats]:
         """Probabilities [N, C] of each member and of the ensemble."""
         logits = np.stack([member.logits for member in trained])
         names = [member.plan.name for member in trained]
         return dict(zip(names, softmax(logits), strict=True)) | {
-            ENSEMBLE: _fuse(logits, self.weights, self.temperature)
+            ENSEMBLE: _combine_logits(logits, self.weights, self.temperature)
         }
 
 
-def _fuse(logits: Floats, weights: Sequence[float], temperature: float) -> Floats:
+def _combine_logits(logits: Floats, weights: Sequence[float], temperature: float) -> Floats:
     """Logits [M, N, C] to the ensemble's probabilities [N, C]."""
-    return fuse(logits, weights=weights, temperatures=[1.0] * len(logits), temperature=temperature)[1]
+    return combine_logits(logits, weights=weights, temperatures=[1.0] * len(logits), temperature=temperature)[
+        1
+    ]
 
 
-def weigh(trained: Sequence[Trained], labels: Labels, parts: Split, options: Options) -> Mix:
+def choose_weights(
+    trained: Sequence[TrainedMember], labels: Labels, parts: Split, options: TrainingOptions
+) -> ChosenWeights:
     """Search the weights on the validation set, and fit a temperature if asked to."""
     logits = np.stack([member.logits for member in trained])[:, parts.validation]
     truth = labels[parts.validation]
-    searched = ensemble.search(logits, truth)
+    searched = weight_search.search_weights(logits, truth)
     fitted = None
     if options.temperature_scaling:
-        fitted = fit_temperature(_fuse(logits, searched[0].weights, 1.0), truth)
-    return Mix(searched, ensemble.beside(logits, truth), fitted or 1.0, fitted)
+        fitted = fit_temperature(_combine_logits(logits, searched[0].weights, 1.0), truth)
+    return ChosenWeights(searched, weight_search.reference_candidates(logits, truth), fitted or 1.0, fitted)
 
 
-def assess(trained: Sequence[Trained], mix: Mix, prepared: Prepared, options: Options) -> dict[str, Any]:
+def assess(
+    trained: Sequence[TrainedMember], mix: ChosenWeights, prepared: PreparedData, options: TrainingOptions
+) -> dict[str, Any]:
     """Everything the report says and evaluation.json holds, JSON-ready, with no file's name."""
     dataset, parts = prepared.dataset, prepared.parts
     voters = mix.voters(trained)
@@ -116,12 +123,14 @@ def assess(trained: Sequence[Trained], mix: Mix, prepared: Prepared, options: Op
     return {
         "classes": list(dataset.classes),
         "demo": options.freeze and "none" in options.weights,  # convolutions that nobody trained
-        "images": {name: counts(dataset.labels[chosen], dataset.classes) for name, chosen in parts.named()},
+        "images": {
+            name: count_per_class(dataset.labels[chosen], dataset.classes) for name, chosen in parts.named()
+        },
         "voters": figures,
         "difference": {
             "from": better,
             **{
-                name: evaluate.compare(
+                name: metrics.compare(
                     voters[ENSEMBLE][chosen],
                     voters[better][chosen],
                     dataset.labels[chosen],
@@ -131,7 +140,7 @@ def assess(trained: Sequence[Trained], mix: Mix, prepared: Prepared, options: Op
                 for name, chosen in sets.items()
             },
         },
-        "paper": PAPER,
+        "paper": PAPER_FIGURES,
         "weights_search": {
             "chosen": asdict(mix.searched[0]),
             "beside": [asdict(candidate) for candidate in mix.beside],
@@ -157,8 +166,10 @@ def assess(trained: Sequence[Trained], mix: Mix, prepared: Prepared, options: Op
     }
 
 
-def _figures(probabilities: Floats, prepared: Prepared, chosen: Labels, options: Options) -> dict[str, Any]:
-    return evaluate.evaluate(
+def _figures(
+    probabilities: Floats, prepared: PreparedData, chosen: Labels, options: TrainingOptions
+) -> dict[str, Any]:
+    return metrics.evaluate(
         probabilities[chosen],
         prepared.dataset.labels[chosen],
         classes=prepared.dataset.classes,
@@ -167,7 +178,9 @@ def _figures(probabilities: Floats, prepared: Prepared, chosen: Labels, options:
     )
 
 
-def _temperature(mix: Mix, trained: Sequence[Trained], prepared: Prepared) -> dict[str, Any]:
+def _temperature(
+    mix: ChosenWeights, trained: Sequence[TrainedMember], prepared: PreparedData
+) -> dict[str, Any]:
     """What scaling does to the validation set."""
     facts: dict[str, Any] = {"applied": mix.temperature, "fitted": mix.fitted}
     if mix.fitted is None:
@@ -176,7 +189,7 @@ def _temperature(mix: Mix, trained: Sequence[Trained], prepared: Prepared) -> di
     logits = np.stack([member.logits[validation] for member in trained])
     truth = prepared.dataset.labels[validation]
     before, after = (
-        evaluate.calibration(_fuse(logits, mix.weights, temperature), truth)
+        metrics.calibration_metrics(_combine_logits(logits, mix.weights, temperature), truth)
         for temperature in (1.0, mix.fitted)
     )
     return facts | {
@@ -184,7 +197,7 @@ def _temperature(mix: Mix, trained: Sequence[Trained], prepared: Prepared) -> di
     }
 
 
-def _recipe(options: Options) -> dict[str, Any]:
+def _recipe(options: TrainingOptions) -> dict[str, Any]:
     """The options without the user's paths."""
     facts = options.recorded()
     for name in ("data", "root", "path_column", "label_column"):
@@ -201,9 +214,9 @@ def cross_validate(trainer: Trainer, folds: Sequence[Split]) -> dict[str, Any] |
     values: dict[str, dict[str, list[float | None]]] = {}
     for number, parts in enumerate(folds, start=1):
         trained = trainer.fit(parts, fold=number)
-        mix = weigh(trained, dataset.labels, parts, trainer.options)
+        mix = choose_weights(trained, dataset.labels, parts, trainer.options)
         for voter, probabilities in mix.voters(trained).items():
-            found = evaluate.points(
+            found = metrics.point_metrics(
                 probabilities[parts.test], dataset.labels[parts.test], classes=dataset.classes
             )
             for figure in FOLD_FIGURES:
@@ -211,13 +224,13 @@ def cross_validate(trainer: Trainer, folds: Sequence[Split]) -> dict[str, Any] |
     return {
         "count": len(folds),
         "voters": {
-            voter: {figure: _spread(each) for figure, each in figures.items()}
+            voter: {figure: _mean_and_deviation(each) for figure, each in figures.items()}
             for voter, figures in values.items()
         },
     }
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+def _mean_and_deviation(values: Sequence[float | None]) -> dict[str, Any]:
     assert None not in values, "every class is in every fold"
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
     return {"mean": mean, "deviation": deviation, "values": list(values)}

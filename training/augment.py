@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Ranges:
+class AugmentRanges:
     """How far an image may change; the method names all but the contrast."""
 
     rotation: float = 15.0  # degrees, either way
@@ -25,14 +25,16 @@ class Ranges:
 
 
 @dataclass(frozen=True)
-class Changes:
+class AugmentPlan:
     """What happens to each of N images; draw once, then index by position."""
 
     matrix: Floats  # [N, 2, 3], output to input coordinates, as torch's affine_grid has them
     contrast: Floats  # [N]
 
 
-def draw(count: int, *, size: tuple[int, int], seed: tuple[int, ...], ranges: Ranges = Ranges()) -> Changes:
+def draw_changes(
+    count: int, *, size: tuple[int, int], seed: tuple[int, ...], ranges: AugmentRanges = AugmentRanges()
+) -> AugmentPlan:
     """Changes for `count` images of `size` = (height, width).
 
     They depend on `seed` alone, not on batches or devices, so that a resumed training sees what an
@@ -50,10 +52,10 @@ def draw(count: int, *, size: tuple[int, int], seed: tuple[int, ...], ranges: Ra
         [np.stack([cos * mirror, -sin * aspect], 1), np.stack([sin / aspect * mirror, cos], 1)], 1
     )
     matrix = np.concatenate([turn, shift[:, :, None]], axis=2)
-    return Changes(matrix.astype(np.float32), contrast.astype(np.float32))
+    return AugmentPlan(matrix.astype(np.float32), contrast.astype(np.float32))
 
 
-def apply(pixels: Tensor, changes: Changes, positions: npt.NDArray[np.int64]) -> Tensor:
+def apply_changes(pixels: Tensor, changes: AugmentPlan, positions: npt.NDArray[np.int64]) -> Tensor:
     """uint8 [N, 1, H, W] to float32 gray levels 0-255 of the same shape, image i changed by `positions[i]`.
 
     What moves in from outside repeats the border.

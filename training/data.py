@@ -12,17 +12,17 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine.preprocess.stage import load_pixels
-from engine.records import Header
-from engine.settings import Decode
-from training.listing import Labels, Listing, check_counts
+from engine.core.records import Header
+from engine.core.settings import Decode
+from engine.pipeline.load_pixels import load_pixels
+from training.listing import ImageListing, Labels, check_counts
 
 Pixels = npt.NDArray[np.uint8]
 Progress = Callable[[int], None]  # gets the number of images, batches or epochs just done
 
 
 @dataclass(frozen=True)
-class Facts:
+class FileFacts:
     """What a file is like apart from its picture: should say nothing about the class."""
 
     width: int
@@ -40,7 +40,7 @@ class Dataset:
     paths: list[Path]
     labels: Labels  # [N]
     pixels: Pixels  # [N, 1, H, W]
-    facts: list[Facts]  # [N]
+    facts: list[FileFacts]  # [N]
     hashes: list[str]  # [N], sha256 of the files
     patients: list[str | None] | None  # [N]
     given: list[str | None] | None  # [N], names of sets
@@ -72,7 +72,9 @@ class Dataset:
         return replace(self, labels=self.labels[positions], pixels=self.pixels[positions], **chosen)
 
 
-def load(listing: Listing, *, size: tuple[int, int], decode: Decode = "exact", progress: Progress) -> Dataset:
+def load_dataset(
+    listing: ImageListing, *, size: tuple[int, int], decode: Decode = "exact", progress: Progress
+) -> Dataset:
     """Decode everything at `size` = (height, width). Raises UsageError when a class has too few left."""
     loaded = load_pixels(listing.paths, size=size, decode=decode, progress=progress)
     labels = listing.labels[loaded.index]
@@ -80,7 +82,7 @@ def load(listing: Listing, *, size: tuple[int, int], decode: Decode = "exact", p
     paths = [listing.paths[position] for position in loaded.index]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decompressed
-        read = [_read(path, header) for path, header in zip(paths, loaded.headers, strict=True)]
+        read = [_read_facts(path, header) for path, header in zip(paths, loaded.headers, strict=True)]
     return Dataset(
         classes=listing.classes,
         paths=paths,
@@ -88,25 +90,27 @@ def load(listing: Listing, *, size: tuple[int, int], decode: Decode = "exact", p
         pixels=loaded.pixels,
         facts=[facts for facts, _ in read],
         hashes=[sha256 for _, sha256 in read],
-        patients=_taken(listing.patients, loaded.index),
-        given=_taken(listing.given, loaded.index),
+        patients=_take_positions(listing.patients, loaded.index),
+        given=_take_positions(listing.given, loaded.index),
         failures=[(listing.paths[position], *why) for position, *why in loaded.failures],
     )
 
 
-def _taken(values: Sequence[str | None] | None, positions: Labels) -> list[str | None] | None:
+def _take_positions(values: Sequence[str | None] | None, positions: Labels) -> list[str | None] | None:
     return None if values is None else [values[position] for position in positions]
 
 
-def _read(path: Path, header: Header) -> tuple[Facts, str]:
+def _read_facts(path: Path, header: Header) -> tuple[FileFacts, str]:
     data = path.read_bytes()
     return (
-        Facts(header.width, header.height, len(data), header.photometric or _mode(path), header.format),
+        FileFacts(
+            header.width, header.height, len(data), header.photometric or _pillow_mode(path), header.format
+        ),
         hashlib.sha256(data).hexdigest(),
     )
 
 
-def _mode(path: Path) -> str:
+def _pillow_mode(path: Path) -> str:
     """Pillow's name for the samples; it reads the header only."""
     try:
         with Image.open(path) as image:

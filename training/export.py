@@ -22,8 +22,8 @@ import torch
 from safetensors.numpy import save as arrays_to_bytes
 from safetensors.torch import save as tensors_to_bytes
 
-from engine import bundle as bundles
-from engine.bundle import (
+from engine.bundle import bundle as bundles
+from engine.bundle.bundle import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     FileEntry,
@@ -31,26 +31,26 @@ from engine.bundle import (
     MemberEntry,
     Normalization,
 )
-from engine.ensemble import softmax
-from engine.errors import ParityError, UsageError
-from engine.labels import groups_of
-from engine.network import Network, folded
+from engine.bundle.class_names import class_groups
+from engine.core.errors import ParityError, UsageError
+from engine.core.settings import Decode
+from engine.runners.network import Network, fold_channels
 from engine.runners.onnx import OnnxRunner
-from engine.settings import Decode
+from engine.scoring.ensemble import softmax
 from training.data import Pixels
-from training.features import infer
+from training.phases.features import infer
 
 Floats = npt.NDArray[np.float32]
 
 OPSET = 20
-CANARIES = 32
+CANARY_COUNT = 32
 CANARY_SEED = 871_236_455  # of its own, so that no synthetic training set holds the same images
 CANARY_SIDES = (256, 640)  # pixels; height and width of the radiographs they are made from
 PROBABILITY_LIMIT = 1e-4  # largest difference between the exported graph and the torch module
 
 
 @dataclass(frozen=True, kw_only=True)
-class Member:
+class ExportedMember:
     """One trained member, ready to be written."""
 
     name: str  # [a-z0-9_]+
@@ -65,31 +65,36 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{target} exists; choose another place or give --overwrite")
-    if not (target / bundles.DESCRIPTION).is_file():
+    if not (target / bundles.DESCRIPTION_FILE).is_file():
         raise UsageError(
-            f"{target} is not a bundle (no {bundles.DESCRIPTION}): --overwrite does not touch it"
+            f"{target} is not a bundle (no {bundles.DESCRIPTION_FILE}): --overwrite does not touch it"
         )
 
 
 def canary_pixels(*, size: tuple[int, int], decode: Decode = "exact") -> Pixels:
     """Synthetic radiographs through the engine's preprocess graph: uint8 [32, 1, H, W]. Never a patient's."""
-    from engine.preprocess.stage import load_pixels
+    from engine.pipeline.load_pixels import load_pixels
     from training.synthetic import write_archive
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         manifest = write_archive(
-            folder, count=CANARIES, seed=CANARY_SEED, size_range=CANARY_SIDES, balance="balanced", processes=1
+            folder,
+            count=CANARY_COUNT,
+            seed=CANARY_SEED,
+            size_range=CANARY_SIDES,
+            balance="balanced",
+            processes=1,
         )
         images = sorted(path for path in folder.rglob("*.*") if path != manifest)
         loaded = load_pixels(images, size=size, decode=decode)
-    assert len(loaded.pixels) == CANARIES, loaded.failures
+    assert len(loaded.pixels) == CANARY_COUNT, loaded.failures
     return loaded.pixels
 
 
 def write_bundle(
     target: Path,
-    members: Sequence[Member],
+    members: Sequence[ExportedMember],
     *,
     classes: Sequence[str],
     canaries: Pixels,
@@ -117,21 +122,21 @@ def write_bundle(
         logits = _write_members(unfinished, members, canaries)
         _write_canaries(unfinished / "canaries", canaries, logits)
         description = bundles.EnsembleDescription(
-            format=bundles.FORMAT,
+            format=bundles.FORMAT_VERSION,
             classes=tuple(classes),
-            groups=groups_of(classes),
-            input=_input(canaries, members),
+            groups=class_groups(classes),
+            input=_describe_input(canaries, members),
             decode=decode,
             temperature=temperature,
-            members=tuple(_describe(unfinished, member) for member in members),
-            canaries=_file(unfinished, "canaries/canaries.safetensors"),
-            documents=tuple(_file(unfinished, name) for name in documents),
+            members=tuple(_describe_member(unfinished, member) for member in members),
+            canaries=_describe_file(unfinished, "canaries/canaries.safetensors"),
+            documents=tuple(_describe_file(unfinished, name) for name in documents),
             training=training,
         )
-        (unfinished / bundles.DESCRIPTION).write_bytes(bundles.serialize(description))
+        (unfinished / bundles.DESCRIPTION_FILE).write_bytes(bundles.serialize(description))
         _check_parity(unfinished, members, canaries, logits, check)
-        _sync(unfinished)
-        _put(unfinished, target)
+        _fsync_folder(unfinished)
+        _move_into_place(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -139,9 +144,9 @@ def write_bundle(
 def export_onnx(network: Network, file: Path, *, size: tuple[int, int]) -> None:
     """`network` as a float32 graph `pixels` uint8 [N, 1, H, W] -> `logits` [N, C] with a dynamic N."""
     example = torch.zeros(2, 1, *size, dtype=torch.uint8)
-    with _quiet():
+    with _silence_exporter():
         program = torch.onnx.export(
-            folded(network).eval(),
+            fold_channels(network).eval(),
             (example,),
             dynamo=True,
             opset_version=OPSET,
@@ -156,7 +161,7 @@ def export_onnx(network: Network, file: Path, *, size: tuple[int, int]) -> None:
         program.save(file, external_data=False)
 
 
-def _write_members(folder: Path, members: Sequence[Member], canaries: Pixels) -> Floats:
+def _write_members(folder: Path, members: Sequence[ExportedMember], canaries: Pixels) -> Floats:
     """Graphs and weights. Returns the canaries' logits [M, N, C] as torch gives them."""
     size = (canaries.shape[2], canaries.shape[3])
     for member in members:
@@ -166,7 +171,7 @@ def _write_members(folder: Path, members: Sequence[Member], canaries: Pixels) ->
     return np.stack([infer(member.network, torch.from_numpy(canaries)).numpy() for member in members])
 
 
-def _input(pixels: Pixels, members: Sequence[Member]) -> InputEntry:
+def _describe_input(pixels: Pixels, members: Sequence[ExportedMember]) -> InputEntry:
     """What the graphs take; the normalization is inside them, and named for whoever rebuilds the networks."""
     (normalization,) = {member.network.normalization for member in members}
     return InputEntry(
@@ -186,26 +191,26 @@ def _write_canaries(folder: Path, pixels: Pixels, logits: Floats) -> None:
     (folder / "canaries.safetensors").write_bytes(arrays_to_bytes(arrays))
 
 
-def _describe(folder: Path, member: Member) -> MemberEntry:
+def _describe_member(folder: Path, member: ExportedMember) -> MemberEntry:
     return MemberEntry(
         name=member.name,
         architecture=member.architecture,
         weight=member.weight,
         temperature=1.0,
-        files={kind: _file(folder, f"{member.name}.{kind}") for kind in ("onnx", "safetensors")},
+        files={kind: _describe_file(folder, f"{member.name}.{kind}") for kind in ("onnx", "safetensors")},
     )
 
 
-def _file(folder: Path, path: str) -> FileEntry:
+def _describe_file(folder: Path, path: str) -> FileEntry:
     with (folder / path).open("rb") as opened:
         return FileEntry(path=path, sha256=hashlib.file_digest(opened, "sha256").hexdigest())
 
 
 def _check_parity(
-    folder: Path, members: Sequence[Member], canaries: Pixels, canary_logits: Floats, check: Pixels
+    folder: Path, members: Sequence[ExportedMember], canaries: Pixels, canary_logits: Floats, check: Pixels
 ) -> None:
     """Load the bundle as the engine will and compare every member with its network."""
-    bundle = bundles.load(folder)
+    bundle = bundles.load_bundle(folder)
     pixels = np.concatenate([canaries, check])
     for member, entry, logits in zip(members, bundle.members, canary_logits, strict=True):
         expected = softmax(np.concatenate([logits, infer(member.network, torch.from_numpy(check)).numpy()]))
@@ -219,13 +224,13 @@ def _check_parity(
             )
 
 
-def _sync(folder: Path) -> None:
+def _fsync_folder(folder: Path) -> None:
     """Everything in `folder` to the disk, files before the folders that name them."""
     for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
-        _sync_one(path)
+        _fsync(path)
 
 
-def _sync_one(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -233,7 +238,7 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put(folder: Path, target: Path) -> None:
+def _move_into_place(folder: Path, target: Path) -> None:
     """Rename `folder` to `target`; a bundle that is there goes once the new one is in its place."""
     old = target.with_name(f".{target.name}.training-old")
     if target.exists():
@@ -246,11 +251,11 @@ def _put(folder: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    _sync_one(target.parent)
+    _fsync(target.parent)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_exporter() -> Iterator[None]:
     """Keep the exporter's progress, warnings and log lines off the terminal."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from engine.errors import UsageError
-from engine.labels import CANONICAL, DIGITS, VOCABULARY, Names, key
-from engine.manifest import Manifest, open_manifest
+from engine.bundle.class_names import CANONICAL, DIGITS, VOCABULARY, ClassNames, label_key
+from engine.core.errors import UsageError
+from engine.manifest.manifest import Manifest, open_manifest
 
 Labels = npt.NDArray[np.int64]
 
@@ -33,7 +33,7 @@ _LONGEST_NAME = 64  # of a class: what a bundle holds
 
 
 @dataclass(frozen=True)
-class Listing:
+class ImageListing:
     """Image files and what they show, in sorted or table order."""
 
     classes: tuple[str, ...]
@@ -56,9 +56,9 @@ def list_images(
     path_column: str | None = None,
     label_column: str = "label",
     root: Path | None = None,
-) -> Listing:
+) -> ImageListing:
     """List a folder of class folders, or a CSV or Parquet table with path and label. Raises UsageError."""
-    if classes is not None and len({key(name) for name in classes}) < max(2, len(classes)):
+    if classes is not None and len({label_key(name) for name in classes}) < max(2, len(classes)):
         raise UsageError(f"--classes {' '.join(classes)}: two or more distinct names")
     if data.is_dir():
         return _from_folder(data, classes)
@@ -67,14 +67,14 @@ def list_images(
     return _from_table(open_manifest(data, path_column=path_column, root=root), classes, label_column)
 
 
-def counts(labels: Labels, classes: Sequence[str]) -> dict[str, int]:
+def count_per_class(labels: Labels, classes: Sequence[str]) -> dict[str, int]:
     """Images per class, in the order of `classes`."""
     return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
 
 
 def check_counts(labels: Labels, classes: Sequence[str], what: str) -> None:
     """Raise UsageError for a class with too few to split."""
-    for name, count in counts(labels, classes).items():
+    for name, count in count_per_class(labels, classes).items():
         if count < MIN_PER_CLASS:
             raise UsageError(f"class {name!r} has {count} {what}; at least {MIN_PER_CLASS} are needed")
 
@@ -85,24 +85,24 @@ def _check_names(classes: Sequence[str]) -> None:
             raise UsageError(f"class name {name[:80]!r}: 1 to {_LONGEST_NAME} printable characters")
 
 
-def _as_spelled(found: Iterable[str]) -> Names:
+def _spelled_classes(found: Iterable[str]) -> ClassNames:
     """Names that mean nothing to us, sorted; those that differ in case only are one."""
-    folded = {key(name): name.strip() for name in sorted(found, reverse=True)}
-    return Names(sorted(folded.values()), digits=False)
+    folded = {label_key(name): name.strip() for name in sorted(found, reverse=True)}
+    return ClassNames(sorted(folded.values()), digits=False)
 
 
-def _clinical(found: Iterable[str]) -> Names | None:
+def _clinical_classes(found: Iterable[str]) -> ClassNames | None:
     """The method's classes among the names found, when there are two or more of them."""
-    keys = {key(name) for name in found}
+    keys = {label_key(name) for name in found}
     digits = {one for one in keys if one.isdigit()} == DIGITS
     present = {CANONICAL[one] for one in keys if one in CANONICAL and (digits or one not in DIGITS)}
     if len(present) < 2:
         return None
-    return Names([name for name in VOCABULARY if name in present], digits=digits)
+    return ClassNames([name for name in VOCABULARY if name in present], digits=digits)
 
 
-def _notes(names: Names) -> list[str]:
-    read = names.read_as()
+def _notes(names: ClassNames) -> list[str]:
+    read = names.aliases_used()
     return [f"read {', '.join(read)}; --classes keeps names as they are"] if read else []
 
 
@@ -113,18 +113,18 @@ class _File:
     given: str | None
 
 
-def _from_folder(root: Path, classes: Sequence[str] | None) -> Listing:
+def _from_folder(root: Path, classes: Sequence[str] | None) -> ImageListing:
     files = list(_walk(root))
     every = {name for file in files for name in file.folders}
-    names = Names.of(classes) if classes else _clinical(every)
-    found = _by_name(files, names) if names else _by_place(files)
+    names = ClassNames.of(classes) if classes else _clinical_classes(every)
+    found = _group_by_class_folder(files, names) if names else _group_by_first_folder(files)
     if names is None:
-        names = _as_spelled({file.folders[place] for file, place in found})
+        names = _spelled_classes({file.folders[place] for file, place in found})
     labels = [names.find(file.folders[place]) for file, place in found]
     _check_found(root, names.classes, labels, every, asked=classes is not None)
-    notes = _notes(names) + _outside(root, files, found, named=classes is not None)
+    notes = _notes(names) + _note_outside(root, files, found, named=classes is not None)
     given = [file.given for file, _ in found]
-    return Listing(
+    return ImageListing(
         names.classes,
         [file.path for file, _ in found],
         np.array(labels, np.int64),
@@ -145,7 +145,7 @@ def _walk(root: Path) -> Iterator[_File]:
                 yield _File(Path(current, name), rest, sets[-1] if sets else None)
 
 
-def _by_name(files: Sequence[_File], names: Names) -> list[tuple[_File, int]]:
+def _group_by_class_folder(files: Sequence[_File], names: ClassNames) -> list[tuple[_File, int]]:
     """The files below a folder with a class's name, and which of their folders that is: the deepest."""
     found = []
     for file in files:
@@ -155,7 +155,7 @@ def _by_name(files: Sequence[_File], names: Names) -> list[tuple[_File, int]]:
     return found
 
 
-def _by_place(files: Sequence[_File]) -> list[tuple[_File, int]]:
+def _group_by_first_folder(files: Sequence[_File]) -> list[tuple[_File, int]]:
     """Names that mean nothing to us: the classes are the first folders that are not alone on their level."""
     inside = [file for file in files if file.folders]
     place = 0
@@ -179,7 +179,7 @@ def _check_found(
         raise UsageError(f"{root}: two or more class folders with images are needed, found: {listed}")
 
 
-def _outside(
+def _note_outside(
     root: Path, files: Sequence[_File], found: Sequence[tuple[_File, int]], *, named: bool
 ) -> list[str]:
     """A note on the files that are in no class. Raises UsageError if their folder stands beside a class's."""
@@ -201,7 +201,7 @@ def _outside(
     return [f"passed over {len(rest)} files outside the class folders, in: {shown}"]
 
 
-def _from_table(manifest: Manifest, classes: Sequence[str] | None, label_column: str) -> Listing:
+def _from_table(manifest: Manifest, classes: Sequence[str] | None, label_column: str) -> ImageListing:
     source = manifest.source
     if label_column not in manifest.columns.names:
         others = ", ".join(map(repr, manifest.columns.names[:10])) or "only paths"
@@ -212,34 +212,36 @@ def _from_table(manifest: Manifest, classes: Sequence[str] | None, label_column:
         paths += [manifest.root / (path or "") for path in part.paths]
         for name, cells in columns.items():
             if name in part.columns.column_names:
-                cells += _texts(part.columns.column(name))
+                cells += _to_texts(part.columns.column(name))
     texts = columns[label_column]
-    names = (Names.of(classes) if classes else _clinical(texts)) or _as_spelled(set(texts) - {""})
-    labels = [_label(source, row, text, names) for row, text in enumerate(texts)]
+    names = (ClassNames.of(classes) if classes else _clinical_classes(texts)) or _spelled_classes(
+        set(texts) - {""}
+    )
+    labels = [_parse_label(source, row, text, names) for row, text in enumerate(texts)]
     if len(names.classes) < 2:
         raise UsageError(f"{source}: two or more labels are needed, found: {', '.join(names.classes)}")
-    return Listing(
+    return ImageListing(
         names.classes,
         paths,
         np.array(labels, np.int64),
         patients=[text or None for text in columns["patient"]] or None,
-        given=[_given(source, row, text) for row, text in enumerate(columns["split"])] or None,
+        given=[_parse_given(source, row, text) for row, text in enumerate(columns["split"])] or None,
         notes=_notes(names),
     )
 
 
-def _texts(column: pa.ChunkedArray) -> list[str]:
+def _to_texts(column: pa.ChunkedArray) -> list[str]:
     return ["" if value is None else str(value).strip() for value in column.to_pylist()]
 
 
-def _label(source: Path, row: int, text: str, names: Names) -> int:
+def _parse_label(source: Path, row: int, text: str, names: ClassNames) -> int:
     position = names.find(text)
     if position is None:
-        raise UsageError(f"{source}: row {row + 1}: {names.complaint(text)}")
+        raise UsageError(f"{source}: row {row + 1}: {names.error_for(text)}")
     return position
 
 
-def _given(source: Path, row: int, text: str) -> str:
+def _parse_given(source: Path, row: int, text: str) -> str:
     try:
         return _SET_NAMES[text.casefold()]
     except KeyError:

@@ -11,26 +11,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.errors import UsageError
-from engine.network import Network
-from training import features, models
+from engine.core.errors import UsageError
+from engine.runners.network import Network
+from training import models
 from training.data import Dataset, Progress
-from training.features import Floats
-from training.fit import Epoch, Fit
-from training.heads import fit_head
-from training.settings import Options
+from training.phases import features
+from training.phases.features import Floats
+from training.phases.fit import Epoch, FitResult
+from training.phases.heads import fit_head
+from training.phases.whole import fit_whole
+from training.settings import TrainingOptions
 from training.split import Split
-from training.whole import fit_whole
 
 CALIBRATION_IMAGES = 64  # enough for the running statistics of a random base
 
-Note = Callable[[str], None]
+OnNote = Callable[[str], None]
 # `with step("features of resnet50", 450) as progress:` shows one; progress(16) tells that 16 more are done
-Step = Callable[[str, int], AbstractContextManager[Progress]]
+StartStep = Callable[[str, int], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemberPlan:
     """One member before it is built."""
 
     name: str
@@ -38,8 +39,8 @@ class Plan:
     weights: str
     seed: int
 
-    def build(self, options: Options, classes: int) -> Network:
-        return models.build(
+    def build(self, options: TrainingOptions, classes: int) -> Network:
+        return models.build_network(
             self.architecture,
             classes=classes,
             weights=self.weights,
@@ -50,23 +51,23 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedMember:
     """One member after its training."""
 
-    plan: Plan
+    plan: MemberPlan
     network: Network  # on the CPU
-    phases: dict[str, Fit]  # "head", "whole", in their order
+    phases: dict[str, FitResult]  # "head", "whole", in their order
     logits: Floats  # [N, C]
 
 
-def plan_members(options: Options) -> list[Plan]:
+def plan_members(options: TrainingOptions) -> list[MemberPlan]:
     """Members of one architecture get numbered names, all of them seeds of their own."""
     seen: Counter[str] = Counter()
     plans = []
     for index, architecture in enumerate(options.members):
         seen[architecture] += 1
         name = architecture if seen[architecture] == 1 else f"{architecture}_{seen[architecture]}"
-        plans.append(Plan(name, architecture, options.weights_of(index), options.seed + index))
+        plans.append(MemberPlan(name, architecture, options.weights_of(index), options.seed + index))
     return plans
 
 
@@ -87,25 +88,25 @@ def choose_device(name: str) -> torch.device:
 class Trainer:
     """Fits members on splits of one dataset; checkpoints and features go to `work`."""
 
-    options: Options
+    options: TrainingOptions
     dataset: Dataset
     device: torch.device
     work: Path
-    step: Step
-    note: Note
+    step: StartStep
+    note: OnNote
 
-    def fit(self, parts: Split, *, fold: int | None = None) -> list[Trained]:
+    def fit(self, parts: Split, *, fold: int | None = None) -> list[TrainedMember]:
         """All members on one split."""
-        return [_Member(self, plan, parts, fold).fit() for plan in plan_members(self.options)]
+        return [_MemberTraining(self, plan, parts, fold).fit() for plan in plan_members(self.options)]
 
 
-class _Member:
-    def __init__(self, trainer: Trainer, plan: Plan, parts: Split, fold: int | None) -> None:
+class _MemberTraining:
+    def __init__(self, trainer: Trainer, plan: MemberPlan, parts: Split, fold: int | None) -> None:
         self.trainer, self.plan, self.parts = trainer, plan, parts
         self.shown = plan.name if fold is None else f"fold {fold}: {plan.name}"
         self.work = trainer.work / ("main" if fold is None else f"fold-{fold}")
 
-    def fit(self) -> Trained:
+    def fit(self) -> TrainedMember:
         """The head on the frozen base first, then all of it at a lower rate.
 
         A random base has nothing to keep, so it is trained at once unless --freeze asks for a demonstration.
@@ -116,7 +117,7 @@ class _Member:
             random = np.random.default_rng(self.plan.seed)
             some = random.permutation(self.parts.train)[:CALIBRATION_IMAGES]
             features.calibrate_batch_norm(network, dataset.pixels[some], device=device)
-        phases: dict[str, Fit] = {}
+        phases: dict[str, FitResult] = {}
         inputs = torch.from_numpy(dataset.pixels)
         module: torch.nn.Module = network
         if options.freeze or self.plan.weights != "none":
@@ -127,13 +128,13 @@ class _Member:
         if not options.freeze:
             phases["whole"] = self._fit_whole(network)
         logits = features.infer(module, inputs, device=device).numpy()
-        return Trained(self.plan, network.cpu(), phases, logits)
+        return TrainedMember(self.plan, network.cpu(), phases, logits)
 
     def _features(self, network: Network) -> Floats:
         trainer, copies = self.trainer, self.trainer.options.copies
         total = len(trainer.dataset) + copies * len(self.parts.train)
         with trainer.step(f"{self.shown}: features", total) as progress:
-            return features.cached(
+            return features.cached_features(
                 network,
                 trainer.dataset.pixels,
                 self.parts.train,
@@ -144,7 +145,7 @@ class _Member:
                 progress=progress,
             )
 
-    def _fit_head(self, network: Network, found: Floats) -> Fit:
+    def _fit_head(self, network: Network, found: Floats) -> FitResult:
         trainer = self.trainer
         fitting = trainer.options.head(self.plan.seed)
         with trainer.step(f"{self.shown}: head, epochs", fitting.epochs) as progress:
@@ -159,7 +160,7 @@ class _Member:
                 progress=progress,
             )
 
-    def _fit_whole(self, network: Network) -> Fit:
+    def _fit_whole(self, network: Network) -> FitResult:
         trainer = self.trainer
         fitting = trainer.options.whole(self.plan.weights, self.plan.seed)
         with trainer.step(f"{self.shown}: whole network, epochs", fitting.epochs) as progress:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d
 from torchvision.models.resnet import Bottleneck
 
-from engine.errors import UsageError
-from engine.network import Network, Normalization, cut_off_classifier, empty, head
+from engine.core.errors import UsageError
+from engine.runners.network import Network, Normalization, build_architecture, make_head, remove_classifier
 
 # The first recipe's weights where there are two. The second scores higher on ImageNet, but its label
 # smoothing makes features less useful elsewhere (Kornblith et al. 2021, "Why do better loss functions lead to
@@ -23,7 +23,7 @@ PREFERRED_WEIGHTS = "IMAGENET1K_V1"
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")
 
 
-def build(
+def build_network(
     architecture: str,
     *,
     classes: int,
@@ -38,15 +38,15 @@ def build(
     state dict. Raises UsageError.
     """
     torch.manual_seed(seed)
-    model = empty(architecture)
-    classifier = cut_off_classifier(model, architecture)
+    model = build_architecture(architecture)
+    classifier = remove_classifier(model, architecture)
     if weights == "none":
-        _initialise(model)
+        _initialise_weights(model)
     else:
-        states = _imagenet(architecture) if weights == "imagenet" else _read(Path(weights))
+        states = _imagenet_weights(architecture) if weights == "imagenet" else _read_weights(Path(weights))
         _load_base(model, states, f"{architecture}: weights {weights}", classifier)
     features = _count_features(model, size, architecture)
-    return Network(model, head(features, classes), normalization).to(memory_format=torch.channels_last)
+    return Network(model, make_head(features, classes), normalization).to(memory_format=torch.channels_last)
 
 
 def _count_features(model: nn.Module, size: tuple[int, int], architecture: str) -> int:
@@ -60,7 +60,7 @@ def _count_features(model: nn.Module, size: tuple[int, int], architecture: str) 
     return int(features.shape[1])
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialise_weights(model: nn.Module) -> None:
     """Random weights whose features tell images apart and survive half precision.
 
     Batch-normalised random networks amplify small differences layer by layer (Yang et al. 2019, "A mean field
@@ -82,7 +82,7 @@ def _initialise(model: nn.Module) -> None:
         first.weight -= first.weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
-def _imagenet(architecture: str) -> dict[str, Tensor]:
+def _imagenet_weights(architecture: str) -> dict[str, Tensor]:
     known = torchvision.models.get_model_weights(architecture)
     entry = known[PREFERRED_WEIGHTS] if PREFERRED_WEIGHTS in known.__members__ else next(iter(known))
     try:
@@ -95,7 +95,7 @@ def _imagenet(architecture: str) -> dict[str, Tensor]:
         ) from None
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def _read_weights(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UsageError(f"--weights {file}: no such file; allowed: imagenet, none or a file of weights")
     try:

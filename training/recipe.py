@@ -10,28 +10,29 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import UsageError
-from training import audit, export, report, split
-from training.assess import Mix, Prepared, assess, cross_validate, weigh
-from training.data import Dataset, load
+from engine.core.errors import UsageError
+from training import export, report, split
+from training.assess import ChosenWeights, PreparedData, assess, choose_weights, cross_validate
+from training.audit import audit
+from training.data import Dataset, load_dataset
 from training.listing import Labels, list_images
-from training.members import Note, Step, Trained, Trainer, choose_device, plan_members
-from training.settings import Options
-from training.state import State
+from training.members import OnNote, StartStep, TrainedMember, Trainer, choose_device, plan_members
+from training.settings import TrainingOptions
+from training.state import TrainingState
 
 PARITY_IMAGES = 32  # of the validation set, besides the canaries
 EVALUATION, REPORT = "evaluation.json", "report.html"
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainingResult:
     """What came out; `evaluation` is None if only the data were looked at."""
 
     findings: dict[str, Any]
     evaluation: dict[str, Any] | None = None
 
 
-def train(options: Options, *, step: Step, note: Note) -> Result:
+def train(options: TrainingOptions, *, step: StartStep, note: OnNote) -> TrainingResult:
     """Train all members, choose their weights, write the bundle. `note` takes lines for the user.
 
     Raises UsageError for what the user got wrong, EngineError for a loss that is not a number, ParityError
@@ -44,23 +45,25 @@ def train(options: Options, *, step: Step, note: Note) -> Result:
         )
     if not options.check_data:
         export.check_target(options.output, overwrite=options.overwrite)
-    with State(options) as state:
+    with TrainingState(options) as state:
         state.check()
-        prepared = prepare(options, state, step, note)
+        prepared = prepare_data(options, state, step, note)
         if options.check_data:
-            return Result(prepared.findings)
+            return TrainingResult(prepared.findings)
         state.begin(prepared.dataset.sha256)
         trainer = Trainer(options, prepared.dataset, device, state.work, step, note)
         trained = trainer.fit(prepared.parts)
-        mix = weigh(trained, prepared.dataset.labels, prepared.parts, options)
+        mix = choose_weights(trained, prepared.dataset.labels, prepared.parts, options)
         evaluation = assess(trained, mix, prepared, options)
         evaluation["folds"] = cross_validate(trainer, prepared.folds)
-        write(options, trained, mix, prepared, evaluation, step)
+        write_trained_bundle(options, trained, mix, prepared, evaluation, step)
         state.finish()
-    return Result(prepared.findings, evaluation)
+    return TrainingResult(prepared.findings, evaluation)
 
 
-def prepare(options: Options, state: State, step: Step, note: Note) -> Prepared:
+def prepare_data(
+    options: TrainingOptions, state: TrainingState, step: StartStep, note: OnNote
+) -> PreparedData:
     """List, decode, look for copies and leaks, split; every file that can't be used is counted and listed."""
     listing = list_images(
         options.data,
@@ -75,41 +78,45 @@ def prepare(options: Options, state: State, step: Step, note: Note) -> Prepared:
         for plan in plan_members(options):  # wrong weights fail before the long part
             plan.build(options, len(listing.classes))
     with step("decode images", len(listing.paths)) as progress:
-        dataset = load(listing, size=options.size, decode=options.decode, progress=progress)
+        dataset = load_dataset(listing, size=options.size, decode=options.decode, progress=progress)
     state.write_table("left_out.csv", ("path", "status", "error"), dataset.failures)
     if dataset.failures:
         note(
             f"{len(dataset.failures)} of {len(listing.paths)} files left out: {state.folder / 'left_out.csv'}"
         )
     with step("look for copies", len(dataset)) as progress:
-        families = audit.families(dataset, progress)
-    state.write_table("copies.csv", ("path", "label", "identical", "copies"), _copies(dataset, families))
-    audit.check_given(dataset.given, families, allow_leak=options.allow_leak)
+        families = audit.group_images(dataset, progress)
+    state.write_table(
+        "copies.csv", ("path", "label", "identical", "copies"), _copies_table(dataset, families)
+    )
+    audit.check_given_split(dataset.given, families, allow_leak=options.allow_leak)
     images = len(dataset)
     if options.duplicates == "drop":
-        stay = audit.without_copies(dataset, families)
+        stay = audit.drop_copies(dataset, families)
         dataset, families = dataset.take(stay), families.take(stay)
     groups = np.arange(len(dataset)) if options.duplicates == "ignore" else families.together
     cut = {"classes": dataset.classes, "seed": options.seed}
-    parts = split.split(dataset.labels, groups, given=dataset.given, **cut)
-    folds = list(split.folds(dataset.labels, groups, options.folds, **cut)) if options.folds else []
+    parts = split.split_dataset(dataset.labels, groups, given=dataset.given, **cut)
+    folds = list(split.make_folds(dataset.labels, groups, options.folds, **cut)) if options.folds else []
     sets = parts.names()
-    state.write_table("split.csv", ("path", "label", "split", "group"), _rows(dataset, families, sets))
-    findings = audit.report(dataset, families, sets, seed=options.seed)
+    state.write_table("split.csv", ("path", "label", "split", "group"), _split_table(dataset, families, sets))
+    findings = audit.audit_findings(dataset, families, sets, seed=options.seed)
     findings |= {"duplicates": options.duplicates, "dropped": images - len(dataset)}
-    for line in audit.sentences(findings):
+    for line in audit.describe_findings(findings):
         note(line)
-    return Prepared(dataset, families, parts, folds, findings)
+    return PreparedData(dataset, families, parts, folds, findings)
 
 
-def _rows(dataset: Dataset, families: audit.Families, sets: Sequence[str]) -> Iterator[tuple[object, ...]]:
+def _split_table(
+    dataset: Dataset, families: audit.ImageGroups, sets: Sequence[str]
+) -> Iterator[tuple[object, ...]]:
     for path, label, name, group in zip(
         dataset.paths, dataset.labels, sets, families.together.tolist(), strict=True
     ):
         yield path, dataset.classes[label], name, group
 
 
-def _copies(dataset: Dataset, families: audit.Families) -> list[tuple[object, ...]]:
+def _copies_table(dataset: Dataset, families: audit.ImageGroups) -> list[tuple[object, ...]]:
     """Every image that has a copy: path, label, group of identical files, group of near copies."""
     _, inverse, sizes = np.unique(families.near, return_inverse=True, return_counts=True)
     positions = np.flatnonzero(sizes[inverse] > 1)
@@ -125,13 +132,13 @@ def _copies(dataset: Dataset, families: audit.Families) -> list[tuple[object, ..
     ]
 
 
-def write(
-    options: Options,
-    trained: Sequence[Trained],
-    mix: Mix,
-    prepared: Prepared,
+def write_trained_bundle(
+    options: TrainingOptions,
+    trained: Sequence[TrainedMember],
+    mix: ChosenWeights,
+    prepared: PreparedData,
     evaluation: dict[str, Any],
-    step: Step,
+    step: StartStep,
 ) -> None:
     """Export, check and put the bundle in its place."""
     dataset = prepared.dataset
@@ -139,7 +146,7 @@ def write(
         export.write_bundle(
             options.output,
             [
-                export.Member(
+                export.ExportedMember(
                     name=member.plan.name,
                     architecture=member.plan.architecture,
                     weight=weight,
@@ -150,8 +157,8 @@ def write(
             classes=dataset.classes,
             canaries=export.canary_pixels(size=options.size, decode=options.decode),
             decode=options.decode,
-            check=dataset.pixels[_spread(prepared.parts.validation, PARITY_IMAGES)],
-            training=_facts(options, trained, evaluation),
+            check=dataset.pixels[_take_evenly(prepared.parts.validation, PARITY_IMAGES)],
+            training=_training_facts(options, trained, evaluation),
             temperature=mix.temperature,
             documents={
                 EVALUATION: json.dumps(evaluation, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
@@ -162,12 +169,14 @@ def write(
         progress(len(trained))
 
 
-def _spread(positions: Labels, count: int) -> Labels:
+def _take_evenly(positions: Labels, count: int) -> Labels:
     """At most `count` of `positions`, evenly: files are in the order of their classes."""
     return positions[np.unique(np.linspace(0, len(positions) - 1, count).round().astype(np.int64))]
 
 
-def _facts(options: Options, trained: Sequence[Trained], evaluation: dict[str, Any]) -> dict[str, Any]:
+def _training_facts(
+    options: TrainingOptions, trained: Sequence[TrainedMember], evaluation: dict[str, Any]
+) -> dict[str, Any]:
     """How the bundle came to be, in short, for ensemble.json; the rest is in evaluation.json."""
     return {
         "recipe": "frozen base" if options.freeze else "whole network",

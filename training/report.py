@@ -11,13 +11,22 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.report.curves import FAINT, LINES, draw_reliability, draw_roc, line, plot
-from engine.report.page import DASH, count, counted, environment, number, percent, printable, span
+from engine.report.curves import FAINT, LINES, draw_reliability, draw_roc, line_style, plot_svg
+from engine.report.page import (
+    DASH,
+    count_noun,
+    format_count,
+    format_interval,
+    format_number,
+    format_percent,
+    make_environment,
+    printable,
+)
 
 TEMPLATE = "report.html.j2"
 PHASES = {"head": "head alone", "whole": "whole network"}
-FEW = 20  # test images of a class, below which the report says so
-ROWS = 10  # of the weights search that are shown
+FEW_IMAGES = 20  # test images of a class, below which the report says so
+MAX_ROWS = 10  # of the weights search that are shown
 CURVES = {"train_loss": (1, 1), "validation_loss": (0, 0), "validation_macro_f1": (2, 0)}  # colour, dash
 SEARCHED = {"macro_f1": 2, "nll": 0}  # colour
 
@@ -25,47 +34,47 @@ SEARCHED = {"macro_f1": 2, "nll": 0}  # colour
 def render(evaluation: dict[str, Any]) -> str:
     """The page; the same input gives the same text. Names in it may hold anything."""
     facts = printable(evaluation)
-    template = environment(Path(__file__).parent, attribute=attribute).get_template(TEMPLATE)
+    template = make_environment(Path(__file__).parent, attribute=attribute_text).get_template(TEMPLATE)
     return template.render(
         **facts,
         members=[name for name in facts["voters"] if name != "ensemble"],
-        verdict=verdict(facts),
-        findings=findings(facts["data"]),
+        verdict=verdict_text(facts),
+        findings=describe_data_findings(facts["data"]),
         temperature_text=temperature_text(facts["temperature"]),
         plots=_plots(facts),
         second_phase=any(len({row["phase"] for row in rows}) > 1 for rows in facts["history"].values()),
         phases=PHASES,
-        rows=ROWS,
+        rows=MAX_ROWS,
     )
 
 
 # What the page says in words
 
 
-def verdict(facts: dict[str, Any]) -> list[str]:
+def verdict_text(facts: dict[str, Any]) -> list[str]:
     """Two or three sentences: how it fared, whether averaging helped, what spoils the figures."""
     test = facts["voters"]["ensemble"]["test"]
     accuracy, f1 = test["accuracy"], test["macro_f1"]
-    first = f"On {count(test['images'])} test images the ensemble is right for {percent(accuracy['value'])}"
+    first = f"On {format_count(test['images'])} test images the ensemble is right for {format_percent(accuracy['value'])}"
     if accuracy["low"] is not None:
-        first += f" (95 % interval {percent(accuracy['low'])} to {percent(accuracy['high'])})"
-    first += f"; its macro-F1 is {number(f1['value'])}{_bracketed(f1)}."
-    warnings = caveats(facts)
+        first += f" (95 % interval {format_percent(accuracy['low'])} to {format_percent(accuracy['high'])})"
+    first += f"; its macro-F1 is {format_number(f1['value'])}{_interval_text(f1)}."
+    warnings = list_caveats(facts)
     last = "The checks of the data found nothing that would flatter these figures."
     if warnings:
         last = f"To keep in mind: {'; '.join(warnings)}."
-    return [first, _against(facts["difference"]), last]
+    return [first, _difference_text(facts["difference"]), last]
 
 
-def _against(difference: dict[str, Any]) -> str:
+def _difference_text(difference: dict[str, Any]) -> str:
     member, gain = difference["from"], difference["test"]["macro_f1"]
     start = f"Against {member}, the better member on the validation set, the macro-F1 "
     if gain["value"] == gain["low"] == gain["high"] == 0:
         return f"{start}is the same."
-    start += f"differs by {number(gain['value'], signed=True)}"
+    start += f"differs by {format_number(gain['value'], signed=True)}"
     if gain["low"] is None:
         return f"{start}; there are too few images for an interval."
-    start += f" ({span(gain, signed=True)})"
+    start += f" ({format_interval(gain, signed=True)})"
     if gain["low"] > 0:
         return f"{start}: the interval excludes zero, averaging helped."
     if gain["high"] < 0:
@@ -73,7 +82,7 @@ def _against(difference: dict[str, Any]) -> str:
     return f"{start}: the interval includes zero, so this test set does not show whether averaging helps."
 
 
-def caveats(facts: dict[str, Any]) -> list[str]:
+def list_caveats(facts: dict[str, Any]) -> list[str]:
     """What would make a careful reader doubt the figures, the worst first."""
     data, test = facts["data"], facts["images"]["test"]
     found = []
@@ -81,7 +90,7 @@ def caveats(facts: dict[str, Any]) -> list[str]:
         found.append("the bases are random, so the figures say nothing about radiographs")
     if data["across"]["groups"]:
         found.append(
-            f"the split leaks ({count(data['across']['images'])} images have a copy, or the same patient, on "
+            f"the split leaks ({format_count(data['across']['images'])} images have a copy, or the same patient, on "
             "another side), so these figures are too good"
         )
     if data["shortcuts"]["suspicious"]:
@@ -90,35 +99,39 @@ def caveats(facts: dict[str, Any]) -> list[str]:
         )
     if data["conflicts"]["groups"]:
         found.append(
-            f"{counted(data['conflicts']['groups'], 'group')} of identical files with contradicting labels"
+            f"{count_noun(data['conflicts']['groups'], 'group')} of identical files with contradicting labels"
         )
     rare = min(test, key=lambda name: test[name])
-    if test[rare] < FEW:
-        found.append(f"the smallest class, {rare}, has only {counted(test[rare], 'test image')}")
+    if test[rare] < FEW_IMAGES:
+        found.append(f"the smallest class, {rare}, has only {count_noun(test[rare], 'test image')}")
     if data["patients"] is None:
         found.append("the data name no patients, so images of one patient may be on several sides")
     return found
 
 
-def findings(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
+def describe_data_findings(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
     """What was looked for in the data: a heading, a sentence, whether it is a warning."""
     left_out, dropped = data["left_out"], data["dropped"]
-    unused = ", ".join(f"{count(number)} {status}" for status, number in left_out.items())
+    unused = ", ".join(f"{format_count(number)} {status}" for status, number in left_out.items())
     return [
         (
             "Files",
-            f"{count(data['images'])} images are used. "
+            f"{format_count(data['images'])} images are used. "
             + (f"Left out: {unused}." if left_out else "Every file could be read."),
             bool(left_out),
         ),
-        ("Copies", _copies(data) + (f" {count(dropped)} images were dropped." if dropped else ""), False),
-        ("Contradicting labels", _conflicts(data), bool(data["conflicts"]["groups"])),
-        ("Split", _split(data), bool(data["across"]["groups"])),
-        ("Shortcuts", _shortcut(data["shortcuts"]), bool(data["shortcuts"]["suspicious"])),
+        (
+            "Copies",
+            _copies_finding(data) + (f" {format_count(dropped)} images were dropped." if dropped else ""),
+            False,
+        ),
+        ("Contradicting labels", _conflicts_finding(data), bool(data["conflicts"]["groups"])),
+        ("Split", _split_finding(data), bool(data["across"]["groups"])),
+        ("Shortcuts", _shortcut_finding(data["shortcuts"]), bool(data["shortcuts"]["suspicious"])),
     ]
 
 
-def _copies(data: dict[str, Any]) -> str:
+def _copies_finding(data: dict[str, Any]) -> str:
     exact, near = data["exact"], data["near"]
     treatment = {
         "group": "Copies of one image stay on one side of the split.",
@@ -129,43 +142,41 @@ def _copies(data: dict[str, Any]) -> str:
         return f"No image has a copy among the images used. {treatment}"
     identical = "none of them are identical files"
     if exact["groups"]:
-        identical = (
-            f"{count(exact['images'])} of them are identical files ({counted(exact['groups'], 'group')})"
-        )
+        identical = f"{format_count(exact['images'])} of them are identical files ({count_noun(exact['groups'], 'group')})"
     return (
-        f"{count(near['images'])} images are in {counted(near['groups'], 'group')} of copies, identical or "
+        f"{format_count(near['images'])} images are in {count_noun(near['groups'], 'group')} of copies, identical or "
         f"changed a little; {identical}. {treatment}"
     )
 
 
-def _conflicts(data: dict[str, Any]) -> str:
+def _conflicts_finding(data: dict[str, Any]) -> str:
     exact, near = data["conflicts"], data.get("near_conflicts", data["conflicts"])
     if not exact["groups"] and not near["groups"]:
         return "No two copies of an image have different labels."
     return (
-        f"{counted(exact['groups'], 'group')} of identical files ({count(exact['images'])} images) with "
-        f"several labels; {count(near['groups'])} if near copies count. No voter can be right on all of them."
+        f"{count_noun(exact['groups'], 'group')} of identical files ({format_count(exact['images'])} images) with "
+        f"several labels; {format_count(near['groups'])} if near copies count. No voter can be right on all of them."
     )
 
 
-def _split(data: dict[str, Any]) -> str:
+def _split_finding(data: dict[str, Any]) -> str:
     origin = "The data came with a split." if data["given_split"] else "The split was drawn, class by class."
     patients = (
         "The data name no patients, so images of one patient may be on several sides."
         if data["patients"] is None
-        else f"{count(data['patients'])} patients are named."
+        else f"{format_count(data['patients'])} patients are named."
     )
     across = data["across"]
     if not across["groups"]:
         return f"{origin} No group of copies or images of one patient is on more than one side. {patients}"
     return (
         f"{origin} It leaks: copies, or images of one patient, are on more than one side "
-        f"({counted(across['groups'], 'group')}, {count(across['images'])} images), so the figures are too "
+        f"({count_noun(across['groups'], 'group')}, {format_count(across['images'])} images), so the figures are too "
         f"good. {patients}"
     )
 
 
-def _shortcut(shortcuts: dict[str, Any]) -> str:
+def _shortcut_finding(shortcuts: dict[str, Any]) -> str:
     score, chance = shortcuts["balanced_accuracy"], shortcuts["chance"]
     if score is None:
         return (
@@ -173,10 +184,10 @@ def _shortcut(shortcuts: dict[str, Any]) -> str:
         )
     measured = (
         "From size and format of the files alone, without the picture, a small decision tree tells the class "
-        f"with a balanced accuracy of {number(score, 2)}; chance is {number(chance, 2)}"
+        f"with a balanced accuracy of {format_number(score, 2)}; chance is {format_number(chance, 2)}"
     )
     if shortcuts.get("p_value") is not None:
-        measured += f" (p = {number(shortcuts['p_value'], 2)}, against shuffled labels)"
+        measured += f" (p = {format_number(shortcuts['p_value'], 2)}, against shuffled labels)"
     if shortcuts["suspicious"]:
         return f"{measured}. A network can learn that instead of the bone, and then fails elsewhere."
     return f"{measured}. That is not enough to call it a shortcut."
@@ -187,28 +198,30 @@ def temperature_text(temperature: dict[str, Any]) -> str:
     if temperature["fitted"] is None:
         return (
             "No temperature was fitted: the probabilities are the weighted average as it is (temperature "
-            f"{number(temperature['applied'], 2)})."
+            f"{format_number(temperature['applied'], 2)})."
         )
     fitted = temperature["fitted"]
     direction = "softer" if fitted > 1 else "sharper"
-    text = f"The temperature fitted on the validation set is {number(fitted, 2)}"
+    text = f"The temperature fitted on the validation set is {format_number(fitted, 2)}"
     if temperature["applied"] == fitted:
         return f"{text}: it makes the probabilities {direction} and changes no decision."
-    return f"{text}; the bundle applies {number(temperature['applied'], 2)}."
+    return f"{text}; the bundle applies {format_number(temperature['applied'], 2)}."
 
 
-def _bracketed(found: dict[str, Any]) -> str:
-    return "" if found["low"] is None else f" ({number(found['low'])} to {number(found['high'])})"
+def _interval_text(found: dict[str, Any]) -> str:
+    return (
+        "" if found["low"] is None else f" ({format_number(found['low'])} to {format_number(found['high'])})"
+    )
 
 
-def attribute(values: Sequence[float] | dict[str, int], name: str) -> str:
+def attribute_text(values: Sequence[float] | dict[str, int], name: str) -> str:
     """Of the files of one class: the median and quartiles of numbers, or the counts of words."""
     if isinstance(values, dict):
-        return ", ".join(f"{word} {count(number)}" for word, number in values.items()) or DASH
+        return ", ".join(f"{word} {format_count(number)}" for word, number in values.items()) or DASH
     if not all(np.isfinite(values)):
         return DASH
     scale, unit = (1000, " kB") if name == "bytes" else (1, "")
-    low, middle, high = (count(round(value / scale)) for value in values)
+    low, middle, high = (format_count(round(value / scale)) for value in values)
     return f"{middle}{unit} ({low}{DASH}{high})"
 
 
@@ -218,8 +231,8 @@ def attribute(values: Sequence[float] | dict[str, int], name: str) -> str:
 def _plots(facts: dict[str, Any]) -> dict[str, Any]:
     ensemble = facts["voters"]["ensemble"]["test"]
     plots = {
-        "roc": plot("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
-        "reliability": plot(
+        "roc": plot_svg("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
+        "reliability": plot_svg(
             "reliability",
             "Reliability diagram",
             lambda drawn: draw_reliability(drawn, ensemble["reliability"], len(facts["classes"])),
@@ -232,14 +245,14 @@ def _plots(facts: dict[str, Any]) -> dict[str, Any]:
     }
     search = facts["weights_search"]
     if len(search["chosen"]["weights"]) == 2:
-        plots["weights"] = plot(
+        plots["weights"] = plot_svg(
             "weights", "Weights search", lambda drawn: _draw_weights(drawn, search), height=3.2
         )
     return plots
 
 
 def _history(name: str, rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> Markup:
-    return plot(name, "Learning curves", lambda drawn: _draw_history(drawn, rows, best), height=3.6)
+    return plot_svg(name, "Learning curves", lambda drawn: _draw_history(drawn, rows, best), height=3.6)
 
 
 def _draw_history(drawn: Figure, rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> None:
@@ -271,7 +284,7 @@ def _draw_epochs(
     at = np.array(epochs) + start
     for name in series:
         values = np.array([row[name] for row in rows], float)
-        drawn = line(*CURVES[name])
+        drawn = line_style(*CURVES[name])
         axes.plot(at, values, marker="." if len(rows) < 4 else "", **drawn)
         if best is not None and name != "train_loss":
             place = epochs.index(best)

@@ -7,22 +7,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from engine.errors import UsageError
-from engine.settings import Decode
+from engine.core.errors import UsageError
+from engine.core.settings import Decode
 
 Schedule = Literal["cosine", "plateau"]
 Balance = Literal["loss", "sampling"]
 Duplicates = Literal["group", "drop", "ignore"]
 Normalization = Literal["none", "imagenet"]
 
-SMALLEST_SIDE = 32  # pixels
-LARGEST_SIDE = 4096
-MOST_FOLDS = 20
+MIN_SIDE = 32  # pixels
+MAX_SIDE = 4096
+MAX_FOLDS = 20
 _RUN_ONLY = ("output", "device", "overwrite", "resume", "check_data")  # may differ when a training is resumed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitting:
+class FitOptions:
     """How one phase is fitted: the head alone on cached features, or the whole network."""
 
     epochs: int  # at most
@@ -36,7 +36,7 @@ class Fitting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class TrainingOptions:
     """Options of `python -m training`. Defaults that depend on the weights are None here."""
 
     data: Path
@@ -76,18 +76,18 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises UsageError: the value, then what is allowed."""
-        _at_least("--copies", self.copies, 0)
-        _at_least("--seed", self.seed, 0)
+        _check_at_least("--copies", self.copies, 0)
+        _check_at_least("--seed", self.seed, 0)
         for name in ("head_epochs", "epochs", "patience", "batch_size"):
-            _at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
+            _check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         for name, value in (("--head-rate", self.head_rate), ("--rate", self.rate)):
             if value is not None and not 0 < value <= 1:
                 raise UsageError(f"{name} {value}: above 0, at most 1; usual are 1e-5 to 1e-2")
-        if not (self.folds == 0 or 2 <= self.folds <= MOST_FOLDS):
-            raise UsageError(f"--folds {self.folds}: 2 to {MOST_FOLDS}, or 0 for none")
-        if not all(SMALLEST_SIDE <= side <= LARGEST_SIDE for side in self.size):
+        if not (self.folds == 0 or 2 <= self.folds <= MAX_FOLDS):
+            raise UsageError(f"--folds {self.folds}: 2 to {MAX_FOLDS}, or 0 for none")
+        if not all(MIN_SIDE <= side <= MAX_SIDE for side in self.size):
             height, width = self.size
-            raise UsageError(f"--size {height} {width}: {SMALLEST_SIDE} to {LARGEST_SIDE} each")
+            raise UsageError(f"--size {height} {width}: {MIN_SIDE} to {MAX_SIDE} each")
         if len(self.weights) not in (1, len(self.members)):
             raise UsageError(
                 f"--weights: {len(self.weights)} given for {len(self.members)} members; "
@@ -97,17 +97,17 @@ class Options:
     def weights_of(self, member: int) -> str:
         return self.weights[0] if len(self.weights) == 1 else self.weights[member]
 
-    def head(self, seed: int) -> Fitting:
+    def head(self, seed: int) -> FitOptions:
         """The first phase: the base is frozen."""
         return self._fitting(self.head_epochs, self.patience or 40, self.head_rate, seed)
 
-    def whole(self, weights: str, seed: int) -> Fitting:
+    def whole(self, weights: str, seed: int) -> FitOptions:
         """The second phase: nothing is frozen, the rate is lower; random weights take longer."""
         epochs, patience, rate = (150, 40, 1e-3) if weights == "none" else (40, 10, 1e-4)
         return self._fitting(self.epochs or epochs, self.patience or patience, self.rate or rate, seed)
 
-    def _fitting(self, epochs: int, patience: int, rate: float, seed: int) -> Fitting:
-        return Fitting(
+    def _fitting(self, epochs: int, patience: int, rate: float, seed: int) -> FitOptions:
+        return FitOptions(
             epochs=epochs,
             patience=patience,
             learning_rate=rate,
@@ -125,12 +125,12 @@ class Options:
         return {name: _plain(value) for name, value in values.items()}
 
 
-def choices(literal: Any) -> tuple[str, ...]:
+def literal_choices(literal: Any) -> tuple[str, ...]:
     """What a Literal type allows, for argparse."""
     return get_args(literal)
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
+def _check_at_least(name: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise UsageError(f"{name} {value}: at least {least}")
 

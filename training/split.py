@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import UsageError
+from engine.core.errors import UsageError
 from training.listing import SETS, Labels
 
 SHARE = 0.15  # of all images, for validation and for test each
@@ -33,7 +33,7 @@ class Split:
         return names.tolist()
 
 
-def split(
+def split_dataset(
     labels: Labels,
     groups: Labels,
     *,
@@ -51,38 +51,38 @@ def split(
     if missing:
         pool = np.flatnonzero(sets == "train")
         share = SHARE / (1 - SHARE * (2 - len(missing)))
-        cut = _cut(labels[pool], groups[pool], [share] * len(missing), seed)
+        cut = _draw_sets(labels[pool], groups[pool], [share] * len(missing), seed)
         sets[pool] = np.array(["train", *missing], object)[cut]
     found = Split(*(np.flatnonzero(sets == name) for name in SETS))
-    _check(found, labels, groups, classes, given)
+    _check_sets(found, labels, groups, classes, given)
     return found
 
 
-def folds(
+def make_folds(
     labels: Labels, groups: Labels, count: int, *, classes: Sequence[str], seed: int
 ) -> Iterator[Split]:
     """Every image is in the test set of one fold; validation is cut from the rest. Raises UsageError."""
-    fold = _assign(labels, groups, _per_class(labels)[None] * np.full((count, 1), 1 / count), seed)
+    fold = _assign_groups(labels, groups, _per_class(labels)[None] * np.full((count, 1), 1 / count), seed)
     for index in range(count):
         rest = np.flatnonzero(fold != index)
-        cut = _cut(labels[rest], groups[rest], [SHARE / (1 - 1 / count)], seed + 1 + index)
+        cut = _draw_sets(labels[rest], groups[rest], [SHARE / (1 - 1 / count)], seed + 1 + index)
         found = Split(rest[cut == 0], rest[cut == 1], np.flatnonzero(fold == index))
-        _check(found, labels, groups, classes, None)
+        _check_sets(found, labels, groups, classes, None)
         yield found
 
 
-def _cut(labels: Labels, groups: Labels, shares: Sequence[float], seed: int) -> Labels:
+def _draw_sets(labels: Labels, groups: Labels, shares: Sequence[float], seed: int) -> Labels:
     """Which set each image is in: 0 what is left, 1, 2, ... the shares, at least one image of every class."""
     every = _per_class(labels)
     wanted = [np.where(every > 0, np.maximum(1, np.round(share * every)), 0) for share in shares]
-    return _assign(labels, groups, np.stack([every - sum(wanted), *wanted]), seed)
+    return _assign_groups(labels, groups, np.stack([every - sum(wanted), *wanted]), seed)
 
 
 def _per_class(labels: Labels) -> npt.NDArray[np.float64]:
     return np.bincount(labels).astype(np.float64)
 
 
-def _assign(labels: Labels, groups: Labels, wanted: npt.NDArray[np.float64], seed: int) -> Labels:
+def _assign_groups(labels: Labels, groups: Labels, wanted: npt.NDArray[np.float64], seed: int) -> Labels:
     """Put groups, the largest first and otherwise in random order, where they are missed most.
 
     `wanted` [S, C] are images per set and class. The squared error over all sets and classes is lowered
@@ -102,7 +102,7 @@ def _assign(labels: Labels, groups: Labels, wanted: npt.NDArray[np.float64], see
     return place[group]
 
 
-def _check(
+def _check_sets(
     found: Split,
     labels: Labels,
     groups: Labels,

@@ -11,34 +11,34 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from engine.errors import UsageError
-from engine.lock import hold
-from training.settings import Options
+from engine.core.errors import UsageError
+from engine.storage.locks import lock_file
+from training.settings import TrainingOptions
 
-RUN, WORK, LOCK = "training.json", "work", ".lock"
+RECORD_FILE, WORK_FOLDER, LOCK_FILE = "training.json", "work", ".lock"
 
 
-class State:
+class TrainingState:
     """`BUNDLE.training`, locked for this process while it is open.
 
     Its tables name files, so they stay out of the bundle, which is passed on. `work/` goes when the bundle is
     written.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: TrainingOptions) -> None:
         self.folder = options.output.absolute().with_name(options.output.absolute().name + ".training")
         self._options = options
 
     @property
     def work(self) -> Path:
         """Where checkpoints and features go."""
-        return self.folder / WORK
+        return self.folder / WORK_FOLDER
 
     def __enter__(self) -> Self:
         try:
             self._refuse_foreign()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(self.folder / LOCK)
+            self._lock = lock_file(self.folder / LOCK_FILE)
         except BlockingIOError:
             raise UsageError(f"{self.folder}: another training is under way there") from None
         except OSError as error:
@@ -46,15 +46,17 @@ class State:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if [entry.name for entry in self.folder.iterdir()] == [LOCK]:  # nothing was begun: leave no trace
-            (self.folder / LOCK).unlink()
+        if [entry.name for entry in self.folder.iterdir()] == [
+            LOCK_FILE
+        ]:  # nothing was begun: leave no trace
+            (self.folder / LOCK_FILE).unlink()
             self.folder.rmdir()
         os.close(self._lock)
 
     def _refuse_foreign(self) -> None:
         if self.folder.is_dir():
             names = {entry.name for entry in self.folder.iterdir()}
-            if names and LOCK not in names:
+            if names and LOCK_FILE not in names:
                 raise UsageError(f"{self.folder}: it is needed, but holds something that is no training's")
         elif self.folder.exists():
             raise UsageError(f"{self.folder}: it is needed, but is a file")
@@ -88,13 +90,13 @@ class State:
             return
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        self._write(RUN, json.dumps(now | {"finished": False}, indent=2) + "\n")
+        self._write(RECORD_FILE, json.dumps(now | {"finished": False}, indent=2) + "\n")
 
     def finish(self) -> None:
         """The bundle is in its place: what was needed to go on can go."""
         recorded = self._recorded()
         assert recorded is not None
-        self._write(RUN, json.dumps(recorded | {"finished": True}, indent=2) + "\n")
+        self._write(RECORD_FILE, json.dumps(recorded | {"finished": True}, indent=2) + "\n")
         shutil.rmtree(self.work, ignore_errors=True)
 
     def write_table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
@@ -114,11 +116,13 @@ class State:
 
     def _recorded(self) -> dict[str, Any] | None:
         try:
-            recorded = json.loads((self.folder / RUN).read_text())
+            recorded = json.loads((self.folder / RECORD_FILE).read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UsageError(f"{self.folder}: {RUN} can't be read ({error}); delete the folder") from None
+            raise UsageError(
+                f"{self.folder}: {RECORD_FILE} can't be read ({error}); delete the folder"
+            ) from None
         if not isinstance(recorded, dict) or not {"options", "data_sha256"} <= recorded.keys():
-            raise UsageError(f"{self.folder}: {RUN} makes no sense; delete the folder")
+            raise UsageError(f"{self.folder}: {RECORD_FILE} makes no sense; delete the folder")
         return recorded

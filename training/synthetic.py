@@ -33,9 +33,9 @@ from PIL import Image
 from scipy import fft, ndimage
 from scipy.special import expit, ndtr, ndtri
 
+from engine.cli.parser import Parser
 from engine.cli.terminal import run_command
-from engine.command import Parser
-from engine.errors import UsageError
+from engine.core.errors import UsageError
 
 CLASSES = ("normal", "osteopenia", "osteoporosis")
 NORMAL_FROM, OSTEOPOROSIS_TO = -1.0, -2.5  # T-score, WHO 1994: normal T >= -1.0, osteoporosis T <= -2.5
@@ -127,7 +127,7 @@ def _class_masses(mean: float, sd: float) -> NDArray[np.float64]:
     return np.array([normal, 1.0 - normal - osteoporosis, osteoporosis])
 
 
-def structure(surrogate: float) -> Structure:
+def bone_structure(surrogate: float) -> Structure:
     """Bone structure at a surrogate T-score, by the quality q = logistic(0.9 (s + 1.75))."""
     q = float(expit(0.9 * (surrogate + 1.75)))
     return Structure(
@@ -155,7 +155,7 @@ def render(
     scale = min(1.0, DRAWN_PX / max(height, width))
     rows, columns = round(height * scale), round(width * scale)
     step = field_mm / max(rows, columns)  # mm
-    bone = structure(surrogate)
+    bone = bone_structure(surrogate)
     x, y = _plane(rng, rows, columns, step)
     cortical, trabecular, soft = _anatomy(rng, x, y, bone.cortex_mm, side)
     trabecular *= _mineral(rng, (rows, columns), step, bone)
@@ -163,10 +163,10 @@ def render(
     if rng.random() < recipe.metal_rate:
         attenuation += METAL_PER_MM * _metal(rng, x, y)
     exposure = _detector(rng, attenuation, (height, width), field_mm, recipe)
-    picture = _present(rng, exposure, recipe.gamma)
+    picture = _to_display_values(rng, exposure, recipe.gamma)
     if rng.random() < recipe.collimator_rate:
         _collimate(rng, picture)
-    _mark(rng, picture, side, field_mm / max(height, width))
+    _burn_in_side(rng, picture, side, field_mm / max(height, width))
     return np.rint(picture * 65535).astype(np.uint16)
 
 
@@ -307,20 +307,20 @@ def _detector(
     thin = max(1, round(1.5 / step))  # scatter is smooth over centimetres
     veil = ndimage.gaussian_filter(primary[::thin, ::thin], 9 / (thin * step), mode="nearest")
     share = rng.uniform(*recipe.scatter)
-    signal = (1 - share) * _resized(primary, shape) + share * _resized(veil, shape)
+    signal = (1 - share) * _resize(primary, shape) + share * _resize(veil, shape)
     photons = 10 ** rng.uniform(*recipe.log10_photons_per_mm2) * (field_mm / max(shape)) ** 2
     noise = rng.standard_normal(shape, dtype=np.float32)
     return np.maximum(signal + noise * np.sqrt(signal / np.float32(photons)), np.float32(1e-4))
 
 
-def _resized(image: Floats, shape: tuple[int, int]) -> Floats:
+def _resize(image: Floats, shape: tuple[int, int]) -> Floats:
     if image.shape == shape:
         return image
     zoom = (shape[0] / image.shape[0], shape[1] / image.shape[1])
     return ndimage.zoom(image, zoom, order=1, mode="nearest", grid_mode=True)
 
 
-def _present(rng: np.random.Generator, exposure: Floats, gamma: tuple[float, float]) -> Floats:
+def _to_display_values(rng: np.random.Generator, exposure: Floats, gamma: tuple[float, float]) -> Floats:
     """Negative logarithm (bone bright), a percentile window with random rails, gamma; 0-1, in place."""
     film = np.negative(np.log(exposure, out=exposure), out=exposure)
     stride = max(1, max(film.shape) // 256)
@@ -339,7 +339,7 @@ def _collimate(rng: np.random.Generator, picture: Floats) -> None:
             view[: int(len(view) * rng.uniform(0.01, 0.07))] = level
 
 
-def _mark(rng: np.random.Generator, picture: Floats, side: Side, step: float) -> None:
+def _burn_in_side(rng: np.random.Generator, picture: Floats, side: Side, step: float) -> None:
     """Burn in the side's letter, in place: a bright letter, or a dark one on a plaque."""
     letter = np.array([[int(bit) for bit in row] for row in GLYPHS[side].split()], np.float32)
     dot = max(1, round(rng.uniform(0.45, 0.75) / step))
@@ -354,7 +354,7 @@ def _mark(rng: np.random.Generator, picture: Floats, side: Side, step: float) ->
     under[glyph != plaque] = level
 
 
-def sample(
+def draw_sample(
     seed: int,
     index: int,
     *,
@@ -370,7 +370,7 @@ def sample(
     if not 32 <= low <= high:
         raise ValueError(f"size_range must be 32 <= MIN <= MAX, got {low} {high}")
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    encoding = _encoding(rng, recipe)  # first: the file name must not depend on size or label
+    encoding = _draw_encoding(rng, recipe)  # first: the file name must not depend on size or label
     t_score = _draw_t_score(rng, label, recipe)
     surrogate = t_score + rng.normal(0, recipe.label_noise_sd)
     long = int(rng.integers(low, high, endpoint=True))
@@ -395,7 +395,7 @@ def _draw_t_score(rng: np.random.Generator, label: int | None, recipe: Recipe) -
     return float(recipe.t_mean + recipe.t_sd * ndtri(rng.uniform(below, above)))
 
 
-def _encoding(rng: np.random.Generator, recipe: Recipe) -> dict[str, float | int | str]:
+def _draw_encoding(rng: np.random.Generator, recipe: Recipe) -> dict[str, float | int | str]:
     """How the file is written, drawn apart from the class."""
     suffix = str(rng.choice([".jpg", ".jpeg", ".png", ".png16"], p=[0.5, 0.1, 0.25, 0.15]))
     low, high = recipe.jpeg_quality
@@ -406,7 +406,7 @@ def _encoding(rng: np.random.Generator, recipe: Recipe) -> dict[str, float | int
     }
 
 
-def encoded(drawn: Sample) -> tuple[bytes, str]:
+def encode_sample(drawn: Sample) -> tuple[bytes, str]:
     """A sample as the bytes of its file, and the file's suffix."""
     kind = drawn.metadata["encoding"]
     stream = io.BytesIO()
@@ -426,17 +426,17 @@ def _write_one(
 ) -> tuple[str, int, float, int]:
     """Draw and write one (index, label); returns its path below the folder, index, T-score and label."""
     index, label = task
-    drawn = sample(seed, index, label=label, **options)
-    content, suffix = encoded(drawn)
+    drawn = draw_sample(seed, index, label=label, **options)
+    content, suffix = encode_sample(drawn)
     name = hashlib.blake2s(f"{seed}/{index}".encode(), digest_size=6).hexdigest()  # hides the order
     place = CLASSES[drawn.label] if by_class else SITES[int(name, 16) % len(SITES)]
     path = folder / place / (name + suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, content)
+    _write_atomically(path, content)
     return f"{place}/{path.name}", index, drawn.t_score, drawn.label
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that its name never stands for half of it."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
@@ -488,7 +488,7 @@ def write_archive(
     table.writerow(["path", "patient", "t_score", "label"])
     for path, index, t_score, label in written:
         table.writerow([path, f"{index:05d}", repr(t_score), CLASSES[label]])
-    _replace(manifest, rows.getvalue().encode())
+    _write_atomically(manifest, rows.getvalue().encode())
     return manifest
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine.gpu import tuning
-from engine.gpu.decode import Decoding, GpuPreprocess
-from engine.overlap import Meter
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Part
+from engine.core.settings import Limits
+from engine.preprocess import gpu_tuning
+from engine.preprocess.gpu import DecodeOptions, GpuPreprocess
 from engine.preprocess.stage import Preprocess
-from engine.reader import Reader
-from engine.records import Batch, Part
-from engine.settings import Limits
+from engine.reader.reader import Reader
 
 HW_LOADS = (0.0, 0.1, 0.2, 0.4, 0.65, 0.9, 1.0)
 HUFFMAN = (0, 250_000, 1_000_000)
@@ -32,8 +32,14 @@ def batches(images: list[Path], count: int, batch: int) -> list[Batch]:
     return found
 
 
-def rate(
-    sample: list[Batch], decoding: Decoding, *, batch: int, threads: int, device: int | None, timed_s: float
+def measure_rate(
+    sample: list[Batch],
+    decoding: DecodeOptions,
+    *,
+    batch: int,
+    threads: int,
+    device: int | None,
+    timed_s: float,
 ) -> float:
     """Images/s of the GPU stage; `device` None is DALI on the CPU."""
     limits = Limits(memory=2 << 30)
@@ -46,10 +52,10 @@ def rate(
         ) as stage,
     ):
         cpu.decoder.await_start()
-        return tuning.rate_of(stage.stage, sample, decoding.on_gpu, timed_s)
+        return gpu_tuning.measure_rate(stage.stage, sample, decoding.on_gpu, timed_s)
 
 
-def grid(
+def measure_grid(
     images: list[Path], *, batch: int, cores: int, device: int | None, timed_s: float = 1.0
 ) -> list[dict[str, Any]]:
     """All knobs at all cores, the best of them with fewer, the CPU alone, and shares for the CPU."""
@@ -57,7 +63,9 @@ def grid(
     rows: list[dict[str, Any]] = []
 
     def measure(threads: int, **knobs: Any) -> float:
-        found = rate(sample, Decoding(**knobs), batch=batch, threads=threads, device=device, timed_s=timed_s)
+        found = measure_rate(
+            sample, DecodeOptions(**knobs), batch=batch, threads=threads, device=device, timed_s=timed_s
+        )
         rows.append({"threads": threads, **knobs, "images_per_s": round(found, 1)})
         return found
 

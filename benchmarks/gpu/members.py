@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from engine import bundle as bundles
-from engine.gpu.stages import check_canaries
-from engine.gpu.step import GpuStep
-from engine.runners import Choice, Runner, open_runner
+from engine.bundle import bundle as bundles
+from engine.pipeline.open_gpu import check_canaries
+from engine.runners.base import Runner, RunnerChoice
+from engine.runners.select import open_runner
+from engine.scoring.gpu import GpuScorer
 
 
-def rates(
-    bundle: Path, choice: Choice, batches: Sequence[int], compiled_batches: Sequence[int]
+def measure_rates(
+    bundle: Path, choice: RunnerChoice, batches: Sequence[int], compiled_batches: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Images/s of both members and the fusion: batch x (eager | graph) x (one stream | two).
 
@@ -30,27 +31,27 @@ def rates(
             for batch in compiled_batches if compiled else batches:
                 for graphs in (False, True):
                     form = " ".join(["compiled"] * compiled + ["graph"] * graphs) or "eager"
-                    found = _measured(bundle, choice, members, batch, graphs=graphs)
+                    found = _measure_streams(bundle, choice, members, batch, graphs=graphs)
                     rows += [{"batch": batch, "form": form, **row} for row in found]
         torch.cuda.empty_cache()
     return rows
 
 
-def _open_members(stack: ExitStack, bundle: Path, choice: Choice, *, compiled: bool) -> list[Runner]:
-    models = bundles.load(bundle)
+def _open_members(stack: ExitStack, bundle: Path, choice: RunnerChoice, *, compiled: bool) -> list[Runner]:
+    models = bundles.load_bundle(bundle)
     return [
         stack.enter_context(open_runner(choice, models, member, compiled=compiled))
         for member in models.members
     ]
 
 
-def _measured(
-    bundle: Path, choice: Choice, members: list[Runner], batch: int, *, graphs: bool
+def _measure_streams(
+    bundle: Path, choice: RunnerChoice, members: list[Runner], batch: int, *, graphs: bool
 ) -> list[dict[str, Any]]:
     """A row for one stream and one for two: the median of three rounds."""
-    models, rows = bundles.load(bundle), []
+    models, rows = bundles.load_bundle(bundle), []
     try:
-        step = GpuStep(
+        step = GpuScorer(
             models, members, batch_size=batch, device=choice.device, slots=2, concurrent=False, graphs=graphs
         )
         worst = check_canaries(models, step)
@@ -71,14 +72,14 @@ def _measured(
     return rows
 
 
-def overlap(bundle: Path, choice: Choice, batch: int) -> dict[str, Any]:
+def measure_overlap(bundle: Path, choice: RunnerChoice, batch: int) -> dict[str, Any]:
     """From a profiler's trace of ten steps: how much of the time kernels of two streams run at once."""
     from torch.profiler import ProfilerActivity, profile
 
     with ExitStack() as stack:
         members = _open_members(stack, bundle, choice, compiled=False)
-        step = GpuStep(
-            bundles.load(bundle),
+        step = GpuScorer(
+            bundles.load_bundle(bundle),
             members,
             batch_size=batch,
             device=choice.device,
@@ -94,10 +95,10 @@ def overlap(bundle: Path, choice: Choice, batch: int) -> dict[str, Any]:
         for event in events
         if event.device_type() == torch.autograd.DeviceType.CUDA and event.duration_ns() > 0
     ]
-    return {"batch": batch, "kernels": len(kernels), **shares(kernels)}
+    return {"batch": batch, "kernels": len(kernels), **overlap_shares(kernels)}
 
 
-def shares(kernels: list[tuple[int, int, int]]) -> dict[str, Any]:
+def overlap_shares(kernels: list[tuple[int, int, int]]) -> dict[str, Any]:
     """Of (start, end, stream): busy time, and the share of it in which two or more streams are busy."""
     starts = [(start, 1, stream) for start, _, stream in kernels]
     edges = sorted(starts + [(end, -1, stream) for _, end, stream in kernels])

@@ -16,14 +16,14 @@ import torch
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
-from engine import bundle as bundles
-from engine import network
+from engine.bundle import bundle as bundles
+from engine.runners import network
 
 SIZE = (224, 224)
 Batches = Iterator[torch.Tensor]
 
 
-class Images(Dataset[torch.Tensor]):
+class ImageDataset(Dataset[torch.Tensor]):
     """PIL to gray to 224 x 224, as in a hundred repositories."""
 
     def __init__(self, paths: list[Path]) -> None:
@@ -41,7 +41,9 @@ class Images(Dataset[torch.Tensor]):
 
 
 def _loader(paths: list[Path], batch: int, workers: int, device: str) -> Batches:
-    loader = DataLoader(Images(paths), batch_size=batch, num_workers=workers, pin_memory=device != "cpu")
+    loader = DataLoader(
+        ImageDataset(paths), batch_size=batch, num_workers=workers, pin_memory=device != "cpu"
+    )
     for pixels in loader:
         yield pixels.to(device, non_blocking=True)
 
@@ -83,17 +85,20 @@ PEERS: dict[str, tuple[Source, bool]] = {  # where the pixels are from; whether 
 }
 
 
-def rates(
+def measure_rates(
     bundle: Path, images: list[Path], *, rows: int, batch: int, workers: int, device: str
 ) -> list[dict[str, Any]]:
     """Images/s of every peer over `rows` images, warm: what fails says why."""
     return [
-        {"peer": name, **_rate(bundle, images, source, rows, batch, workers, device, compiled=compiled)}
+        {
+            "peer": name,
+            **_measure_rate(bundle, images, source, rows, batch, workers, device, compiled=compiled),
+        }
         for name, (source, compiled) in PEERS.items()
     ]
 
 
-def _rate(
+def _measure_rate(
     bundle: Path,
     images: list[Path],
     source: Source,
@@ -118,11 +123,11 @@ def _rate(
 
 
 def _ensemble(bundle: Path, device: str, *, compiled: bool) -> Callable[[torch.Tensor], np.ndarray]:
-    models = bundles.load(bundle)
+    models = bundles.load_bundle(bundle)
     dtype = torch.float16 if device != "cpu" else torch.float32
     members = []
     for member in models.members:
-        module = network.load(member, models).to(device=device, memory_format=torch.channels_last)
+        module = network.load_member(member, models).to(device=device, memory_format=torch.channels_last)
         module.base.to(dtype)
         module.head.to(dtype)
         members.append(torch.compile(module.base) if compiled else module.base)

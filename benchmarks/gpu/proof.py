@@ -22,15 +22,16 @@ from benchmarks import record
 from benchmarks.gpu import decode, members, peers
 from benchmarks.gpu.bundle import proof_bundle
 from benchmarks.throughput import make_archive
-from engine import bundle as bundles
+from engine.bundle import bundle as bundles
+from engine.core import hardware
+from engine.core.errors import EngineError
+from engine.core.hardware import available_cpus
 from engine.core.json_records import to_builtins
-from engine.errors import EngineError
-from engine.gpu import machine
-from engine.gpu.choice import installed_version
-from engine.provenance import versions
-from engine.runners import Choice, choose
+from engine.runners.base import RunnerChoice
+from engine.runners.select import select_runner
+from engine.runners.select_gpu import tensorrt_version
 from engine.runners.tensorrt import EXTRAS
-from engine.settings import available_cpus
+from engine.runs.run_record import library_versions
 
 ABLATIONS = {
     "one stream": ["--streams", "1"],
@@ -43,28 +44,28 @@ ABLATIONS = {
 
 def main(console: Console, options: argparse.Namespace) -> None:
     """Run the sections asked for, each into the same JSON as soon as it is done."""
-    before = record.machine()
+    before = record.describe_machine()
     with tempfile.TemporaryDirectory() as scratch:
-        proof = Proof(console, options, options.work or Path(scratch))
+        proof = GpuBenchmark(console, options, options.work or Path(scratch))
         for section in options.sections:
             start = time.perf_counter()
             console.print(f"{section} ...", highlight=False)
             proof.run(section)
             proof.figures.setdefault("seconds", {})[section] = round(time.perf_counter() - start, 1)
-            record.write(options.output / proof.name, "gpu", proof.figures, before=before)
+            record.write_record(options.output / proof.name, "gpu", proof.figures, before=before)
     console.print(f"written: {options.output / proof.name}")
 
 
-def _of_the_gpu_packages() -> dict[str, str]:
+def _gpu_package_versions() -> dict[str, str]:
     found = {}
     for name in ("torch", "torchvision", "triton", "torch-tensorrt", "onnxruntime"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    found |= {name: here for name in EXTRAS if (here := installed_version(name))}
+    found |= {name: here for name in EXTRAS if (here := tensorrt_version(name))}
     return found
 
 
-class Proof:
+class GpuBenchmark:
     """What the sections share; `figures` is the JSON."""
 
     def __init__(self, console: Console, options: argparse.Namespace, work: Path) -> None:
@@ -75,10 +76,10 @@ class Proof:
         self.on_gpu = options.device != "cpu"
         self.figures: dict[str, Any] = {"images": {"side": options.side, "rows": options.rows}}
         kind = "cpu"
-        self.figures["versions"] = versions() | _of_the_gpu_packages()
+        self.figures["versions"] = library_versions() | _gpu_package_versions()
         if self.on_gpu:
-            found = machine.gpu()
-            self.figures["gpu"] = to_builtins(found) | {"cuda": machine.cuda_version()}
+            found = hardware.require_gpu()
+            self.figures["gpu"] = to_builtins(found) | {"cuda": hardware.cuda_version()}
             kind = found.name.lower().replace(" ", "-")
         self.name = f"gpu-proof-{kind}.json"
 
@@ -96,9 +97,9 @@ class Proof:
             self._console.print(f"{section}: {type(error).__name__}: {error}", markup=False)
             self.figures[section] = {"problem": traceback.format_exc().splitlines()[-6:]}
 
-    def _choice(self, runner: str = "torch") -> Choice:
-        return choose(
-            runner, self._options.device, bundles.load(self._bundle), precision=None, batch_size=None
+    def _choice(self, runner: str = "torch") -> RunnerChoice:
+        return select_runner(
+            runner, self._options.device, bundles.load_bundle(self._bundle), precision=None, batch_size=None
         )
 
     def members(self) -> Any:
@@ -107,12 +108,14 @@ class Proof:
         batch = self._options.batch_size
         options = self._options
         return {
-            "rates": members.rates(self._bundle, self._choice(), options.batches, options.compiled_batches),
-            "overlap": members.overlap(self._bundle, self._choice(), batch),
+            "rates": members.measure_rates(
+                self._bundle, self._choice(), options.batches, options.compiled_batches
+            ),
+            "overlap": members.measure_overlap(self._bundle, self._choice(), batch),
         }
 
     def decode(self) -> Any:
-        return decode.grid(
+        return decode.measure_grid(
             self._images,
             batch=self._options.batch_size,
             cores=available_cpus(),
@@ -174,7 +177,7 @@ class Proof:
 
     def peers(self) -> Any:
         """Each peer, and how much faster the engine was in this invocation."""
-        rows = peers.rates(
+        rows = peers.measure_rates(
             self._bundle,
             self._images,
             rows=self._options.peer_rows,
@@ -204,7 +207,9 @@ class Proof:
         for passport in passports:
             del passport["layers"]
         try:
-            rates = members.rates(self._bundle, self._choice("tensorrt"), [self._options.batch_size], [])
+            rates = members.measure_rates(
+                self._bundle, self._choice("tensorrt"), [self._options.batch_size], []
+            )
         except EngineError as error:
             rates = [{"problem": str(error)}]
         return {

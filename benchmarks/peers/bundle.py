@@ -22,8 +22,9 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 from benchmarks.gpu.bundle import CLASSES, WEIGHTS
-from engine import bundle as bundles
-from training import export, features, models
+from engine.bundle import bundle as bundles
+from training import export, models
+from training.phases import features
 
 COPIES, CHANGED = 4, 0.1  # noisy copies a picture; share of their pixels that is one gray level off
 COMPONENTS, DIRECTIONS = 16, 2
@@ -34,30 +35,32 @@ Floats = npt.NDArray[np.float64]
 
 def contest_bundle(folder: Path) -> Path:
     """The bundle in `folder`, written there when it is not there yet."""
-    if (folder / bundles.DESCRIPTION).exists():
+    if (folder / bundles.DESCRIPTION_FILE).exists():
         return folder
     pixels = export.canary_pixels(size=(224, 224))
     members = []
     for seed, (name, weight) in enumerate(WEIGHTS.items()):
-        network = models.build(name, classes=len(CLASSES), weights="none", seed=seed)
+        network = models.build_network(name, classes=len(CLASSES), weights="none", seed=seed)
         features.calibrate_batch_norm(network, pixels)
         with torch.inference_mode():
-            found = network.features(torch.from_numpy(np.concatenate([pixels, *_copies(pixels)]))).double()
-        matrix, offset = calm_directions(found.numpy(), pictures=len(pixels))
-        look_along(network.head, matrix, offset, LOGIT_SD[name])
-        members.append(export.Member(name=name, architecture=name, weight=weight, network=network))
+            found = network.features(
+                torch.from_numpy(np.concatenate([pixels, *_augment_copies(pixels)]))
+            ).double()
+        matrix, offset = find_stable_directions(found.numpy(), pictures=len(pixels))
+        set_head_directions(network.head, matrix, offset, LOGIT_SD[name])
+        members.append(export.ExportedMember(name=name, architecture=name, weight=weight, network=network))
     facts = {"random": "seeded convolutions, heads blind to rounding: for measuring speed and agreement only"}
     export.write_bundle(folder, members, classes=CLASSES, canaries=pixels, check=pixels[:4], training=facts)
     return folder
 
 
-def _copies(pixels: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+def _augment_copies(pixels: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
     rng, odds = np.random.default_rng(0), [CHANGED / 2, 1 - CHANGED, CHANGED / 2]
     noise = (rng.choice([-1, 0, 1], pixels.shape, p=odds) for _ in range(COPIES))
     return [np.clip(pixels + each, 0, 255).astype(np.uint8) for each in noise]
 
 
-def calm_directions(found: Floats, *, pictures: int) -> tuple[Floats, Floats]:
+def find_stable_directions(found: Floats, *, pictures: int) -> tuple[Floats, Floats]:
     """Features [pictures * (1 + COPIES), F], copies after the pictures: matrix [F, D] and offset [D].
 
     features @ matrix + offset has mean 0 and standard deviation 1 over the pictures; noise hardly moves it.
@@ -70,7 +73,7 @@ def calm_directions(found: Floats, *, pictures: int) -> tuple[Floats, Floats]:
     return matrix / seen.std(axis=0), -seen.mean(axis=0) / seen.std(axis=0)
 
 
-def look_along(head: nn.Sequential, matrix: Floats, offset: Floats, logit_sd: float) -> None:
+def set_head_directions(head: nn.Sequential, matrix: Floats, offset: Floats, logit_sd: float) -> None:
     """Set a head, in place: hidden units hold the directions, the classes lie in a circle around them."""
     first, last = head[0], head[3]
     shift = 4.0  # above zero, where ReLU changes nothing

@@ -27,14 +27,15 @@ import pandas as pd
 from rich.console import Console
 
 from benchmarks import archive, processes, record
-from benchmarks.intervals import interval
+from benchmarks.intervals import bootstrap_interval
 from benchmarks.peers import gate
-from benchmarks.peers.job import MARK
+from benchmarks.peers.job import TIME_MARK
 from benchmarks.tables import show_peers
-from engine import bundle
-from engine.errors import UsageError
-from engine.provenance import versions
-from engine.settings import CPU_BATCH, available_cpus
+from engine.bundle import bundle as bundles
+from engine.core.errors import UsageError
+from engine.core.hardware import available_cpus
+from engine.core.settings import CPU_BATCH
+from engine.runs.run_record import library_versions
 
 TIMEOUT_S = 900
 MISHAP_ROWS, MISHAP_CORRUPT = 32, 3
@@ -56,15 +57,15 @@ class Contender:
     def missing(self) -> list[str]:
         return [name for name in self.needs if not _version(name)]
 
-    def command(self, manifest: Path, models: Path, output: Path) -> list[str]:
+    def command(self, manifest: Path, bundle: Path, output: Path) -> list[str]:
         python, threads = [sys.executable, "-m"], str(available_cpus())
         if self.module is None:
-            given = [str(manifest), "-b", str(models), "-o", str(output), "--precision", self.precision]
+            given = [str(manifest), "-b", str(bundle), "-o", str(output), "--precision", self.precision]
             # whatever was tuned here, and where there is a GPU too
             given += ["--device", "cpu", "--batch-size", str(CPU_BATCH), "--workers", threads]
             return [*python, "engine.run", *given, "--max-error-rate", "1"]
         module = f"benchmarks.peers.{self.module}"
-        return [*python, module, str(manifest), str(models), str(output), "--threads", threads]
+        return [*python, module, str(manifest), str(bundle), str(output), "--threads", threads]
 
 
 CONTENDERS = {
@@ -106,7 +107,7 @@ MISHAPS = {  # patterns of mishaps.py, and what each needs
 
 
 @dataclass(frozen=True)
-class Run:
+class ContenderRun:
     """One contender in one round."""
 
     rate: float  # images/s
@@ -116,8 +117,8 @@ class Run:
 
 
 class Contest:
-    def __init__(self, work: Path, manifest: Path, models: bundle.Bundle) -> None:
-        self._work, self._manifest, self._models = work, manifest, models
+    def __init__(self, work: Path, manifest: Path, bundle: bundles.Bundle) -> None:
+        self._work, self._manifest, self._bundle = work, manifest, bundle
         with manifest.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
         self.rows = len(rows)
@@ -130,26 +131,26 @@ class Contest:
             "the engine scored wrong files"
         )
 
-    def run(self, name: str) -> Run | str:
+    def run(self, name: str) -> ContenderRun | str:
         """A line that says why, where the contender does not come to its end."""
         done, rows, seconds = self._rows(name, may_fail=name != REFERENCE)
         if seconds is None:
             return f"{'killed' if done.status < 0 else 'failed'}: {_last_line(done)}"
         limits = gate.INT8 if CONTENDERS[name].precision == "int8" else gate.FLOAT32
-        verdict = gate.judge(
-            rows, self.reference, corrupt=self.corrupt, classes=self._models.classes, limits=limits
+        verdict = gate.judge_rows(
+            rows, self.reference, corrupt=self.corrupt, classes=self._bundle.classes, limits=limits
         )
-        return Run(self.rows / seconds, done.wall_s - seconds, done.peak_memory_mb, verdict)
+        return ContenderRun(self.rows / seconds, done.wall_s - seconds, done.peak_memory_mb, verdict)
 
     def _rows(
         self, name: str, *, may_fail: bool = False
-    ) -> tuple[processes.Finished, pd.DataFrame, float | None]:
+    ) -> tuple[processes.FinishedProcess, pd.DataFrame, float | None]:
         """Its rows, and its seconds from first read to last row; None where it failed."""
         output = self._work / f"rows-{name}"
         shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(self._work / f"rows-{name}-ready", ignore_errors=True)
-        command = CONTENDERS[name].command(self._manifest, self._models.path, output)
-        done = processes.run(command, environment=environment(self._work), timeout_s=TIMEOUT_S)
+        command = CONTENDERS[name].command(self._manifest, self._bundle.path, output)
+        done = processes.run_command(command, environment=environment(self._work), timeout_s=TIMEOUT_S)
         if done.status and not may_fail:
             raise UsageError(f"{' '.join(command[1:])} failed: {_last_line(done)}")
         seconds = None if done.status else _seconds(done, output)
@@ -169,16 +170,20 @@ def environment(work: Path) -> dict[str, str]:
     }
 
 
-def _seconds(done: processes.Finished, output: Path) -> float:
+def _seconds(done: processes.FinishedProcess, output: Path) -> float:
     success = output / "_SUCCESS"
     if success.exists():
         return float(json.loads(success.read_text())["last_start"]["elapsed_s"])
-    marks = [line.removeprefix(MARK).split() for line in done.output.splitlines() if line.startswith(MARK)]
+    marks = [
+        line.removeprefix(TIME_MARK).split()
+        for line in done.output.splitlines()
+        if line.startswith(TIME_MARK)
+    ]
     at = {name: float(value) for name, value in marks}
     return at["stop"] - at["start"]
 
 
-def _last_line(done: processes.Finished) -> str:
+def _last_line(done: processes.FinishedProcess) -> str:
     """What it said last, the name of an error first."""
     lines = [line.strip() for line in done.errors.splitlines() if line.strip()]
     named = [line for line in lines if ERROR.match(line)]
@@ -192,13 +197,13 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def figures_of(taken: dict[str, list[Run | str]]) -> dict[str, Any]:
+def contender_figures(taken: dict[str, list[ContenderRun | str]]) -> dict[str, Any]:
     """Each contender's figures over the rounds, and the engine's rate beside its own, round by round."""
-    ours = [run for run in taken[REFERENCE] if isinstance(run, Run)]
+    ours = [run for run in taken[REFERENCE] if isinstance(run, ContenderRun)]
     found: dict[str, Any] = {}
     for name, outcomes in taken.items():
         contender = CONTENDERS[name]
-        runs = [run for run in outcomes if isinstance(run, Run)]
+        runs = [run for run in outcomes if isinstance(run, ContenderRun)]
         reasons = [run if isinstance(run, str) else run.verdict.why_not for run in outcomes]
         one: dict[str, Any] = {
             "title": contender.title,
@@ -212,7 +217,7 @@ def figures_of(taken: dict[str, list[Run | str]]) -> dict[str, Any]:
                 "images_per_s": {"median": median, "quartiles": [low, high], "rounds": rates},
                 "start_up_s": float(np.median([run.start_up_s for run in runs])),
                 "peak_memory_mb": max(run.peak_memory_mb for run in runs),
-                "largest_difference": _largest(run.verdict.difference for run in runs),
+                "largest_difference": _maximum(run.verdict.difference for run in runs),
                 "least_agreement": min((run.verdict.agreement or 0.0 for run in runs), default=None),
             }
         if name != REFERENCE and one["not_counted"] is None:
@@ -223,7 +228,7 @@ def figures_of(taken: dict[str, list[Run | str]]) -> dict[str, Any]:
             ]
             one["beside_the_engine" if own else "engine_beside_it"] = {
                 "median": float(np.median(pairs)),
-                "interval": interval(pairs),
+                "interval": bootstrap_interval(pairs),
                 "rounds": pairs,
                 "aim": contender.aim,
             }
@@ -231,19 +236,19 @@ def figures_of(taken: dict[str, list[Run | str]]) -> dict[str, Any]:
     return found
 
 
-def _largest(values: Any) -> float | None:
+def _maximum(values: Any) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def mishaps(work: Path, models: bundle.Bundle, seed: int) -> dict[str, Any]:
+def run_mishaps(work: Path, bundle: bundles.Bundle, seed: int) -> dict[str, Any]:
     """What corrupt files do to the usual patterns, and to the engine."""
-    manifest = archive.make(work, "uniform", MISHAP_ROWS, seed, corrupt=MISHAP_CORRUPT)
-    small = Contest(work, manifest, models)
-    columns = [f"p_{name}" for name in models.classes]
+    manifest = archive.make_archive(work, "uniform", MISHAP_ROWS, seed, corrupt=MISHAP_CORRUPT)
+    small = Contest(work, manifest, bundle)
+    columns = [f"p_{name}" for name in bundle.classes]
     found: dict[str, Any] = {"rows": small.rows, "corrupt": len(small.corrupt), "patterns": {}}
     found["patterns"][REFERENCE] = {
         "title": "this engine",
-        **aftermath(small.reference, small.corrupt, columns),
+        **count_wrong_rows(small.reference, small.corrupt, columns),
     }
     for name, (title, needs) in MISHAPS.items():
         one: dict[str, Any] = {"title": title}
@@ -253,17 +258,17 @@ def mishaps(work: Path, models: bundle.Bundle, seed: int) -> dict[str, Any]:
             continue
         output = work / f"rows-{name}"
         shutil.rmtree(output, ignore_errors=True)
-        given = [name, str(manifest), str(models.path), str(output), "--threads", str(available_cpus())]
+        given = [name, str(manifest), str(bundle.path), str(output), "--threads", str(available_cpus())]
         command = [sys.executable, "-m", "benchmarks.peers.mishaps", *given]
-        done = processes.run(command, environment=environment(work), timeout_s=TIMEOUT_S)
+        done = processes.run_command(command, environment=environment(work), timeout_s=TIMEOUT_S)
         if done.status:
             one["problem"] = f"the whole run fails: {_last_line(done)}"
         else:
-            one |= aftermath(gate.read_rows(output), small.corrupt, columns)
+            one |= count_wrong_rows(gate.read_rows(output), small.corrupt, columns)
     return found
 
 
-def aftermath(rows: pd.DataFrame, corrupt: Collection[str], columns: list[str]) -> dict[str, int]:
+def count_wrong_rows(rows: pd.DataFrame, corrupt: Collection[str], columns: list[str]) -> dict[str, int]:
     """How many corrupt files carry the score of another file, and how many sound ones have none."""
     scores = rows.set_index("path")[columns].astype(np.float64)
     bad = scores.index.isin(list(corrupt))
@@ -275,12 +280,12 @@ def aftermath(rows: pd.DataFrame, corrupt: Collection[str], columns: list[str]) 
     return {"rows_with_anothers_score": borrowed, "sound_rows_lost": int(sound.isna().any(axis=1).sum())}
 
 
-def chosen(only: Sequence[str] | None, models: bundle.Bundle) -> tuple[list[str], dict[str, str]]:
+def choose_contenders(only: Sequence[str] | None, bundle: bundles.Bundle) -> tuple[list[str], dict[str, str]]:
     """Names of the contenders that can be run here, and why the others can't."""
     left_out = {
         name: "not installed: " + ", ".join(one.missing) for name, one in CONTENDERS.items() if one.missing
     }
-    if not any(models.path.rglob("*int8*")):
+    if not any(bundle.path.rglob("*int8*")):
         left_out["engine-int8"] = "the bundle has no INT8 graphs"
     asked = [name for name in CONTENDERS if not only or name in only or name == REFERENCE]
     return [name for name in asked if name not in left_out], {
@@ -289,21 +294,23 @@ def chosen(only: Sequence[str] | None, models: bundle.Bundle) -> tuple[list[str]
 
 
 def contest(
-    console: Console, work: Path, models: bundle.Bundle, options: Any
+    console: Console, work: Path, bundle: bundles.Bundle, options: Any
 ) -> tuple[dict[str, Any], list[str]]:
     """The figures, and the names of the contenders."""
-    manifest = archive.make(work, options.archive, options.rows, options.seed)
-    names, left_out = chosen(options.only, models)
+    manifest = archive.make_archive(work, options.archive, options.rows, options.seed)
+    names, left_out = choose_contenders(options.only, bundle)
     for name, why in left_out.items():
         console.print(f"{name}: {why}", highlight=False)
-    arena, rng = Contest(work, manifest, models), random.Random(options.seed)
-    taken: dict[str, list[Run | str]] = {name: [] for name in names}
+    arena, rng = Contest(work, manifest, bundle), random.Random(options.seed)
+    taken: dict[str, list[ContenderRun | str]] = {name: [] for name in names}
     for number in range(options.rounds):
         for name in rng.sample(names, len(names)):
             failed = [outcome for outcome in taken[name] if isinstance(outcome, str)]  # once is enough
             outcome = failed[0] if failed else arena.run(name)
             taken[name].append(outcome)
-            console.print(f"round {number + 1}, {name}: {_told(outcome)}", highlight=False, markup=False)
+            console.print(
+                f"round {number + 1}, {name}: {_describe_outcome(outcome)}", highlight=False, markup=False
+            )
     figures = {
         "work": {
             "archive": options.archive,
@@ -312,12 +319,12 @@ def contest(
             "seed": options.seed,
             "files": dict(arena.kinds),
             "corrupt": len(arena.corrupt),
-            "members": [member.architecture for member in models.members],
+            "members": [member.architecture for member in bundle.members],
             "threads": available_cpus(),
             "engine_batch_size": CPU_BATCH,
         },
         "limits": {"probability": gate.MAX_DIFFERENCE, "agreement": gate.FLOAT32.agreement},
-        "contenders": figures_of(taken),
+        "contenders": contender_figures(taken),
         "left_out": left_out,
     }
     return figures, names
@@ -329,7 +336,7 @@ def _own_bundle(work: Path) -> Path:
     return contest_bundle(work / "bundle")
 
 
-def _told(outcome: Run | str) -> str:
+def _describe_outcome(outcome: ContenderRun | str) -> str:
     if isinstance(outcome, str):
         return outcome
     why = outcome.verdict.why_not
@@ -337,7 +344,7 @@ def _told(outcome: Run | str) -> str:
 
 
 def main(console: Console, options: Any) -> None:
-    before = record.machine()
+    before = record.describe_machine()
     unknown = sorted(set(options.only or ()) - set(CONTENDERS))
     if unknown:
         raise UsageError(f"--only {' '.join(unknown)}: no such contender; there are {', '.join(CONTENDERS)}")
@@ -346,17 +353,17 @@ def main(console: Console, options: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(options.work or scratch).absolute()
         work.mkdir(parents=True, exist_ok=True)
-        models = bundle.load((options.bundle or _own_bundle(work)).absolute())
-        figures, names = contest(console, work, models, options)
+        bundle = bundles.load_bundle((options.bundle or _own_bundle(work)).absolute())
+        figures, names = contest(console, work, bundle, options)
         if not options.only:
-            figures["corrupt_files"] = mishaps(work, models, options.seed)
+            figures["corrupt_files"] = run_mishaps(work, bundle, options.seed)
     needed = {need for name in names for need in CONTENDERS[name].needs} | {"timm"}
     installed = {name: found for name in sorted(needed) if (found := _version(name))}
-    figures["versions"] = versions() | installed
+    figures["versions"] = library_versions() | installed
     name = "peers-cpu" if options.archive == "mixed" else f"peers-{options.archive}-cpu"
     command = f"peers --archive {options.archive} --rows {options.rows} --rounds {options.rounds}"
     command += f" --seed {options.seed}" + (f" --only {' '.join(options.only)}" if options.only else "")
     target = options.output / f"{name}.json"
-    record.write(target, command, figures, before=before)
+    record.write_record(target, command, figures, before=before)
     show_peers(console, figures)
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

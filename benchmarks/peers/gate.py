@@ -17,14 +17,14 @@ NEARLY_TIED = 2 * MAX_DIFFERENCE  # between the two best classes: either may win
 
 
 @dataclass(frozen=True)
-class Limits:
+class AcceptanceLimits:
     difference: float | None  # of any probability; None: not compared
     agreement: float  # share of the rows, those nearly tied left out, with the same arg max
     auc: float | None = None  # largest difference of the AUC against the reference's classes; None: as above
 
 
-FLOAT32 = Limits(MAX_DIFFERENCE, 0.999)
-INT8 = Limits(None, 0.99, auc=0.002)
+FLOAT32 = AcceptanceLimits(MAX_DIFFERENCE, 0.999)
+INT8 = AcceptanceLimits(None, 0.99, auc=0.002)
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ def read_rows(folder: Path) -> pd.DataFrame:
     return pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
 
 
-def judge(
+def judge_rows(
     rows: pd.DataFrame,
     reference: pd.DataFrame,
     *,
     corrupt: Collection[str],
     classes: Collection[str],
-    limits: Limits = FLOAT32,
+    limits: AcceptanceLimits = FLOAT32,
 ) -> Verdict:
     """Compare rows, in any order, with the reference; `corrupt` are paths that may not carry a score.
 
@@ -76,11 +76,11 @@ def judge(
         return Verdict(f"{len(missing)} rows are missing or have no score, such as {missing[0]}")
     ours = wanted.loc[sound, columns].to_numpy(np.float64)
     theirs = found.loc[sound, columns].to_numpy(np.float64)
-    return _compared(theirs, ours, sound, limits)
+    return _compare_rows(theirs, ours, sound, limits)
 
 
-def _compared(
-    found: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64], paths: pd.Index, limits: Limits
+def _compare_rows(
+    found: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64], paths: pd.Index, limits: AcceptanceLimits
 ) -> Verdict:
     if not np.isfinite(found).all():
         return Verdict("some scores are not numbers")

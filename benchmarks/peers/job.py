@@ -15,30 +15,33 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine import bundle as bundles
-from engine.ensemble import fuse
+from engine.bundle import bundle as bundles
+from engine.scoring.ensemble import combine_logits
 
-MARK = "benchmark mark:"  # before what `contest.py` reads from a peer's output
+TIME_MARK = "benchmark mark:"  # before what `contest.py` reads from a peer's output
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Job:
+class PeerJob:
     manifest: Path
-    models: bundles.Bundle
+    bundle: bundles.Bundle
     output: Path  # a folder, not there yet
     threads: int  # as many as there are cores
 
     @classmethod
-    def from_command_line(cls) -> Job:
+    def from_command_line(cls) -> PeerJob:
         parser = argparse.ArgumentParser()
         for name in ("manifest", "bundle", "output"):
             parser.add_argument(name, type=Path)
         parser.add_argument("--threads", type=int, required=True)
         given = parser.parse_args()
         return cls(
-            given.manifest.absolute(), bundles.load(given.bundle), given.output.absolute(), given.threads
+            given.manifest.absolute(),
+            bundles.load_bundle(given.bundle),
+            given.output.absolute(),
+            given.threads,
         )
 
     @property
@@ -55,24 +58,24 @@ class Job:
     @property
     def graphs(self) -> list[str]:
         """Each member's ONNX graph: uint8 [N, 1, H, W] to float32 logits [N, C]."""
-        return [str(member.files["onnx"].path) for member in self.models.members]
+        return [str(member.files["onnx"].path) for member in self.bundle.members]
 
     @property
     def columns(self) -> list[str]:
-        return [f"p_{name}" for name in self.models.classes]
+        return [f"p_{name}" for name in self.bundle.classes]
 
     def average(self, logits: Sequence[Floats]) -> Floats:
         """Softmax and weighted average: a member's logits [N, C] each to probabilities [N, C]."""
-        return fuse(
+        return combine_logits(
             np.stack(logits),
-            weights=self.models.weights,
-            temperatures=[member.temperature for member in self.models.members],
-            temperature=self.models.temperature,
+            weights=self.bundle.weights,
+            temperatures=[member.temperature for member in self.bundle.members],
+            temperature=self.bundle.temperature,
         )[1]
 
     def start(self, at: float | None = None) -> None:
-        """The models are there and warm; reading starts now, or started at `at`."""
-        print(MARK, "start", time.monotonic() if at is None else at, flush=True)
+        """The members are loaded and warm; reading starts now, or started at `at`."""
+        print(TIME_MARK, "start", time.monotonic() if at is None else at, flush=True)
 
     def finish(self, scores: Floats) -> None:
         """Write the rows: scores [rows, C], NaN where there are none. Once they are on the disk, stop."""
@@ -93,15 +96,15 @@ class Job:
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
-        print(MARK, "stop", time.monotonic(), flush=True)
+        print(TIME_MARK, "stop", time.monotonic(), flush=True)
 
     def no_scores(self) -> Floats:
         """NaN [rows, C], to be filled."""
-        return np.full((len(self.names), len(self.models.classes)), np.nan, np.float32)
+        return np.full((len(self.names), len(self.bundle.classes)), np.nan, np.float32)
 
     def blank(self, batch: int) -> npt.NDArray[np.uint8]:
         """Pixels to warm up with."""
-        return np.zeros((batch, 1, *self.models.size), np.uint8)
+        return np.zeros((batch, 1, *self.bundle.size), np.uint8)
 
 
 def batches(rows: int, size: int) -> Iterator[range]:

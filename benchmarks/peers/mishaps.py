@@ -15,24 +15,24 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from benchmarks.peers.job import Job
+from benchmarks.peers.job import PeerJob
 
 BATCH = 8
 
 
-def sessions_of(job: Job) -> list[onnxruntime.InferenceSession]:
+def open_sessions(job: PeerJob) -> list[onnxruntime.InferenceSession]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.threads
     return [onnxruntime.InferenceSession(graph, options) for graph in job.graphs]
 
 
-def timm(job: Job) -> None:
+def run_timm(job: PeerJob) -> None:
     from timm.data import create_dataset, create_loader
 
     dataset = create_dataset("", root=str(job.manifest.parent), input_img_mode="L")
     loader = create_loader(
         dataset,
-        (1, *job.models.size),
+        (1, *job.bundle.size),
         BATCH,
         use_prefetcher=False,
         interpolation="bilinear",
@@ -42,7 +42,7 @@ def timm(job: Job) -> None:
         crop_mode="squash",
         num_workers=1,
     )
-    sessions, found = sessions_of(job), []
+    sessions, found = open_sessions(job), []
     for images, _ in loader:
         pixels = np.rint(images.numpy() * 255).astype(np.uint8)
         found.append(job.average([session.run(None, {"pixels": pixels})[0] for session in sessions]))
@@ -51,7 +51,7 @@ def timm(job: Job) -> None:
     job.finish(np.stack([by_name[name] for name in job.names]))
 
 
-def ray_read_images(job: Job, *, skip: bool) -> None:
+def run_ray_read_images(job: PeerJob, *, skip: bool) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
@@ -62,15 +62,15 @@ def ray_read_images(job: Job, *, skip: bool) -> None:
         context.max_errored_blocks = -1
     images = ray.data.read_images(
         job.paths,
-        size=job.models.size,
+        size=job.bundle.size,
         mode="L",
         include_paths=True,
         override_num_blocks=len(job.paths) // BATCH,
     )
-    sessions, scores = sessions_of(job), job.no_scores()
+    sessions, scores = open_sessions(job), job.no_scores()
     rows = {path: row for row, path in enumerate(job.paths)}
     for batch in images.iter_batches(batch_size=BATCH):
-        pixels = batch["image"].reshape(-1, 1, *job.models.size)
+        pixels = batch["image"].reshape(-1, 1, *job.bundle.size)
         logits = [session.run(None, {"pixels": pixels})[0] for session in sessions]
         scores[[rows[path] for path in batch["path"]]] = job.average(logits)
     job.start()
@@ -78,10 +78,10 @@ def ray_read_images(job: Job, *, skip: bool) -> None:
 
 
 PATTERNS: dict[str, Any] = {
-    "timm": timm,
-    "ray": lambda job: ray_read_images(job, skip=False),
-    "ray-skip": lambda job: ray_read_images(job, skip=True),
+    "timm": run_timm,
+    "ray": lambda job: run_ray_read_images(job, skip=False),
+    "ray-skip": lambda job: run_ray_read_images(job, skip=True),
 }
 
 if __name__ == "__main__":
-    PATTERNS[sys.argv.pop(1)](Job.from_command_line())
+    PATTERNS[sys.argv.pop(1)](PeerJob.from_command_line())

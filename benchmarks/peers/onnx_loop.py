@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime
 
-from benchmarks.peers.job import Job, batches
-from benchmarks.peers.pixels import by_pillow
+from benchmarks.peers.job import PeerJob, batches
+from benchmarks.peers.pixels import load_with_pillow
 
 BATCH = 16
 
 
-def main(job: Job) -> None:
+def main(job: PeerJob) -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.threads
     sessions = [onnxruntime.InferenceSession(graph, options) for graph in job.graphs]
@@ -26,7 +26,7 @@ def main(job: Job) -> None:
         images, good = [], []
         for row in rows:
             try:
-                images.append(by_pillow(paths[row], job.models.size))
+                images.append(load_with_pillow(paths[row], job.bundle.size))
                 good.append(row)
             except OSError as error:
                 print(f"{paths[row]}: {error}")
@@ -36,4 +36,4 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(Job.from_command_line())
+    main(PeerJob.from_command_line())

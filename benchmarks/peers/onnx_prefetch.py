@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime
 
-from benchmarks.peers.job import Job
-from benchmarks.peers.prefetch import decoded
+from benchmarks.peers.job import PeerJob
+from benchmarks.peers.prefetch import decode_ahead
 
 BATCH = 16
 
 
-def main(job: Job) -> None:
+def main(job: PeerJob) -> None:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job.threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the decoders need the cores
@@ -23,10 +23,10 @@ def main(job: Job) -> None:
     scores = job.no_scores()
     score(job.blank(BATCH))
     job.start()
-    for rows, pixels in decoded(job, BATCH):
+    for rows, pixels in decode_ahead(job, BATCH):
         scores[rows] = score(pixels)
     job.finish(scores)
 
 
 if __name__ == "__main__":
-    main(Job.from_command_line())
+    main(PeerJob.from_command_line())

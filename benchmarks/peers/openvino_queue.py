@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import openvino
 
-from benchmarks.peers.job import Job
-from benchmarks.peers.prefetch import decoded
+from benchmarks.peers.job import PeerJob
+from benchmarks.peers.prefetch import decode_ahead
 
 BATCH = 8
 
 
-def both_members(core: openvino.Core, job: Job) -> openvino.Model:
+def merge_members(core: openvino.Core, job: PeerJob) -> openvino.Model:
     """All members behind one input, so that they share one pool of threads."""
     first, *others = [core.read_model(graph) for graph in job.graphs]
     results = [*first.get_results()]
@@ -20,14 +20,14 @@ def both_members(core: openvino.Core, job: Job) -> openvino.Model:
             use.replace_source_output(first.input(0).get_node().output(0))
         results += other.get_results()
     model = openvino.Model(results, first.get_parameters())
-    model.reshape([BATCH, 1, *job.models.size])
+    model.reshape([BATCH, 1, *job.bundle.size])
     return model
 
 
-def main(job: Job) -> None:
+def main(job: PeerJob) -> None:
     core = openvino.Core()
     model = core.compile_model(
-        both_members(core, job),
+        merge_members(core, job),
         "CPU",
         {
             "PERFORMANCE_HINT": "THROUGHPUT",
@@ -47,7 +47,7 @@ def main(job: Job) -> None:
     queue.wait_all()
     queue.set_callback(keep)
     job.start()
-    for rows, pixels in decoded(job, BATCH):
+    for rows, pixels in decode_ahead(job, BATCH):
         padding = BATCH - len(rows)
         queue.start_async({0: np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))}, rows)
     queue.wait_all()
@@ -55,4 +55,4 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(Job.from_command_line())
+    main(PeerJob.from_command_line())

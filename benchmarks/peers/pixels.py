@@ -10,7 +10,7 @@ import numpy.typing as npt
 Pixels = npt.NDArray[np.uint8]  # [1, H, W]
 
 
-def by_pillow(path: str, size: tuple[int, int]) -> Pixels:
+def load_with_pillow(path: str, size: tuple[int, int]) -> Pixels:
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -18,11 +18,11 @@ def by_pillow(path: str, size: tuple[int, int]) -> Pixels:
     return np.asarray(small)[None]
 
 
-def by_opencv(path: str, size: tuple[int, int]) -> Pixels:
-    return decoded_by_opencv(Path(path).read_bytes(), size)
+def load_with_opencv(path: str, size: tuple[int, int]) -> Pixels:
+    return decode_with_opencv(Path(path).read_bytes(), size)
 
 
-def decoded_by_opencv(data: bytes, size: tuple[int, int]) -> Pixels:
+def decode_with_opencv(data: bytes, size: tuple[int, int]) -> Pixels:
     """Decoded by OpenCV; resized by Pillow, since none of OpenCV's own filters is the antialiased triangle.
 
     OpenCV gives the upper half of a truncated JPEG as an image, gray below: it is known by the missing end.

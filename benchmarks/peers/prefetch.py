@@ -9,20 +9,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import cv2
 import numpy as np
 
-from benchmarks.peers.job import Job, batches
-from benchmarks.peers.pixels import Pixels, by_opencv
+from benchmarks.peers.job import PeerJob, batches
+from benchmarks.peers.pixels import Pixels, load_with_opencv
 
 AHEAD = 2  # batches
 
 
-def decoded(job: Job, batch: int) -> Iterator[tuple[list[int], np.ndarray]]:
+def decode_ahead(job: PeerJob, batch: int) -> Iterator[tuple[list[int], np.ndarray]]:
     """Rows and their pixels uint8 [n, 1, H, W], a batch at a time; what can't be decoded is left out."""
     cv2.setNumThreads(1)
-    paths, size = job.paths, job.models.size
+    paths, size = job.paths, job.bundle.size
 
     def load(row: int) -> Pixels | None:
         try:
-            return by_opencv(paths[row], size)
+            return load_with_opencv(paths[row], size)
         except OSError as error:
             print(f"{paths[row]}: {error}")
             return None

@@ -15,17 +15,17 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import numpy as np
 import ray
 
-from benchmarks.peers.job import Job
-from benchmarks.peers.pixels import decoded_by_opencv
+from benchmarks.peers.job import PeerJob
+from benchmarks.peers.pixels import decode_with_opencv
 
 BATCH = 16
-SHARE_OF_A_CORE = 0.75  # of each scoring actor; the rest is for reading and decoding
+CPUS_PER_READER = 0.75  # of each scoring actor; the rest is for reading and decoding
 
 
-class Members:
+class MembersActor:
     """The actor: one thread, both members."""
 
-    def __init__(self, job: Job, ready: Path) -> None:
+    def __init__(self, job: PeerJob, ready: Path) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -47,14 +47,14 @@ class Members:
         return {"path": rows["path"], "status": rows["status"], **columns}
 
 
-def main(job: Job) -> None:
+def main(job: PeerJob) -> None:
     ready = job.output.with_name(job.output.name + "-ready")
     ready.mkdir(parents=True)
-    size, blank = job.models.size, job.blank(1)[0]
+    size, blank = job.bundle.size, job.blank(1)[0]
 
     def load(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {"path": row["path"], "status": "ok", "pixels": decoded_by_opencv(row["bytes"], size)}
+            return {"path": row["path"], "status": "ok", "pixels": decode_with_opencv(row["bytes"], size)}
         except OSError:
             return {"path": row["path"], "status": "corrupt", "pixels": blank}
 
@@ -62,7 +62,7 @@ def main(job: Job) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.wait_for_min_actors_s = 300  # reading starts when the actors are there
-    spare = (1 - SHARE_OF_A_CORE) / 2
+    spare = (1 - CPUS_PER_READER) / 2
     rows = ray.data.read_binary_files(
         job.paths,
         include_paths=True,
@@ -70,11 +70,11 @@ def main(job: Job) -> None:
         ray_remote_args={"num_cpus": spare},
     ).map(load, num_cpus=spare)
     scored = rows.map_batches(
-        Members,
+        MembersActor,
         fn_constructor_args=(job, ready),
         batch_size=BATCH,
         compute=ray.data.ActorPoolStrategy(size=job.threads),
-        num_cpus=SHARE_OF_A_CORE,
+        num_cpus=CPUS_PER_READER,
     )
     scored.write_parquet(str(job.output), ray_remote_args={"num_cpus": spare})
     job.start(max(float(path.read_text()) for path in ready.iterdir()))
@@ -82,4 +82,4 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(Job.from_command_line())
+    main(PeerJob.from_command_line())

@@ -7,13 +7,13 @@ import numpy as np
 import onnxruntime
 from spdl.pipeline import PipelineBuilder
 
-from benchmarks.peers.job import Job
-from benchmarks.peers.pixels import Pixels, by_opencv
+from benchmarks.peers.job import PeerJob
+from benchmarks.peers.pixels import Pixels, load_with_opencv
 
 BATCH = 16
 
 
-def main(job: Job) -> None:
+def main(job: PeerJob) -> None:
     cv2.setNumThreads(1)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # as many batches at once as there are cores
@@ -21,7 +21,7 @@ def main(job: Job) -> None:
 
     def load(row: int) -> tuple[int, Pixels] | None:
         try:
-            return row, by_opencv(paths[row], job.models.size)
+            return row, load_with_opencv(paths[row], job.bundle.size)
         except OSError as error:
             print(f"{paths[row]}: {error}")
             return None  # the pipeline drops it
@@ -50,4 +50,4 @@ def main(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(Job.from_command_line())
+    main(PeerJob.from_command_line())

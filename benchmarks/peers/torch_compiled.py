@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch._inductor.config
 
-from benchmarks.peers.job import Job
+from benchmarks.peers.job import PeerJob
 from benchmarks.peers.torch_loader import main
 
 if __name__ == "__main__":
     torch._inductor.config.freezing = True  # what its documentation recommends for inference on a CPU
-    main(Job.from_command_line(), compiled=True)
+    main(PeerJob.from_command_line(), compiled=True)

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.peers.job import Job
-from benchmarks.peers.pixels import by_pillow
-from engine import network
+from benchmarks.peers.job import PeerJob
+from benchmarks.peers.pixels import load_with_pillow
+from engine.runners import network
 
 BATCH = 16
 
 
-class Images(Dataset[Any]):
+class ImageDataset(Dataset[Any]):
     """Row, whether it could be decoded, and its pixels uint8 [1, H, W]: zeros if not."""
 
     def __init__(self, paths: list[str], size: tuple[int, int]) -> None:
@@ -26,7 +26,7 @@ class Images(Dataset[Any]):
 
     def __getitem__(self, row: int) -> tuple[int, bool, torch.Tensor]:
         try:
-            pixels = by_pillow(self._paths[row], self._size)
+            pixels = load_with_pillow(self._paths[row], self._size)
         except OSError as error:
             print(f"{self._paths[row]}: {error}")
             return row, False, torch.zeros((1, *self._size), dtype=torch.uint8)
@@ -34,9 +34,9 @@ class Images(Dataset[Any]):
 
 
 @torch.inference_mode()
-def main(job: Job, *, compiled: bool = False) -> None:
+def main(job: PeerJob, *, compiled: bool = False) -> None:
     torch.set_num_threads(job.threads)
-    members = [network.load(member, job.models).eval() for member in job.models.members]
+    members = [network.load_member(member, job.bundle).eval() for member in job.bundle.members]
     if compiled:
         members = [torch.compile(member, dynamic=False) for member in members]
 
@@ -47,7 +47,7 @@ def main(job: Job, *, compiled: bool = False) -> None:
 
     scores = job.no_scores()
     score(torch.from_numpy(job.blank(BATCH)))
-    loader = DataLoader(Images(job.paths, job.models.size), batch_size=BATCH, num_workers=job.threads)
+    loader = DataLoader(ImageDataset(job.paths, job.bundle.size), batch_size=BATCH, num_workers=job.threads)
     job.start()
     for rows, good, pixels in loader:
         scores[rows[good].numpy()] = score(pixels)[good.numpy()]
@@ -55,4 +55,4 @@ def main(job: Job, *, compiled: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main(Job.from_command_line())
+    main(PeerJob.from_command_line())

@@ -13,7 +13,7 @@ from types import FrameType
 from rich.console import Console
 
 from engine.core.deadline import GIVE_UP_S, Deadline
-from engine.errors import EngineError, NothingNew, Stopped
+from engine.core.errors import EngineError, NothingNew, Stopped
 
 
 def _unexpected(error: Exception) -> str:

@@ -6,7 +6,7 @@ import threading
 import time
 from datetime import UTC, datetime
 
-from engine.errors import Stopped
+from engine.core.errors import Stopped
 
 GRACE_S = 5.0  # a part that ends within is finished before the run stops
 GIVE_UP_S = 2 * GRACE_S  # after this long without a clean stop a command ends its process

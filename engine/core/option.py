@@ -15,8 +15,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UsageError
-from engine.storage.location import Url
+from engine.core.errors import UsageError
+from engine.core.location import Url
 
 _UNITS = {
     "": 1,

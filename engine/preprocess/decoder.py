@@ -27,18 +27,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from engine.errors import EngineError, UsageError
-from engine.settings import Decode
+from engine.core.errors import EngineError, UsageError
+from engine.core.settings import Decode
 
 if TYPE_CHECKING:
-    from engine.preprocess.codecs import Decoded
-    from engine.preprocess.graph import Graph
-    from engine.records import Header
+    from engine.core.records import Header
+    from engine.preprocess.codecs.decode import DecodedImage
+    from engine.preprocess.resize import ResizePipeline
 
 DECODE_TIMEOUT_S = 120  # of one request; an image of 100 megapixels takes seconds
-RETIRE_BYTES = 3 << 29  # a decoder that has grown beyond is replaced by a fresh one
-RETIRE_FAILURES = 1000  # and so is one that has refused so many images: libraries leak where they fail
-RETIRE_REQUESTS = 16  # but not before it has answered so many requests
+RECYCLE_BYTES = 3 << 29  # a decoder that has grown beyond is replaced by a fresh one
+RECYCLE_FAILURES = 1000  # and so is one that has refused so many images: libraries leak where they fail
+RECYCLE_REQUESTS = 16  # but not before it has answered so many requests
 
 
 class CrashedError(Exception):
@@ -46,7 +46,7 @@ class CrashedError(Exception):
 
 
 @dataclass(frozen=True)
-class Reply:
+class DecodeReply:
     """What became of n images, by their position in the request."""
 
     pixels: npt.NDArray[np.uint8]  # [k, 1, H, W], of those that decoded
@@ -54,17 +54,17 @@ class Reply:
     flags: dict[int, list[str]]
 
 
-class Decoder:
+class DecoderProcess:
     """The engine's end. The process starts at once, and anew after a crash."""
 
     def __init__(self, *, size: tuple[int, int], batch_size: int, threads: int, decode: Decode) -> None:
         self.size, self.batch_size, self.crashes = size, batch_size, 0
         fast = int(decode == "fast")
-        numbers = (*size, batch_size, threads, fast, DECODE_TIMEOUT_S, RETIRE_BYTES, RETIRE_FAILURES)
+        numbers = (*size, batch_size, threads, fast, DECODE_TIMEOUT_S, RECYCLE_BYTES, RECYCLE_FAILURES)
         self._arguments = [str(number) for number in numbers]
         self._start()
 
-    def decode(self, images: Sequence[bytes], headers: Sequence[Header]) -> Reply:
+    def decode(self, images: Sequence[bytes], headers: Sequence[Header]) -> DecodeReply:
         """Decode 1 to `batch_size` encoded images, whose headers were parsed. Raises CrashedError."""
         self.await_start()
         try:
@@ -88,12 +88,12 @@ class Decoder:
             self._start()
         return reply
 
-    def _reply(self, said: dict[str, Any], pixels: bytes, images: int) -> Reply:
+    def _reply(self, said: dict[str, Any], pixels: bytes, images: int) -> DecodeReply:
         failed, flags = (
             {int(key): value for key, value in said[name].items()} for name in ("failed", "flags")
         )
         shape = (images - len(failed), 1, *self.size)
-        return Reply(np.frombuffer(pixels, np.uint8).reshape(shape), failed, flags)
+        return DecodeReply(np.frombuffer(pixels, np.uint8).reshape(shape), failed, flags)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str]) -> None:
     descriptor, height, width, batch_size, threads, fast, timeout_s, *retire = map(int, arguments)
     connection = Connection(descriptor)
     try:
-        graph = _graph(height, width, batch_size, threads)
+        graph = _make_resize(height, width, batch_size, threads)
     except EngineError as error:
         connection.send_bytes(str(error).encode())
         return
@@ -176,26 +176,26 @@ def main(arguments: Sequence[str]) -> None:
     with open(os.devnull, "w") as nowhere:  # the libraries' words about single files
         os.dup2(nowhere.fileno(), 2)
     with contextlib.suppress(EOFError, ConnectionError), ThreadPoolExecutor(threads) as pool:
-        decoded = partial(_decoded, least=graph.size if fast else None)
+        decoded = partial(_decode_one, least=graph.size if fast else None)
         _serve(connection, graph, decoded, pool, timeout_s, *retire)
 
 
-def _graph(height: int, width: int, batch_size: int, threads: int) -> Graph:
-    from engine.preprocess.graph import Graph
+def _make_resize(height: int, width: int, batch_size: int, threads: int) -> ResizePipeline:
+    from engine.preprocess.resize import ResizePipeline
 
-    graph = Graph(size=(height, width), batch_size=batch_size, threads=threads)
+    graph = ResizePipeline(size=(height, width), batch_size=batch_size, threads=threads)
     graph.run([np.zeros((1, 1), np.uint8)])  # the first run is slow
     return graph
 
 
 def _serve(
     connection: Connection,
-    graph: Graph,
-    decode: Callable[[bytes, Header], Decoded | str],
+    graph: ResizePipeline,
+    decode: Callable[[bytes, Header], DecodedImage | str],
     pool: ThreadPoolExecutor,
     timeout_s: int,
-    retire_bytes: int,
-    retire_failures: int,
+    recycle_bytes: int,
+    recycle_failures: int,
 ) -> None:
     """Answer requests; raises EOFError when the engine has closed its end."""
     failures = 0
@@ -212,7 +212,7 @@ def _serve(
             del gray
         signal.setitimer(signal.ITIMER_REAL, 0)
         failures += len(images) - len(decoded)
-        grown = _resident_bytes() > retire_bytes or failures > retire_failures
+        grown = _resident_bytes() > recycle_bytes or failures > recycle_failures
         reply: dict[str, Any] = {
             "failed": {place: text for place, text in enumerate(found) if isinstance(text, str)},
             "flags": {
@@ -220,16 +220,16 @@ def _serve(
                 for place, image in enumerate(found)
                 if not isinstance(image, str) and image.flags
             },
-            "retire": grown and number >= RETIRE_REQUESTS,
+            "retire": grown and number >= RECYCLE_REQUESTS,
         }
         del images, headers, found, decoded
         connection.send_bytes(json.dumps(reply).encode())
         connection.send_bytes(pixels)
 
 
-def _decoded(image: bytes, header: Header, least: tuple[int, int] | None) -> Decoded | str:
+def _decode_one(image: bytes, header: Header, least: tuple[int, int] | None) -> DecodedImage | str:
     """The image, or one line that says why not."""
-    from engine.preprocess.codecs import decode
+    from engine.preprocess.codecs.decode import decode
 
     try:
         return decode(image, header, least=least)

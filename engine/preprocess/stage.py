@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from engine.overlap import Meter
-from engine.preprocess.decoder import CrashedError, Decoder
-from engine.reader import Reader
-from engine.records import Batch, Header, Part, Status
-from engine.settings import Decode, Limits, available_cpus
-from engine.storage.location import Place
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Status
+from engine.core.settings import Decode
+from engine.preprocess.decoder import CrashedError, DecoderProcess
 
 
 class Preprocess:
@@ -34,7 +29,7 @@ class Preprocess:
         decoding_bytes: int,
         decode: Decode = "exact",
     ) -> None:
-        self.decoder = Decoder(size=size, batch_size=batch_size, threads=threads, decode=decode)
+        self.decoder = DecoderProcess(size=size, batch_size=batch_size, threads=threads, decode=decode)
         self._decoding_bytes = decoding_bytes
 
     @property
@@ -99,7 +94,7 @@ class Preprocess:
             if not again:
                 return self._decode(batch, positions, pixels, again=True)
             (position,) = positions
-            batch.fail(position, Status.CRASHED, f"{_format(batch, position)} decoder: {error}")
+            batch.fail(position, Status.CRASHED, f"{_format_name(batch, position)} decoder: {error}")
             return []
 
     def _request(self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8]) -> list[int]:
@@ -107,7 +102,7 @@ class Preprocess:
         reply = self.decoder.decode([batch.encoded[position] for position in positions], headers)
         for place, error in reply.failed.items():
             position = positions[place]
-            batch.fail(position, Status.CORRUPT, f"{_format(batch, position)} decoder: {error}")
+            batch.fail(position, Status.CORRUPT, f"{_format_name(batch, position)} decoder: {error}")
         for place, flags in reply.flags.items():
             batch.flags.setdefault(positions[place], []).extend(flags)
         decoded = [position for place, position in enumerate(positions) if place not in reply.failed]
@@ -124,58 +119,7 @@ class Preprocess:
         self.close()
 
 
-def _format(batch: Batch, position: int) -> str:
+def _format_name(batch: Batch, position: int) -> str:
     header = batch.headers[position]
     assert header is not None
     return header.format
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Pixels of the files that decoded, and why the others did not."""
-
-    pixels: npt.NDArray[np.uint8]  # [k, 1, H, W]
-    index: npt.NDArray[np.int64]  # [k], positions in the list of paths
-    headers: list[Header]  # [k], what the files say of themselves
-    failures: list[tuple[int, str, str]]  # position, status, one-line error
-
-
-def load_pixels(
-    paths: Sequence[Path | str],
-    *,
-    root: Place = Path(),
-    size: tuple[int, int] = (224, 224),
-    decode: Decode = "exact",
-    limits: Limits | None = None,
-    threads: int | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> Loaded:
-    """Read and preprocess files as screening does. All pixels are held at once: for training and checks.
-
-    `progress` gets the number of files just done.
-    """
-    limits = limits or Limits()
-    threads = threads or available_cpus()
-    reader = Reader(root, batch_size=16, threads=threads, limits=limits)
-    part = Part(0, np.arange(len(paths)), [str(path) for path in paths], pa.table({}))
-    pixels, index = [np.empty((0, 1, *size), np.uint8)], [np.empty(0, np.int64)]
-    headers: list[Header | None] = []
-    failures = []
-    with Preprocess(
-        size=size, batch_size=16, threads=threads, decoding_bytes=limits.decoding_bytes, decode=decode
-    ) as preprocess:
-        for batch in preprocess.stage(reader.stage([part], Meter("read")), Meter("preprocess")):
-            assert batch.pixels is not None
-            pixels.append(batch.pixels)
-            index.append(batch.start + batch.index)
-            headers += [batch.headers[position] for position in batch.index]
-            failures += [
-                (batch.start + position, Status(batch.status[position]).label, error)
-                for position, error in sorted(batch.errors.items())
-            ]
-            progress(batch.rows)
-    found = np.concatenate(index)
-    order = np.argsort(found)  # slow files come late
-    known = [header for position in order if (header := headers[position]) is not None]
-    assert len(known) == len(found), "what has pixels has a header"
-    return Loaded(np.concatenate(pixels)[order], found[order], known, sorted(failures))

@@ -1,4 +1,4 @@
-"""A run on many GPUs and machines: Ray places actors, each with the stages of `engine.pipeline`.
+"""A run on many GPUs and machines: Ray places actors, each with the stages of `engine.pipeline.pipeline`.
 
 Inside this package `ray` is the library. `EnsembleScorer` is for pipelines of Ray Data.
 """

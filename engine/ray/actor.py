@@ -22,67 +22,72 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import structs
 
-from engine import bundle
-from engine.canaries import Canaries, Guard, scores
+from engine.bundle import bundle
+from engine.core.errors import EngineError, Stopped, UsageError
+from engine.core.location import Location
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Part, PartInfo, Status
+from engine.core.settings import Settings
 from engine.core.tuning import Settled, Tuning
 from engine.core.version import __version__
-from engine.errors import EngineError, Stopped, UsageError
-from engine.overlap import Meter
-from engine.pipeline import Opening, Stages, flow
-from engine.provenance import scorer_of, versions
-from engine.ray.cluster import Post
-from engine.reader import Reader
-from engine.records import Batch, Part, Status
-from engine.runners import Choice, choose
-from engine.settings import Settings
-from engine.sink import Done, Layout, Sink
-from engine.storage.location import Place
-from engine.store import open_folder, reason
+from engine.pipeline.context import StageContext
+from engine.pipeline.flow import chain_stages
+from engine.pipeline.stages import Stages
+from engine.ray.cluster import ActorResources
+from engine.reader.reader import Reader
+from engine.runners.base import RunnerChoice
+from engine.runners.select import select_runner
+from engine.runs.run_record import library_versions, scorer_of
+from engine.scoring.canaries import Canaries, CanaryMonitor, score_canaries
+from engine.sink.columns import ResultSchema
+from engine.sink.sink import Sink
+from engine.storage.folders import error_text
+from engine.storage.open_folder import open_folder
 
-WAIT_S = 0.05  # for the next part, before the stages are let run empty
+NEXT_PART_WAIT_S = 0.05  # for the next part, before the stages are let run empty
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Brief:
+class ActorConfig:
     """What an actor is made with."""
 
     name: str
     settings: Settings  # all paths absolute
-    post: Post
+    resources: ActorResources
 
 
 @dataclass(frozen=True)
-class Hello:
+class ActorInfo:
     """What an actor is."""
 
     host: str
     pid: int
-    choice: Choice
+    choice: RunnerChoice
     bundle_sha256: str
     versions: dict[str, str]
 
 
 @dataclass(frozen=True)
-class Work:
+class RunSpec:
     """What an actor opens its stages for."""
 
     batch_size: int  # of this actor's kind
     part_rows: int
     rows: int  # of the run
     tuning: Tuning
-    layout: Layout
-    root: Place
+    layout: ResultSchema
+    root: Location
     resumed: bool  # keep what is tuned
-    stages_of: type[Stages]
+    stages_type: type[Stages]
     token: tuple[str, str] | None  # name and content of a file in the results folder, to know it by
-    witnesses: tuple[str, ...]  # files that the driver sees
+    checked_files: tuple[str, ...]  # files that the driver sees
     expected: npt.NDArray[np.float32] | None  # scores of canaries where the bundle's can't be held against
 
 
 @dataclass(frozen=True)
-class Opened:
-    """What opening has settled."""
+class OpenedStages:
+    """What `Actor.open` has settled."""
 
     settled: Settled
     expected: npt.NDArray[np.float32] | None
@@ -90,18 +95,18 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """How an actor is at the moment."""
 
     rounds: int  # that canaries came through well
     idle_s: float  # since anything came out of the stages that should have
-    underway: dict[int, dict[str, int]]  # rows by status, of parts that are not done
+    in_progress: dict[int, dict[str, int]]  # rows by status, of parts that are not done
     meters: dict[str, tuple[int, float, float, float]]  # lanes, and seconds busy, starved, blocked
     crashes: int
     refusals: int
 
 
-class Clock:
+class IdleClock:
     """How long nothing has come out of the stages, while something should.
 
     The wait for the reader does not count: it gives up by itself.
@@ -120,11 +125,11 @@ class Clock:
 
 
 @dataclass
-class Watched:
+class TimedReader:
     """A reader that tells the clock when it is waited for."""
 
     reader: Reader
-    clock: Clock
+    clock: IdleClock
 
     def stage(self, parts: Iterable[Part], meter: Meter) -> Iterator[Batch]:
         with closing(self.reader.stage(parts, meter)) as batches:  # type: ignore[type-var]
@@ -141,7 +146,7 @@ class Watched:
 
 
 @dataclass
-class _Order:
+class _Task:
     """Something other than a part for the thread to do."""
 
     work: Callable[[], Any]
@@ -149,73 +154,75 @@ class _Order:
 
 
 @dataclass
-class _Underway:
+class _PartInProgress:
     rows: int
-    result: Future[Done] = field(default_factory=Future)
+    result: Future[PartInfo] = field(default_factory=Future)
     by_status: Counter[str] = field(default_factory=Counter)
 
 
 class Actor:
     """What runs in Ray's worker process; its methods are called over there by `crew.Crew`."""
 
-    def __init__(self, brief: Brief) -> None:
-        self._brief, self._settings = brief, replace(brief.settings, workers=brief.post.workers)
-        self._inbox: queue.SimpleQueue[Part | _Order] = queue.SimpleQueue()
-        self._taken: dict[int, _Underway] = {}
-        self._clock = Clock()
+    def __init__(self, config: ActorConfig) -> None:
+        self._config, self._settings = config, replace(config.settings, workers=config.resources.workers)
+        self._inbox: queue.SimpleQueue[Part | _Task] = queue.SimpleQueue()
+        self._taken: dict[int, _PartInProgress] = {}
+        self._clock = IdleClock()
         self._error: BaseException | None = None
         self._stop_by: float | None = None
         self._opened = ExitStack()
         self._lock = threading.Lock()
         threading.Thread(target=self._work, name="actor", daemon=True).start()
 
-    def hello(self) -> Hello:
+    def hello(self) -> ActorInfo:
         """Raises UsageError where the bundle, or what should run it, is not to be had."""
-        settings, gpu = self._settings, self._brief.post.gpu
-        self._models = bundle.load(settings.bundle)
-        self._choice = choose(
+        settings, gpu = self._settings, self._config.resources.gpu
+        self._bundle = bundle.load_bundle(settings.bundle)
+        self._choice = select_runner(
             settings.runner,
             "cuda:0" if gpu else "cpu",  # Ray shows each actor its own GPU only
-            self._models,
+            self._bundle,
             precision=settings.precision,
             batch_size=settings.batch_size,
         )
-        found = {"engine": __version__, **versions()}
-        return Hello(platform.node(), os.getpid(), self._choice, self._models.sha256, found)
+        found = {"engine": __version__, **library_versions()}
+        return ActorInfo(platform.node(), os.getpid(), self._choice, self._bundle.sha256, found)
 
-    def open(self, work: Work) -> Opened:
+    def open(self, work: RunSpec) -> OpenedStages:
         """Open the stages; the canaries have to come through them well. Raises EngineError."""
         return self._do(partial(self._open, work))
 
     def begin(self, provenance: bytes) -> None:
         """Parts may come, whose footers are to hold `provenance`."""
-        by = structs.replace(scorer_of(self._choice), actor=self._brief.name, round=self._guard.rounds)
+        by = structs.replace(
+            scorer_of(self._choice), actor=self._config.name, round=self._canary_monitor.rounds
+        )
         self._sink = Sink(open_folder(self._settings.output), self._layout, provenance, by)
-        self._guard.passed = self._passed
+        self._canary_monitor.on_round_passed = self._passed
 
     def _passed(self, rounds: int) -> None:
         self._sink.by = structs.replace(self._sink.by, round=rounds)
 
-    def take(self, part: Part) -> Done:
+    def take(self, part: Part) -> PartInfo:
         """Score a part and write it. Several may be taken at once."""
         with self._lock:
             if self._error:
                 raise self._error
             if self._stop_by is not None:
                 raise Stopped("stopped")
-            underway = self._taken[part.index] = _Underway(part.rows)
+            in_progress = self._taken[part.index] = _PartInProgress(part.rows)
             if not self._clock.busy:
                 self._clock.tick()
                 self._clock.busy = True
             self._inbox.put(part)
-        return underway.result.result()
+        return in_progress.result.result()
 
-    def check(self) -> Pulse:
+    def check(self) -> Heartbeat:
         """Let the canaries through once more, after the parts that were taken. Raises ParityError."""
-        self._do(lambda: self._guard.check())
-        return self.pulse()
+        self._do(lambda: self._canary_monitor.check())
+        return self.heartbeat()
 
-    def stop(self, grace_s: float) -> Pulse:
+    def stop(self, grace_s: float) -> Heartbeat:
         """Finish the parts that can be within `grace_s`, drop the others, and check."""
         with self._lock:
             self._stop_by = time.monotonic() + grace_s
@@ -233,14 +240,14 @@ class Actor:
 
         self._do(score)
 
-    def pulse(self) -> Pulse:
+    def heartbeat(self) -> Heartbeat:
         stages = self._stages
         with self._lock:
-            underway = {index: dict(taken.by_status) for index, taken in self._taken.items()}
-        return Pulse(
-            self._guard.rounds,
+            in_progress = {index: dict(taken.by_status) for index, taken in self._taken.items()}
+        return Heartbeat(
+            self._canary_monitor.rounds,
             self._clock.idle_s,
-            underway,
+            in_progress,
             {
                 name: (meter.lanes, meter.busy_s, meter.starved_s, meter.blocked_s)
                 for name, meter in stages.meters.items()
@@ -250,7 +257,7 @@ class Actor:
         )
 
     def _do(self, work: Callable[[], T]) -> T:
-        order = _Order(work, Future())
+        order = _Task(work, Future())
         with self._lock:
             if self._error:
                 raise self._error
@@ -258,13 +265,13 @@ class Actor:
         result: T = order.result.result()
         return result
 
-    def _open(self, work: Work) -> Opened:
+    def _open(self, work: RunSpec) -> OpenedStages:
         self._see_the_same(work)
         lines: list[str] = []
         self._layout = work.layout
-        opening = Opening(
+        context = StageContext(
             self._settings,
-            self._models,
+            self._bundle,
             self._choice,
             lines.append,
             work.root,
@@ -274,18 +281,18 @@ class Actor:
             tuning=work.tuning,
             resumed=work.resumed,
         )
-        self._stages = self._opened.enter_context(work.stages_of(opening))
+        self._stages = self._opened.enter_context(work.stages_type(context))
         batch_size = self._stages.settled.batch_size
-        canaries, expected = Canaries.of(self._models), work.expected
+        canaries, expected = Canaries.of(self._bundle), work.expected
         if self._choice.precision == "int8":  # whose scores are far from float32's
             if expected is None:
-                expected = scores(canaries, self._stages.step, batch_size)
+                expected = score_canaries(canaries, self._stages.step, batch_size)
             canaries = replace(canaries, expected=expected)
-        self._guard = Guard(self._stages.step, canaries, batch_size)
-        self._guard.check()
-        return Opened(self._stages.settled, expected, lines)
+        self._canary_monitor = CanaryMonitor(self._stages.step, canaries, batch_size)
+        self._canary_monitor.check()
+        return OpenedStages(self._stages.settled, expected, lines)
 
-    def _see_the_same(self, work: Work) -> None:
+    def _see_the_same(self, work: RunSpec) -> None:
         """Raises UsageError where this machine sees other folders than the driver's."""
         if work.token:
             name, content = work.token
@@ -299,24 +306,24 @@ class Actor:
                     f"output {folder.location}: not the same folder on every machine of the cluster; give "
                     "one that all share, or s3://, gs:// or az://"
                 )
-        if work.witnesses and not any(map(os.path.exists, work.witnesses)):
+        if work.checked_files and not any(map(os.path.exists, work.checked_files)):
             raise UsageError(
-                f"images: {work.witnesses[0]} is there for the driver and not on every machine of the "
+                f"images: {work.checked_files[0]} is there for the driver and not on every machine of the "
                 "cluster; mount the folder by the same name everywhere"
             )
 
-    def _reader(self) -> Watched:
-        opening = self._stages.opening
-        return Watched(opening.reader(self._stages.preprocess.on_gpu), self._clock)
+    def _reader(self) -> TimedReader:
+        context = self._stages.context
+        return TimedReader(context.reader(self._stages.preprocess.on_gpu), self._clock)
 
     def _work(self) -> None:
         """The thread: what is in the inbox, in turn; parts that follow each other as one stream."""
-        self._next: Part | _Order | None = None
+        self._next: Part | _Task | None = None
         while True:
             item = self._next or self._inbox.get()
             self._next = None
             try:
-                if isinstance(item, _Order):
+                if isinstance(item, _Task):
                     self._clock.tick()
                     self._clock.busy = True
                     item.result.set_result(item.work())
@@ -328,11 +335,11 @@ class Actor:
             with self._lock:
                 self._clock.busy = bool(self._taken)
 
-    def _fail(self, error: BaseException, item: Part | _Order) -> None:
+    def _fail(self, error: BaseException, item: Part | _Task) -> None:
         """Nothing more is scored: whatever comes gets this error."""
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
-            error = EngineError(f"{where}{reason(error)}")
+            error = EngineError(f"{where}{error_text(error)}")
         with self._lock:
             self._error = error
             waiting: list[Future[Any]] = [taken.result for taken in self._taken.values()]
@@ -340,30 +347,30 @@ class Actor:
             orders = [item, self._next]
             while not self._inbox.empty():
                 orders.append(self._inbox.get())
-            waiting += [order.result for order in orders if isinstance(order, _Order)]
+            waiting += [order.result for order in orders if isinstance(order, _Task)]
         for future in waiting:
             future.set_exception(error)
 
     def _parts(self, first: Part) -> Iterator[Part]:
         """Parts as long as they come without a pause."""
-        part: Part | _Order = first
+        part: Part | _Task = first
         while isinstance(part, Part):
             if self._stop_by is not None:
                 return
             yield part
             try:
-                part = self._inbox.get(timeout=WAIT_S)
+                part = self._inbox.get(timeout=NEXT_PART_WAIT_S)
             except queue.Empty:
                 return
         self._next = part
 
     def _score(self, first: Part) -> None:
         stages = self._stages
-        items = flow(
+        items = chain_stages(
             self._parts(first),
             self._reader(),
             stages.preprocess,
-            self._guard,
+            self._canary_monitor,
             self._sink,
             stages.meters,
             overlap=self._settings.overlap,
@@ -372,7 +379,7 @@ class Actor:
             began, rows = time.monotonic(), 0
             for item in items:
                 self._clock.tick()
-                if isinstance(item, Done):
+                if isinstance(item, PartInfo):
                     with self._lock:
                         taken = self._taken.pop(item.index)
                     taken.result.set_result(item)

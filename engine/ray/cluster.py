@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import UsageError
-from engine.gpu import machine
-from engine.installed import install_command
-from engine.settings import Settings, available_cpus
+from engine.core import hardware
+from engine.core.errors import UsageError
+from engine.core.extras import install_command
+from engine.core.hardware import available_cpus
+from engine.core.settings import Settings
 
-ANSWER_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
 SHUTDOWN_S = 20.0
 CHECK_S = 60.0  # for a process that imports Ray and asks for the cluster
 CHECK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
@@ -38,7 +39,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Post:
+class ActorResources:
     """What one actor gets: a GPU or none, and this many CPU threads."""
 
     gpu: bool
@@ -49,7 +50,7 @@ class Post:
         return f"a GPU and {threads}" if self.gpu else threads
 
 
-def library() -> Any:
+def import_ray() -> Any:
     """Ray. Raises UsageError where it is not installed."""
     try:
         import ray
@@ -60,7 +61,7 @@ def library() -> Any:
     return ray
 
 
-def posts_for(nodes: Sequence[Node], settings: Settings) -> list[Post]:
+def plan_actors(nodes: Sequence[Node], settings: Settings) -> list[ActorResources]:
     """One actor for each GPU; `settings.actors` on CPUs beside them, or without a GPU as many as fit.
 
     Where the user names no `workers`, the actors fill their machines.
@@ -70,7 +71,7 @@ def posts_for(nodes: Sequence[Node], settings: Settings) -> list[Post]:
     found = []
     if gpus:
         each = min(node.cpus // node.gpus for node in nodes if node.gpus)
-        found = [Post(True, settings.workers or max(1, each // 2 if shared else each))] * gpus
+        found = [ActorResources(True, settings.workers or max(1, each // 2 if shared else each))] * gpus
         if not settings.actors:
             return found
     free = [
@@ -78,12 +79,12 @@ def posts_for(nodes: Sequence[Node], settings: Settings) -> list[Post]:
         for node in nodes
         if shared or not (gpus and node.gpus)
     ]
-    workers = settings.workers or _workers(free, settings.actors)
+    workers = settings.workers or _threads_per_actor(free, settings.actors)
     fitting = sum(max(0, cpus) // workers for cpus in free)
-    return found + [Post(False, workers)] * (settings.actors or max(1, fitting))
+    return found + [ActorResources(False, workers)] * (settings.actors or max(1, fitting))
 
 
-def _workers(cpus: Sequence[int], actors: int | None) -> int:
+def _threads_per_actor(cpus: Sequence[int], actors: int | None) -> int:
     """Threads an actor, so that as many as are wanted fit; without a number, one a machine does."""
     if not actors:
         return max(1, min((count for count in cpus if count > 0), default=1))
@@ -91,26 +92,26 @@ def _workers(cpus: Sequence[int], actors: int | None) -> int:
     return next((each for each in range(most, 0, -1) if sum(count // each for count in cpus) >= actors), 1)
 
 
-def here() -> Node:
+def local_node() -> Node:
     """This machine."""
     gpus = 0
-    if machine.present():
+    if hardware.has_gpu():
         import torch
 
         gpus = torch.cuda.device_count()
     return Node(available_cpus(), gpus)
 
 
-def outlook(settings: Settings) -> str:
+def describe_actors(settings: Settings) -> str:
     """What a run by these settings would start. Raises UsageError."""
-    version = library().__version__
+    version = import_ray().__version__
     if settings.ray == "local":
-        posts, where = posts_for([here()], settings), "a Ray of its own on this machine"
+        placements, where = plan_actors([local_node()], settings), "a Ray of its own on this machine"
     else:
-        with joined(settings) as cluster:
+        with connect_cluster(settings) as cluster:
             nodes = cluster.nodes()
-        posts, where = posts_for(nodes, settings), f"the Ray of {len(nodes)} nodes at {settings.ray}"
-    kinds = [f"{posts.count(post)} with {post}" for post in dict.fromkeys(posts)]
+        placements, where = plan_actors(nodes, settings), f"the Ray of {len(nodes)} nodes at {settings.ray}"
+    kinds = [f"{placements.count(post)} with {post}" for post in dict.fromkeys(placements)]
     return f"{version}: {where}; actors: {', '.join(kinds)}"
 
 
@@ -126,19 +127,19 @@ class Cluster:
 
 
 @contextmanager
-def joined(settings: Settings) -> Iterator[Cluster]:
+def connect_cluster(settings: Settings) -> Iterator[Cluster]:
     """Start or join Ray; one that was started here ends with this. Raises UsageError.
 
     Where the process is connected to a Ray already, that is used and left as it is.
     """
-    ray = library()
+    ray = import_ray()
     if ray.is_initialized():
         yield Cluster(ray)
         return
-    _hush()
+    _silence_ray()
     scratch = None
     try:
-        with _own_signals():
+        with _keep_signal_handlers():
             if settings.ray == "local":
                 scratch = tempfile.mkdtemp(prefix="engine-ray-", dir="/tmp")  # sockets need a short path
                 _start(ray, settings, scratch)
@@ -169,12 +170,12 @@ def _leave(ray: Any, scratch: str | None) -> None:
 
 
 def _start(ray: Any, settings: Settings, scratch: str) -> None:
-    machine_here = here()
-    posts = posts_for([machine_here], settings)
+    machine_here = local_node()
+    placements = plan_actors([machine_here], settings)
     ray.init(
         address="local",
         # more than there are where the user names more: they are for placing actors only
-        num_cpus=max(machine_here.cpus, sum(post.workers for post in posts)),
+        num_cpus=max(machine_here.cpus, sum(post.workers for post in placements)),
         num_gpus=machine_here.gpus,
         object_store_memory=STORE_BYTES,
         include_dashboard=False,
@@ -205,8 +206,8 @@ def _check(address: str) -> None:
     Ray's client asks in a process of its own: it can't be interrupted, and it writes to the standard error.
     """
     host, _, port = address.rpartition(":")
-    socket.create_connection((host, int(port)), ANSWER_S).close()
-    environment = os.environ | {"RAY_py_gcs_connect_timeout_s": f"{ANSWER_S:.0f}"}
+    socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    environment = os.environ | {"RAY_py_gcs_connect_timeout_s": f"{CONNECT_TIMEOUT_S:.0f}"}
     check = [sys.executable, "-c", CHECK, address]
     try:
         subprocess.run(check, env=environment, capture_output=True, timeout=CHECK_S, check=True)
@@ -214,7 +215,7 @@ def _check(address: str) -> None:
         raise ConnectionError("what answers there is not Ray") from None
 
 
-def _hush() -> None:
+def _silence_ray() -> None:
     """Ray's words about single processes are not for people: what matters of them is said in a line."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a run is reported to anyone
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -225,7 +226,7 @@ def _hush() -> None:
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
+def _keep_signal_handlers() -> Iterator[None]:
     """Ray takes SIGTERM for itself; the run's own way of stopping stays."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -14,71 +14,79 @@ from functools import cached_property
 from pathlib import Path
 
 from engine.core.deadline import GRACE_S, Deadline
+from engine.core.errors import EngineError, ParityError, Stopped
 from engine.core.json_records import to_builtins
+from engine.core.overlap import Meter
+from engine.core.records import OnMessage, Part, PartInfo
+from engine.core.settings import Settings
 from engine.core.tuning import Settled, Tuning
-from engine.errors import EngineError, ParityError, Stopped
-from engine.job import Job, Say, Watch, close_ledger, prepare
-from engine.ledger import ActorCounts, Summary
-from engine.overlap import Meter
-from engine.pipeline import Stages
-from engine.provenance import HardwareGroup, defaults
-from engine.ray.actor import Opened, Pulse, Work
-from engine.ray.crew import MOST_PARTS, PARTS, PULSE, Crew, Hand, Kind
-from engine.ray.isolation import Isolation
-from engine.ray.supply import Supply
-from engine.records import Part
-from engine.run_folder import ActorRecord, is_vouched
-from engine.settings import Settings
-from engine.sink import Done
-from engine.storage import Storage
+from engine.pipeline.stages import Stages
+from engine.ray.actor import Heartbeat, OpenedStages, RunSpec
+from engine.ray.actor_pool import (
+    HEARTBEAT_GROUP,
+    MAX_PARTS_HELD,
+    PARTS_GROUP,
+    ActorGroup,
+    ActorHandle,
+    ActorPool,
+)
+from engine.ray.part_queue import PartQueue
+from engine.ray.poison_rows import PoisonRowSearch
+from engine.runs.finish import finish_run
+from engine.runs.prepare import PreparedRun, prepare_run
+from engine.runs.progress import OnProgress
+from engine.runs.run_folder import ActorRecord, is_confirmed
+from engine.runs.run_record import HardwareGroup, default_sizes
+from engine.runs.summary import ActorCounts, Summary
+from engine.storage.images import ImageStorage
 
-TURN_S = 0.2
-PULSE_S = 1.0
+POLL_S = 0.2
+HEARTBEAT_S = 1.0
 RECORD_S = 5.0  # between two looks at which actors were right
-OPEN_S = 900.0  # that opening may take: a GPU is tuned, graphs are compiled
-STRIKES = 3  # actors that die over a part before it is looked into
-MOST_CRASHED = 16  # rows of a part; more, and it is not the rows' fault
-IN_STAGES = 32  # batches that are in an actor's stages at once, about
+OPEN_TIMEOUT_S = 900.0  # that opening may take: a GPU is tuned, graphs are compiled
+MAX_PART_FAILURES = 3  # actors that die over a part before it is looked into
+MAX_POISON_ROWS = 16  # rows of a part; more, and it is not the rows' fault
+BATCHES_IN_STAGES = 32  # batches that are in an actor's stages at once, about
 CHECK_S = 2.5  # that the canaries may take before a stop
-WITNESSES = SHOWN = 8
-TOKEN = ".actors.tmp"
+CHECKED_FILES = MAX_SHOWN_ROWS = 8
+TOKEN_FILE = ".actors.tmp"
 
 
-def screen(
+def screen_on_ray(
     settings: Settings,
     *,
-    watch: Watch = lambda _: None,
-    say: Say = lambda _: None,
+    on_progress: OnProgress = lambda _: None,
+    say: OnMessage = lambda _: None,
     deadline: Deadline | None = None,
-    stages_of: type[Stages] | None = None,
+    stages_type: type[Stages] | None = None,
 ) -> Summary:
-    """As `engine.pipeline.screen`, by actors on the Ray that `settings.ray` names."""
+    """As `engine.pipeline.pipeline.screen_in_process`, by actors on the Ray that `settings.ray` names."""
     deadline = deadline or Deadline(settings.finish_by)
-    crew = Crew(settings, say, deadline)
+    pool = ActorPool(settings, say, deadline)
     with (
-        closing(crew),
-        prepare(settings, say, chosen=crew.assemble) as job,
-        closing(crew),  # before the folder is unlocked
-        token_of(job) as token,
+        closing(pool),
+        prepare_run(settings, say, chosen=pool.start_actors) as job,
+        closing(pool),  # before the folder is unlocked
+        write_token(job) as token,
     ):
-        return Run(crew, job, token, watch, deadline, stages_of or Stages).screen()
+        return RayRun(pool, job, token, on_progress, deadline, stages_type or Stages).screen()
 
 
 @contextmanager
-def token_of(job: Job) -> Iterator[tuple[str, str] | None]:
+def write_token(job: PreparedRun) -> Iterator[tuple[str, str] | None]:
     """A file in a local results folder by which actors know it again."""
     if not isinstance(job.folder.path, Path):
         yield None
         return
-    file, content = job.folder.path / TOKEN, uuid.uuid4().hex
+    file, content = job.folder.path / TOKEN_FILE, uuid.uuid4().hex
     file.write_text(content)
     try:
-        yield TOKEN, content
+        yield TOKEN_FILE, content
     finally:
         file.unlink(missing_ok=True)
 
 
-class Run:
+class RayRun:
     """One run, from the opening of the actors to `_SUCCESS`.
 
     A part is done when it is written, and done for good when the canaries have come well through its actor
@@ -87,58 +95,64 @@ class Run:
 
     def __init__(
         self,
-        crew: Crew,
-        job: Job,
+        pool: ActorPool,
+        job: PreparedRun,
         token: tuple[str, str] | None,
-        watch: Watch,
+        on_progress: OnProgress,
         deadline: Deadline,
-        stages_of: type[Stages],
+        stages_type: type[Stages],
     ) -> None:
-        self.crew, self.job, self._token, self._watch, self._deadline = crew, job, token, watch, deadline
-        self._stages_of = stages_of
-        self._leaders: dict[Kind, Opened] = {}
-        self._batch_sizes: dict[Kind, int] = {}
-        self.done: dict[int, Done] = {}  # by this start
-        self._unvouched: dict[str, set[int]] = {}  # parts that are done, by the actor's name
+        self.pool, self.job, self._token, self._on_progress, self._deadline = (
+            pool,
+            job,
+            token,
+            on_progress,
+            deadline,
+        )
+        self._stages_of = stages_type
+        self._leaders: dict[ActorGroup, OpenedStages] = {}
+        self._batch_sizes: dict[ActorGroup, int] = {}
+        self.done: dict[int, PartInfo] = {}  # by this start
+        self._unconfirmed: dict[str, set[int]] = {}  # parts that are done, by the actor's name
         self._actors: dict[str, ActorRecord] = {}
         self._recorded, self._changed = time.monotonic(), False
-        self._strikes: Counter[int] = Counter()
+        self._failures: Counter[int] = Counter()
         self._crashed: dict[int, frozenset[int]] = {}  # positions, of parts that were looked into
-        self._isolations: list[Isolation] = []
+        self._searches: list[PoisonRowSearch] = []
         self.parts_again = 0  # parts that were given out once more
 
     def screen(self) -> Summary:
-        job, crew = self.job, self.crew
-        crew.owner = self
-        self._settle()
+        job, pool = self.job, self.pool
+        pool.owner = self
+        self._settle_options()
         job.begin()
         if job.is_finished:
             return job.summary()
         self.progress = job.progress()
         self._by_status = self.progress.by_status.copy()  # of parts that are done
         self._actors = job.folder.actors(job.run)
-        self.supply = Supply(self._parts_of, set(range(job.run.part_count)) - set(job.done))
-        crew.begun = True
+        self.part_queue = PartQueue(self._parts_of, set(range(job.run.part_count)) - set(job.done))
+        pool.begun = True
         try:
-            for hand in list(crew.hands):
-                self.greeted(hand)
+            for actor in list(pool.actors):
+                self.on_actor_started(actor)
             parts = self._work()
         finally:
-            self.supply.close()
-        job.folder.files.sweep()
-        pulses = self._pulses()
-        return close_ledger(
+            self.part_queue.close()
+        job.folder.files.delete_leftovers()
+        pulses = self._heartbeats()
+        return finish_run(
             job.folder,
             job.run,
             self.progress,
             self._meters(),
             parts=parts,
-            decoder_restarts=sum(pulse.crashes for pulse in pulses),
-            decoder_refusals=sum(pulse.refusals for pulse in pulses),
+            decoder_restarts=sum(heartbeat.crashes for heartbeat in pulses),
+            decoder_refusals=sum(heartbeat.refusals for heartbeat in pulses),
             actors=ActorCounts(
-                started=len(crew.hands) + len(crew.past),
-                lost=len(crew.past) - len(crew.refused),
-                refused=tuple(crew.refused),
+                started=len(pool.actors) + len(pool.lost_actors),
+                lost=len(pool.lost_actors) - len(pool.refused),
+                refused=tuple(pool.refused),
                 parts_done_again=self.parts_again,
                 rows_crashed=sum(map(len, self._crashed.values())),
             ),
@@ -147,57 +161,57 @@ class Run:
     def _parts_of(self, wanted: set[int]) -> Iterator[Part]:
         return self.job.manifest.parts(self.job.part_rows, wanted)
 
-    def _settle(self) -> None:
+    def _settle_options(self) -> None:
         """One actor of each kind settles what is tuned; the run's options say which kinds there are."""
         job, settings = self.job, self.job.settings
         recorded = None if settings.overwrite else job.folder.recorded()
-        choices = {hand.kind: hand.hello.choice for hand in self.crew.hands if hand.hello}
+        choices = {actor.kind: actor.hello.choice for actor in self.pool.actors if actor.hello}
         groups = recorded.result_options.kinds or () if recorded else ()
-        before = {Kind.of_record(group): group.batch_size for group in groups}
+        before = {ActorGroup.of_record(group): group.batch_size for group in groups}
         for kind, choice in choices.items():
-            default = settings.batch_size or defaults(choice)[0]
+            default = settings.batch_size or default_sizes(choice)[0]
             known = before.get(kind, default)
             self._batch_sizes[kind] = known if len(choices) > 1 else job.run.result_options.batch_size
         for kind in choices:
-            self._lead(kind)
+            self._open_leader(kind)
         if len(choices) > 1:
             kinds = [kind.as_record(size) for kind, size in self._batch_sizes.items()]
-            job.run = job.run.with_options(kinds=tuple(sorted(kinds, key=_key)))
+            job.run = job.run.with_options(kinds=tuple(sorted(kinds, key=_group_key)))
             if settings.part_rows is None and recorded is None:
-                part_rows = min(defaults(choice)[1] for choice in choices.values())
+                part_rows = min(default_sizes(choice)[1] for choice in choices.values())
                 job.run = job.run.with_options(part_rows=part_rows)
 
-    def _lead(self, kind: Kind) -> None:
+    def _open_leader(self, kind: ActorGroup) -> None:
         """Open one actor of a kind; another when it is lost. Raises ParityError when all are refused."""
-        asked: Hand | None = None
+        asked: ActorHandle | None = None
         while kind not in self._leaders:
-            if not any(hand.slot.post.gpu == (kind.gpu is not None) for hand in self.crew.hands):
-                raise ParityError(f"no actor is left of a kind: {self.crew.refused[-1]}")
+            if not any(actor.slot.resources.gpu == (kind.gpu is not None) for actor in self.pool.actors):
+                raise ParityError(f"no actor is left of a kind: {self.pool.refused[-1]}")
             if asked is None or asked.gone:
-                there = (hand for hand in self.crew.hands if hand.hello and hand.kind == kind)
+                there = (actor for actor in self.pool.actors if actor.hello and actor.kind == kind)
                 if asked := next(there, None):
                     self._open(asked)
-            self._turn()
+            self._handle_answers()
             if self._deadline.reached():
                 raise Stopped(f"{self._deadline.why} before it began; the same command starts it")
 
-    def greeted(self, hand: Hand) -> None:
+    def on_actor_started(self, actor: ActorHandle) -> None:
         """An actor is there, now or since before the run began."""
-        if not self.crew.begun or not hand.hello:
+        if not self.pool.begun or not actor.hello:
             return
-        if hand.kind not in self._batch_sizes:
-            self.crew.dismiss(hand, "the run has begun without such actors")
-        elif hand.opened:
-            self._begin(hand)
-        elif hand.opening is None:
-            self._open(hand)
+        if actor.kind not in self._batch_sizes:
+            self.pool.dismiss_actor(actor, "the run has begun without such actors")
+        elif actor.opened:
+            self._begin(actor)
+        elif actor.opening is None:
+            self._open(actor)
 
-    def _open(self, hand: Hand) -> None:
-        job, kind = self.job, hand.kind
-        assert hand.hello
-        choice, leader = hand.hello.choice, self._leaders.get(kind)
+    def _open(self, actor: ActorHandle) -> None:
+        job, kind = self.job, actor.kind
+        assert actor.hello
+        choice, leader = actor.hello.choice, self._leaders.get(kind)
         tuning = leader.settled.tuning if leader else job.run.tuning if choice.gpu else Tuning()
-        work = Work(
+        work = RunSpec(
             self._batch_sizes[kind],
             job.part_rows,
             job.run.rows,
@@ -207,223 +221,231 @@ class Run:
             job.resumed or leader is not None,
             self._stages_of,
             self._token,
-            self._witnesses,
+            self._checked_files,
             leader.expected if leader else None,
         )
-        hand.opening = time.monotonic()
-        self.crew.call(hand, "open", work, then=self._opened)
+        actor.opening = time.monotonic()
+        self.pool.call(actor, "open", work, then=self._on_opened)
 
-    def _opened(self, hand: Hand, opened: Opened) -> None:
-        job, kind = self.job, hand.kind
-        hand.opened = True
+    def _on_opened(self, actor: ActorHandle, opened: OpenedStages) -> None:
+        job, kind = self.job, actor.kind
+        actor.opened = True
         if kind not in self._leaders:
             self._leaders[kind] = opened
             self._batch_sizes[kind] = opened.settled.batch_size
-            job.opening_lines += opened.lines
+            job.start_messages += opened.lines
             settled = opened.settled
             if kind.device != job.run.result_options.device:  # only the versions are of interest
                 known = job.run.result_options.batch_size, job.run.tuning
                 settled = Settled(*known, settled.versions)
             job.run = job.run.with_settled(settled)
-        if self.crew.begun:
-            self._begin(hand)
+        if self.pool.begun:
+            self._begin(actor)
 
-    def _begin(self, hand: Hand) -> None:
-        def begun(hand: Hand, answer: None) -> None:
-            hand.ready = True
+    def _begin(self, actor: ActorHandle) -> None:
+        def begun(actor: ActorHandle, answer: None) -> None:
+            actor.ready = True
 
-        self.crew.call(hand, "begin", self.job.run.to_metadata(), then=begun)
+        self.pool.call(actor, "begin", self.job.run.to_metadata(), then=begun)
 
     @cached_property
-    def _witnesses(self) -> tuple[str, ...]:
+    def _checked_files(self) -> tuple[str, ...]:
         """Some of the local files that the manifest names and that are there."""
         manifest = self.job.manifest
-        column = next(manifest.tables()).column(manifest.path_column).slice(0, WITNESSES)
+        column = next(manifest.tables()).column(manifest.path_column).slice(0, CHECKED_FILES)
         paths = [str(path) for path in column.to_pylist() if path]
-        storage = Storage(manifest.root)
+        storage = ImageStorage(manifest.root)
         if storage.any_remote(paths):
             return ()
         files = [os.path.join(storage.root, path.partition("::")[0]) for path in paths]
         return tuple(filter(os.path.exists, files))
 
-    def _turn(self) -> None:
+    def _handle_answers(self) -> None:
         """What has come in meanwhile, and a look at those from whom nothing comes."""
-        self.crew.turn(TURN_S)
+        self.pool.handle_answers(POLL_S)
         now = time.monotonic()
-        for hand in list(self.crew.hands):
-            if hand.opening and not hand.opened and now - hand.opening > OPEN_S:
-                self.crew.lose(hand, f"its stages did not open within {OPEN_S:g} s")
-        self.crew.remind()
+        for actor in list(self.pool.actors):
+            if actor.opening and not actor.opened and now - actor.opening > OPEN_TIMEOUT_S:
+                self.pool.replace_actor(actor, f"its stages did not open within {OPEN_TIMEOUT_S:g} s")
+        self.pool.report_waiting()
 
-    def _work(self) -> dict[int, Done]:
+    def _work(self) -> dict[int, PartInfo]:
         """Until each part is done for good; returns what their footers say."""
         total = self.job.run.part_count - len(self.job.done)
         while True:
-            while len(self.done) < total or any(self._unvouched.values()):
-                self._turn()
-                self._feel_pulses()
-                self._isolate()
-                self._give_out()
+            while len(self.done) < total or any(self._unconfirmed.values()):
+                self._handle_answers()
+                self._poll_heartbeats()
+                self._search_poison_rows()
+                self._assign_parts()
                 if len(self.done) == total:
                     self._check_all()
                 self._record()
-                self._show()
-                self._heed(total)
+                self._publish_progress()
+                self._check_stop(total)
             self._record(now=True)
             parts = self.job.folder.finished(self.job.run)
             # an actor that was given up may have written one after the actor that did it again
             if not (overwritten := self.done.keys() - parts.keys()):
                 return parts
             for index in overwritten:
-                self._do_again(index)
+                self._repeat_part(index)
 
     # parts
 
-    def _give_out(self) -> None:
-        while (part := self.supply.peek()) is not None:
-            hand = self._taker(part)
-            if hand is None:
+    def _assign_parts(self) -> None:
+        while (part := self.part_queue.peek()) is not None:
+            actor = self._choose_actor_for(part)
+            if actor is None:
                 return
-            self.supply.take()
+            self.part_queue.take()
             part.crashed = self._crashed.get(part.index, frozenset())
-            hand.parts[part.index] = part.rows
-            hand.alone = self._is_suspected(part)
-            hand.began = hand.began or time.monotonic()
+            actor.parts[part.index] = part.rows
+            actor.alone = self._is_suspected(part)
+            actor.began = actor.began or time.monotonic()
 
-            def done(hand: Hand, done: Done) -> None:
-                self._done(hand, done)
+            def done(actor: ActorHandle, done: PartInfo) -> None:
+                self._on_part_done(actor, done)
 
-            self.crew.call(hand, "take", part, then=done, group=PARTS)
+            self.pool.call(actor, "take", part, then=done, group=PARTS_GROUP)
 
-    def _taker(self, part: Part) -> Hand | None:
+    def _choose_actor_for(self, part: Part) -> ActorHandle | None:
         """Who does it soonest, if anybody is to have it now. One that may end its actor goes to it alone."""
-        alone, ready = self._is_suspected(part), self.crew.ready
-        free = [hand for hand in ready if self._has_room(hand, alone=alone) and self._is_in_time(hand, part)]
-        return soonest(free, ready, part.rows, self.supply.left * self.job.part_rows)
+        alone, ready = self._is_suspected(part), self.pool.ready
+        free = [
+            actor for actor in ready if self._has_room(actor, alone=alone) and self._is_in_time(actor, part)
+        ]
+        return choose_actor(free, ready, part.rows, self.part_queue.left * self.job.part_rows)
 
     def _is_suspected(self, part: Part) -> bool:
         """Whether an actor that had it has died: the next has it alone, so that the culprit is known."""
-        return self._strikes[part.index] > 0 or part.index in self._crashed
+        return self._failures[part.index] > 0 or part.index in self._crashed
 
-    def _has_room(self, hand: Hand, *, alone: bool) -> bool:
-        if hand.alone or any(one.hand is hand for one in self._isolations):
+    def _has_room(self, actor: ActorHandle, *, alone: bool) -> bool:
+        if actor.alone or any(one.actor is actor for one in self._searches):
             return False
-        if alone or (hand.rate is None and len(self._batch_sizes) > 1):
-            return not hand.parts
-        rows = IN_STAGES * self._batch_sizes[hand.kind]
-        return len(hand.parts) < min(MOST_PARTS, 2 + rows // self.job.part_rows)
+        if alone or (actor.rate is None and len(self._batch_sizes) > 1):
+            return not actor.parts
+        rows = BATCHES_IN_STAGES * self._batch_sizes[actor.kind]
+        return len(actor.parts) < min(MAX_PARTS_HELD, 2 + rows // self.job.part_rows)
 
-    def _is_in_time(self, hand: Hand, part: Part) -> bool:
+    def _is_in_time(self, actor: ActorHandle, part: Part) -> bool:
         """Whether an actor would end a part before the deadline, and the canaries after it."""
-        rows = hand.rows_held + part.rows
-        return not hand.rate or self._deadline.fits(rows / hand.rate + CHECK_S)
+        rows = actor.rows_held + part.rows
+        return not actor.rate or self._deadline.fits(rows / actor.rate + CHECK_S)
 
-    def _done(self, hand: Hand, done: Done) -> None:
+    def _on_part_done(self, actor: ActorHandle, done: PartInfo) -> None:
         index = done.index
-        hand.rows_done += hand.parts.pop(index)
-        hand.alone = False
+        actor.rows_done += actor.parts.pop(index)
+        actor.alone = False
         self.done[index] = done
         self._by_status.update(done.by_status)
-        self._strikes.pop(index, None)
-        self._unvouched.setdefault(hand.name, set()).add(index)
+        self._failures.pop(index, None)
+        self._unconfirmed.setdefault(actor.name, set()).add(index)
         self.progress.by_class.update(done.by_class)
 
-    def _do_again(self, index: int) -> None:
+    def _repeat_part(self, index: int) -> None:
         done = self.done.pop(index)
         self._by_status.subtract(done.by_status)
         self.progress.by_class.subtract(done.by_class)
         self.parts_again += 1
-        self.supply.again(index)
+        self.part_queue.again(index)
 
-    def lost(self, hand: Hand, *, guilty: bool) -> None:
+    def on_actor_lost(self, actor: ActorHandle, *, counts_as_failure: bool) -> None:
         """An actor is gone: what it had, and what nobody vouches for, is done again."""
-        for isolation in self._isolations:
-            if isolation.hand is hand:
-                isolation.died()
-        for index in hand.parts:
+        for search in self._searches:
+            if search.actor is actor:
+                search.on_actor_lost()
+        for index in actor.parts:
             self.parts_again += 1
-            self._strikes[index] += guilty
-            self.supply.again(index)
-        for index in self._unvouched.pop(hand.name, set()):
-            self._do_again(index)
+            self._failures[index] += counts_as_failure
+            self.part_queue.again(index)
+        for index in self._unconfirmed.pop(actor.name, set()):
+            self._repeat_part(index)
 
-    def _isolate(self) -> None:
+    def _search_poison_rows(self) -> None:
         """Look into parts that actors have died over; each needs an actor that does nothing else."""
-        part = self.supply.peek()
-        if part is not None and self._strikes[part.index] >= STRIKES:
+        part = self.part_queue.peek()
+        if part is not None and self._failures[part.index] >= MAX_PART_FAILURES:
             if part.index in self._crashed:
                 raise EngineError(
                     f"part {part.index} (from row {part.row[0]}) ends one actor after the other, and no row "
                     "of it does alone; the same command goes on"
                 )
-            self.supply.take()
-            self.crew.say(f"part {part.index} has ended {STRIKES} actors: looking for the row that does")
+            self.part_queue.take()
+            self.pool.say(
+                f"part {part.index} has ended {MAX_PART_FAILURES} actors: looking for the row that does"
+            )
             batch_size = min(self._batch_sizes.values())
-            self._isolations.append(Isolation(self.crew, part, batch_size))
-        for isolation in list(self._isolations):
-            if isolation.is_over:
-                self._isolations.remove(isolation)
-                self._crashed[isolation.index] = frozenset(isolation.crashed)
-                self._strikes[isolation.index] = 0
-                first = isolation.index * self.job.part_rows
-                rows = ", ".join(str(first + position) for position in sorted(isolation.crashed)[:SHOWN])
-                many = len(isolation.crashed)
+            self._searches.append(PoisonRowSearch(self.pool, part, batch_size))
+        for search in list(self._searches):
+            if search.is_done:
+                self._searches.remove(search)
+                self._crashed[search.index] = frozenset(search.crashed)
+                self._failures[search.index] = 0
+                first = search.index * self.job.part_rows
+                rows = ", ".join(
+                    str(first + position) for position in sorted(search.crashed)[:MAX_SHOWN_ROWS]
+                )
+                many = len(search.crashed)
                 found = f"rows that end it alone too: {many} ({rows})" if many else "no row ends it alone"
-                self.crew.say(f"part {isolation.index}: {found}")
-                if many > MOST_CRASHED:
+                self.pool.say(f"part {search.index}: {found}")
+                if many > MAX_POISON_ROWS:
                     raise EngineError(
-                        f"part {isolation.index}: {many} rows end the process that scores them, so something "
+                        f"part {search.index}: {many} rows end the process that scores them, so something "
                         "else is wrong; the same command goes on when it is mended"
                     )
-                self.supply.again(isolation.index)
-            elif isolation.hand is None:
-                free = (hand for hand in self.crew.ready if self._has_room(hand, alone=True))
-                if hand := next(free, None):
-                    isolation.go_on(hand)
+                self.part_queue.again(search.index)
+            elif search.actor is None:
+                free = (actor for actor in self.pool.ready if self._has_room(actor, alone=True))
+                if actor := next(free, None):
+                    search.probe_next(actor)
 
     # canaries
 
-    def _feel_pulses(self) -> None:
+    def _poll_heartbeats(self) -> None:
         """How far the actors are, and whether they hang."""
         now, limit_s = time.monotonic(), self.job.settings.part_timeout_s
-        for hand in self.crew.ready:
-            if not hand.beating and now - hand.beat > PULSE_S:
-                hand.beating, hand.beat = True, now
-                self.crew.call(hand, "pulse", then=self._felt, group=PULSE)
-            overdue = hand.beating and now - hand.beat > limit_s
-            if overdue and hand.overdue:  # not at the first look: this process may have been paused
-                self.crew.lose(hand, f"no answer for {limit_s:g} s (--part-timeout)")
-            hand.overdue = overdue
+        for actor in self.pool.ready:
+            if not actor.awaiting_heartbeat and now - actor.heartbeat_asked_at > HEARTBEAT_S:
+                actor.awaiting_heartbeat, actor.heartbeat_asked_at = True, now
+                self.pool.call(actor, "heartbeat", then=self._on_heartbeat, group=HEARTBEAT_GROUP)
+            overdue = actor.awaiting_heartbeat and now - actor.heartbeat_asked_at > limit_s
+            if overdue and actor.overdue:  # not at the first look: this process may have been paused
+                self.pool.replace_actor(actor, f"no answer for {limit_s:g} s (--part-timeout)")
+            actor.overdue = overdue
 
-    def _felt(self, hand: Hand, pulse: Pulse) -> None:
-        hand.beating, hand.pulse = False, pulse
-        self._vouch(hand, pulse.rounds)
+    def _on_heartbeat(self, actor: ActorHandle, heartbeat: Heartbeat) -> None:
+        actor.awaiting_heartbeat, actor.heartbeat = False, heartbeat
+        self._confirm(actor, heartbeat.rounds)
         limit_s = self.job.settings.part_timeout_s
-        if pulse.idle_s > limit_s:
-            self.crew.lose(hand, f"no finished batch for {limit_s:g} s (--part-timeout)")
+        if heartbeat.idle_s > limit_s:
+            self.pool.replace_actor(actor, f"no finished batch for {limit_s:g} s (--part-timeout)")
 
-    def _vouch(self, hand: Hand, rounds: int) -> None:
+    def _confirm(self, actor: ActorHandle, rounds: int) -> None:
         """The canaries came well through an actor: what it wrote before that counts."""
-        known = self._actors.get(hand.name)
+        known = self._actors.get(actor.name)
         if rounds <= (known.rounds if known else 0):
             return
-        assert hand.hello
-        device = hand.hello.choice.device
-        self._actors[hand.name] = ActorRecord(host=hand.host, device=device, rounds=rounds)
+        assert actor.hello
+        device = actor.hello.choice.device
+        self._actors[actor.name] = ActorRecord(host=actor.host, device=device, rounds=rounds)
         self._changed = True
-        left = self._unvouched.get(hand.name, set())
-        self._unvouched[hand.name] = {one for one in left if not is_vouched(self.done[one], self._actors)}
+        left = self._unconfirmed.get(actor.name, set())
+        self._unconfirmed[actor.name] = {
+            one for one in left if not is_confirmed(self.done[one], self._actors)
+        }
 
     def _check_all(self) -> None:
         """All parts are there: the canaries once more, through those who have written since the last time."""
-        for hand in self.crew.ready:
-            if self._unvouched.get(hand.name) and not hand.checking:
-                hand.checking = True
-                self.crew.call(hand, "check", then=self._checked)
+        for actor in self.pool.ready:
+            if self._unconfirmed.get(actor.name) and not actor.checking:
+                actor.checking = True
+                self.pool.call(actor, "check", then=self._on_checked)
 
-    def _checked(self, hand: Hand, pulse: Pulse) -> None:
-        hand.checking = False
-        self._felt(hand, pulse)
+    def _on_checked(self, actor: ActorHandle, heartbeat: Heartbeat) -> None:
+        actor.checking = False
+        self._on_heartbeat(actor, heartbeat)
 
     def _record(self, *, now: bool = False) -> None:
         if self._changed and (now or time.monotonic() - self._recorded > RECORD_S):
@@ -432,18 +454,18 @@ class Run:
 
     # what people see
 
-    def _pulses(self) -> list[Pulse]:
-        return [hand.pulse for hand in (*self.crew.hands, *self.crew.past) if hand.pulse]
+    def _heartbeats(self) -> list[Heartbeat]:
+        return [actor.heartbeat for actor in (*self.pool.actors, *self.pool.lost_actors) if actor.heartbeat]
 
     def _meters(self) -> dict[str, Meter]:
         """The stages of all actors together."""
         meters: dict[str, Meter] = {}
-        for hand in (*self.crew.hands, *self.crew.past):
+        for actor in (*self.pool.actors, *self.pool.lost_actors):
             for name, (lanes, busy_s, starved_s, blocked_s) in (
-                hand.pulse.meters if hand.pulse else {}
+                actor.heartbeat.meters if actor.heartbeat else {}
             ).items():
                 meter = meters.setdefault(name, Meter(name, 0))
-                meter.lanes += 0 if hand.gone else lanes
+                meter.lanes += 0 if actor.gone else lanes
                 meter.busy_s += busy_s
                 meter.starved_s += starved_s
                 meter.blocked_s += blocked_s
@@ -451,72 +473,74 @@ class Run:
             meter.lanes = meter.lanes or 1
         return meters
 
-    def _show(self) -> None:
+    def _publish_progress(self) -> None:
         by_status = self._by_status.copy()
-        for hand in self.crew.ready:
-            for index, found in (hand.pulse.underway if hand.pulse else {}).items():
-                if index in hand.parts:
+        for actor in self.pool.ready:
+            for index, found in (actor.heartbeat.in_progress if actor.heartbeat else {}).items():
+                if index in actor.parts:
                     by_status.update(found)
         progress = self.progress
         progress.by_status = by_status
         rows_done = by_status.total() - self.progress.rows_before
         if rows_done != progress.rows_done:
             progress.rows_done, progress.meters = rows_done, self._meters()
-            self._watch(progress)
+            self._on_progress(progress)
 
     # stopping
 
-    def _heed(self, total: int) -> None:
+    def _check_stop(self, total: int) -> None:
         """Raises Stopped when it is time to."""
         if self._deadline.reached() or (len(self.done) < total and self._is_too_late()):
             self._stop(min(GRACE_S, self._deadline.grace_s))
 
     def _is_too_late(self) -> bool:
         """Whether everybody rests since no part would be done in time."""
-        part, ready = self.supply.peek(), self.crew.ready
-        if part is None or not ready or self._isolations or any(hand.parts for hand in self.crew.hands):
+        part, ready = self.part_queue.peek(), self.pool.ready
+        if part is None or not ready or self._searches or any(actor.parts for actor in self.pool.actors):
             return False
-        return not any(self._is_in_time(hand, part) for hand in ready)
+        return not any(self._is_in_time(actor, part) for actor in ready)
 
     def _stop(self, grace_s: float) -> None:
         answers = 0
 
-        def stopped(hand: Hand, pulse: Pulse) -> None:
+        def stopped(actor: ActorHandle, heartbeat: Heartbeat) -> None:
             nonlocal answers
             answers += 1
-            self._felt(hand, pulse)
+            self._on_heartbeat(actor, heartbeat)
 
-        asked = self.crew.ready
-        for hand in asked:
-            self.crew.call(hand, "stop", grace_s, then=stopped)
+        asked = self.pool.ready
+        for actor in asked:
+            self.pool.call(actor, "stop", grace_s, then=stopped)
         deadline = time.monotonic() + grace_s + CHECK_S
-        while answers < len([hand for hand in asked if not hand.gone]) and time.monotonic() < deadline:
-            self.crew.turn(TURN_S)
+        while answers < len([actor for actor in asked if not actor.gone]) and time.monotonic() < deadline:
+            self.pool.handle_answers(POLL_S)
         self._record(now=True)
-        self._show()
+        self._publish_progress()
         rows = self.progress.rows_before + sum(part.rows for part in self.done.values())
         raise self._deadline.stopped(f"{rows} of {self.progress.rows} rows were through")
 
 
 @dataclass(frozen=True)
-class Load:
+class ActorLoad:
     """What an actor has to do still, and how fast it is."""
 
     rows: int
     rate: float | None  # rows per second; None: not known yet
 
 
-def soonest(free: Sequence[Hand], ready: Sequence[Hand], rows: int, left: int) -> Hand | None:
+def choose_actor(
+    free: Sequence[ActorHandle], ready: Sequence[ActorHandle], rows: int, left: int
+) -> ActorHandle | None:
     """Which of the actors that are `free` gets a part of `rows`, if any should, of `left` not given out."""
-    loads = {hand: Load(hand.rows_held, hand.rate) for hand in ready} if free else {}
-    for hand in sorted(free, key=lambda hand: (len(hand.parts), loads[hand].rows)):
-        others = [load for other, load in loads.items() if other is not hand]
-        if not is_sooner_elsewhere(rows, loads[hand], others, left):
-            return hand
+    loads = {actor: ActorLoad(actor.rows_held, actor.rate) for actor in ready} if free else {}
+    for actor in sorted(free, key=lambda actor: (len(actor.parts), loads[actor].rows)):
+        others = [load for other, load in loads.items() if other is not actor]
+        if not others_finish_first(rows, loads[actor], others, left):
+            return actor
     return None
 
 
-def is_sooner_elsewhere(rows: int, mine: Load, others: Sequence[Load], left: int) -> bool:
+def others_finish_first(rows: int, mine: ActorLoad, others: Sequence[ActorLoad], left: int) -> bool:
     """Whether `others` would be done with all that is `left` (rows not given out, a part's `rows` among them)
     before the actor with the load `mine` was done with that one part."""
     rates = [other.rate for other in others if other.rate]
@@ -527,5 +551,5 @@ def is_sooner_elsewhere(rows: int, mine: Load, others: Sequence[Load], left: int
     return theirs_s < (mine.rows + rows) / mine.rate
 
 
-def _key(group: HardwareGroup) -> str:
+def _group_key(group: HardwareGroup) -> str:
     return json.dumps(to_builtins(group) | {"batch_size": None}, sort_keys=True)

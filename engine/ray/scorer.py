@@ -11,22 +11,23 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from engine import bundle as bundles
-from engine import header
-from engine.errors import UsageError
-from engine.header import HeaderError
-from engine.listing import PATH
-from engine.overlap import Meter
-from engine.pipeline import Opening, Stages
-from engine.provenance import defaults
-from engine.records import Batch, Part
-from engine.runners import choose
-from engine.settings import Limits, Settings
-from engine.sink import Layout, PartBuffer
-from engine.triage import Triage
+from engine.bundle import bundle as bundles
+from engine.core.errors import UsageError
+from engine.core.overlap import Meter
+from engine.core.records import PATH_COLUMN, Batch, Part
+from engine.core.settings import Limits, Settings
+from engine.formats import header
+from engine.formats.common import HeaderError
+from engine.pipeline.context import StageContext
+from engine.pipeline.stages import Stages
+from engine.runners.select import select_runner
+from engine.runs.run_record import default_sizes
+from engine.sink.columns import ResultSchema
+from engine.sink.part_buffer import PartBuffer
+from engine.sink.triage import Triage
 
 # columns of the results that say nothing of the scores
-_LEFT_OUT = ("row", PATH, "flags", "width", "height", "bits", "photometric")
+_LEFT_OUT = ("row", PATH_COLUMN, "flags", "width", "height", "bits", "photometric")
 
 
 class EnsembleScorer:
@@ -55,21 +56,21 @@ class EnsembleScorer:
         max_pixels: int = Limits().max_pixels,
     ) -> None:
         """Raises UsageError as `engine.run` does: for a bundle that is wrong, or what can't be had here."""
-        self._models = bundles.load(Path(bundle))
-        choice = choose(runner, device, self._models, precision=precision, batch_size=batch_size)
-        names = tuple(member.name for member in self._models.members)
-        triage = Triage.of(self._models)
-        self._layout = Layout(self._models.classes, names, pa.schema([]), "", uids=False, triage=triage)
+        self._bundle = bundles.load_bundle(Path(bundle))
+        choice = select_runner(runner, device, self._bundle, precision=precision, batch_size=batch_size)
+        names = tuple(member.name for member in self._bundle.members)
+        triage = Triage.of(self._bundle)
+        self._layout = ResultSchema(self._bundle.classes, names, pa.schema([]), "", uids=False, triage=triage)
         limits = Limits(max_pixels=max_pixels)
         settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, **vars(limits))
         self._max_pixels = max_pixels
-        opening = Opening(
-            *(settings, self._models, choice, lambda _: None, Path()),
-            batch_size=batch_size or defaults(choice)[0],
+        context = StageContext(
+            *(settings, self._bundle, choice, lambda _: None, Path()),
+            batch_size=batch_size or default_sizes(choice)[0],
             resumed=False,
         )
         self._stack = ExitStack()
-        self._stages = self._stack.enter_context(Stages(opening))
+        self._stages = self._stack.enter_context(Stages(context))
         self._batch_size = self._stages.settled.batch_size  # halved where a GPU's memory is short
 
     def __call__(self, block: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class EnsembleScorer:
 
     def _of_bytes(self, images: Sequence[Any]) -> list[Batch]:
         batches = []
-        for batch in _batches(len(images), self._batch_size):
+        for batch in _split_rows(len(images), self._batch_size):
             for position in range(batch.rows):
                 self._look_at(batch, position, images[batch.start + position])
             batches.append(batch)
@@ -109,12 +110,12 @@ class EnsembleScorer:
         batch.keep(position, data, found, on_gpu=on_gpu is not None and on_gpu(data, found))
 
     def _of_pixels(self, pixels: npt.NDArray[Any]) -> list[Batch]:
-        height, width = self._models.size
+        height, width = self._bundle.size
         if pixels.ndim != 4 or pixels.shape[1:] != (1, height, width) or pixels.dtype != np.uint8:
             raise UsageError(
                 f"pixels are {pixels.dtype} {list(pixels.shape)}; allowed: uint8 [N, 1, {height}, {width}]"
             )
-        batches = list(_batches(len(pixels), self._batch_size))
+        batches = list(_split_rows(len(pixels), self._batch_size))
         for batch in batches:
             found = np.ascontiguousarray(pixels[batch.start : batch.start + batch.rows])
             batch.index = np.arange(batch.rows)
@@ -144,7 +145,7 @@ def _part(rows: int) -> Part:
     return Part(0, np.arange(rows), [None] * rows, pa.table({}))
 
 
-def _batches(rows: int, size: int) -> list[Batch]:
+def _split_rows(rows: int, size: int) -> list[Batch]:
     part, found = _part(rows), []
     for start in range(0, rows, size):
         count = min(size, rows - start)

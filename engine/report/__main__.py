@@ -7,13 +7,13 @@ from functools import partial
 
 from rich.console import Console
 
+from engine.cli.parser import Parser
 from engine.cli.terminal import run_command
-from engine.command import Parser
 from engine.core.option import whole
-from engine.report import ROWS, write
-from engine.settings import parse_location
+from engine.core.settings import parse_location
+from engine.report.render import DEFAULT_ROWS, write_report
 
-MOST_ROWS, MOST_THUMBNAILS = 20_000, 5_000
+MAX_ROWS, MAX_THUMBNAILS = 20_000, 5_000
 
 
 def option_parser() -> Parser:
@@ -27,14 +27,14 @@ def option_parser() -> Parser:
     add("results", type=parse_location, metavar="RESULTS", help="of a run or merged; s3://, gs://, az:// too")
     add(
         "--rows",
-        type=whole(1, MOST_ROWS),
-        default=ROWS,
+        type=whole(1, MAX_ROWS),
+        default=DEFAULT_ROWS,
         metavar="N",
         help="of the riskiest and of the abstained rows, each (%(default)s)",
     )
     add(
         "--thumbnails",
-        type=whole(1, MOST_THUMBNAILS),
+        type=whole(1, MAX_THUMBNAILS),
         default=0,
         metavar="N",
         help="pictures of the first N listed rows, read again; not of a run with --redact",
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         given = vars(option_parser().parse_args(arguments))
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        print(write(given.pop("results"), say=say, **given))
+        print(write_report(given.pop("results"), say=say, **given))
         return 0
 
     return run_command(work, console)

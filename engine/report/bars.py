@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-HEIGHT, LEAST = 78.0, 0.8  # of the highest bar, and of one that is not empty
+HEIGHT, MIN_BAR = 78.0, 0.8  # of the highest bar, and of one that is not empty
 WIDTH = 245  # as wide as a figure of matplotlib, whose text is as large
 
 
-def bars(
+def draw_bars(
     values: Sequence[float],
     titles: Sequence[str],
     *,
@@ -28,7 +28,7 @@ def bars(
             {
                 "x": round(place * step, 2),
                 "width": round(step * 0.88, 2),
-                "height": round(max(LEAST, HEIGHT * value / most), 2),
+                "height": round(max(MIN_BAR, HEIGHT * value / most), 2),
                 "title": title,
             }
             for place, (value, title) in enumerate(zip(values, titles, strict=True))

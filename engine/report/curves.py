@@ -45,17 +45,17 @@ _STYLE = {
 }
 
 
-def plot(name: str, label: str, draw: Callable[[Figure], None], *, height: float = 3.0) -> Markup:
+def plot_svg(name: str, label: str, draw: Callable[[Figure], None], *, height: float = 3.0) -> Markup:
     """What `draw` puts on a figure 3.4 inches wide, as SVG to stand inside a page."""
     written = io.BytesIO()
     with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]):
         drawn = Figure(figsize=(3.4, height))
         draw(drawn)
         drawn.savefig(written, format="svg")
-    return _inline(written.getvalue(), name, label)
+    return _inline_svg(written.getvalue(), name, label)
 
 
-def _inline(svg: bytes, name: str, label: str) -> Markup:
+def _inline_svg(svg: bytes, name: str, label: str) -> Markup:
     """No size, font, style sheet or namespace of its own, ids that no other plot has, the page's colours."""
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
@@ -69,7 +69,7 @@ def _inline(svg: bytes, name: str, label: str) -> Markup:
             attributes.pop("id", None)  # nothing refers to it
         element.attrib.clear()
         for key, value in attributes.items():
-            element.set(key, _adapted(key, value, name))
+            element.set(key, _adapt_attribute(key, value, name))
     for key in ("width", "height", "version"):
         del root.attrib[key]
     root.attrib |= {"class": "plot", "role": "img", "aria-label": label}
@@ -80,7 +80,7 @@ def _local(name: str) -> str:
     return name.rpartition("}")[2]
 
 
-def _adapted(key: str, value: str, name: str) -> str:
+def _adapt_attribute(key: str, value: str, name: str) -> str:
     if key == "id":
         return f"{name}-{value}"
     if key == "href":
@@ -97,12 +97,12 @@ def draw_roc(drawn: Figure, curves: dict[str, dict[str, list[float]]]) -> None:
     axes = drawn.subplots()
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
     for number, curve in enumerate(curves.values()):
-        axes.plot(curve["fpr"], curve["tpr"], **line(number))
+        axes.plot(curve["fpr"], curve["tpr"], **line_style(number))
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.set_aspect("equal")
 
 
-def line(colour: int, dash: int | None = None) -> dict[str, Any]:
+def line_style(colour: int, dash: int | None = None) -> dict[str, Any]:
     """Colour and dash of one line of several; the legend in the page uses the same."""
     pattern = DASHES[(colour if dash is None else dash) % len(DASHES)]
     style = "solid" if pattern == "none" else (0, tuple(map(float, pattern.split())))

@@ -12,21 +12,20 @@ import numpy as np
 from msgspec.structs import asdict
 
 from engine.core.json_records import to_builtins
-from engine.ledger import LastStart, Success
-from engine.privacy import scrubbed
-from engine.provenance import RunRecord
-from engine.records import Status
-from engine.report.bars import bars
-from engine.report.gather import BINS, SAMPLE, Labelled, Shape, Tally
-from engine.report.page import count, counted, number, percent, shown
-from engine.results import MergedRecord, Results
-from engine.sink import Done
+from engine.core.records import PartInfo, Status
+from engine.core.redaction import redact_line
+from engine.report.aggregate import BINS, SAMPLE_ROWS, LabelledSample, ReportSchema, ReportTotals
+from engine.report.bars import draw_bars
+from engine.report.page import count_noun, format_count, format_number, format_option, format_percent
+from engine.results import MergedRecord, ResultsFolder
+from engine.runs.run_record import RunRecord
+from engine.runs.summary import LastStart, Success
 
-LONGEST = 240  # characters of a path, error or label that are shown
-EXAMPLES = 3  # reasons of each status
-CHARTS = 24  # histograms
-MATRIX_CLASSES = 20  # more make no readable matrix
-MATRICES = 6  # of pairs of members; as many members stand beside the ensemble, too
+MAX_TEXT = 240  # characters of a path, error or label that are shown
+MAX_EXAMPLES = 3  # reasons of each status
+MAX_CHARTS = 24  # histograms
+MAX_MATRIX_CLASSES = 20  # more make no readable matrix
+MAX_MATRICES = 6  # of pairs of members; as many members stand beside the ensemble, too
 PAUSE_S = 60.0  # without a finished part, and longer than usual: the run was stopped
 CHART_PARTS = 4  # fewer say nothing of throughput over time
 RESAMPLES = 1000, 200  # of the bootstrap, for few and for many rows
@@ -39,7 +38,9 @@ STAGES = {
 }
 
 
-def facts_of(results: Results, success: Success | None, shape: Shape, tally: Tally) -> dict[str, Any]:
+def report_facts(
+    results: ResultsFolder, success: Success | None, shape: ReportSchema, totals: ReportTotals
+) -> dict[str, Any]:
     """Everything on the page but its pictures, for the template. Names in it may hold anything."""
     run = results.first
     redacted = any(one.result_options.redacted_by for one in results.runs.values())
@@ -47,89 +48,91 @@ def facts_of(results: Results, success: Success | None, shape: Shape, tally: Tal
     points = _points(run)
     return {
         "title": "Merged screening results" if isinstance(results.run, MergedRecord) else "Screening report",
-        "lede": _lede(results, success),
-        "unfinished": None if results.finished else f"{count(tally.rows)} of {count(wanted)} rows are there",
+        "lede": _lead_text(results, success),
+        "unfinished": None
+        if results.finished
+        else f"{format_count(totals.rows)} of {format_count(wanted)} rows are there",
         "redacted": redacted,
         "classes": list(shape.classes),
         "members": list(shape.members),
         "target": shape.target,
         "groups": {name: list(parts) for name, parts in shape.groups.items()},
-        "cards": _cards(tally),
-        "statuses": _statuses(tally, hide=redacted),
-        "flags": _shares(tally.flags, tally.rows),
-        "predicted": _shares({name: tally.by_class[name] for name in shape.classes}, tally.scored),
-        "triage": _triage(tally, points),
-        "labels": _labels(shape, tally),
-        "charts": [_chart(name, tally, points) for name in shape.scores[:CHARTS]],
-        "more_charts": shape.scores[CHARTS:],
-        "agreement": _agreement(shape, tally),
-        "disagreement": _disagreement(tally),
-        "work": _work(shape, tally),
+        "cards": _cards(totals),
+        "statuses": _statuses(totals, hide=redacted),
+        "flags": _percentages(totals.flags, totals.rows),
+        "predicted": _percentages({name: totals.by_class[name] for name in shape.classes}, totals.scored),
+        "triage": _triage(totals, points),
+        "labels": _label_figures(shape, totals),
+        "charts": [_chart(name, totals, points) for name in shape.scores[:MAX_CHARTS]],
+        "more_charts": shape.scores[MAX_CHARTS:],
+        "agreement": _agreement(shape, totals),
+        "disagreement": _disagreement(totals),
+        "work": _progress_facts(shape, totals),
         "throughput": throughput(run.began, results.done) if results.run is run else None,
         "stages": _stages(success.last_start) if success else None,
         "runs": [_provenance(one, hide=redacted) for one in results.runs.values()],
-        "made": _moment(datetime.now(UTC)),
+        "made": _format_time(datetime.now(UTC)),
     }
 
 
-def _lede(results: Results, success: Success | None) -> str:
+def _lead_text(results: ResultsFolder, success: Success | None) -> str:
     run = results.run
     if isinstance(run, MergedRecord):
-        return f"{counted(len(run.runs), 'run')}, joined {_moment(run.merged)}"
-    ended = f", finished {_moment(success.finished)}" if success else ""
-    return f"Run {run.run_id[:8]}, begun {_moment(run.started)}{ended}"
+        return f"{count_noun(len(run.runs), 'run')}, joined {_format_time(run.merged)}"
+    ended = f", finished {_format_time(success.finished)}" if success else ""
+    return f"Run {run.run_id[:8]}, begun {_format_time(run.started)}{ended}"
 
 
-def _moment(when: str | datetime) -> str:
+def _format_time(when: str | datetime) -> str:
     moment = datetime.fromisoformat(when) if isinstance(when, str) else when
     return f"{moment.astimezone(UTC):%-d %B %Y, %H:%M} UTC"
 
 
-def shortened(text: str | None) -> str | None:
+def shorten(text: str | None) -> str | None:
     """Its middle is left out where it is too long for a page."""
-    if text is None or len(text) <= LONGEST:
+    if text is None or len(text) <= MAX_TEXT:
         return text
-    return f"{text[: LONGEST // 2]} … {text[-LONGEST // 3 :]}"
+    return f"{text[: MAX_TEXT // 2]} … {text[-MAX_TEXT // 3 :]}"
 
 
-def _cards(tally: Tally) -> list[tuple[str, int, str]]:
+def _cards(totals: ReportTotals) -> list[tuple[str, int, str]]:
     """Name, number, kind."""
-    skipped = tally.by_status[Status.SKIPPED.label]
-    failed = tally.rows - tally.scored - skipped
+    skipped = totals.by_status[Status.SKIPPED.label]
+    failed = totals.rows - totals.scored - skipped
     return [
-        ("rows", tally.rows, ""),
-        ("scored", tally.scored, ""),
+        ("rows", totals.rows, ""),
+        ("scored", totals.scored, ""),
         ("skipped", skipped, "soft" if not skipped else ""),
         ("failed", failed, "alert" if failed else "soft"),
     ]
 
 
-def _shares(counts: Mapping[str, int], whole: int) -> list[dict[str, Any]]:
+def _percentages(counts: Mapping[str, int], whole: int) -> list[dict[str, Any]]:
     return [{"name": name, "count": found, "share": found / max(1, whole)} for name, found in counts.items()]
 
 
-def _statuses(tally: Tally, *, hide: bool) -> list[dict[str, Any]]:
+def _statuses(totals: ReportTotals, *, hide: bool) -> list[dict[str, Any]]:
     """Each status but `ok`, the commonest first, with its commonest reasons."""
     found = []
-    for one in _shares(dict(tally.by_status.most_common()), tally.rows):
+    for one in _percentages(dict(totals.by_status.most_common()), totals.rows):
         if one["name"] == Status.OK.label:
             continue
-        reasons = sorted(tally.reasons.get(one["name"], {}).items(), key=lambda pair: -pair[1].rows)
+        reasons = sorted(totals.reasons.get(one["name"], {}).items(), key=lambda pair: -pair[1].rows)
         one["reasons"] = [
             {
-                "text": shortened(scrubbed(error) if hide else error),
+                "text": shorten(redact_line(error) if hide else error),
                 "count": reason.rows,
                 "row": reason.row,
-                "path": shortened(reason.path),
+                "path": shorten(reason.path),
             }
-            for error, reason in reasons[:EXAMPLES]
+            for error, reason in reasons[:MAX_EXAMPLES]
         ]
         one["others"] = one["count"] - sum(reason["count"] for reason in one["reasons"])
         found.append(one)
     return found
 
 
-def spoken(word: str) -> str:
+def display_word(word: str) -> str:
     """A value of the results as people say it."""
     return word.replace("_", " ")
 
@@ -143,52 +146,52 @@ def _points(run: RunRecord) -> dict[str, Any]:
     return {"target": points.get("target"), "marks": [one for one in (rule_out, refer) if one is not None]}
 
 
-def _triage(tally: Tally, points: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not tally.triage and not tally.abstained:
+def _triage(totals: ReportTotals, points: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not totals.triage and not totals.abstained:
         return None
-    order = [*TRIAGE, *sorted(set(tally.triage) - set(TRIAGE))]
+    order = [*TRIAGE, *sorted(set(totals.triage) - set(TRIAGE))]
     return {
-        "zones": _shares({name: tally.triage[name] for name in order}, tally.scored),
+        "zones": _percentages({name: totals.triage[name] for name in order}, totals.scored),
         "marks": points["marks"],
-        "abstained": tally.abstained,
-        "share": tally.abstained / max(1, tally.scored),
-        "reasons": _shares(dict(tally.abstain_reasons.most_common()), tally.scored),
+        "abstained": totals.abstained,
+        "share": totals.abstained / max(1, totals.scored),
+        "reasons": _percentages(dict(totals.abstain_reasons.most_common()), totals.scored),
     }
 
 
-def _chart(name: str, tally: Tally, points: Mapping[str, Any]) -> dict[str, Any]:
-    counts = tally.histograms[name]
+def _chart(name: str, totals: ReportTotals, points: Mapping[str, Any]) -> dict[str, Any]:
+    counts = totals.histograms[name]
     edges = np.linspace(0, 1, BINS + 1)
     titles = [
-        f"{low:.2f} to {high:.2f}: {counted(int(found), 'row')}"
+        f"{low:.2f} to {high:.2f}: {count_noun(int(found), 'row')}"
         for low, high, found in zip(edges, edges[1:], counts, strict=False)
     ]
     marks = points["marks"] if name == points["target"] else []
     ticks = {0.0: "0", 0.5: "0.5", 1.0: "1"}
-    chart = bars(counts.tolist(), titles, ticks=ticks, top=count(int(counts.max())), marks=marks)
+    chart = draw_bars(counts.tolist(), titles, ticks=ticks, top=format_count(int(counts.max())), marks=marks)
     return {"name": name, "above": int(counts[BINS // 2 :].sum()), "chart": chart, "marks": marks}
 
 
-def _agreement(shape: Shape, tally: Tally) -> list[dict[str, Any]]:
+def _agreement(shape: ReportSchema, totals: ReportTotals) -> list[dict[str, Any]]:
     """Of each pair of members: how often both name the same class, and which they name."""
-    show = len(shape.classes) <= MATRIX_CLASSES
+    show = len(shape.classes) <= MAX_MATRIX_CLASSES
     return [
         {
             "members": list(pair),
             "share": float(np.trace(counts) / max(1, counts.sum())),
-            "counts": counts.tolist() if show and place < MATRICES else None,
+            "counts": counts.tolist() if show and place < MAX_MATRICES else None,
         }
-        for place, (pair, counts) in enumerate(tally.agreement.items())
+        for place, (pair, counts) in enumerate(totals.agreement.items())
         if counts.sum()
     ]
 
 
-def _disagreement(tally: Tally) -> dict[str, Any] | None:
+def _disagreement(totals: ReportTotals) -> dict[str, Any] | None:
     """Its histogram, cut where nearly all rows are below."""
-    if tally.disagreement is None:
+    if totals.disagreement is None:
         return None
-    counts = tally.disagreement
-    step = tally.most_disagreement / len(counts)
+    counts = totals.disagreement
+    step = totals.most_disagreement / len(counts)
     below = np.searchsorted(counts.cumsum(), 0.995 * counts.sum()) + 1
     joined = max(1, math.ceil(below / BINS))  # fine bins a bar
     bars_shown = math.ceil(below / joined)
@@ -197,35 +200,38 @@ def _disagreement(tally: Tally) -> dict[str, Any] | None:
     shown = padded.reshape(bars_shown, joined).sum(axis=1)
     top = bars_shown * joined * step
     titles = [
-        f"{place * joined * step:.3f} to {(place + 1) * joined * step:.3f} bits: {counted(int(found), 'row')}"
+        f"{place * joined * step:.3f} to {(place + 1) * joined * step:.3f} bits: {count_noun(int(found), 'row')}"
         for place, found in enumerate(shown)
     ]
     ticks = {0.0: "0", 0.5: f"{top / 2:.2g}", 1.0: f"{top:.2g} bits"}
     beyond = int(counts.sum() - shown.sum())
-    return {"chart": bars(shown.tolist(), titles, ticks=ticks, top=count(int(shown.max()))), "beyond": beyond}
+    return {
+        "chart": draw_bars(shown.tolist(), titles, ticks=ticks, top=format_count(int(shown.max()))),
+        "beyond": beyond,
+    }
 
 
-def _work(shape: Shape, tally: Tally) -> dict[str, Any]:
+def _progress_facts(shape: ReportSchema, totals: ReportTotals) -> dict[str, Any]:
     scores = list(dict.fromkeys((shape.target, *shape.groups)))
-    risky = {row["row"] for row in tally.risk.rows()}
-    abstained = {row["row"] for row in tally.abstaining.rows()}
-    rows = tally.listed()
+    risky = {row["row"] for row in totals.risk.rows()}
+    abstained = {row["row"] for row in totals.abstaining.rows()}
+    rows = totals.listed()
     for row in rows:
         row["lists"] = ["risk"] * (row["row"] in risky) + ["abstained"] * (row["row"] in abstained)
-        row |= {"path": shortened(row["path"])} | {
+        row |= {"path": shorten(row["path"])} | {
             name: row.get(name) for name in ("triage", "abstain_reasons", "flags", "member_disagreement")
         }
         row["scores"] = [row[f"p_{name}"] for name in scores]
-        row["label"] = shortened(_text(row.get(shape.label))) if shape.label else None
+        row["label"] = shorten(_format_value(row.get(shape.label))) if shape.label else None
     return {
         "rows": rows,
         "risk": len(risky),
         "abstained": len(abstained),
         "scores": scores,
         "has": {
-            "triage": bool(tally.triage),
-            "abstain": bool(tally.abstained),
-            "member_disagreement": "member_disagreement" in tally.risk.columns,
+            "triage": bool(totals.triage),
+            "abstain": bool(totals.abstained),
+            "member_disagreement": "member_disagreement" in totals.risk.columns,
         },
         "label": shape.label,
         "choices": {
@@ -236,30 +242,30 @@ def _work(shape: Shape, tally: Tally) -> dict[str, Any]:
     }
 
 
-def _text(value: Any) -> str | None:
+def _format_value(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
 # Against the labels
 
 
-def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
+def _label_figures(shape: ReportSchema, totals: ReportTotals) -> dict[str, Any] | None:
     """Figures of ensemble and members on the rows whose label is a class; None where there are none."""
-    labelled = tally.labelled
+    labelled = totals.labelled
     if not labelled.rows:
         return None
-    from engine.evaluate import evaluate  # scikit-learn takes a second to import
-    from engine.report.curves import draw_reliability, draw_roc, plot
+    from engine.report.curves import draw_reliability, draw_roc, plot_svg
+    from engine.stats.metrics import evaluate  # scikit-learn takes a second to import
 
     truth, votes = labelled.sample()
-    resamples = RESAMPLES[len(truth) > SAMPLE // 4]
+    resamples = RESAMPLES[len(truth) > SAMPLE_ROWS // 4]
     names = ["ensemble", *shape.members]
     rows = np.arange(len(truth))
     voters = {
         name: evaluate(
             votes[:, place], truth, classes=shape.classes, groups=rows, seed=0, resamples=resamples
         )
-        for place, name in enumerate(names[: 1 + MATRICES])
+        for place, name in enumerate(names[: 1 + MAX_MATRICES])
     }
     ensemble = voters["ensemble"]
     return {
@@ -267,10 +273,10 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
         "voters": voters,
         "rows": len(truth),
         "all_rows": labelled.rows,
-        "notes": _notes(labelled, tally.names.read_as(), ensemble["per_class"]),
-        "show_matrix": len(shape.classes) <= MATRIX_CLASSES,
-        "roc": plot("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
-        "reliability": plot(
+        "notes": _notes(labelled, totals.names.aliases_used(), ensemble["per_class"]),
+        "show_matrix": len(shape.classes) <= MAX_MATRIX_CLASSES,
+        "roc": plot_svg("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
+        "reliability": plot_svg(
             "reliability",
             "Reliability diagram",
             lambda drawn: draw_reliability(drawn, ensemble["reliability"], len(shape.classes)),
@@ -278,41 +284,41 @@ def _labels(shape: Shape, tally: Tally) -> dict[str, Any] | None:
     }
 
 
-def _notes(labelled: Labelled, read_as: list[str], per_class: Mapping[str, Any]) -> list[str]:
+def _notes(labelled: LabelledSample, aliases_used: list[str], per_class: Mapping[str, Any]) -> list[str]:
     notes = []
     if absent := [name for name, found in per_class.items() if not found["images"]]:
         notes.append(f"No row here has the label {' or '.join(absent)}, which counts as 0 in the means.")
-    if read_as:
-        notes.append(f"Labels were read so: {', '.join(read_as)}.")
+    if aliases_used:
+        notes.append(f"Labels were read so: {', '.join(aliases_used)}.")
     scored, labels, others, unknown = labelled.rows, labelled.labels, labelled.others, labelled.unknown
     if labels > scored:
         notes.append(
-            f"Not counted, since they have no score: {counted(labels - scored, 'row')} with a label."
+            f"Not counted, since they have no score: {count_noun(labels - scored, 'row')} with a label."
         )
     if others:
-        words = ", ".join(str(shortened(word)) for word, _ in unknown.most_common(EXAMPLES))
-        notes.append(f"Labels that are no class, of {counted(others, 'row')}, such as: {words}.")
+        words = ", ".join(str(shorten(word)) for word, _ in unknown.most_common(MAX_EXAMPLES))
+        notes.append(f"Labels that are no class, of {count_noun(others, 'row')}, such as: {words}.")
     return notes
 
 
 # Time
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
     minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
-    return f"{count(hours)} h {minutes:02} min"
+    return f"{format_count(hours)} h {minutes:02} min"
 
 
-def _rate(value: float) -> str:
-    return count(round(value)) if value >= 100 else f"{value:.3g}"
+def _format_rate(value: float) -> str:
+    return format_count(round(value)) if value >= 100 else f"{value:.3g}"
 
 
-def throughput(began: datetime, done: Iterable[Done]) -> dict[str, Any] | None:
+def throughput(began: datetime, done: Iterable[PartInfo]) -> dict[str, Any] | None:
     """Rows a second while the run was at work, from the times at which its parts were written.
 
     None for runs of versions that kept no times.
@@ -327,21 +333,23 @@ def throughput(began: datetime, done: Iterable[Done]) -> dict[str, Any] | None:
     stopped[0] = False  # its own time is all that the first part has
     clock = np.where(stopped, usual, gaps).cumsum()
     rows = np.cumsum([found for _, found in written])
-    rate = _rate(rows[-1] / clock[-1])
+    rate = _format_rate(rows[-1] / clock[-1])
     pauses = int(stopped.sum())
-    text = f"{counted(int(rows[-1]), 'row')} in {duration(clock[-1])}, start-up included: {rate} a second"
+    text = f"{count_noun(int(rows[-1]), 'row')} in {format_duration(clock[-1])}, start-up included: {rate} a second"
     if pauses:
-        text += f"; {counted(pauses, 'pause')} of {duration(float(gaps[stopped].sum()))} in all left out"
+        text += f"; {count_noun(pauses, 'pause')} of {format_duration(float(gaps[stopped].sum()))} in all left out"
     if len(written) < CHART_PARTS:
         return {"text": f"{text}.", "chart": None}
     edges = np.linspace(0, clock[-1], min(60, len(written)) + 1)
     rates = np.diff(np.interp(edges, [0, *clock], [0, *rows])) / np.diff(edges)
     titles = [
-        f"{duration(low)} to {duration(high)}: {_rate(rate)} rows/s"
+        f"{format_duration(low)} to {format_duration(high)}: {_format_rate(rate)} rows/s"
         for low, high, rate in zip(edges, edges[1:], rates, strict=False)
     ]
-    ticks = {0.0: "0", 0.5: duration(edges[-1] / 2), 1.0: duration(edges[-1])}
-    chart = bars(rates.tolist(), titles, ticks=ticks, top=f"{_rate(max(rates))} rows/s", width=420)
+    ticks = {0.0: "0", 0.5: format_duration(edges[-1] / 2), 1.0: format_duration(edges[-1])}
+    chart = draw_bars(
+        rates.tolist(), titles, ticks=ticks, top=f"{_format_rate(max(rates))} rows/s", width=420
+    )
     return {"text": f"{text}.", "chart": chart}
 
 
@@ -353,15 +361,17 @@ def _stages(last: LastStart) -> dict[str, Any] | None:
     order = sorted(stages, key=lambda name: -stages[name].occupancy)
     first, share = order[0], stages[order[0]].occupancy
     busiest = f"{STAGES.get(first, first)} ({first})"
-    text = f"{busiest} limited the run: at work {percent(share)} of the time"
+    text = f"{busiest} limited the run: at work {format_percent(share)} of the time"
     if share < 0.6:
-        text = f"no stage was at work most of the time; the busiest was {busiest}, {percent(share)} of it"
+        text = (
+            f"no stage was at work most of the time; the busiest was {busiest}, {format_percent(share)} of it"
+        )
     if len(order) > 1:
-        text += f". The next, {order[1]}, was for {percent(stages[order[1]].occupancy)}"
+        text += f". The next, {order[1]}, was for {format_percent(stages[order[1]].occupancy)}"
     return {
         "text": f"{text[0].upper()}{text[1:]}.",
         "rows": last.rows,
-        "elapsed": duration(last.elapsed_s),
+        "elapsed": format_duration(last.elapsed_s),
         "table": [
             {"name": name, "about": STAGES.get(name, ""), **asdict(times)} for name, times in stages.items()
         ],
@@ -383,14 +393,14 @@ def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
     machine, chosen = run.machine, run.chosen
     basics = {
         "run": run.run_id,
-        "begun": _moment(run.started),
-        "manifest": shortened(run.manifest),
-        "rows": count(run.rows),
-        "bundle": shortened(run.bundle),
+        "begun": _format_time(run.started),
+        "manifest": shorten(run.manifest),
+        "rows": format_count(run.rows),
+        "bundle": shorten(run.bundle),
         "bundle, sha256": options.pop("bundle_sha256", None),
-        "weights": ", ".join(f"{name} {number(weight, 2)}" for name, weight in run.weights.items()),
+        "weights": ", ".join(f"{name} {format_number(weight, 2)}" for name, weight in run.weights.items()),
         **{f"plan of {name}, sha256": digest for name, digest in plans.items()},
-        "runner": scrubbed(chosen) if hide and chosen else chosen,
+        "runner": redact_line(chosen) if hide and chosen else chosen,
         "system": machine and machine.system,
         "processor": machine and machine.processor,
         "GPU": machine and machine.gpu and machine.gpu.name,
@@ -398,25 +408,25 @@ def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
     return {
         "run": run.run_id,
         "basics": {name: value for name, value in basics.items() if value not in (None, "")},
-        "operating_points": _flat(run.operating_points or {}),
+        "operating_points": _flatten(run.operating_points or {}),
         "versions": run.versions,
         "options": options | {f"tuned {name}": value for name, value in to_builtins(run.tuning).items()},
     }
 
 
-def _rounded(value: Any) -> Any:
+def _round_digits(value: Any) -> Any:
     """To three digits."""
     if isinstance(value, list):
-        return [_rounded(one) for one in value]
+        return [_round_digits(one) for one in value]
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _flat(found: Any, name: str = "") -> dict[str, Any]:
+def _flatten(found: Any, name: str = "") -> dict[str, Any]:
     """Nested names joined by dots."""
     if not isinstance(found, Mapping):
-        return {name: _rounded(found)}
+        return {name: _round_digits(found)}
     if {"value", "low", "high"} <= found.keys():
-        value, low, high = (shown(_rounded(found[key])) for key in ("value", "low", "high"))
+        value, low, high = (format_option(_round_digits(found[key])) for key in ("value", "low", "high"))
         return {name: f"{value} ({low} to {high})"}
-    joined = [_flat(value, f"{name}.{key}" if name else str(key)) for key, value in found.items()]
+    joined = [_flatten(value, f"{name}.{key}" if name else str(key)) for key, value in found.items()]
     return {key: value for one in joined for key, value in one.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-HERE = Path(__file__).parent
+TEMPLATES = Path(__file__).parent
 DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 SPACES = "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}"  # of our own numbers
@@ -17,10 +17,10 @@ SERIES = 8  # colours in style.css; a ninth line has the first one's
 DASHES = ("none", "5 2", "1.5 1.5", "6 2 1.5 2")  # in line widths, as matplotlib and SVG count them
 
 
-def environment(*folders: Path, **filters: Any) -> jinja2.Environment:
+def make_environment(*folders: Path, **filters: Any) -> jinja2.Environment:
     """Templates of `folders`, and of this one; all that they are given is escaped."""
     found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([*folders, HERE]),
+        loader=jinja2.FileSystemLoader([*folders, TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -28,12 +28,12 @@ def environment(*folders: Path, **filters: Any) -> jinja2.Environment:
     )
     found.globals |= {"series": SERIES, "dashes": DASHES}
     found.filters |= {
-        "number": number,
-        "span": span,
-        "percent": percent,
-        "count": count,
-        "share": share,
-        "shown": shown,
+        "number": format_number,
+        "span": format_interval,
+        "percent": format_percent,
+        "count": format_count,
+        "share": row_share,
+        "shown": format_option,
         **filters,
     }
     return found
@@ -55,47 +55,47 @@ def printable(value: Any) -> Any:
     return value
 
 
-def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+def format_number(value: float | None, digits: int = 3, signed: bool = False) -> str:
     """A number with a true minus; a dash for None."""
     if value is None:
         return DASH
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}".replace("-", MINUS)
 
 
-def span(found: Mapping[str, Any], digits: int = 3, signed: bool = False) -> str:
+def format_interval(found: Mapping[str, Any], digits: int = 3, signed: bool = False) -> str:
     """The interval of a figure; a dash if there is none."""
     if found["low"] is None:
         return DASH
-    low, high = number(found["low"], digits, signed), number(found["high"], digits, signed)
+    low, high = format_number(found["low"], digits, signed), format_number(found["high"], digits, signed)
     return f"{low} to {high}" if signed or low.startswith(MINUS) else f"{low}{DASH}{high}"
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     return DASH if value is None else f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
 
 
-def count(value: int) -> str:
+def format_count(value: int) -> str:
     """Thousands are set apart by a narrow space."""
     return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
+def count_noun(number: int, noun: str) -> str:
+    return f"{format_count(number)} {noun}{'' if number == 1 else 's'}"
 
 
-def share(row: Sequence[int], place: int) -> float:
+def row_share(row: Sequence[int], place: int) -> float:
     """What part of a confusion matrix's row a cell is: 0 to 1."""
     return round(row[place] / max(sum(row), 1), 3)
 
 
-def shown(value: Any) -> str:
+def format_option(value: Any) -> str:
     """An option, or whatever else JSON holds."""
     if value is None:
         return DASH
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(shown, value)) or DASH
+        return ", ".join(map(format_option, value)) or DASH
     if isinstance(value, dict):
-        return ", ".join(f"{name} {shown(one)}" for name, one in value.items()) or DASH
+        return ", ".join(f"{name} {format_option(one)}" for name, one in value.items()) or DASH
     return f"{value:g}" if isinstance(value, float) else str(value) or DASH

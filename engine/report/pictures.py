@@ -12,20 +12,21 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
+from engine.core.errors import EngineError
 from engine.core.json_records import from_json
-from engine.errors import EngineError
-from engine.job import Say
-from engine.preprocess.stage import load_pixels
+from engine.core.location import parse
+from engine.core.records import OnMessage
+from engine.core.settings import Limits
+from engine.pipeline.load_pixels import load_pixels
 from engine.report.page import printable
-from engine.results import MergedRecord, Results
-from engine.run_folder import EXPLANATIONS, INDEX, ExplanationIndex
-from engine.settings import Limits
-from engine.storage.location import parse
-from engine.store import open_folder, reason
+from engine.results import MergedRecord, ResultsFolder
+from engine.runs.run_folder import EXPLANATIONS_FOLDER, INDEX_FILE, ExplanationIndex
+from engine.storage.folders import error_text
+from engine.storage.open_folder import open_folder
 
 SIDE = 192  # pixels of a thumbnail, before it gets its image's shape
-MOST_BYTES = 4 << 20  # of an overlay
-MOST_OVERLAYS = 48 << 20  # bytes of all overlays; a browser has to hold the page
+MAX_PICTURE_BYTES = 4 << 20  # of an overlay
+MAX_OVERLAY_BYTES = 48 << 20  # bytes of all overlays; a browser has to hold the page
 _NAME = re.compile(r"row-\d{9,}-[^/\\]+\.png")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -40,7 +41,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Explained:
+class ExplainedRow:
     row: int
     named: str  # the class
     voters: dict[str, Picture]
@@ -50,7 +51,9 @@ def _data_url(kind: str, data: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def thumbnails(results: Results, rows: Iterable[Mapping[str, Any]], *, say: Say) -> dict[int, Picture]:
+def read_thumbnails(
+    results: ResultsFolder, rows: Iterable[Mapping[str, Any]], *, say: OnMessage
+) -> dict[int, Picture]:
     """Of those `rows` of the results whose images can be read, by their number; `say` what is missing."""
     by_root: dict[str, list[Mapping[str, Any]]] = {}
     most = 0
@@ -75,7 +78,7 @@ def thumbnails(results: Results, rows: Iterable[Mapping[str, Any]], *, say: Say)
             width, height = (header.height, header.width) if turned else (header.width, header.height)
             scale = SIDE / max(width, height)
             found[wanted[place]["row"]] = Picture(
-                _data_url("jpeg", _jpeg(pixels)),
+                _data_url("jpeg", _encode_jpeg(pixels)),
                 max(1, round(width * scale)),
                 max(1, round(height * scale)),
             )
@@ -84,49 +87,51 @@ def thumbnails(results: Results, rows: Iterable[Mapping[str, Any]], *, say: Say)
     return found
 
 
-def explanations(results: Results, *, say: Say) -> tuple[str, list[Explained]]:
+def read_explanations(results: ResultsFolder, *, say: OnMessage) -> tuple[str, list[ExplainedRow]]:
     """The method and the overlays of the folder `explanations`; nothing where there are none of this run."""
     if isinstance(results.run, MergedRecord):  # rows have other numbers
         return "", []
-    folder = open_folder(results.place / EXPLANATIONS)
+    folder = open_folder(results.place / EXPLANATIONS_FOLDER)
     try:
-        if INDEX not in folder.names():
+        if INDEX_FILE not in folder.names():
             return "", []
-        index = from_json(folder.read(INDEX, lambda opened: opened.read()), ExplanationIndex)
+        index = from_json(folder.read(INDEX_FILE, lambda opened: opened.read()), ExplanationIndex)
         if index.run_id not in results.runs:
-            say(f"{EXPLANATIONS}/ is of another run: left out")
+            say(f"{EXPLANATIONS_FOLDER}/ is of another run: left out")
             return "", []
-        found, left = list[Explained](), MOST_OVERLAYS
+        found, left = list[ExplainedRow](), MAX_OVERLAY_BYTES
         for place, one in enumerate(index.rows):
             voters = {}
             for voter, name in one.voters.items():
                 if not _NAME.fullmatch(name):
                     continue
-                data = folder.read(name, lambda opened: opened.read(MOST_BYTES))
+                data = folder.read(name, lambda opened: opened.read(MAX_PICTURE_BYTES))
                 left -= len(data)
                 if left < 0:
                     rest = len(index.rows) - place
-                    say(f"the first {place} explanations are on the page, {rest} more in {EXPLANATIONS}/")
+                    say(
+                        f"the first {place} explanations are on the page, {rest} more in {EXPLANATIONS_FOLDER}/"
+                    )
                     return index.method, found
-                voters[voter] = _overlay(data)
-            found.append(Explained(one.row, printable(one.of_class), printable(voters)))
+                voters[voter] = _read_overlay(data)
+            found.append(ExplainedRow(one.row, printable(one.of_class), printable(voters)))
         return index.method, found
     except OSError as error:
-        say(f"{EXPLANATIONS}/ is left out: {reason(error)}")
+        say(f"{EXPLANATIONS_FOLDER}/ is left out: {error_text(error)}")
     except ValueError as error:
-        say(f"{EXPLANATIONS}/{INDEX} is left out: it is not what engine.explain writes ({error})")
+        say(f"{EXPLANATIONS_FOLDER}/{INDEX_FILE} is left out: it is not what engine.explain writes ({error})")
     return "", []
 
 
-def _jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
+def _encode_jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
     """Of [1, H, W]."""
     gray = np.ascontiguousarray(pixels.transpose(1, 2, 0))
     return bytes(simplejpeg.encode_jpeg(gray, 85, colorspace="GRAY", colorsubsampling="Gray"))
 
 
-def _overlay(data: bytes) -> Picture:
+def _read_overlay(data: bytes) -> Picture:
     """Raises ValueError for what is no PNG."""
     width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
-    if not (data.startswith(_PNG) and width and height and len(data) < MOST_BYTES):
+    if not (data.startswith(_PNG) and width and height and len(data) < MAX_PICTURE_BYTES):
         raise ValueError("no PNG")
     return Picture(_data_url("png", data), width, height)

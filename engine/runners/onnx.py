@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from engine.bundle import Bundle, Member
-from engine.distance import OUTPUT
-from engine.errors import UsageError
-from engine.installed import install_command
+from engine.bundle.bundle import DISTANCE_OUTPUT, Bundle, Member
+from engine.core.errors import UsageError
+from engine.core.extras import install_command
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,7 @@ except ImportError as error:
     ) from None
 
 
-def session_of(graph: bytes, providers: list[Any], *, threads: int = 1) -> onnxruntime.InferenceSession:
+def create_session(graph: bytes, providers: list[Any], *, threads: int = 1) -> onnxruntime.InferenceSession:
     """From bytes: what was hashed is what runs, and no external data file can be pulled in."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -32,14 +31,14 @@ def session_of(graph: bytes, providers: list[Any], *, threads: int = 1) -> onnxr
     return onnxruntime.InferenceSession(graph, options, providers=providers)
 
 
-class _Session:
+class _OnnxSession:
     """An ONNX Runtime session of one member whose graph has the types and shapes it should."""
 
     def __init__(self, member: Member, bundle: Bundle, graph: bytes, providers: list[Any]) -> None:
         self.name = member.name
         self.versions = {"onnxruntime": onnxruntime.__version__}
         try:
-            self._session = session_of(graph, providers)
+            self._session = create_session(graph, providers)
         except Exception as error:  # ONNX Runtime raises many types for a bad graph
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
@@ -54,7 +53,7 @@ class _Session:
         found = [(value.type, list(value.shape)[1:]) for value in (*inputs, *outputs)]
         height, width = bundle.size
         wanted = [("tensor(uint8)", [1, height, width]), ("tensor(float)", [len(bundle.classes)])]
-        self.gives_distance = [value.name for value in outputs[1:]] == [OUTPUT]
+        self.gives_distance = [value.name for value in outputs[1:]] == [DISTANCE_OUTPUT]
         if found != wanted + [("tensor(float)", [])] * self.gives_distance:
             raise UsageError(
                 f"bundle {bundle.path}: {self.name}: the graph has {found}; "
@@ -76,7 +75,7 @@ class _Session:
         self.close()
 
 
-class OnnxRunner(_Session):
+class OnnxRunner(_OnnxSession):
     """One session with one thread; callers run it from as many threads as there are cores.
 
     One thread per batch needs no barrier between a layer's threads, is faster than several threads on one
@@ -88,7 +87,7 @@ class OnnxRunner(_Session):
         if graph is None:
             graph = member.files["onnx"].path.read_bytes()
             if bundle.operating_points and bundle.operating_points.distances:
-                graph += member.files[OUTPUT].path.read_bytes()
+                graph += member.files[DISTANCE_OUTPUT].path.read_bytes()
         super().__init__(member, bundle, graph, ["CPUExecutionProvider"])
 
     def infer(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -103,7 +102,7 @@ class OnnxRunner(_Session):
         return np.asarray(more[0], np.float32) if more else None
 
 
-class CudaOnnxRunner(_Session):
+class CudaOnnxRunner(_OnnxSession):
     """A session on a GPU. Its kernels run on a stream that ONNX Runtime fixes when the session is made."""
 
     def __init__(self, member: Member, bundle: Bundle, *, device: str, half: bool) -> None:
@@ -121,7 +120,7 @@ class CudaOnnxRunner(_Session):
             "use_tf32": "0",
         }
         super().__init__(
-            member, bundle, _graph(member, bundle, half=half), [("CUDAExecutionProvider", options)]
+            member, bundle, _member_graph(member, bundle, half=half), [("CUDAExecutionProvider", options)]
         )
         if self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise UsageError("--runner onnx: ONNX Runtime's CUDA libraries don't load on this machine")
@@ -139,7 +138,7 @@ class CudaOnnxRunner(_Session):
         stream.wait_stream(self._stream)
 
 
-def _graph(member: Member, bundle: Bundle, *, half: bool) -> bytes:
+def _member_graph(member: Member, bundle: Bundle, *, half: bool) -> bytes:
     if not half:
         return member.files["onnx"].path.read_bytes()
     try:

@@ -7,10 +7,10 @@ import importlib
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from engine.bundle import Bundle, Member
-from engine.errors import EngineError, UsageError
-from engine.installed import install_command
-from engine.plans import Plan
+from engine.bundle.bundle import Bundle, Member
+from engine.bundle.plans import Plan
+from engine.core.errors import EngineError, UsageError
+from engine.core.extras import install_command
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -23,7 +23,7 @@ _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorr
 EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "build"}
 
 
-class Backend:
+class TensorRTBackend:
     """One of the two TensorRT packages, imported, with a logger that keeps what it was told.
 
     Raises UsageError when the package is missing or broken.
@@ -34,8 +34,8 @@ class Backend:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.trt = _imported(name)  # type: ignore[assignment,misc,unused-ignore]
-        self.logger = _logger(self.trt)
+        self.trt = _import_backend(name)  # type: ignore[assignment,misc,unused-ignore]
+        self.logger = _make_logger(self.trt)
 
     @property
     def version(self) -> str:
@@ -58,7 +58,7 @@ class Backend:
         return result
 
 
-def _imported(name: str) -> Any:
+def _import_backend(name: str) -> Any:
     reason = ""
     for module in _MODULES[name]:
         try:
@@ -72,7 +72,7 @@ def _imported(name: str) -> Any:
 
 
 @cache
-def _logger(module: Any) -> Any:
+def _make_logger(module: Any) -> Any:
     """The one logger of the process: a subclass of TensorRT's own class, which exists once it is imported."""
 
     class Logger(module.ILogger):  # type: ignore[misc]
@@ -92,7 +92,7 @@ def _logger(module: Any) -> Any:
     return Logger()
 
 
-def deserialize(backend: Backend, plan: bytes, *, version_compatible: bool) -> trt.ICudaEngine:
+def deserialize_engine(backend: TensorRTBackend, plan: bytes, *, version_compatible: bool) -> trt.ICudaEngine:
     """The engine of a serialized plan on the current GPU. Raises EngineError.
 
     A version-compatible plan brings a small runtime of its own, code for the host, which has to be allowed.
@@ -101,7 +101,7 @@ def deserialize(backend: Backend, plan: bytes, *, version_compatible: bool) -> t
     return backend.checked(backend.runtime.deserialize_cuda_engine(plan), "loading the plan")
 
 
-def io_names(backend: Backend, engine: trt.ICudaEngine) -> tuple[str, str]:
+def tensor_names(backend: TensorRTBackend, engine: trt.ICudaEngine) -> tuple[str, str]:
     """The names of the one input and the one output, which are whatever the graph's author chose."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     mode = backend.trt.TensorIOMode
@@ -118,13 +118,13 @@ class TensorRTRunner:
     def __init__(self, member: Member, bundle: Bundle, plan: Plan) -> None:
         self.name = member.name
         self._shape, self._classes = bundle.size, len(bundle.classes)
-        self._backend = Backend(plan.passport.backend)
+        self._backend = TensorRTBackend(plan.passport.backend)
         self.versions = {self._backend.name: self._backend.version}
         try:
-            self._engine = deserialize(
+            self._engine = deserialize_engine(
                 self._backend, plan.read(), version_compatible=plan.passport.version_compatible
             )
-            self._input, self._output = io_names(self._backend, self._engine)
+            self._input, self._output = tensor_names(self._backend, self._engine)
             self._check_types()
         except EngineError as error:
             raise UsageError(f"plan {plan.path}: {error}; {plan.passport.rebuild(bundle.path)}") from None

@@ -6,8 +6,8 @@ from typing import Self
 
 import torch
 
-from engine.bundle import Bundle, Member
-from engine.network import in_precision
+from engine.bundle.bundle import Bundle, Member
+from engine.runners.network import load_for_inference
 
 
 class TorchRunner:
@@ -18,7 +18,7 @@ class TorchRunner:
         self.versions = {"torch": str(torch.__version__)}
         self._shape = bundle.size
         torch.backends.cudnn.allow_tf32 = False  # fp32 means it
-        module = in_precision(member, bundle, torch.float16 if half else torch.float32).to(device)
+        module = load_for_inference(member, bundle, torch.float16 if half else torch.float32).to(device)
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # members share one cache
         self._module = torch.compile(module, dynamic=False) if compiled else module

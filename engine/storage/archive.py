@@ -31,13 +31,13 @@ from typing import IO, Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from engine.header import may_be_image
-from engine.records import Status
+from engine.core.location import is_url
+from engine.core.records import Status
+from engine.formats.header import may_be_image
 from engine.storage import local
-from engine.storage.common import ReadError
-from engine.storage.location import is_url
+from engine.storage.errors import ReadError
 
-Alive = Callable[[], None]
+OnAlive = Callable[[], None]
 Pread = Callable[[int, int], bytes]  # so many bytes from a place, fewer at the end
 
 MAX_MEMBERS = 10_000_000  # of one archive; 29 bytes each in a .tar, 41 in a .zip
@@ -46,10 +46,10 @@ MAX_ZIP_DIRECTORY = 256 << 20  # bytes
 MAX_TAR_HEADERS = 16 << 10  # bytes of one member: tarfile is quadratic in them
 MAX_TAR_SETTINGS = 256  # of one member in pax headers, those for all members included, which tarfile copies
 TAR_PADDING = 1 << 20  # bytes that may follow the end mark
-HELD_MEMBERS = 4_000_000  # of all archives that are kept open, the last one aside
-HELD_ARCHIVES = 256
-ALIVE_EVERY = 256  # members
-START = 512  # bytes that tell whether a member is an image
+MAX_CACHED_MEMBERS = 4_000_000  # of all archives that are kept open, the last one aside
+MAX_CACHED_ARCHIVES = 256
+MEMBERS_PER_ALIVE = 256  # members
+SIGNATURE_BYTES = 512  # bytes that tell whether a member is an image
 
 _SPLIT = re.compile(r"\.(?:zip|tar(?:\.(?:gz|bz2|xz|zst|lz4|Z))?|tgz|tbz2?|txz|tzst)::", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"\.(jpe?g|jfif|png|dcm|dicom|tiff?|bmp|webp|jp2|j2k|p[bgnp]m|gif)$", re.IGNORECASE)
@@ -79,21 +79,21 @@ _REFUSED = {
 }
 
 
-def read(path: str, admit: Callable[[int], None], alive: Alive = lambda: None) -> bytes:
+def read(path: str, admit: Callable[[int], None], alive: OnAlive = lambda: None) -> bytes:
     """The bytes of a member, else of the plain file `path`. Any thread may call.
 
     The archive is what is left of the last `.zip::` or `.tar::` where there is such a file; only where there
     is none, a file that has the whole name is looked for. `admit` gets the member's size unpacked. `alive` is
     called now and then while an archive is indexed, which may take longer than any read. Raises ReadError.
     """
-    for file, name in _splits(path):
+    for file, name in _archive_prefixes(path):
         try:
-            return _archives.get(file, alive).read(name, admit)
+            return _cache.get(file, alive).read(name, admit)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            _archives.drop(file)
-            raise local.named(error) from None
+            _cache.drop(file)
+            raise local.to_read_error(error) from None
     if is_url(path):
         raise ReadError(Status.MISSING, "no such archive")
     return local.read(path, admit)
@@ -101,7 +101,7 @@ def read(path: str, admit: Callable[[int], None], alive: Alive = lambda: None) -
 
 def exists(path: str) -> bool:
     """Whether the archive is there, or a plain file of that name."""
-    return any(map(_is_there, (path, *(file for file, _ in _splits(path)))))
+    return any(map(_is_there, (path, *(file for file, _ in _archive_prefixes(path)))))
 
 
 def _is_there(file: str) -> bool:
@@ -115,12 +115,12 @@ def _is_there(file: str) -> bool:
 def is_archive(path: Path) -> bool:
     """Whether a file is an archive: by its content, or by its name where that is no help."""
     with path.open("rb") as opened:
-        start = opened.read(START)
-    return kind_of(start) != "" or path.suffix.lower() in (".zip", ".tar")
+        start = opened.read(SIGNATURE_BYTES)
+    return archive_kind(start) != "" or path.suffix.lower() in (".zip", ".tar")
 
 
 @contextmanager
-def images(
+def list_images(
     path: Path, spool: Path, wants: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[Iterator[tuple[str, int]], Counter[str]]]:
     """`archive.tar::name` and size of each image, in archive order, and counts of what was left out.
@@ -136,10 +136,10 @@ def images(
     left_out: Counter[str] = Counter()
     listed = array("Q")
 
-    def see(archive: Archive, number: int, member: Member) -> None:
+    def see(archive: Archive, number: int, member: ArchiveMember) -> None:
         if member.kind == FOLDER:
             return
-        if _hidden(member.name):
+        if _is_hidden(member.name):
             left_out["hidden"] += 1
         elif not wants(member.name):
             left_out["excluded"] += 1
@@ -151,9 +151,9 @@ def images(
 
     with tempfile.TemporaryFile("w+", encoding="ascii", dir=spool) as names:
         try:
-            archive = _archives.index(str(path), see)
+            archive = _cache.index(str(path), see)
         except OSError as error:
-            raise local.named(error) from None
+            raise local.to_read_error(error) from None
         if archive.trouble[0] != Status.MISSING:
             raise ReadError(*archive.trouble)
         last = archive.last[np.asarray(listed)]
@@ -164,17 +164,17 @@ def images(
         yield ((f"{path.name}::{name}", size) for name, size in found), left_out
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     parts = name.split("/")
     return "__MACOSX" in parts or any(part[:1] == "." and part not in (".", "..") for part in parts)
 
 
-def _splits(path: str) -> Iterator[tuple[str, str]]:
+def _archive_prefixes(path: str) -> Iterator[tuple[str, str]]:
     for found in reversed(list(_SPLIT.finditer(path, 0, _LONGEST_PATH))):
         yield path[: found.end() - 2], path[found.end() :]
 
 
-class Member(NamedTuple):
+class ArchiveMember(NamedTuple):
     """What an archive says of one member. `offset`: of its data in a .tar, of its local header in a .zip."""
 
     name: str
@@ -188,13 +188,17 @@ class Member(NamedTuple):
 class Archive:
     """One archive: an open descriptor and an index by the hash of a member's name."""
 
-    def __init__(self, path: str, alive: Alive, see: Callable[[Archive, int, Member], None] | None) -> None:
+    def __init__(
+        self, path: str, alive: OnAlive, see: Callable[[Archive, int, ArchiveMember], None] | None
+    ) -> None:
         self._path = path
         self._pread, self._size, self._state, close = _open(path)
         # closed when the last thread that reads from it lets go
         weakref.finalize(self, close).atexit = False
-        start = self._pread(START, 0)
-        self._zip = kind_of(start) == "zip" or (not kind_of(start) and path.lower().endswith(".zip"))
+        start = self._pread(SIGNATURE_BYTES, 0)
+        self._zip = archive_kind(start) == "zip" or (
+            not archive_kind(start) and path.lower().endswith(".zip")
+        )
         # status and reason for a name that isn't there: the rest may have been cut off
         self.trouble = (Status.MISSING, "the archive has no such member")
         columns = {name: array(code) for name, code in _COLUMNS[: None if self._zip else -2]}
@@ -204,12 +208,12 @@ class Archive:
                     raise ReadError(Status.UNSUPPORTED, f"more than {MAX_MEMBERS} members; split the archive")
                 member = self._checked(member)
                 for column, value in zip(
-                    columns.values(), (*_hashes(member.name), *member[1:]), strict=False
+                    columns.values(), (*_name_hashes(member.name), *member[1:]), strict=False
                 ):
                     column.append(value)
                 if see:
                     see(self, number, member)
-                if number % ALIVE_EVERY == 0:
+                if number % MEMBERS_PER_ALIVE == 0:
                     alive()
         except ReadError as error:
             self.trouble = (error.status, str(error))
@@ -226,7 +230,7 @@ class Archive:
         self.last = np.ones(self.members, bool)  # [members], in archive order: no later one has the name
         self.last[order[:-1][again]] = False
 
-    def _members(self, start: bytes) -> Iterator[Member]:
+    def _members(self, start: bytes) -> Iterator[ArchiveMember]:
         if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None):
             raise ReadError(
                 Status.UNSUPPORTED, f"the archive is compressed ({kind}); unpack it or make it a plain .tar"
@@ -235,17 +239,17 @@ class Archive:
             raise ReadError(Status.TRUNCATED, "the archive has 0 bytes")
         return (_zip_members if self._zip else _tar_members)(self._pread, self._size)
 
-    def _checked(self, member: Member) -> Member:
+    def _checked(self, member: ArchiveMember) -> ArchiveMember:
         """Numbers that no archive of this size can hold would not fit the index either."""
         offset, size, packed, _ = member[2:]
         if 0 <= offset <= self._size and 0 <= size < 1 << 62 and 0 <= packed < 1 << 62:
             return member
         damaged = DAMAGED if member.kind in (STORED, DEFLATED) else member.kind
-        return Member(member.name, damaged, 0, 0)
+        return ArchiveMember(member.name, damaged, 0, 0)
 
     def read(self, name: str, admit: Callable[[int], None]) -> bytes:
         """The bytes of the last member of that name. Raises ReadError, OSError."""
-        if self._state and _state(os.stat(self._path)) != self._state:
+        if self._state and _file_state(os.stat(self._path)) != self._state:
             raise ReadError(Status.UNREADABLE, "the archive changed during the run")
         member = self._find(name)
         if member.kind in _REFUSED:
@@ -268,27 +272,27 @@ class Archive:
             raise ReadError(Status.CORRUPT, "its CRC-32 is not the one that the archive gives")
         return data
 
-    def may_be_image(self, member: Member) -> bool:
+    def may_be_image(self, member: ArchiveMember) -> bool:
         """Whether its first bytes are an image's; also where they can't be had."""
         if member.kind in _REFUSED:
             return member.kind not in (LINK, SPECIAL)
         try:
             offset = self._data_offset(member) if self._zip else member.offset
-            start = self._pread(min(START, member.packed if self._zip else member.size), offset)
-            return may_be_image(_inflate(start, START) if member.kind == DEFLATED else start)
+            start = self._pread(min(SIGNATURE_BYTES, member.packed if self._zip else member.size), offset)
+            return may_be_image(_inflate(start, SIGNATURE_BYTES) if member.kind == DEFLATED else start)
         except ReadError:
             return True
 
-    def _find(self, name: str) -> Member:
-        wanted, check = _hashes(_plain(name))
+    def _find(self, name: str) -> ArchiveMember:
+        wanted, check = _name_hashes(_without_dot_slash(name))
         at = int(np.searchsorted(self._hash, np.uint64(wanted), side="right")) - 1
         while at >= 0 and self._hash[at] == wanted:
             if self._check[at] == check:
-                return Member(name, *(int(column[at]) for column in list(self._columns.values())[2:]))
+                return ArchiveMember(name, *(int(column[at]) for column in list(self._columns.values())[2:]))
             at -= 1
         raise ReadError(*self.trouble)
 
-    def _data_offset(self, member: Member) -> int:
+    def _data_offset(self, member: ArchiveMember) -> int:
         """Where a .zip's member begins behind its local header."""
         header = self._pread(30, member.offset)
         if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
@@ -321,13 +325,13 @@ _COLUMNS = (
 )
 
 
-def _hashes(name: str) -> tuple[int, int]:
+def _name_hashes(name: str) -> tuple[int, int]:
     """64 bits to look a name up by and 32 more that have to agree."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=12, key=_KEY).digest()
     return int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
 
 
-def _plain(name: str) -> str:
+def _without_dot_slash(name: str) -> str:
     return name.removeprefix("./")  # as `tar -c .` begins all names
 
 
@@ -345,14 +349,14 @@ def _open(path: str) -> tuple[Pread, int, tuple[int, int] | None, Callable[[], N
     def pread(size: int, offset: int) -> bytes:
         return os.pread(descriptor, size, offset)
 
-    return pread, info.st_size, _state(info), partial(os.close, descriptor)
+    return pread, info.st_size, _file_state(info), partial(os.close, descriptor)
 
 
-def _state(info: os.stat_result) -> tuple[int, int]:
+def _file_state(info: os.stat_result) -> tuple[int, int]:
     return info.st_size, info.st_mtime_ns
 
 
-def kind_of(start: bytes) -> str:
+def archive_kind(start: bytes) -> str:
     """What the first bytes of a file say: zip, tar, compressed or nothing."""
     if start.startswith(_ZIP_STARTS):
         return "zip"
@@ -369,7 +373,7 @@ def _inflate(data: bytes, size: int) -> bytes:
         raise ReadError(Status.CORRUPT, f"it does not inflate: {error}") from None
 
 
-class _View(io.RawIOBase):
+class _ArchiveView(io.RawIOBase):
     """An archive as zipfile and tarfile see it: no more than `spare` bytes, and only what `check` passes."""
 
     def __init__(self, pread: Pread, size: int, spare: int, check: Callable[[bytes], str | None]) -> None:
@@ -401,12 +405,12 @@ class _View(io.RawIOBase):
         return data
 
 
-def _zip_members(pread: Pread, size: int) -> Iterator[Member]:
+def _zip_members(pread: Pread, size: int) -> Iterator[ArchiveMember]:
     def check(data: bytes) -> str | None:
         many = len(data) > 46 * MAX_ZIP_MEMBERS and data.count(b"PK\x01\x02") > MAX_ZIP_MEMBERS
         return f"more than {MAX_ZIP_MEMBERS} members; split the .zip or make it a .tar" if many else None
 
-    view = cast(IO[bytes], _View(pread, size, MAX_ZIP_DIRECTORY, check))
+    view = cast(IO[bytes], _ArchiveView(pread, size, MAX_ZIP_DIRECTORY, check))
     if not zipfile.is_zipfile(view):
         raise ReadError(Status.TRUNCATED, "the archive has no directory at its end: cut short, or no .zip")
     try:
@@ -424,8 +428,8 @@ def _zip_members(pread: Pread, size: int) -> Iterator[Member]:
     except Exception as error:  # no archive may end the run, whatever zipfile makes of it
         raise ReadError(Status.CORRUPT, f"the archive's directory is damaged: {error}") from None
     for info in infos:
-        yield Member(
-            _plain(info.filename),
+        yield ArchiveMember(
+            _without_dot_slash(info.filename),
             _zip_kind(info),
             info.header_offset,
             info.file_size,
@@ -444,11 +448,11 @@ def _zip_kind(info: zipfile.ZipInfo) -> int:
     return {zipfile.ZIP_STORED: STORED, zipfile.ZIP_DEFLATED: DEFLATED}.get(info.compress_type, METHOD)
 
 
-def _tar_members(pread: Pread, size: int) -> Iterator[Member]:
+def _tar_members(pread: Pread, size: int) -> Iterator[ArchiveMember]:
     def check(data: bytes) -> str | None:
         return "headers with numbers of more than 64 digits" if _MANY_DIGITS.search(data) else None
 
-    view = _View(pread, size, MAX_TAR_HEADERS, check)
+    view = _ArchiveView(pread, size, MAX_TAR_HEADERS, check)
     end = 0
     try:
         opened = tarfile.open(  # noqa: SIM115 - it has nothing of its own to close
@@ -462,7 +466,7 @@ def _tar_members(pread: Pread, size: int) -> Iterator[Member]:
                 reason = f"a member with more than {MAX_TAR_SETTINGS} pax settings in the archive"
                 raise ReadError(Status.UNSUPPORTED, reason)
             end, view.spare = opened.offset, MAX_TAR_HEADERS
-            yield Member(_plain(info.name), _tar_kind(info), info.offset_data, info.size)
+            yield ArchiveMember(_without_dot_slash(info.name), _tar_kind(info), info.offset_data, info.size)
         end = opened.offset
     except (ReadError, OSError, MemoryError):
         raise
@@ -492,7 +496,7 @@ def _tar_kind(info: tarfile.TarInfo) -> int:
     return LINK if info.issym() or info.islnk() else SPECIAL
 
 
-class _Archives:
+class _ArchiveCache:
     """The archives read last, open and indexed."""
 
     def __init__(self) -> None:
@@ -501,14 +505,14 @@ class _Archives:
         self._indexing = threading.Lock()  # one at a time: zipfile needs room
         self._steps = 0  # of whatever is being indexed
 
-    def get(self, path: str, alive: Alive) -> Archive:
+    def get(self, path: str, alive: OnAlive) -> Archive:
         """Raises OSError, ReadError where the file is no file."""
         if found := self._look(path):
             return found
         with self._turn(alive):
             return self._look(path) or self._add(path, alive, None)
 
-    def index(self, path: str, see: Callable[[Archive, int, Member], None]) -> Archive:
+    def index(self, path: str, see: Callable[[Archive, int, ArchiveMember], None]) -> Archive:
         """The same, anew, showing each member to `see`."""
         with self._turn(lambda: None):
             return self._add(path, lambda: None, see)
@@ -523,7 +527,9 @@ class _Archives:
                 self._held.move_to_end(path)
             return self._held.get(path)
 
-    def _add(self, path: str, alive: Alive, see: Callable[[Archive, int, Member], None] | None) -> Archive:
+    def _add(
+        self, path: str, alive: OnAlive, see: Callable[[Archive, int, ArchiveMember], None] | None
+    ) -> Archive:
         def step() -> None:
             self._steps += 1
             alive()
@@ -532,12 +538,14 @@ class _Archives:
         with self._lock:
             self._held[path] = archive
             members = sum(held.members for held in self._held.values())
-            while len(self._held) > 1 and (members > HELD_MEMBERS or len(self._held) > HELD_ARCHIVES):
+            while len(self._held) > 1 and (
+                members > MAX_CACHED_MEMBERS or len(self._held) > MAX_CACHED_ARCHIVES
+            ):
                 members -= self._held.popitem(last=False)[1].members
         return archive
 
     @contextmanager
-    def _turn(self, alive: Alive) -> Iterator[None]:
+    def _turn(self, alive: OnAlive) -> Iterator[None]:
         """Wait to index. That is not the storage's fault while whoever is at it gets on."""
         seen = -1
         while not self._indexing.acquire(timeout=0.5):
@@ -550,4 +558,4 @@ class _Archives:
             self._indexing.release()
 
 
-_archives = _Archives()  # shared by listing and reading, so that an archive is indexed once
+_cache = _ArchiveCache()  # shared by listing and reading, so that an archive is indexed once

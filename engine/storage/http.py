@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from engine.errors import UsageError
-from engine.installed import install_command
-from engine.records import Status
-from engine.storage.common import CUT_SHORT, ReadError
-from engine.storage.location import Url
+from engine.core.errors import UsageError
+from engine.core.extras import install_command
+from engine.core.location import Url
+from engine.core.records import Status
+from engine.storage.errors import CUT_SHORT, ReadError
 
 if TYPE_CHECKING:
     import urllib3
 
 IN_FLIGHT = 256  # connections that are kept for a host
-CONNECT_S, SILENCE_S = 5, 10  # without an answer, without a byte
-REDIRECTS = 5
-PIECE = 1 << 20  # bytes that are read at once where a server does not say how many come
-MOST = 64 << 20  # where it does
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 10  # without an answer, without a byte
+MAX_REDIRECTS = 5
+CHUNK_BYTES = 1 << 20  # bytes that are read at once where a server does not say how many come
+MAX_CHUNK_BYTES = 64 << 20  # where it does
 _GONE, _BUSY, _DENIED = (404, 410), (408, 425, 429), (401, 403, 407)
 
 
@@ -35,19 +35,19 @@ def _pool() -> urllib3.PoolManager:
     return urllib3.PoolManager(
         num_pools=64,
         maxsize=IN_FLIGHT,
-        timeout=urllib3.Timeout(connect=CONNECT_S, read=SILENCE_S),
-        retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=REDIRECTS),
+        timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
+        retries=urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=MAX_REDIRECTS),
         headers={"Accept-Encoding": "identity", "User-Agent": "bone-radiograph-screening"},
     )
 
 
-def pieces(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
+def read_chunks(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
     """The bytes of one file. Raises ReadError; its text has nothing of the URL."""
     response = _open("GET", url)
     whole = False
     try:
         _check(response.status)
-        yield from _body(response, admit)
+        yield from _read_body(response, admit)
         whole = True
     finally:
         if whole:
@@ -81,17 +81,17 @@ def _open(method: str, url: Url) -> urllib3.BaseHTTPResponse:
         raise ReadError(Status.UNREADABLE, "not a URL that can be asked for") from None
     except exceptions.MaxRetryError as error:
         if isinstance(error.reason, exceptions.ResponseError):
-            raise ReadError(Status.UNREADABLE, f"more than {REDIRECTS} redirects") from None
+            raise ReadError(Status.UNREADABLE, f"more than {MAX_REDIRECTS} redirects") from None
         if isinstance(error.reason, exceptions.SSLError):
             raise ReadError(Status.UNREADABLE, "the server's certificate is not trusted") from None
-        raise _silent() from None
+        raise _no_answer_error() from None
     except (exceptions.HTTPError, OSError):
-        raise _silent() from None
+        raise _no_answer_error() from None
     except ValueError:  # from http.client, of characters that no URL has
         raise ReadError(Status.UNREADABLE, "not a URL that can be asked for") from None
 
 
-def _silent() -> ReadError:
+def _no_answer_error() -> ReadError:
     return ReadError(Status.UNREADABLE, "the server does not answer", transient=True)
 
 
@@ -106,7 +106,7 @@ def _check(status: int) -> None:
     raise ReadError(Status.UNREADABLE, f"the server answers HTTP {status}", transient=transient)
 
 
-def _body(response: urllib3.BaseHTTPResponse, admit: Callable[[int], None]) -> Iterator[bytes]:
+def _read_body(response: urllib3.BaseHTTPResponse, admit: Callable[[int], None]) -> Iterator[bytes]:
     from urllib3 import exceptions
 
     announced = response.headers.get("Content-Length", "")
@@ -116,9 +116,11 @@ def _body(response: urllib3.BaseHTTPResponse, admit: Callable[[int], None]) -> I
     came = 0
     while size is None or came < size:
         if size is None:
-            admit(came + PIECE)
+            admit(came + CHUNK_BYTES)
         try:
-            piece = response.read(PIECE if size is None else min(size - came, MOST), decode_content=False)
+            piece = response.read(
+                CHUNK_BYTES if size is None else min(size - came, MAX_CHUNK_BYTES), decode_content=False
+            )
         except (exceptions.HTTPError, OSError):
             raise ReadError(Status.UNREADABLE, CUT_SHORT, transient=True) from None
         if not piece:

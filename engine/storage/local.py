@@ -7,8 +7,8 @@ import os
 import stat
 from collections.abc import Callable
 
-from engine.records import Status
-from engine.storage.common import ReadError
+from engine.core.records import Status
+from engine.storage.errors import ReadError
 
 
 def read(path: str, admit: Callable[[int], None]) -> bytes:
@@ -20,7 +20,7 @@ def read(path: str, admit: Callable[[int], None]) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise named(error) from None
+        raise to_read_error(error) from None
 
 
 def open_file(path: str) -> tuple[int, os.stat_result]:
@@ -41,7 +41,7 @@ def exists(path: str) -> bool:
     return os.path.exists(path)
 
 
-def named(error: OSError) -> ReadError:
+def to_read_error(error: OSError) -> ReadError:
     missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
     return ReadError(Status.MISSING if missing else Status.UNREADABLE, error.strerror or "read error")
 

@@ -17,18 +17,18 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from engine.records import Status
-from engine.storage.common import CUT_SHORT, ReadError
-from engine.storage.location import Url
+from engine.core.location import Url
+from engine.core.records import Status
+from engine.storage.errors import CUT_SHORT, ReadError
 
 IN_FLIGHT = 256  # requests that a file system may have open
-PIECE = 64 << 20  # bytes of one request
-CONNECT_S, SILENCE_S = 5, 10  # without an answer, without a byte
+CHUNK_BYTES = 64 << 20  # bytes of one request
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 10  # without an answer, without a byte
 
-_making = threading.Lock()
-_FROM = re.compile(r"AWS Error|google::cloud|Azure|curl")
+_filesystem_lock = threading.Lock()
+_ERROR_SOURCE = re.compile(r"AWS Error|google::cloud|Azure|curl")
 # what the vendors' libraries say, the first that fits: status, text, transient, denied
-_WORDS: tuple[tuple[str, Status, str, bool, bool], ...] = (
+_ERROR_KINDS: tuple[tuple[str, Status, str, bool, bool], ...] = (
     (
         r"NO_SUCH_(KEY|BUCKET)|NoSuch(Key|Bucket)|status 404|NOT_FOUND",
         *(Status.MISSING, "no such object", False, False),
@@ -59,38 +59,38 @@ _WORDS: tuple[tuple[str, Status, str, bool, bool], ...] = (
 )
 
 
-def pieces(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
+def read_chunks(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
     """The bytes of one object: most come in one piece. Raises ReadError.
 
     It takes a HEAD and a GET: pyarrow gives no way to get the size with the bytes.
     """
-    with named_errors():
-        opened, left = _opened(filesystem(url), path_of(url))
+    with translate_errors():
+        opened, left = _open_file(filesystem(url), path_of(url))
     with opened:
         admit(left)
         while left:
-            with named_errors():
-                piece = opened.read(min(left, PIECE))
+            with translate_errors():
+                piece = opened.read(min(left, CHUNK_BYTES))
             if not piece:
                 raise ReadError(Status.UNREADABLE, CUT_SHORT, transient=True)
             left -= len(piece)
             yield piece
 
 
-def opened(url: Url) -> tuple[Any, int]:
+def open_object(url: Url) -> tuple[Any, int]:
     """An object as a file, and its length. Raises ReadError."""
-    with named_errors():
+    with translate_errors():
         file = filesystem(url).open_input_file(path_of(url))
         return file, int(file.size())
 
 
-def piece(file: Any, count: int, start: int) -> bytes:
+def read_chunk(file: Any, count: int, start: int) -> bytes:
     """So many bytes from `start`. Raises ReadError."""
-    with named_errors():
+    with translate_errors():
         return bytes(file.read_at(count, start))
 
 
-def _opened(files: fs.FileSystem, path: str) -> tuple[pa.NativeFile, int]:
+def _open_file(files: fs.FileSystem, path: str) -> tuple[pa.NativeFile, int]:
     if not isinstance(files, fs.GcsFileSystem):
         opened = files.open_input_file(path)
         return opened, opened.size()
@@ -102,13 +102,13 @@ def _opened(files: fs.FileSystem, path: str) -> tuple[pa.NativeFile, int]:
 
 
 def exists(url: Url) -> bool:
-    with named_errors():
+    with translate_errors():
         return bool(filesystem(url).get_file_info(path_of(url)).type == fs.FileType.File)
 
 
 def modified_ns(url: Url) -> int | None:
     """When an object was written, in nanoseconds since 1970, where the storage tells. Raises ReadError."""
-    with named_errors():
+    with translate_errors():
         found = filesystem(url).get_file_info(path_of(url)).mtime_ns
         return None if found is None else int(found)
 
@@ -119,7 +119,7 @@ def probe(url: Url) -> None:
     A listing of nothing: unlike a HEAD, its answer says whether it is the credentials that are wrong.
     """
     below = path_of(Url(url.scheme, url.host, "/.nothing"))
-    with named_errors():
+    with translate_errors():
         filesystem(url).get_file_info(fs.FileSelector(below, allow_not_found=True))
 
 
@@ -131,17 +131,17 @@ def path_of(url: Url) -> str:
 
 def filesystem(url: Url) -> fs.FileSystem:
     """One for each bucket or account, made at its first use."""
-    with _making:
+    with _filesystem_lock:
         try:
             if url.scheme == "s3":
-                return _s3(url.host)
-            return _gs() if url.scheme == "gs" else _azure(url.host)
+                return _open_s3(url.host)
+            return _open_gs() if url.scheme == "gs" else _open_azure(url.host)
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise named(error) from None
+            raise to_read_error(error) from None
 
 
 @cache
-def _s3(bucket: str) -> fs.FileSystem:
+def _open_s3(bucket: str) -> fs.FileSystem:
     # connections are as many as threads of this pool
     pa.set_io_thread_count(max(IN_FLIGHT, pa.io_thread_count()))
     environment = os.environ
@@ -155,18 +155,18 @@ def _s3(bucket: str) -> fs.FileSystem:
     return fs.S3FileSystem(
         region=region or "us-east-1",
         endpoint_override=endpoint,
-        anonymous=_asked("AWS_NO_SIGN_REQUEST"),
-        connect_timeout=CONNECT_S,
-        request_timeout=SILENCE_S,
+        anonymous=_environment_value("AWS_NO_SIGN_REQUEST"),
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=READ_TIMEOUT_S,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # retrying() counts
     )
 
 
 @cache
-def _gs() -> fs.FileSystem:
+def _open_gs() -> fs.FileSystem:
     scheme, _, endpoint = os.environ.get("STORAGE_EMULATOR_HOST", "").rpartition("://")
     return fs.GcsFileSystem(
-        anonymous=_asked("GS_NO_SIGN_REQUEST"),
+        anonymous=_environment_value("GS_NO_SIGN_REQUEST"),
         scheme=scheme or ("http" if endpoint else "https"),
         endpoint_override=endpoint or None,
         retry_time_limit=timedelta(seconds=1),  # as above
@@ -174,7 +174,7 @@ def _gs() -> fs.FileSystem:
 
 
 @cache
-def _azure(host: str) -> fs.FileSystem:
+def _open_azure(host: str) -> fs.FileSystem:
     environment = os.environ
     account = host.partition("@")[2].partition(".")[0] or environment.get("AZURE_STORAGE_ACCOUNT")
     if not account:
@@ -186,25 +186,25 @@ def _azure(host: str) -> fs.FileSystem:
     return fs.AzureFileSystem(account, account_key=key, sas_token=None if key else token)
 
 
-def _asked(variable: str) -> bool:
+def _environment_value(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "yes", "true")
 
 
 @contextmanager
-def named_errors() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Turns what pyarrow raises into ReadError."""
     try:
         yield
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise named(error) from None
+        raise to_read_error(error) from None
 
 
-def of_storage(error: OSError) -> bool:
+def is_storage_error(error: OSError) -> bool:
     """Not of what was read from it, such as a Parquet file that is no good."""
-    return isinstance(error, FileNotFoundError) or _FROM.search(str(error)) is not None
+    return isinstance(error, FileNotFoundError) or _ERROR_SOURCE.search(str(error)) is not None
 
 
-def named(error: Exception) -> ReadError:
+def to_read_error(error: Exception) -> ReadError:
     """Its text depends on what happened alone: pyarrow's has keys, request ids and times in it."""
     if isinstance(error, FileNotFoundError):
         return ReadError(Status.MISSING, "no such object")
@@ -212,7 +212,7 @@ def named(error: Exception) -> ReadError:
         return ReadError(Status.UNREADABLE, "not a name that an object can have")
     # without names, which may say anything
     said = re.sub(r"'[^']*'", "", str(error).rpartition("AWS Error")[2])
-    for pattern, status, text, transient, denied in _WORDS:
+    for pattern, status, text, transient, denied in _ERROR_KINDS:
         if re.search(pattern, said):
             return ReadError(status, text, transient=transient, denied=denied)
     return ReadError(Status.UNREADABLE, "the storage fails", transient=True)

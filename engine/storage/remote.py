@@ -6,18 +6,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.errors import UsageError
-from engine.records import Status
+from engine.core.errors import UsageError
+from engine.core.location import HTTP_SCHEMES, Url, parse
+from engine.core.records import Status
 from engine.storage import http, objects
-from engine.storage.common import ReadError, retrying
-from engine.storage.location import HTTP_SCHEMES, Url, parse
+from engine.storage.errors import ReadError, with_retries
 
 MAX_MANIFEST = 16 << 30  # bytes
 
 
 def read(url: Url, admit: Callable[[int], None]) -> bytes:
     place = http if url.scheme in HTTP_SCHEMES else objects
-    return retrying(lambda: b"".join(place.pieces(url, admit)))
+    return with_retries(lambda: b"".join(place.pieces(url, admit)))
 
 
 def open_random(text: str) -> tuple[Callable[[int, int], bytes], int, None, Callable[[], None]]:
@@ -25,29 +25,29 @@ def open_random(text: str) -> tuple[Callable[[int, int], bytes], int, None, Call
 
     Raises FileNotFoundError, ReadError.
     """
-    url = _url(text)
+    url = _parse_url(text)
     if url.scheme in HTTP_SCHEMES:
         raise ReadError(
             Status.UNSUPPORTED, "an archive on a web server; supported: on disks, in object stores"
         )
     try:
-        file, size = retrying(lambda: objects.opened(url))
+        file, size = with_retries(lambda: objects.open_object(url))
     except ReadError as error:
         if error.status == Status.MISSING:
             raise FileNotFoundError from None
         raise
 
     def pread(count: int, start: int) -> bytes:
-        return retrying(lambda: objects.piece(file, max(0, min(count, size - start)), start))
+        return with_retries(lambda: objects.read_chunk(file, max(0, min(count, size - start)), start))
 
     return pread, size, None, file.close
 
 
 def exists_at(text: str) -> bool:
-    return exists(_url(text))
+    return exists(_parse_url(text))
 
 
-def _url(text: str) -> Url:
+def _parse_url(text: str) -> Url:
     try:
         found = parse(text)
     except ValueError as error:
@@ -56,7 +56,7 @@ def _url(text: str) -> Url:
     return found
 
 
-def fetched_manifest(url: Url, folder: Path) -> Path:
+def fetch_manifest(url: Url, folder: Path) -> Path:
     """The file at `url`, copied into `folder` with its name and, where it is known, its time of change.
 
     Raises UsageError.
@@ -74,8 +74,8 @@ def fetched_manifest(url: Url, folder: Path) -> Path:
                 opened.write(piece)
 
     try:
-        retrying(copy)
-        if place is objects and (changed := retrying(lambda: objects.modified_ns(url))) is not None:
+        with_retries(copy)
+        if place is objects and (changed := with_retries(lambda: objects.modified_ns(url))) is not None:
             os.utime(target, ns=(changed, changed))
     except ReadError as error:
         hint = "; a folder of images must be local: give a list" if error.status == Status.MISSING else ""
@@ -91,12 +91,12 @@ def exists(url: Url) -> bool:
         return False
 
 
-def trouble(url: Url, *, patient: bool) -> ReadError | None:
+def probe_location(url: Url, *, patient: bool) -> ReadError | None:
     """Why the whole place of `url` can't be read; None where it answers, at once or when `patient` later."""
     place = http if url.scheme in HTTP_SCHEMES else objects
     try:
         if patient:
-            retrying(lambda: place.probe(url))
+            with_retries(lambda: place.probe(url))
         else:
             place.probe(url)
     except ReadError as error:

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.paper import Echo
-from benchmarks.scaling import line_through
+from benchmarks.scaling import fit_line
 from benchmarks.scaling_out import uniform_bundle
-from engine import bundle as bundles
-from engine.records import Part
+from engine.bundle import bundle as bundles
+from engine.core.records import Part
+from engine.scoring import canaries
 from tests.helpers.processes import run_module
 from tests.helpers.tolerances import FAST_MEAN
 
@@ -52,9 +53,9 @@ def test_scaling_fits_lines_and_draws_them(tmp_path: Path, bundle: Path) -> None
 
 
 def test_a_line_is_found() -> None:
-    line = line_through([(x, 3 + 2 * x) for x in (5, 1, 2)])
+    line = fit_line([(x, 3 + 2 * x) for x in (5, 1, 2)])
     assert line == pytest.approx({"slope": 2, "intercept": 3, "r2": 1})
-    bent = line_through([(x, x**2) for x in range(10)])
+    bent = fit_line([(x, x**2) for x in range(10)])
     assert bent is not None
     assert bent["r2"] < 0.95
 
@@ -76,11 +77,11 @@ def test_host_cost(tmp_path: Path, bundle: Path) -> None:
 
 
 def test_null_stages_pass_the_canaries_of_their_bundle(tmp_path: Path, bundle: Path) -> None:
-    made = bundles.load(uniform_bundle(bundle, tmp_path / "bundle"))
-    _, expected = bundles.load_canaries(made)
+    made = bundles.load_bundle(uniform_bundle(bundle, tmp_path / "bundle"))
+    _, expected = canaries.load_canaries(made)
     assert np.abs(expected - 1 / 3).max() < 1e-6
-    assert made.members[0].files == bundles.load(tmp_path / "bundle").members[0].files
-    assert bundles.load(bundle).sha256 != made.sha256
+    assert made.members[0].files == bundles.load_bundle(tmp_path / "bundle").members[0].files
+    assert bundles.load_bundle(bundle).sha256 != made.sha256
 
 
 def test_the_paper_s_actor_answers_as_the_engine_s() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks import archive, processes
 from benchmarks.peers import contest, gate
-from engine import bundle as bundles
+from engine.bundle import bundle as bundles
 from tests.helpers.bundles import CLASSES
 from tests.helpers.processes import run_module
 
@@ -22,7 +22,7 @@ COLUMNS = [f"p_{name}" for name in CLASSES]
 
 
 def test_the_archive_has_the_promised_shares() -> None:
-    files = archive.plan(archive.MIXED, 3003, seed=1)
+    files = archive.plan_files(archive.MIXED, 3003, seed=1)
     corrupt = [file for file in files if file.damage]
     assert [file.row for file in files] == list(range(3003))
     assert Counter(file.damage for file in corrupt) == {"truncated": 1, "empty": 1, "an HTML page": 1}
@@ -35,13 +35,13 @@ def test_the_archive_has_the_promised_shares() -> None:
         "gray PNG": 60,
     }
     assert len({file.kind.name for file in files[:100]}) > 3, "they are mixed"
-    assert sum(bool(file.damage) for file in archive.plan(archive.UNIFORM, 224, seed=1)) == 1
+    assert sum(bool(file.damage) for file in archive.plan_files(archive.UNIFORM, 224, seed=1)) == 1
 
 
 @pytest.mark.parametrize("kind", archive.MIXED, ids=lambda kind: kind.name)
-def test_files_are_what_their_kind_says(kind: archive.Kind) -> None:
+def test_files_are_what_their_kind_says(kind: archive.FileKind) -> None:
     drawn = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
-    data = kind.encoded(archive.picture(np.random.default_rng(1), drawn, kind))
+    data = kind.encoded(archive.vary_picture(np.random.default_rng(1), drawn, kind))
     with Image.open(io.BytesIO(data)) as image:
         assert image.format == {".jpg": "JPEG", ".png": "PNG"}[kind.suffix]
         assert image.mode == ("RGB" if kind.colour else "L")
@@ -59,7 +59,7 @@ def test_files_are_what_their_kind_says(kind: archive.Kind) -> None:
 def test_a_seed_gives_the_same_files_and_no_file_twice(tmp_path: Path) -> None:
     contents = []
     for folder in (tmp_path / "a", tmp_path / "b"):
-        manifest = archive.make(folder, "mixed", 5, seed=3)
+        manifest = archive.make_archive(folder, "mixed", 5, seed=3)
         rows = pd.read_csv(manifest, keep_default_na=False)
         assert (rows["damage"] == "truncated").sum() == 1
         contents.append([(manifest.parent / path).read_bytes() for path in rows["path"]])
@@ -77,8 +77,10 @@ def reference() -> pd.DataFrame:
     return rows.assign(path=paths, status=np.where(rows[COLUMNS[0]].isna(), "truncated", "ok"))
 
 
-def why_not(rows: pd.DataFrame, reference: pd.DataFrame, limits: gate.Limits = gate.FLOAT32) -> str | None:
-    return gate.judge(rows, reference, corrupt=["000007.jpg"], classes=CLASSES, limits=limits).why_not
+def why_not(
+    rows: pd.DataFrame, reference: pd.DataFrame, limits: gate.AcceptanceLimits = gate.FLOAT32
+) -> str | None:
+    return gate.judge_rows(rows, reference, corrupt=["000007.jpg"], classes=CLASSES, limits=limits).why_not
 
 
 def test_right_rows_count_in_any_order_with_the_corrupt_row_flagged_or_left_out(
@@ -123,14 +125,14 @@ def test_classes_have_to_agree_where_two_are_not_nearly_tied(reference: pd.DataF
 
 
 def test_another_files_score_is_noticed(reference: pd.DataFrame) -> None:
-    assert contest.aftermath(reference, ["000007.jpg"], COLUMNS) == {
+    assert contest.count_wrong_rows(reference, ["000007.jpg"], COLUMNS) == {
         "rows_with_anothers_score": 0,
         "sound_rows_lost": 0,
     }
     rows = reference.copy()
     rows.loc[7, COLUMNS] = reference.loc[8, COLUMNS]
     rows.loc[20, COLUMNS] = np.nan
-    assert contest.aftermath(rows, ["000007.jpg"], COLUMNS) == {
+    assert contest.count_wrong_rows(rows, ["000007.jpg"], COLUMNS) == {
         "rows_with_anothers_score": 1,
         "sound_rows_lost": 1,
     }
@@ -139,8 +141,8 @@ def test_another_files_score_is_noticed(reference: pd.DataFrame) -> None:
 def test_ratios_are_of_the_rounds_pairs() -> None:
     fine, wrong = gate.Verdict(None, 0.001, 1.0), gate.Verdict("2 rows are off")
 
-    def runs(rates: list[float], verdict: gate.Verdict = fine) -> list[contest.Run | str]:
-        return [contest.Run(rate, 1.0, 100.0, verdict) for rate in rates]
+    def runs(rates: list[float], verdict: gate.Verdict = fine) -> list[contest.ContenderRun | str]:
+        return [contest.ContenderRun(rate, 1.0, 100.0, verdict) for rate in rates]
 
     taken = {
         "engine": runs([20.0, 10.0, 30.0]),
@@ -148,7 +150,7 @@ def test_ratios_are_of_the_rounds_pairs() -> None:
         "openvino": [*runs([10.0, 10.0]), *runs([10.0], wrong)],
         "spdl": ["failed: no wheel"] * 3,
     }
-    found = contest.figures_of(taken)
+    found = contest.contender_figures(taken)
     assert found["onnx-loop"]["engine_beside_it"]["rounds"] == [2.0, 2.0, 1.5]
     assert found["onnx-loop"]["engine_beside_it"]["median"] == 2.0
     low, high = found["onnx-loop"]["engine_beside_it"]["interval"]
@@ -163,7 +165,7 @@ def test_ratios_are_of_the_rounds_pairs() -> None:
 
 
 def test_a_command_that_hangs_is_ended_with_all_it_started() -> None:
-    done = processes.run(["sh", "-c", "echo begun; sleep 60 & sleep 60"], timeout_s=2)
+    done = processes.run_command(["sh", "-c", "echo begun; sleep 60 & sleep 60"], timeout_s=2)
     assert (done.status, done.output) == (-9, "begun\n")
     assert done.wall_s < 20
 
@@ -187,14 +189,17 @@ def test_a_contest_from_its_command_to_its_json(tmp_path: Path, bundle: Path) ->
 
 def test_what_is_not_installed_is_left_out(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contest, "_version", lambda name: None if name in ("ray", "openvino") else "1")
-    names, left_out = contest.chosen(None, bundles.load(bundle))
+    names, left_out = contest.choose_contenders(None, bundles.load_bundle(bundle))
     assert names == ["engine", "torch-loader", "torch-compiled", "onnx-loop", "onnx-prefetch", "spdl"]
     assert left_out == {
         "engine-int8": "the bundle has no INT8 graphs",
         "openvino": "not installed: openvino",
         "ray-data": "not installed: ray",
     }
-    assert contest.chosen(["openvino", "spdl"], bundles.load(bundle))[0] == ["engine", "spdl"]
+    assert contest.choose_contenders(["openvino", "spdl"], bundles.load_bundle(bundle))[0] == [
+        "engine",
+        "spdl",
+    ]
 
 
 def test_an_unknown_contender_is_a_line(tmp_path: Path) -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from benchmarks import paper, tables
 from benchmarks.record import ROOT
-from engine.errors import UsageError
+from engine.core.errors import UsageError
 
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def test_readme_has_the_figures_of_the_json_files() -> None:
     readme = (ROOT / "README.md").read_text()
-    made = tables.with_table(readme, tables.measured(tables.loaded(RESULTS)))
+    made = tables.insert_table(readme, tables.format_tables(tables.load_results(RESULTS)))
     assert made == readme, "run: python -m benchmarks tables"
 
 
@@ -50,7 +50,7 @@ def test_figures_follow_their_json(tmp_path: Path) -> None:
     found = json.loads((RESULTS / "memory-cpu.json").read_text())
     found["growth_mb"], found["machine"]["processor"] = 71.4, "Another"
     (tmp_path / "memory-cpu.json").write_text(json.dumps(found))
-    table = tables.measured(tables.loaded(tmp_path))
+    table = tables.format_tables(tables.load_results(tmp_path))
     assert table.startswith("On 2 cores (Another), no GPU")
     assert table.endswith(
         "| `memory`: peak of 2,000,000 rows beyond that of 20,000 (null stages) | 71 MB | 100 MB |"
@@ -59,7 +59,7 @@ def test_figures_follow_their_json(tmp_path: Path) -> None:
 
 def test_a_readme_without_the_marks_is_left_alone() -> None:
     with pytest.raises(UsageError, match="between the lines"):
-        tables.with_table("# A project\n", "| a |")
+        tables.insert_table("# A project\n", "| a |")
 
 
 PEER = {

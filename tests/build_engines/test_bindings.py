@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.runners.tensorrt import Backend
+from engine.runners.tensorrt import TensorRTBackend
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -19,20 +19,22 @@ from msgspec import structs
 from safetensors.numpy import save
 
 from build_engines import compiler, parity
-from build_engines.half import half_graph
-from build_engines.options import Options, parse_capabilities
-from build_engines.progress import Silent
-from engine import bundle as bundles
-from engine import plans
-from engine.doctor import examine
-from engine.errors import EngineError, ParityError, UsageError
-from engine.gpu import choice, machine
-from engine.plans import Gpu
-from engine.preprocess.stage import load_pixels
-from engine.provenance import defaults
-from engine.runners import Choice
-from engine.runners.tensorrt import Backend
-from engine.settings import Settings
+from build_engines.fp16 import convert_to_fp16
+from build_engines.options import BuildOptions, parse_capabilities
+from build_engines.progress import NoProgress
+from engine.bundle import bundle as bundles
+from engine.bundle import plans
+from engine.core import hardware
+from engine.core.errors import EngineError, ParityError, UsageError
+from engine.core.hardware import Gpu
+from engine.core.settings import Settings
+from engine.doctor.checks import diagnose
+from engine.pipeline.load_pixels import load_pixels
+from engine.runners import select_gpu
+from engine.runners.base import RunnerChoice
+from engine.runners.tensorrt import TensorRTBackend
+from engine.runs.run_record import default_sizes
+from engine.scoring import canaries
 from tests.helpers.bundles import REAL_WEIGHTS, write_bundle
 from tests.helpers.images import write_images
 from tests.helpers.processes import run_module
@@ -70,9 +72,9 @@ def test_each_member_has_a_plan_with_a_passport_that_is_true(built):
     bundle, run = built
     assert run.stdout.strip() == str(bundle / "plans" / TARGET)
     assert "not executed here" in run.stderr
-    loaded = bundles.load(bundle)
+    loaded = bundles.load_bundle(bundle)
     for member in loaded.members:
-        plan = plans.load(bundle / "plans" / TARGET / f"{member.name}.json")
+        plan = plans.load_plan(bundle / "plans" / TARGET / f"{member.name}.json")
         passport = plan.passport
         assert hashlib.sha256(plan.read()).hexdigest() == passport.plan_sha256
         graph = (bundle / passport.source).read_bytes()
@@ -92,8 +94,8 @@ def test_each_member_has_a_plan_with_a_passport_that_is_true(built):
 
 
 def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
-    bundle = bundles.load(built[0])
-    found, _ = choice.fitting_plans(bundle, ADA, "fp16", None)
+    bundle = bundles.load_bundle(built[0])
+    found, _ = select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)
     assert [plan.passport.member for plan in found] == list(REAL_WEIGHTS)
     for gpu, precision, batch, complaint, rebuild in [
         (
@@ -109,23 +111,23 @@ def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
             "--target tensorrt_rtx --precision fp16 --batch-size 64",
         ),
     ]:
-        found, reason = choice.fitting_plans(bundle, gpu, precision, batch)
+        found, reason = select_gpu.find_fitting_plans(bundle, gpu, precision, batch)
         assert not found
         assert complaint in reason
         assert reason.endswith(f"python -m build_engines {bundle.path} {rebuild}")
-    monkeypatch.setattr(choice, "installed_version", lambda backend: "1.6.0.1")
-    assert "here is 1.6.0.1" in choice.fitting_plans(bundle, ADA, "fp16", None)[1]
-    monkeypatch.setattr(choice, "installed_version", lambda backend: None)
-    reason = choice.fitting_plans(bundle, ADA, "fp16", None)[1]
+    monkeypatch.setattr(select_gpu, "tensorrt_version", lambda backend: "1.6.0.1")
+    assert "here is 1.6.0.1" in select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)[1]
+    monkeypatch.setattr(select_gpu, "tensorrt_version", lambda backend: None)
+    reason = select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)[1]
     assert "tensorrt_rtx is not installed; install it with: pip install" in reason
 
 
 def test_batches_are_what_the_plans_are_made_for(built):
-    plan = plans.load(built[0] / "plans" / TARGET / "resnet50.json")
-    large = plan.with_facts(profiles=(plans.Profile(min=1, opt=256, max=256),))
+    plan = plans.load_plan(built[0] / "plans" / TARGET / "resnet50.json")
+    large = plan.with_facts(profiles=(plans.OptimizationProfile(min=1, opt=256, max=256),))
     for made, batch in [((plan,), 32), ((large,), 256), ((plan, large), 32), ((), 128)]:
-        chosen = Choice(runner="tensorrt", device="cuda:0", precision="fp16", reason="", plans=made)
-        assert defaults(chosen)[0] == batch
+        chosen = RunnerChoice(runner="tensorrt", device="cuda:0", precision="fp16", reason="", plans=made)
+        assert default_sizes(chosen)[0] == batch
 
 
 def test_the_doctor_says_which_plans_fit(built, monkeypatch):
@@ -133,20 +135,20 @@ def test_the_doctor_says_which_plans_fit(built, monkeypatch):
     settings = Settings(manifest=Path(), bundle=bundle)
 
     def told() -> tuple[dict[str, str], list[str]]:
-        report = examine(settings, manifest=False, say=lambda _: None)
+        report = diagnose(settings, manifest=False, say=lambda _: None)
         lines = {label: text for _, lines in report.sections for label, text in lines}
         return lines, [problem.mend for problem in report.problems if TARGET in problem.text]
 
     lines, commands = told()
     assert lines[f"plans/{TARGET}"].endswith("for compute capability 8.6, 8.9, no GPU here")
     assert not commands
-    monkeypatch.setattr(machine, "present", lambda: True)
-    monkeypatch.setattr(machine, "gpu", lambda index=0: ADA)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "require_gpu", lambda index=0: ADA)
     lines, commands = told()
     assert lines["runs on"] == f"TensorRT on NVIDIA L4: plans/{TARGET} fits"
     assert lines[f"plans/{TARGET}"].endswith("up to 32 a batch: fits")
     assert not commands
-    monkeypatch.setattr(machine, "gpu", lambda index=0: HOPPER)
+    monkeypatch.setattr(hardware, "require_gpu", lambda index=0: HOPPER)
     lines, commands = told()
     assert "this GPU has 9.0" in lines[f"plans/{TARGET}"]
     assert commands == [
@@ -178,7 +180,7 @@ def test_a_plan_over_the_limit_is_not_installed_and_the_old_ones_stay(built, rea
 
 def test_an_altered_plan_or_passport_is_refused(built, tmp_path):
     source = built[0] / "plans" / TARGET
-    plan = plans.load(source / "resnet50.json")
+    plan = plans.load_plan(source / "resnet50.json")
     data = json.loads((source / "resnet50.json").read_text())
     (tmp_path / "resnet50.plan").write_bytes(plan.read()[:-1] + b"\0")
     for change, complaint in [
@@ -197,13 +199,13 @@ def test_an_altered_plan_or_passport_is_refused(built, tmp_path):
     ]:
         (tmp_path / "resnet50.json").write_text(json.dumps(data | change))
         with pytest.raises(UsageError, match=complaint) as caught:
-            plans.load(tmp_path / "resnet50.json").read()
+            plans.load_plan(tmp_path / "resnet50.json").read()
         assert "\n" not in str(caught.value)
 
 
 def test_other_weights_make_a_plan_stale(built):
-    bundle = bundles.load(built[0])
-    plan = plans.load(built[0] / "plans" / TARGET / "resnet50.json")
+    bundle = bundles.load_bundle(built[0])
+    plan = plans.load_plan(built[0] / "plans" / TARGET / "resnet50.json")
     other = next(member for member in bundle.members if member.name != "resnet50")
     assert plan.passport.problem(other, ADA, rtx.__version__) == "it was made from another model"
     renamed = structs.replace(plan.passport, member=other.name)
@@ -212,9 +214,9 @@ def test_other_weights_make_a_plan_stale(built):
 
 
 def test_a_version_compatible_plan_runs_under_the_same_and_later_minors(built):
-    bundle = bundles.load(built[0])
+    bundle = bundles.load_bundle(built[0])
     member = next(member for member in bundle.members if member.name == "resnet50")
-    passport = plans.load(built[0] / "plans" / TARGET / "resnet50.json").passport
+    passport = plans.load_plan(built[0] / "plans" / TARGET / "resnet50.json").passport
     made = structs.replace(passport, backend="tensorrt", version="11.1.0.106", version_compatible=True)
     for version, fits in [
         ("11.1.0.106", True),
@@ -280,11 +282,11 @@ def test_wrong_usage_is_one_line_and_status_2(bundle, arguments, complaint):
 
 def test_ctrl_c_ends_a_build_at_its_next_step(bundle):
     """TensorRT's bindings would swallow it inside their callbacks."""
-    backend = Backend("tensorrt_rtx")
-    graph = half_graph((bundle / "member0.onnx").read_bytes())
-    options = Options(bundle=bundle, target="tensorrt_rtx", compute_capabilities=("8.6",))
+    backend = TensorRTBackend("tensorrt_rtx")
+    graph = convert_to_fp16((bundle / "member0.onnx").read_bytes())
+    options = BuildOptions(bundle=bundle, target="tensorrt_rtx", compute_capabilities=("8.6",))
 
-    class Watching(Silent):
+    class Watching(NoProgress):
         def __init__(self, *, interrupts: bool) -> None:
             self.interrupts, self.phases = interrupts, set[str]()
 
@@ -306,11 +308,11 @@ def test_ctrl_c_ends_a_build_at_its_next_step(bundle):
 
 def test_torch_tensorrt_gets_a_program_that_it_can_convert(real_bundle):
     """It can't be imported without a GPU. Of all that ours could hold, it lacks as_strided with dynamic N."""
-    from build_engines.torch_tensorrt import exported
+    from build_engines.torch_tensorrt import export_member
 
-    bundle = bundles.load(real_bundle)
+    bundle = bundles.load_bundle(real_bundle)
     for member in bundle.members:
-        program = exported(bundle, member, Options(bundle=real_bundle, batch_size=16), "cpu")
+        program = export_member(bundle, member, BuildOptions(bundle=real_bundle, batch_size=16), "cpu")
         called = [str(node.target) for node in program.run_decompositions().graph.nodes]
         assert not [name for name in called if "as_strided" in name]
         assert called.count("aten.convolution.default") == {"resnet50": 53, "inception_v3": 94}[member.name]
@@ -331,7 +333,7 @@ def test_a_bundle_without_its_files_or_a_graph_that_is_none_is_one_line(tmp_path
     assert "member0: ONNX Runtime refuses it" in run.stderr
     for wrong in (b"", b"not a graph", b"\x08\x0a"):
         with pytest.raises(EngineError):
-            half_graph(wrong)
+            convert_to_fp16(wrong)
 
 
 def test_canaries_that_are_none_are_one_line(tmp_path):
@@ -346,7 +348,7 @@ def test_canaries_that_are_none_are_one_line(tmp_path):
     ]:
         _replace(bundle, "canaries/canaries.safetensors", wrong)
         with pytest.raises(UsageError) as caught:
-            bundles.load_canaries(bundles.load(bundle))
+            canaries.load_canaries(bundles.load_bundle(bundle))
         assert complaint in str(caught.value)
 
 
@@ -360,29 +362,31 @@ def _replace(bundle: Path, name: str, data: bytes) -> None:
 
 
 def test_calibration_images_are_read_as_screening_reads_them(tmp_path):
-    bundle = bundles.load(write_bundle(tmp_path / "bundle"))
+    bundle = bundles.load_bundle(write_bundle(tmp_path / "bundle"))
     images = write_images(tmp_path / "images", 20)
     (images / "image-03.jpg").write_bytes(b"bad")
-    options = Options(bundle=bundle.path, target="onnx", calibration=images, calibration_images=10)
-    pixels = parity.calibration_images(bundle, options).pixels
+    options = BuildOptions(bundle=bundle.path, target="onnx", calibration=images, calibration_images=10)
+    pixels = parity.load_images(bundle, options).pixels
     assert pixels.shape == (10, 1, 64, 64)
-    fast = bundles.load(write_bundle(tmp_path / "fast", size=(16, 16), decode="fast"))
-    pixels = parity.calibration_images(fast, replace(options, calibration_images=100)).pixels
+    fast = bundles.load_bundle(write_bundle(tmp_path / "fast", size=(16, 16), decode="fast"))
+    pixels = parity.load_images(fast, replace(options, calibration_images=100)).pixels
     expected = load_pixels(sorted(images.iterdir()), size=(16, 16), decode="fast").pixels
     assert np.array_equal(pixels, expected)
     for path in images.iterdir():
         path.write_bytes(b"bad")
     with pytest.raises(UsageError, match="no image can be read"):
-        parity.calibration_images(bundle, options)
+        parity.load_images(bundle, options)
 
 
 def test_the_gate_counts_clear_calls_only_and_refuses_what_is_no_number():
-    options = Options(bundle=Path(), limit=0.01)
+    options = BuildOptions(bundle=Path(), limit=0.01)
     reference = np.array([[0.9, 0.1], [0.505, 0.495], [0.2, 0.8]], np.float32)
     swapped = np.array([[0.9, 0.1], [0.495, 0.505], [0.2, 0.8]], np.float32)
 
     def compare(candidate):
-        return parity.compare(reference, candidate, executed=True, calibration="", options=options)
+        return parity.compare_probabilities(
+            reference, candidate, executed=True, calibration="", options=options
+        )
 
     near = compare(swapped)
     assert (near.counted, near.agreement) == (2, 1.0)
@@ -392,16 +396,16 @@ def test_the_gate_counts_clear_calls_only_and_refuses_what_is_no_number():
     for bad in (wrong, compare(np.full_like(reference, np.nan))):
         assert not bad.passed
         with pytest.raises(ParityError, match="not installed"):
-            parity.require(bad, "its plan", "fp16")
+            parity.require_parity(bad, "its plan", "fp16")
 
 
 def test_a_convolution_in_another_precision_is_refused():
     wide = [{"name": "stem", "type": "CONVOLUTION", "input": "FLOAT"}]
     with pytest.raises(EngineError, match="stem would run in another precision"):
-        compiler._refuse_wide(wide, "HALF")
+        compiler._refuse_float32(wide, "HALF")
     for kind, tensors in [("CaskConvolution", "Row major linear FP32"), ("gemm", "Float")]:
         with pytest.raises(EngineError, match="stem"):
-            compiler._refuse_wide_engine(
+            compiler._refuse_float32_kernels(
                 [{"name": "stem", "type": kind, "input": tensors, "weights": "Float"}]
             )
     fine = [
@@ -409,12 +413,14 @@ def test_a_convolution_in_another_precision_is_refused():
         {"name": "cast", "type": "Reformat", "input": "Row major linear FP32"},
         {"name": "both", "type": "CaskConvolution", "input": "Row major linear FP32", "weights": "Half"},
     ]
-    compiler._refuse_wide_engine(fine)
+    compiler._refuse_float32_kernels(fine)
 
 
 def test_the_half_graph_keeps_the_scaling_and_the_logits_in_float32(real_bundle):
     for name in REAL_WEIGHTS:
-        graph = onnx.load_model_from_string(half_graph((real_bundle / f"{name}.onnx").read_bytes())).graph
+        graph = onnx.load_model_from_string(
+            convert_to_fp16((real_bundle / f"{name}.onnx").read_bytes())
+        ).graph
         types = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
         assert sorted(types.values()) == [onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8]
         inferred = onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph)).graph

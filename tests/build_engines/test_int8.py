@@ -17,12 +17,14 @@ from PIL import Image
 
 import engine
 from build_engines import parity
-from build_engines.options import Options
-from build_engines.quantize import int8_graph
-from engine import bundle as bundles
-from engine import calibrate, plans
-from engine.errors import EngineError, ParityError, UsageError
-from engine.runners import choose, open_runner
+from build_engines.int8 import quantize_to_int8
+from build_engines.options import BuildOptions
+from engine.bundle import bundle as bundles
+from engine.bundle import plans
+from engine.calibrate import __main__ as calibrate
+from engine.core import hardware
+from engine.core.errors import EngineError, ParityError, UsageError
+from engine.runners.select import open_runner, select_runner
 from tests.helpers.bundles import CLASSES, write_bundle
 from tests.helpers.images import write_images
 from tests.helpers.processes import run_module
@@ -46,7 +48,7 @@ def write_labelled(folder: Path, count: int) -> Path:
     return folder
 
 
-def write_network(path: Path, images: parity.Images, seed: int) -> None:
+def write_network(path: Path, images: parity.CalibrationImages, seed: int) -> None:
     """Five convolutions, each pooled, one grouped, and a pooled head, fitted to the labels of `images`."""
     rng = np.random.default_rng(seed)
     arrays = {
@@ -101,8 +103,8 @@ def write_network(path: Path, images: parity.Images, seed: int) -> None:
 def small(tmp_path_factory) -> Path:
     """A bundle as tests have it, its members replaced by small convolutional networks."""
     folder = write_bundle(tmp_path_factory.mktemp("int8") / "bundle")
-    options = Options(bundle=folder, calibration=write_labelled(folder.parent / "images", 72))
-    images = parity.calibration_images(bundles.load(folder), options)
+    options = BuildOptions(bundle=folder, calibration=write_labelled(folder.parent / "images", 72))
+    images = parity.load_images(bundles.load_bundle(folder), options)
     description = json.loads((folder / "ensemble.json").read_text())
     for seed, member in enumerate(description["members"]):
         file = folder / member["files"]["onnx"]["path"]
@@ -124,14 +126,14 @@ def built(small) -> Path:
 
 
 def test_each_graph_has_a_passport_that_is_true(built):
-    bundle = bundles.load(built)
-    for member, plan in zip(bundle.members, plans.quantized(bundle), strict=True):
+    bundle = bundles.load_bundle(built)
+    for member, plan in zip(bundle.members, plans.load_int8_graphs(bundle), strict=True):
         passport = plan.passport
         assert hashlib.sha256(plan.read()).hexdigest() == passport.plan_sha256
         assert passport.reference_sha256 == member.files["onnx"].sha256
         assert passport.version == onnxruntime.__version__
         assert passport.options["calibration_images"] == 36
-        assert passport.options["weight_bits"] == (8 if plans.has_vnni() else 7)
+        assert passport.options["weight_bits"] == (8 if hardware.has_vnni() else 7)
         assert len(passport.options["calibration_sha256"]) == 64
         for found in (passport.parity, passport.ensemble):
             assert found.passed
@@ -156,7 +158,7 @@ def test_each_graph_has_a_passport_that_is_true(built):
 def test_seven_bits_never_overflow_where_there_is_no_vnni(small):
     pixels = np.random.default_rng(3).integers(0, 256, (8, 1, 64, 64), np.uint8)
     data = (small / "member0.onnx").read_bytes()
-    graph = int8_graph(data, pixels, lambda _: True, bits=7).graph
+    graph = quantize_to_int8(data, pixels, lambda _: True, bits=7).graph
     weights = [
         onnx.numpy_helper.to_array(tensor)
         for tensor in onnx.load_model_from_string(graph).graph.initializer
@@ -171,7 +173,7 @@ def test_as_many_first_layers_stay_in_float32_as_it_takes(small):
     data = (small / "member0.onnx").read_bytes()
     for answers, kept in [([True], 1), ([False, True], 2), ([False, False, False], 4)]:
         left = iter(answers)
-        layers = int8_graph(data, pixels, lambda _: next(left), bits=8).layers  # noqa: B023
+        layers = quantize_to_int8(data, pixels, lambda _: next(left), bits=8).layers  # noqa: B023
         assert [one.precision for one in layers] == ["FLOAT"] * kept + ["INT8"] * (5 - kept) + ["FLOAT"] * 2
 
 
@@ -183,7 +185,7 @@ def test_the_engine_runs_them_when_asked_and_records_it(built, archive, engine_r
     results = archive.parent / "results"
     recorded = json.loads((results / "_run.json").read_text())
     options = recorded["result_options"]
-    found = plans.quantized(bundles.load(built))
+    found = plans.load_int8_graphs(bundles.load_bundle(built))
     hashes = {plan.passport.member: plan.passport.plan_sha256 for plan in found}
     assert (options["precision"], options["plans"]) == ("int8", hashes)
     part = pq.read_metadata(results / "part-00000.parquet").metadata
@@ -198,11 +200,11 @@ def test_the_engine_runs_them_when_asked_and_records_it(built, archive, engine_r
 
 def test_missing_altered_or_foreign_graphs_are_refused_with_the_command(built, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(built, tmp_path / "bundle"))
-    bundle = bundles.load(folder)
+    bundle = bundles.load_bundle(folder)
     command = f"python -m build_engines {folder} --target onnx --precision int8"
 
     def opened() -> None:
-        choice = choose("auto", "cpu", bundle, precision="int8", batch_size=None)
+        choice = select_runner("auto", "cpu", bundle, precision="int8", batch_size=None)
         for member in bundle.members:
             open_runner(choice, bundle, member).close()
 
@@ -216,7 +218,7 @@ def test_missing_altered_or_foreign_graphs_are_refused_with_the_command(built, t
     opened()
     with monkeypatch.context() as patched:
         patched.setattr(plans, "has_vnni", lambda: False)
-        if plans.load(folder / "plans/onnx-int8/member0.json").passport.options["weight_bits"] == 8:
+        if plans.load_plan(folder / "plans/onnx-int8/member0.json").passport.options["weight_bits"] == 8:
             refused("built for a CPU with VNNI")
     graph = folder / "plans" / "onnx-int8" / "member1.onnx"
     passport = graph.with_suffix(".json")
@@ -250,12 +252,14 @@ def test_what_fails_the_gate_is_not_installed(built):
 
 def test_without_a_layer_to_quantize_it_says_so(bundle):
     with pytest.raises(EngineError, match="none is between"):
-        int8_graph((bundle / "member0.onnx").read_bytes(), np.zeros((1, 1, 64, 64), np.uint8), bool, bits=8)
+        quantize_to_int8(
+            (bundle / "member0.onnx").read_bytes(), np.zeros((1, 1, 64, 64), np.uint8), bool, bits=8
+        )
     for wrong in (b"", b"not a graph"):
         with pytest.raises(EngineError, match=r"quantized|none is between"):
-            int8_graph(wrong, np.zeros((1, 1, 64, 64), np.uint8), bool, bits=8)
+            quantize_to_int8(wrong, np.zeros((1, 1, 64, 64), np.uint8), bool, bits=8)
     with pytest.raises(UsageError, match="--target onnx"):
-        Options(bundle=bundle, target="tensorrt", precision="int8")
+        BuildOptions(bundle=bundle, target="tensorrt", precision="int8")
 
 
 def test_labels_are_those_of_training_and_the_images_are_held_apart(bundle, tmp_path):
@@ -263,8 +267,8 @@ def test_labels_are_those_of_training_and_the_images_are_held_apart(bundle, tmp_
     write_labelled(tmp_path / "labelled", 66)
     found = {}
     for folder in (tmp_path / "plain", tmp_path / "labelled"):
-        options = Options(bundle=bundle, target="onnx", precision="int8", calibration=folder)
-        found[folder.name] = parity.calibration_images(bundles.load(bundle), options)
+        options = BuildOptions(bundle=bundle, target="onnx", precision="int8", calibration=folder)
+        found[folder.name] = parity.load_images(bundles.load_bundle(bundle), options)
     assert found["plain"].labels is None
     images = found["labelled"]
     assert np.bincount(images.labels).tolist() == [22, 22, 22]
@@ -272,7 +276,7 @@ def test_labels_are_those_of_training_and_the_images_are_held_apart(bundle, tmp_
     assert (len(first.pixels), len(second.pixels)) == (33, 33)
     both = {one.tobytes() for one in first.pixels} & {one.tobytes() for one in second.pixels}
     assert not both
-    few = parity.Images(images.pixels[:20], "images given").split()
+    few = parity.CalibrationImages(images.pixels[:20], "images given").split()
     assert few[0].pixels is few[1].pixels
     assert few[1].origin == "images given, calibrated on too"
 
@@ -281,10 +285,10 @@ def test_int8_is_judged_by_class_and_auc():
     labels = np.array([0, 0, 0, 1, 1, 1])
     reference = np.array([0.9, 0.8, 0.52, 0.48, 0.3, 0.1], np.float32)
     reference = np.stack([reference, 1 - reference], axis=1)
-    options = Options(bundle=Path(), target="onnx", precision="int8", agreement=0.8)
+    options = BuildOptions(bundle=Path(), target="onnx", precision="int8", agreement=0.8)
 
     def judged(candidate, truth):
-        found = parity.compare(
+        found = parity.compare_probabilities(
             reference, candidate, executed=True, calibration="", options=options, labels=truth
         )
         assert found.counted == 6
@@ -305,11 +309,13 @@ def test_int8_is_judged_by_class_and_auc():
     assert found.agreement >= 0.8
     assert not found.passed
     with pytest.raises(ParityError, match=r"AUC 0\.8889 against 1\.0000"):
-        parity.require(found, "its graph", "int8")
+        parity.require_parity(found, "its graph", "int8")
     reference[2] = [0.504, 0.496]  # a close call
     other = reference.copy()
     other[2] = [0.496, 0.504]
-    found = parity.compare(reference, other, executed=True, calibration="", options=options, labels=labels)
+    found = parity.compare_probabilities(
+        reference, other, executed=True, calibration="", options=options, labels=labels
+    )
     assert (found.counted, found.agreement) == (5, 1.0)
 
 

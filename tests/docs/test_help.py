@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.command import Parser
-from engine.settings import OPTIONS
+from engine.cli.parser import Parser
+from engine.core.settings import OPTIONS
 from tests.helpers.commands import benchmark_names, check_lines, commands, parser_of
 from tests.helpers.processes import ROOT
 

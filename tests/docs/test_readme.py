@@ -21,16 +21,17 @@ import pytest
 from markdown_it import MarkdownIt
 
 import engine
-from engine import bundle as bundles
-from engine import plans
-from engine.canaries import Canaries, check
-from engine.errors import ParityError
-from engine.gpu import choice, machine
-from engine.header import dicom
-from engine.run_folder import RunFolder
-from engine.runners import choose
+from engine.bundle import bundle as bundles
+from engine.bundle import plans
+from engine.core import hardware
+from engine.core.errors import ParityError
+from engine.formats import dicom
+from engine.runners import select_gpu
 from engine.runners.onnx import OnnxRunner
-from engine.step import CpuStep
+from engine.runners.select import select_runner
+from engine.runs.run_folder import RunFolder
+from engine.scoring.canaries import Canaries, verify_canaries
+from engine.scoring.cpu import CpuScorer
 from tests.helpers.commands import benchmark_names, check_lines, commands, parser_of
 from tests.helpers.images import write_images
 from tests.helpers.processes import ROOT
@@ -181,7 +182,7 @@ def no_pydicom(here: Path) -> str:
 
 
 def half_on_a_cpu(here: Path) -> str:
-    if machine.present():
+    if hardware.has_gpu():
         pytest.skip("there is a GPU")
     return said(precision="fp16")
 
@@ -201,21 +202,21 @@ def full_disk(here: Path) -> str:
 
 
 def plan_of_another_gpu(here: Path) -> str:
-    models = bundles.load(Path("bundle"))
-    there = machine.Gpu(name="NVIDIA L4", uuid="GPU-0", capability="8.9", driver="580")
+    models = bundles.load_bundle(Path("bundle"))
+    there = hardware.Gpu(name="NVIDIA L4", uuid="GPU-0", capability="8.9", driver="580")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "present", lambda: True)
-        patch.setattr(machine, "gpu", lambda index=0: there)
-        patch.setattr(choice, "installed_version", lambda backend: "11.1.0.106")
-        patch.setattr(plans, "passports", lambda bundle: [("tensorrt-sm90-11.1", [Path("x")] * 2)])
+        patch.setattr(hardware, "has_gpu", lambda: True)
+        patch.setattr(hardware, "require_gpu", lambda index=0: there)
+        patch.setattr(select_gpu, "tensorrt_version", lambda backend: "11.1.0.106")
+        patch.setattr(plans, "list_targets", lambda bundle: [("tensorrt-sm90-11.1", [Path("x")] * 2)])
         found = iter(models.members)
-        patch.setattr(plans, "load", lambda path: plan_of(next(found)))
-        return choose("auto", "auto", models, precision=None, batch_size=None).reason
+        patch.setattr(plans, "load_plan", lambda path: plan_of(next(found)))
+        return select_runner("auto", "auto", models, precision=None, batch_size=None).reason
 
 
 def plan_of(member: bundles.Member) -> plans.Plan:
     passport = plans.Passport(
-        format=plans.FORMAT,
+        format=plans.PASSPORT_FORMAT,
         member=member.name,
         target="tensorrt-sm90-11.1",
         backend="tensorrt",
@@ -233,7 +234,7 @@ def plan_of(member: bundles.Member) -> plans.Plan:
         compute_capabilities=("9.0",),
         hardware_compatible=False,
         version_compatible=False,
-        profiles=(plans.Profile(min=1, opt=64, max=128),),
+        profiles=(plans.OptimizationProfile(min=1, opt=64, max=128),),
         options={},
         layers=[],
         layers_from="graph",
@@ -246,12 +247,12 @@ def plan_of(member: bundles.Member) -> plans.Plan:
 
 def canaries(here: Path) -> str:
     """A member that is not what it was when the bundle was made."""
-    models = bundles.load(here / "bundle")
+    models = bundles.load_bundle(here / "bundle")
     runners = [OnnxRunner(member, models) for member in models.members]
-    step = CpuStep(models, runners, lanes=0)
+    step = CpuScorer(models, runners, lanes=0)
     found = Canaries.of(models)
     with pytest.raises(ParityError) as caught:
-        check(replace(found, expected=found.expected + np.float32(0.03)), step, 8)
+        verify_canaries(replace(found, expected=found.expected + np.float32(0.03)), step, 8)
     return f"error: {caught.value}"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from engine.gpu import step
+from engine.scoring import gpu
 from tests.helpers.runs import Screen, screen_columns
 from tests.helpers.stand_in import StandIn
 
@@ -20,13 +20,13 @@ def launched_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the stand-in is for machines without a GPU")
 
-    class Launched(step.Fusion):
+    class Launched(gpu.Fusion):
         def enqueue(self, logits: torch.Tensor, packed: torch.Tensor) -> None:
             run, cuda = super().enqueue, _get_current_dispatch_mode()
             assert isinstance(cuda, StandIn)
             cuda.launch(lambda: run(logits, packed), reads=[logits], writes=[packed])
 
-    monkeypatch.setattr(step, "Fusion", Launched)
+    monkeypatch.setattr(gpu, "FusedSoftmax", Launched)
 
 
 @pytest.fixture

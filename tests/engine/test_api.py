@@ -18,11 +18,11 @@ import pytest
 
 import engine
 from engine.api import Options
-from engine.ledger import Progress
-from engine.options import command_line, settings_from, settings_from_keywords
-from engine.settings import OPTIONS, Settings
+from engine.core.settings import OPTIONS, Settings
+from engine.runs.progress import Progress
+from engine.runs.run_settings import command_line, settings_from, settings_from_keywords
 from tests.helpers.processes import ROOT
-from tests.system.test_interruptions import list_images, parts
+from tests.helpers.runs import list_images, parts
 
 
 def test_importing_is_light() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import engine
 from engine import merge as merging
-from engine.errors import UsageError
+from engine.core.errors import UsageError
 from engine.merge import merge
 from tests.helpers.bundles import write_bundle
 from tests.helpers.images import image_names
@@ -146,7 +146,7 @@ def test_memory_does_not_grow_with_the_rows(
     part = many_rows(template, rows, parts)
     pool = pa.default_memory_pool()
     before, peak = pool.bytes_allocated(), 0
-    copied = merging._copied
+    copied = merging._copy_rows
 
     def watched(*arguments: Any) -> Iterator[pa.Table]:
         nonlocal peak
@@ -154,7 +154,7 @@ def test_memory_does_not_grow_with_the_rows(
             peak = max(peak, pool.bytes_allocated() - before)
             yield found
 
-    monkeypatch.setattr(merging, "_copied", watched)
+    monkeypatch.setattr(merging, "_copy_rows", watched)
     monkeypatch.setattr(merging, "PART_ROWS", 4_000)
     assert merge([template], tmp_path / "merged").rows == rows * parts
     assert part < peak < 0.5 * parts * part

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pytest
 
 import engine
-from engine.errors import UsageError
+from engine.core.errors import UsageError
 from engine.merge import merge
 from tests.helpers.images import image_names
 from tests.helpers.processes import ROOT

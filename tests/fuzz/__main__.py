@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from engine.command import Parser
+from engine.cli.parser import Parser
+from engine.core.errors import UsageError
 from engine.core.option import whole
-from engine.errors import UsageError
-from engine.records import Status
+from engine.core.records import Status
 from tests.fuzz.mutations import mutate
 from tests.fuzz.samples import samples
 from tests.fuzz.watched import Row, Run, culprits, screen
@@ -304,7 +304,7 @@ def main() -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    before = record.machine()
+    before = record.describe_machine()
     limits = {"memory_mb": options.memory, "timeout_s": options.timeout or 60 + 0.05 * options.count}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         outcome = fuzz(Path(work), count=options.count, seed=options.seed, formats=options.formats, **limits)
@@ -315,7 +315,7 @@ def main() -> int:
     if options.output:
         chosen = " --formats " + " ".join(options.formats) if options.formats else ""
         command = f"python -m tests.fuzz --count {options.count} --seed {options.seed}{chosen}"
-        record.write(options.output, "", {"command": command, **facts}, before=before)
+        record.write_record(options.output, "", {"command": command, **facts}, before=before)
     return 0 if facts["passed"] else 1
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from benchmarks.processes import resident_bytes, tree
+from benchmarks.processes import process_tree, resident_bytes
 from benchmarks.record import ROOT
 
 SAMPLE_EVERY_S = 0.1
@@ -76,7 +76,7 @@ def screen(folder: Path, name: str, paths: Sequence[str], bundle: Path, timeout_
             with suppress(subprocess.TimeoutExpired):
                 process.wait(SAMPLE_EVERY_S)
     status, elapsed = process.poll(), time.monotonic() - start
-    orphans = 0 if status is None else len(tree(process.pid))
+    orphans = 0 if status is None else len(process_tree(process.pid))
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

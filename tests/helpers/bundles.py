@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from engine.labels import groups_of
+from engine.bundle.class_names import class_groups
 
 CLASSES = ("normal", "osteopenia", "osteoporosis")
 REAL_WEIGHTS = {"resnet50": 0.4, "inception_v3": 0.6}
@@ -73,7 +73,7 @@ def write_bundle(
     description = {
         "format": 1,
         "classes": list(classes),
-        "groups": groups_of(classes),
+        "groups": class_groups(classes),
         "input": {"height": size[0], "width": size[1], "channels": 1, "dtype": "uint8"},
         "decode": decode,
         "temperature": temperature,
@@ -96,18 +96,19 @@ def write_real_bundle(
 
     `weights` may name other architectures.
     """
-    from engine.preprocess.stage import load_pixels
-    from training import export, features, heads, models
+    from engine.pipeline.load_pixels import load_pixels
+    from training import export, models
+    from training.phases import features, heads
 
     pixels = load_pixels(images, size=size).pixels
     members = []
     for seed, (name, weight) in enumerate(weights.items()):
-        network = models.build(name, classes=len(CLASSES), weights="none", seed=seed, size=size)
+        network = models.build_network(name, classes=len(CLASSES), weights="none", seed=seed, size=size)
         features.calibrate_batch_norm(network, pixels)
         with torch.inference_mode():
             found = network.features(torch.from_numpy(pixels))
-        heads.fold(network.head, *heads.standardisation(found))
-        members.append(export.Member(name=name, architecture=name, weight=weight, network=network))
+        heads.fold_standardisation(network.head, *heads.feature_statistics(found))
+        members.append(export.ExportedMember(name=name, architecture=name, weight=weight, network=network))
     export.write_bundle(target, members, classes=CLASSES, canaries=pixels, check=pixels[:4], training={})
     return target
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.command import Parser
-from engine.errors import UsageError
+from engine.cli.parser import Parser
+from engine.core.errors import UsageError
 from tests.helpers.processes import ROOT
 
 PEERS = "benchmarks/peers/"
 # processes that others start, and so are the peers
-NO_COMMANDS = {"engine/preprocess/decoder.py", "engine/fleet.py", "tests/helpers/nodes.py"}
+NO_COMMANDS = {"engine/preprocess/decoder.py", "engine/gpu_worker.py", "tests/helpers/nodes.py"}
 
 
 def commands() -> list[str]:
@@ -33,7 +33,7 @@ def commands() -> list[str]:
 
 
 def parser_of(command: str) -> Parser:
-    module = {"engine.manifest": "engine.listing", "engine.run": "engine.options"}.get(command, command)
+    module = "engine.cli.options" if command == "engine.run" else command
     if (ROOT / module.replace(".", "/")).is_dir():
         module += ".__main__"
     parser = import_module(module).option_parser()

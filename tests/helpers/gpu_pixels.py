@@ -8,24 +8,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.gpu.decode import DecodedPixels, Decoding, GpuPreprocess
-from engine.gpu.slots import Slot
-from engine.overlap import Meter
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Status
+from engine.preprocess.gpu import DecodedPixels, DecodeOptions, GpuPreprocess
 from engine.preprocess.stage import Preprocess
-from engine.records import Batch, Status
+from engine.scoring.gpu_slots import Slot
 from tests.helpers.pixels import read_batches
 
 SIZE = (64, 64)
 
 
-def batches_of(folder: Path, decoding: Decoding, batch_size: int = 8) -> Iterator[Batch]:
+def batches_of(folder: Path, decoding: DecodeOptions, batch_size: int = 8) -> Iterator[Batch]:
     names = sorted(path.name for path in folder.iterdir())
     return read_batches(folder, names, batch_size=batch_size, on_gpu=decoding.on_gpu)
 
 
-def decoded(folder: Path, decoding: Decoding | None = None, batch_size: int = 8) -> dict[str, object]:
+def decoded(folder: Path, decoding: DecodeOptions | None = None, batch_size: int = 8) -> dict[str, object]:
     """Pixels by file name; the failure's status and text for the others."""
-    decoding = decoding or Decoding()
+    decoding = decoding or DecodeOptions()
     found: dict[str, object] = {}
     with (
         Preprocess(size=SIZE, batch_size=4, threads=2, decoding_bytes=1 << 29) as cpu,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine.network import Network
+from engine.runners.network import Network
 from training import models, split
 
 
@@ -37,5 +37,5 @@ def stripes(count: int, size: tuple[int, int] = (32, 32)) -> tuple[np.ndarray, n
     wave = np.sin(2 * np.pi * x / np.array([3, 6, 12])[labels][:, None])
     gray = rng.uniform(90, 160, (count, 1)) + rng.uniform(30, 60, (count, 1)) * wave
     pixels = gray[:, None, None, :] + rng.normal(0, 10, (count, 1, *size))
-    parts = split.split(labels, np.arange(count), classes=("a", "b", "c"), seed=0)
+    parts = split.split_dataset(labels, np.arange(count), classes=("a", "b", "c"), seed=0)
     return pixels.clip(0, 255).astype(np.uint8), labels, parts

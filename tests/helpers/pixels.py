@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from engine.overlap import Meter
+from engine.core.location import Url
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Part
+from engine.core.settings import Limits
 from engine.preprocess.stage import Preprocess
-from engine.reader import Reader
-from engine.records import Batch, Part
-from engine.settings import Limits
-from engine.storage.location import Url
+from engine.reader.reader import Reader
 
 
 def part_of(paths: Sequence[str | None], index: int = 0) -> Part:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.tuned import FORMAT, BestBeside, Knobs, Machine, Sampled, Tried, TuningProfile
+from engine.runs.profile import (
+    PROFILE_FORMAT,
+    BestBeside,
+    Machine,
+    Sampled,
+    Tried,
+    TunedOptions,
+    TuningProfile,
+)
 
 
-def profile_of(machine: Machine, knobs: Knobs, tried: Sequence[Tried] = ()) -> TuningProfile:
+def profile_of(machine: Machine, knobs: TunedOptions, tried: Sequence[Tried] = ()) -> TuningProfile:
     return TuningProfile(
-        format=FORMAT,
+        format=PROFILE_FORMAT,
         knobs=knobs,
         verdict="the defaults stay",
         made="2031-05-17T06:00:00+00:00",

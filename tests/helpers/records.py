@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from engine.core.json_records import from_builtins
-from engine.provenance import RunRecord
+from engine.runs.run_record import RunRecord
 
 RUN = """{
   "format": 1,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.processes import tree
+from benchmarks.processes import process_tree
 from tests.fuzz.__main__ import Outcome, check_rows, check_run, compare, figures, fuzz, write_files
 from tests.fuzz.samples import samples
 from tests.fuzz.watched import Row, screen
@@ -146,7 +146,7 @@ def test_memory_counts_all_descendants() -> None:
     with subprocess.Popen(command, start_new_session=True) as shell:
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            found = tree(shell.pid)
+            found = process_tree(shell.pid)
             if len(found) == 3 and all(process.resident_bytes for process in found.values()):
                 break  # all are there, and none is just starting
             time.sleep(0.01)

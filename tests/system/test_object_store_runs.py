@@ -23,16 +23,19 @@ import pytest
 from gcp_storage_emulator.server import create_server
 
 import engine
-from engine.errors import EngineError, UsageError
+from engine.core.errors import EngineError, UsageError
+from engine.core.location import Url
+from engine.core.records import Batch, Status
+from engine.core.settings import Limits, parse_location
 from engine.merge import merge
-from engine.options import settings_from
-from engine.pipeline import screen
-from engine.records import Batch, Status
+from engine.pipeline.pipeline import screen_in_process
 from engine.report import __main__ as report
-from engine.settings import Limits, parse_location
-from engine.storage import ReadError, Storage, common, objects
-from engine.storage.location import Url
-from engine.store import ObjectFolder
+from engine.runs.run_settings import settings_from
+from engine.storage import errors as common
+from engine.storage import objects
+from engine.storage.errors import ReadError
+from engine.storage.images import ImageStorage
+from engine.storage.object_folder import ObjectFolder
 from tests.helpers.pixels import read_batches
 from tests.helpers.processes import ROOT, Command, Start, run_module
 from tests.helpers.runs import csv, ended, keys, local_rows, rows, stored_rows
@@ -350,7 +353,7 @@ def test_wrong_places_are_told_in_one_line(
     client.put_object(Bucket="archive", Key="lists/k.zip", Body=b"PK\5\6" + bytes(18))
     monkeypatch.setenv("ENGINE_SALT", "a salt of sixteen bytes and more")
     with pytest.raises(UsageError) as raised:
-        screen(settings_from([*arguments, "-b", str(bundle)]))
+        screen_in_process(settings_from([*arguments, "-b", str(bundle)]))
     said = str(raised.value)
     assert said.startswith(complaint)
     assert "\n" not in said
@@ -424,8 +427,8 @@ def test_without_urllib3_one_line_says_how_to_get_it(
 
 def test_a_local_run_pays_for_none_of_it() -> None:
     script = (
-        "import sys, engine.run; from engine.storage import Storage; from pathlib import Path\n"
-        "Storage(Path('/')).exists('tmp')\n"
+        "import sys, engine.run; from engine.storage.images import ImageStorage; from pathlib import Path\n"
+        "ImageStorage(Path('/')).exists('tmp')\n"
         "assert not {'urllib3', 'engine.storage.http', 'engine.storage.remote'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
@@ -463,9 +466,9 @@ def test_urls_are_taken_apart(text: str, key: str, name: str, parent: str, below
 def test_google_and_azure_are_opened_as_their_own_tools_would(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GS_NO_SIGN_REQUEST", "yes")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    objects._gs.cache_clear()
+    objects._open_gs.cache_clear()
     assert objects.filesystem(Url("gs", "b", "/x")).type_name == "gcs"
-    objects._gs.cache_clear()
+    objects._open_gs.cache_clear()
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT", raising=False)
     with pytest.raises(ReadError, match="set AZURE_STORAGE_ACCOUNT"):
         objects.filesystem(Url("az", "container", "/x"))
@@ -488,7 +491,7 @@ def test_google_cloud_storage_holds_images_and_results(
     server.start()
     monkeypatch.setenv("GS_NO_SIGN_REQUEST", "yes")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server._api._httpd.server_address[1]}")
-    objects._gs.cache_clear()
+    objects._open_gs.cache_clear()
     try:
         folder = ObjectFolder(Url("gs", "archive", "/knees"))
         for name in names:
@@ -500,12 +503,12 @@ def test_google_cloud_storage_holds_images_and_results(
         assert "finished already" in run.stderr
         results = ObjectFolder(Url("gs", "archive", "/out"))
         assert set(results.names()) == {"_SUCCESS", "_run.json", "report.html", "part-00000.parquet"}
-        part = b"".join(objects.pieces(results.location / "part-00000.parquet", lambda size: None))
+        part = b"".join(objects.read_chunks(results.location / "part-00000.parquet", lambda size: None))
         assert rows([pa.BufferReader(part)]).equals(local)
         assert statuses(read(["gs://archive/nowhere", "gs://nobucket/x"])) == [Status.MISSING] * 2
     finally:
         server.stop()
-        objects._gs.cache_clear()
+        objects._open_gs.cache_clear()
 
 
 def test_locations_outside_the_command_line() -> None:
@@ -513,8 +516,8 @@ def test_locations_outside_the_command_line() -> None:
         parse_location("ftp://user:password@host/x")
     assert parse_location("file:///a%20b") == Path("/a b")
     assert parse_location("a/b://c") == Path("a/b://c")
-    assert Storage(Path("/")).where("s3://bucket/key") == "s3://bucket"
-    assert pd.notna(Storage(Path("/")).exists("tmp"))
+    assert ImageStorage(Path("/")).where("s3://bucket/key") == "s3://bucket"
+    assert pd.notna(ImageStorage(Path("/")).exists("tmp"))
 
 
 def test_results_there_are_read_and_merged(

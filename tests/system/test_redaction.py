@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 import engine
-from engine.errors import UsageError
-from engine.privacy import Redaction, read_salt, scrubbed
+from engine.core.errors import UsageError
+from engine.core.redaction import Redaction, read_salt, redact_line
 from tests.helpers.images import write_images
 from tests.helpers.processes import Command
 
@@ -188,7 +188,7 @@ def test_a_line_of_the_log_without_paths() -> None:
         ('error: output DOE: not empty ("DOE\'s")', "error: output ROOT: not empty ([value])"),
         ("cpu: onnx, fp32, 2 threads (no GPU here)", None),
     ):
-        assert scrubbed(text, known) == (expected or text)
+        assert redact_line(text, known) == (expected or text)
 
 
 def test_run_json_holds_no_place(hospital: Path, bundle: Path, engine_run: Command, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import engine
-from engine.bundle import load
-from engine.ensemble import fuse
+from engine.bundle.bundle import load_bundle
+from engine.scoring.ensemble import combine_logits
 from tests.helpers.bundles import CLASSES, write_bundle
 from tests.helpers.images import write_images
 from tests.helpers.pixels import pixels_alone
@@ -31,13 +31,13 @@ from tests.helpers.tolerances import ROUNDING
 
 def expected_scores(bundle: Path, paths: list[Path]) -> np.ndarray:
     """Each image scored by itself, with ONNX Runtime called directly."""
-    loaded = load(bundle)
+    loaded = load_bundle(bundle)
     sessions = [onnxruntime.InferenceSession(member.files["onnx"].path) for member in loaded.members]
     rows = []
     for pixels in pixels_alone(paths, loaded.size):
         assert pixels is not None
         logits = np.stack([session.run(None, {"pixels": pixels[None]})[0] for session in sessions])
-        rows.append(fuse(logits, weights=loaded.weights, temperatures=[1.0, 1.0])[1][0])
+        rows.append(combine_logits(logits, weights=loaded.weights, temperatures=[1.0, 1.0])[1][0])
     return np.array(rows)
 
 
@@ -93,7 +93,7 @@ def test_files_say_where_they_come_from(engine_run: Command, archive: Path, bund
     part = pq.read_schema(output / "part-00000.parquet")
     inside = json.loads(part.metadata[b"engine"])
     assert inside["run_id"] == run["run_id"] == success["run_id"]
-    assert inside["result_options"]["bundle_sha256"] == load(bundle).sha256
+    assert inside["result_options"]["bundle_sha256"] == load_bundle(bundle).sha256
     assert inside["weights"] == {"member0": 0.6, "member1": 0.4}
     assert {"engine", "onnxruntime", "nvidia-dali-cuda130"} <= set(inside["versions"])
     assert success["rows"] == success["ok"] + success["errors"] + success["skipped"] == 40

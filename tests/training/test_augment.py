@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from training import augment
-from training.augment import Ranges
+from training.augment import AugmentRanges
 
 NONE = {"rotation": 0.0, "flip": 0.0, "zoom": 0.0, "shift": 0.0, "contrast": 0.0}
 SIZE = (60, 84)
@@ -17,10 +17,10 @@ def picture(size: tuple[int, int] = SIZE) -> np.ndarray:
     return np.asarray(Image.fromarray(blocks).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
-def change(count: int = 1, seed: int = 1, **ranges: float) -> tuple[np.ndarray, augment.Changes]:
-    changes = augment.draw(count, size=SIZE, seed=(seed,), ranges=Ranges(**(NONE | ranges)))
+def change(count: int = 1, seed: int = 1, **ranges: float) -> tuple[np.ndarray, augment.AugmentPlan]:
+    changes = augment.draw_changes(count, size=SIZE, seed=(seed,), ranges=AugmentRanges(**(NONE | ranges)))
     pixels = torch.from_numpy(np.repeat(picture()[None, None], count, axis=0))
-    return augment.apply(pixels, changes, np.arange(count)).numpy()[:, 0], changes
+    return augment.apply_changes(pixels, changes, np.arange(count)).numpy()[:, 0], changes
 
 
 def test_no_change_is_no_change():
@@ -72,11 +72,11 @@ def test_contrast_keeps_the_mean():
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_an_image_keeps_its_change_in_any_batch(batch):
-    changes = augment.draw(20, size=SIZE, seed=(4, 2))
+    changes = augment.draw_changes(20, size=SIZE, seed=(4, 2))
     pixels = torch.from_numpy(np.repeat(picture()[None, None], 20, axis=0))
-    together = augment.apply(pixels, changes, np.arange(20))
+    together = augment.apply_changes(pixels, changes, np.arange(20))
     order = np.random.default_rng(0).permutation(20)
-    parts = [augment.apply(pixels[:1].repeat(len(some), 1, 1, 1), changes, some)
+    parts = [augment.apply_changes(pixels[:1].repeat(len(some), 1, 1, 1), changes, some)
              for some in np.array_split(order, 20 // batch)]  # fmt: skip
     assert torch.allclose(torch.cat(parts), together[order], atol=1e-3)
     assert together.dtype == torch.float32
@@ -84,6 +84,6 @@ def test_an_image_keeps_its_change_in_any_batch(batch):
 
 
 def test_other_seeds_change_otherwise():
-    first, again, other = (augment.draw(5, size=SIZE, seed=(0, 0, epoch)) for epoch in (1, 1, 2))
+    first, again, other = (augment.draw_changes(5, size=SIZE, seed=(0, 0, epoch)) for epoch in (1, 1, 2))
     assert np.array_equal(first.matrix, again.matrix)
     assert not np.array_equal(first.matrix, other.matrix)

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.errors import UsageError
-from engine.preprocess.stage import load_pixels
+from engine.core.errors import UsageError
+from engine.pipeline.load_pixels import load_pixels
 from tests.helpers.images import smooth
 from training import data
-from training.__main__ import _Steps
-from training.features import silent
+from training.__main__ import _StepProgress
 from training.listing import list_images
-from training.recipe import prepare
-from training.settings import Options
-from training.state import State
+from training.phases.features import no_progress
+from training.recipe import prepare_data
+from training.settings import TrainingOptions
+from training.state import TrainingState
 
 
 def make_folders(folder: Path, counts: dict[str, int]) -> Path:
@@ -27,7 +27,7 @@ def make_folders(folder: Path, counts: dict[str, int]) -> Path:
 
 
 def load(folder: Path) -> data.Dataset:
-    return data.load(list_images(folder), size=(16, 24), progress=silent)
+    return data.load_dataset(list_images(folder), size=(16, 24), progress=no_progress)
 
 
 def test_unreadable_files_are_listed_and_the_labels_still_fit(tmp_path):
@@ -35,7 +35,7 @@ def test_unreadable_files_are_listed_and_the_labels_still_fit(tmp_path):
     (tmp_path / "a" / "0.png").write_bytes(b"not an image")
     (tmp_path / "b" / "Thumbs.db").write_bytes(b"")
     done = []
-    dataset = data.load(list_images(tmp_path), size=(16, 24), progress=done.append)
+    dataset = data.load_dataset(list_images(tmp_path), size=(16, 24), progress=done.append)
     assert dataset.pixels.shape == (7, 1, 16, 24)
     assert dataset.labels.tolist() == [0] * 3 + [1] * 4
     assert dataset.pixels[:3].mean(axis=(1, 2, 3)).round().tolist() == [10, 20, 30]
@@ -85,12 +85,12 @@ def test_a_training_sees_the_pixels_that_its_bundle_will_ask_for(tmp_path):
         for number in range(4):
             picture = Image.fromarray(smooth(150, 170, seed=10 * ord(name) + number))
             picture.save(tmp_path / "in" / name / f"{number}.jpg")
-    steps = _Steps()
-    options = Options(
+    steps = _StepProgress()
+    options = TrainingOptions(
         data=tmp_path / "in", output=tmp_path / "b", size=(32, 48), check_data=True, decode="fast"
     )
-    with State(options) as state:
-        dataset = prepare(options, state, steps.step, steps.note).dataset
+    with TrainingState(options) as state:
+        dataset = prepare_data(options, state, steps.step, steps.note).dataset
     exact, fast = (load_pixels(dataset.paths, size=(32, 48), decode=how).pixels for how in ("exact", "fast"))
     assert np.array_equal(dataset.pixels, fast)
     assert not np.array_equal(dataset.pixels, exact)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.preprocess.stage import load_pixels
-from training import duplicates
-from training.synthetic import sample
+from engine.pipeline.load_pixels import load_pixels
+from training.audit import duplicates
+from training.synthetic import draw_sample
 
 SIZE = 160
 
@@ -18,7 +18,7 @@ SIZE = 160
 @pytest.fixture(scope="module")
 def distinct() -> np.ndarray:
     """24 different synthetic knees, [N, 1, H, W]."""
-    return np.stack([sample(5, index, size_range=(SIZE, SIZE)).pixels8[None] for index in range(24)])
+    return np.stack([draw_sample(5, index, size_range=(SIZE, SIZE)).pixels8[None] for index in range(24)])
 
 
 def moved(image: np.ndarray, *, degrees=0.0, zoom=1.0, shift=(0.0, 0.0), mirrored=False) -> np.ndarray:
@@ -61,7 +61,9 @@ def augmented(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def grouped(pixels: np.ndarray) -> list[int]:
     pairs = duplicates.near_pairs(pixels)
-    return duplicates.groups(len(pixels), [(pair.first, pair.second) for pair in pairs]).tolist()
+    return duplicates.connected_components(
+        len(pixels), [(pair.first, pair.second) for pair in pairs]
+    ).tolist()
 
 
 CHANGES = {
@@ -194,7 +196,7 @@ def test_blocks_and_threads_change_nothing(distinct, monkeypatch):
     ],
 )
 def test_groups_are_numbered_by_first_appearance(count, pairs, expected):
-    labels = duplicates.groups(count, iter(pairs))
+    labels = duplicates.connected_components(count, iter(pairs))
     assert labels.dtype == np.int64
     assert labels.tolist() == expected
 

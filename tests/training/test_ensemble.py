@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from training import ensemble
+from training import weight_search
 
 LABELS = np.array([0, 1, 2] * 20)
 
@@ -17,7 +17,7 @@ def confident(predictions: np.ndarray, *, margin: float = 4.0) -> np.ndarray:
 
 def test_a_member_that_is_always_right_beats_one_that_is_always_wrong():
     logits = np.stack([confident((LABELS + 1) % 3), confident(LABELS)])
-    best = ensemble.search(logits, LABELS)[0]
+    best = weight_search.search_weights(logits, LABELS)[0]
     assert best.weights == (0.0, 1.0)
     assert best.macro_f1 == best.accuracy == 1.0
 
@@ -26,7 +26,7 @@ def test_members_that_err_on_different_images_are_mixed():
     first, second = confident(LABELS), confident(LABELS)
     first[:15] = confident((LABELS[:15] + 1) % 3, margin=0.5)
     second[15:30] = confident((LABELS[15:30] + 1) % 3, margin=0.5)
-    best = ensemble.search(np.stack([first, second]), LABELS)[0]
+    best = weight_search.search_weights(np.stack([first, second]), LABELS)[0]
     assert best.macro_f1 == 1.0
     assert 0.2 <= best.weights[0] <= 0.8
 
@@ -34,27 +34,32 @@ def test_members_that_err_on_different_images_are_mixed():
 @pytest.mark.parametrize("members", [2, 4])
 def test_ties_go_to_equal_weights(members):
     logits = np.stack([confident(LABELS)] * members)
-    assert ensemble.search(logits, LABELS)[0].weights == (1 / members,) * members
+    assert weight_search.search_weights(logits, LABELS)[0].weights == (1 / members,) * members
 
 
 def test_equal_f1_goes_to_the_better_likelihood():
     logits = np.stack([confident(LABELS, margin=1.0), confident(LABELS, margin=6.0)])
-    assert ensemble.search(logits, LABELS)[0].weights == (0.0, 1.0)
+    assert weight_search.search_weights(logits, LABELS)[0].weights == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("members", [1, 2, 3])
 def test_grid_is_complete_and_adds_up(members):
-    found = list(ensemble.grid(members))
+    found = list(weight_search.weight_grid(members))
     assert len(set(found)) == len(found) == math.comb(20 + members - 1, members - 1)
     assert all(sum(weights) == pytest.approx(1) and min(weights) >= 0 for weights in found)
 
 
 def test_many_members_stay_cheap():
     logits = np.stack([confident(LABELS)] * 8)
-    assert len(ensemble.search(logits, LABELS)) <= ensemble.MAX_CANDIDATES
+    assert len(weight_search.search_weights(logits, LABELS)) <= weight_search.MAX_CANDIDATES
 
 
 def test_what_the_paper_chose_is_reported():
     logits = np.stack([confident(LABELS)] * 3)
-    assert [one.weights for one in ensemble.beside(logits[:2], LABELS)] == [(0.5, 0.5), (0.4, 0.6)]
-    assert [one.weights for one in ensemble.beside(logits, LABELS)] == [(1 / 3, 1 / 3, 1 / 3)]
+    assert [one.weights for one in weight_search.reference_candidates(logits[:2], LABELS)] == [
+        (0.5, 0.5),
+        (0.4, 0.6),
+    ]
+    assert [one.weights for one in weight_search.reference_candidates(logits, LABELS)] == [
+        (1 / 3, 1 / 3, 1 / 3)
+    ]

@@ -9,20 +9,21 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from engine import bundle as bundles
-from engine.ensemble import fuse
-from engine.errors import ParityError, UsageError
+from engine.bundle import bundle as bundles
+from engine.core.errors import ParityError, UsageError
+from engine.scoring import canaries as scoring_canaries
+from engine.scoring.ensemble import combine_logits
 from tests.helpers.networks import random_pixels, tiny_network
 from training import export
-from training.features import infer
+from training.phases.features import infer
 
 CLASSES = ["left", "right"]
 SIZE = (20, 28)
 
 
-def members() -> list[export.Member]:
+def members() -> list[export.ExportedMember]:
     return [
-        export.Member(name=name, architecture="tiny", weight=weight, network=tiny_network(2, seed))
+        export.ExportedMember(name=name, architecture="tiny", weight=weight, network=tiny_network(2, seed))
         for seed, (name, weight) in enumerate({"one": 0.4, "two": 0.6}.items())
     ]
 
@@ -46,7 +47,7 @@ def bundle(tmp_path_factory):
 
 
 def test_the_engine_loads_it(bundle):
-    loaded = bundles.load(bundle)
+    loaded = bundles.load_bundle(bundle)
     assert (loaded.classes, loaded.size, loaded.weights) == (tuple(CLASSES), SIZE, (0.4, 0.6))
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
@@ -88,8 +89,8 @@ def test_canaries_are_what_torch_and_the_ensemble_say(bundle):
     canaries = load_file(bundle / "canaries" / "canaries.safetensors")
     assert np.array_equal(canaries["pixels"], random_pixels(32, SIZE))
     assert canaries["logits"].shape == (2, 32, 2)
-    _, expected = fuse(canaries["logits"], weights=[0.4, 0.6], temperatures=[1.0, 1.0])
-    pixels, found = bundles.load_canaries(bundles.load(bundle))
+    _, expected = combine_logits(canaries["logits"], weights=[0.4, 0.6], temperatures=[1.0, 1.0])
+    pixels, found = scoring_canaries.load_canaries(bundles.load_bundle(bundle))
     assert np.array_equal(pixels, canaries["pixels"])
     assert np.array_equal(found, expected)
     assert found.dtype == canaries["logits"].dtype == np.float32
@@ -97,17 +98,17 @@ def test_canaries_are_what_torch_and_the_ensemble_say(bundle):
 
 def test_a_temperature_is_recorded_and_used(tmp_path, quick_export):
     write(tmp_path / "bundle", temperature=2.0)
-    loaded = bundles.load(tmp_path / "bundle")
+    loaded = bundles.load_bundle(tmp_path / "bundle")
     assert loaded.temperature == 2.0
     canaries = load_file(tmp_path / "bundle" / "canaries" / "canaries.safetensors")
     options = {"weights": [0.4, 0.6], "temperatures": [1.0, 1.0]}
-    expected = fuse(canaries["logits"], **options, temperature=2.0)[1]
-    assert np.array_equal(bundles.load_canaries(loaded)[1], expected)
+    expected = combine_logits(canaries["logits"], **options, temperature=2.0)[1]
+    assert np.array_equal(scoring_canaries.load_canaries(loaded)[1], expected)
 
 
 @pytest.mark.parametrize("normalization", ["none", "imagenet"])
 def test_normalization_is_recorded_and_baked_in(tmp_path, normalization):
-    member = export.Member(
+    member = export.ExportedMember(
         name="one", architecture="tiny", weight=1.0, network=tiny_network(2, normalization=normalization)
     )
     export.write_bundle(
@@ -164,7 +165,7 @@ def test_what_a_killed_training_left_goes(tmp_path, quick_export, there_before):
         (tmp_path / name).mkdir()
         (tmp_path / name / "one.onnx").touch()
     write(tmp_path / "bundle", overwrite=True)
-    assert bundles.load(tmp_path / "bundle")
+    assert bundles.load_bundle(tmp_path / "bundle")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -172,12 +173,12 @@ def test_what_a_killed_training_left_goes(tmp_path, quick_export, there_before):
 def test_a_failing_export_leaves_what_was_there(tmp_path, quick_export, monkeypatch, there_before):
     if there_before:
         write(tmp_path / "bundle", training={"a": 1})
-    monkeypatch.setattr(export, "_sync", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(export, "_fsync_folder", lambda folder: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path / "bundle", overwrite=True, training={"a": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"] * there_before
     if there_before:
-        assert bundles.load(tmp_path / "bundle")
+        assert bundles.load_bundle(tmp_path / "bundle")
         assert json.loads((tmp_path / "bundle" / "ensemble.json").read_text())["training"] == {"a": 1}
 
 

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from engine.errors import EngineError
-from engine.network import Network
+from engine.core.errors import EngineError
+from engine.runners.network import Network
 from tests.helpers.networks import random_pixels, stripes, tiny_network
-from training import features, fit, heads, models, split, whole
-from training.settings import Fitting
+from training import models, split
+from training.phases import features, fit, heads, whole
+from training.settings import FitOptions
 
 CPU = torch.device("cpu")
 
@@ -27,20 +28,20 @@ def test_calibration_gives_the_statistics_of_the_pixels():
 
 
 def test_inference_does_not_depend_on_the_batch():
-    network, pixels = tiny_network(), torch.from_numpy(random_pixels(features.batch_of(CPU) + 3))
+    network, pixels = tiny_network(), torch.from_numpy(random_pixels(features.batch_size_for(CPU) + 3))
     done = []
     found = features.infer(network, pixels, progress=done.append)
     assert found.shape == (len(pixels), 3)
     assert found.dtype == torch.float32
-    assert done == [features.batch_of(CPU), 3]
+    assert done == [features.batch_size_for(CPU), 3]
     assert torch.allclose(found[-1:], features.infer(network, pixels[-1:]), atol=1e-6)
 
 
 TRAIN = np.array([1, 4, 5])
 
 
-def extract(folder, network=None, copies=2, train=TRAIN, progress=features.silent) -> np.ndarray:
-    return features.cached(
+def extract(folder, network=None, copies=2, train=TRAIN, progress=features.no_progress) -> np.ndarray:
+    return features.cached_features(
         network or tiny_network(),
         random_pixels(8),
         train,
@@ -90,15 +91,15 @@ def blobs(count: int = 120, copies: int = 1) -> tuple[np.ndarray, np.ndarray, sp
     random = np.random.default_rng(0)
     centres = (labels[:, None] == np.arange(16)).astype(float)
     found = random.normal(centres, 0.1, (copies + 1, count, 16)) * random.uniform(1e-2, 10, 16) + 5
-    parts = split.split(labels, np.arange(count), classes=("a", "b", "c"), seed=0)
+    parts = split.split_dataset(labels, np.arange(count), classes=("a", "b", "c"), seed=0)
     found[1:, np.concatenate([parts.validation, parts.test])] = np.nan
     return found.astype(np.float32), labels, parts
 
 
-def fit_blobs(folder, given=None, **changes) -> tuple[fit.Fit, Network]:
+def fit_blobs(folder, given=None, **changes) -> tuple[fit.FitResult, Network]:
     found, labels, parts = given or blobs()
     network = tiny_network()
-    fitting = Fitting(**{"epochs": 60, "patience": 60, "learning_rate": 3e-3, **changes})
+    fitting = FitOptions(**{"epochs": 60, "patience": 60, "learning_rate": 3e-3, **changes})
     result = heads.fit_head(network, found, labels, parts, fitting, checkpoint=folder / "head.pt", device=CPU)
     return result, network
 
@@ -124,7 +125,7 @@ def test_the_best_epoch_is_what_remains(tmp_path):
     loss = nn.functional.cross_entropy(
         torch.from_numpy(logits_of(network, found))[parts.validation],
         targets[parts.validation],
-        heads.balance(targets[parts.train], 3),
+        heads.class_weights_of(targets[parts.train], 3),
     )
     assert float(loss) == pytest.approx(result.best.validation_loss, abs=1e-4)
     assert result.best.epoch < len(result.history)
@@ -133,25 +134,25 @@ def test_the_best_epoch_is_what_remains(tmp_path):
 def test_folding_is_exact():
     found, _, parts = blobs()
     head, raw = models.head(16, 3).eval(), torch.from_numpy(found[0])
-    mean, scale = heads.standardisation(raw[parts.train])
+    mean, scale = heads.feature_statistics(raw[parts.train])
     with torch.inference_mode():
         expected = head((raw - mean) / scale)
-    heads.fold(head, mean, scale)
+    heads.fold_standardisation(head, mean, scale)
     with torch.inference_mode():
         assert torch.allclose(head(raw), expected, atol=1e-4)
 
 
 def test_a_constant_feature_keeps_its_scale():
-    mean, scale = heads.standardisation(torch.full((5, 2), 1e6))
+    mean, scale = heads.feature_statistics(torch.full((5, 2), 1e6))
     assert scale.tolist() == [1.0, 1.0]
     assert mean.tolist() == [1e6, 1e6]
 
 
 def test_balance_gives_every_class_the_same_say():
     labels = torch.tensor([0] * 6 + [1] * 3 + [2])
-    weights = heads.balance(labels, 3)
+    weights = heads.class_weights_of(labels, 3)
     assert (weights * torch.bincount(labels)).tolist() == pytest.approx([10 / 3] * 3)
-    sampling = Fitting(epochs=1, patience=1, learning_rate=1.0, balance="sampling", batch_size=50)
+    sampling = FitOptions(epochs=1, patience=1, learning_rate=1.0, balance="sampling", batch_size=50)
     many = np.repeat([0, 1, 2], [600, 300, 100])
     drawn = np.concatenate([positions for positions, _ in fit.epoch_batches(many, sampling, 1)])
     assert np.abs(np.bincount(many[drawn]) / 1000 - 1 / 3).max() < 0.06
@@ -172,10 +173,10 @@ def test_a_loss_that_is_not_a_number_is_one_line(tmp_path):
         fit_blobs(tmp_path, (found, labels, parts), epochs=3)
 
 
-def fit_stripes(folder, progress=lambda epoch: None, **changes) -> tuple[fit.Fit, Network]:
+def fit_stripes(folder, progress=lambda epoch: None, **changes) -> tuple[fit.FitResult, Network]:
     pixels, labels, parts = stripes(90)
     network = tiny_network()
-    fitting = Fitting(**{"epochs": 4, "patience": 40, "learning_rate": 1e-2, "batch_size": 16, **changes})
+    fitting = FitOptions(**{"epochs": 4, "patience": 40, "learning_rate": 1e-2, "batch_size": 16, **changes})
     result = whole.fit_whole(
         network,
         pixels,
@@ -246,7 +247,7 @@ def test_the_whole_network_learns_on_a_gpu(tmp_path):
         pixels,
         labels,
         parts,
-        Fitting(epochs=30, patience=30, learning_rate=1e-2, batch_size=16),
+        FitOptions(epochs=30, patience=30, learning_rate=1e-2, batch_size=16),
         classes=3,
         checkpoint=tmp_path / "whole.pt",
         device=device,

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from engine.errors import UsageError
-from training.listing import Listing, list_images
+from engine.core.errors import UsageError
+from training.listing import ImageListing, list_images
 
 
 def make(root: Path, counts: dict[str, int]) -> Path:
@@ -19,7 +19,7 @@ def make(root: Path, counts: dict[str, int]) -> Path:
     return root
 
 
-def by_class(listing: Listing) -> dict[str, int]:
+def by_class(listing: ImageListing) -> dict[str, int]:
     return {name: int((listing.labels == label).sum()) for label, name in enumerate(listing.classes)}
 
 

@@ -8,9 +8,9 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from engine.bundle import Bundle, BundleFile, Member
-from engine.errors import UsageError
-from engine.network import Network, OneChannel, _on_one_channel, folded, load
+from engine.bundle.bundle import Bundle, BundleFile, Member
+from engine.core.errors import UsageError
+from engine.runners.network import Network, OneChannel, _fold_stem, fold_channels, load_member
 from tests.helpers.networks import random_pixels, tiny_network
 from training import models
 
@@ -19,7 +19,7 @@ SMALL = "shufflenet_v2_x0_5"  # quick to build and run
 
 def build(architecture: str, **changes) -> Network:
     given = {"classes": 3, "weights": "none", "seed": 0, "size": (64, 64)} | changes
-    return models.build(architecture, **given)
+    return models.build_network(architecture, **given)
 
 
 def run(network: torch.nn.Module, pixels: np.ndarray) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_what_can_not_be_a_member_is_one_line(architecture, size, message):
 )
 def test_the_channel_fold_is_exact_where_it_is_made(normalization, padding, folds):
     network = tiny_network(padding=padding, normalization=normalization)
-    one = folded(network)
+    one = fold_channels(network)
     assert isinstance(one, OneChannel) == folds
     if folds:
         assert one.base[0].in_channels == 1
@@ -147,7 +147,7 @@ def test_a_shift_can_not_be_folded_under_zero_padding():
     network = tiny_network(padding=1, normalization="imagenet")
     stem = network.base[0]
     wrong = OneChannel(network.base, network.head)
-    wrong.base[0] = _on_one_channel(stem, network.mean, network.std)
+    wrong.base[0] = _fold_stem(stem, network.mean, network.std)
     pixels = random_pixels(5, (20, 28))
     found = run(wrong, pixels)
     network.base[0] = stem
@@ -166,7 +166,7 @@ def test_normalization_is_imagenets():
 
 def test_members_whose_layout_has_a_version_load(tmp_path: Path) -> None:
     """MNASNet refuses weights that do not say which they are, and safetensors keep no such thing."""
-    network = models.build("mnasnet0_5", classes=3, weights="none", seed=0, size=(64, 64)).eval()
+    network = models.build_network("mnasnet0_5", classes=3, weights="none", seed=0, size=(64, 64)).eval()
     save_file(
         {name: value.contiguous() for name, value in network.state_dict().items()}, tmp_path / "weights"
     )
@@ -174,4 +174,4 @@ def test_members_whose_layout_has_a_version_load(tmp_path: Path) -> None:
     member = Member("one", "mnasnet0_5", 1.0, 1.0, {"safetensors": file})
     bundle = Bundle(tmp_path, ("a", "b", "c"), (64, 64), "none", "exact", 1.0, (member,), file, {}, None, "")
     pixels = torch.full((1, 1, 64, 64), 100, dtype=torch.uint8)
-    torch.testing.assert_close(load(member, bundle)(pixels), network(pixels))
+    torch.testing.assert_close(load_member(member, bundle)(pixels), network(pixels))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import engine
-from engine.preprocess.stage import load_pixels
+from engine.pipeline.load_pixels import load_pixels
 from tests.helpers.bundles import CLASSES, REAL_WEIGHTS
 from tests.helpers.processes import Command
 from tests.helpers.tolerances import PARITY

@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from engine import evaluate
 from engine.report.page import SERIES
+from engine.stats import metrics
 from tests.helpers.pages import Page
 from training import assess, report
 
@@ -27,10 +27,8 @@ def facts(members=("resnet50", "inception_v3"), classes=("normal", "osteopenia",
     }
     draws = {name: (one / one.sum(axis=1, keepdims=True)).astype(np.float32) for name, one in draws.items()}
     options = {"groups": groups, "seed": 0, "resamples": 50}
-    figures = {
-        name: evaluate.evaluate(one, labels, classes=classes, **options) for name, one in draws.items()
-    }
-    difference = evaluate.compare(draws["ensemble"], draws[members[0]], labels, **options)
+    figures = {name: metrics.evaluate(one, labels, classes=classes, **options) for name, one in draws.items()}
+    difference = metrics.compare(draws["ensemble"], draws[members[0]], labels, **options)
     candidate = {
         "weights": [1 / len(members)] * len(members),
         "accuracy": 0.8,
@@ -45,7 +43,7 @@ def facts(members=("resnet50", "inception_v3"), classes=("normal", "osteopenia",
     return {
         "classes": list(classes),
         "demo": False,
-        "paper": assess.PAPER,
+        "paper": assess.PAPER_FIGURES,
         "images": {name: dict.fromkeys(classes, 30) for name in ("train", "validation", "test")},
         "voters": {name: {"validation": one, "test": one} for name, one in figures.items()},
         "difference": {"from": members[0], "test": difference, "validation": difference},
@@ -206,21 +204,21 @@ def test_what_is_undefined_is_a_dash(changed):
 )
 def test_the_verdict_on_averaging(changed, value, low, high, said):
     changed["difference"]["test"]["macro_f1"] = {"value": value, "low": low, "high": high}
-    first, second, _ = report.verdict(changed)
+    first, second, _ = report.verdict_text(changed)
     assert first.startswith("On 90 test images the ensemble is right for ")
     assert said in second
     assert "resnet50" in second
 
 
 def test_the_verdict_names_what_spoils_it(changed):
-    assert "nothing that would flatter" in report.verdict(changed)[2]
-    assert report.caveats(changed) == []
+    assert "nothing that would flatter" in report.verdict_text(changed)[2]
+    assert report.list_caveats(changed) == []
     some = {"groups": 2, "images": 5}
     changed["demo"] = True
     changed["data"] |= {"across": some, "conflicts": some, "patients": None}
     changed["data"]["shortcuts"]["suspicious"] = True
     changed["images"]["test"]["osteopenia"] = 1
-    last = report.verdict(changed)[2]
+    last = report.verdict_text(changed)[2]
     for part in (
         "bases are random",
         "the split leaks (5 images",
@@ -233,7 +231,7 @@ def test_the_verdict_names_what_spoils_it(changed):
 
 
 def test_findings(changed):
-    assert [warns for _, _, warns in report.findings(changed["data"])] == [False] * 5
+    assert [warns for _, _, warns in report.describe_data_findings(changed["data"])] == [False] * 5
     some = {"groups": 1, "images": 3}
     changed["data"] |= {
         "left_out": {"corrupt": 2, "missing": 1},
@@ -243,7 +241,10 @@ def test_findings(changed):
         "given_split": True,
     }
     changed["data"]["shortcuts"] |= {"balanced_accuracy": 0.62, "suspicious": True}
-    found = {heading: (sentence, warns) for heading, sentence, warns in report.findings(changed["data"])}
+    found = {
+        heading: (sentence, warns)
+        for heading, sentence, warns in report.describe_data_findings(changed["data"])
+    }
     assert "Left out: 2 corrupt, 1 missing." in found["Files"][0]
     assert "3 images are in 1 group of copies" in found["Copies"][0]
     assert "1\u202f234 images were dropped" in found["Copies"][0]
@@ -296,17 +297,17 @@ def test_one_phase_of_one_epoch(changed):
 
 
 def test_attributes_are_readable():
-    assert report.attribute([2000.0, 3400.0, 4000.0], "bytes") == "3 kB (2–4)"
-    assert report.attribute([640.0, 1500.0, 2140.0], "width") == "1\u202f500 (640–2\u202f140)"
-    assert report.attribute({"L": 80, "RGB": 10}, "mode") == "L 80, RGB 10"
+    assert report.attribute_text([2000.0, 3400.0, 4000.0], "bytes") == "3 kB (2–4)"
+    assert report.attribute_text([640.0, 1500.0, 2140.0], "width") == "1\u202f500 (640–2\u202f140)"
+    assert report.attribute_text({"L": 80, "RGB": 10}, "mode") == "L 80, RGB 10"
 
 
 def test_the_paper_is_quoted():
-    assert assess.PAPER["ensemble"] == {
+    assert assess.PAPER_FIGURES["ensemble"] == {
         "accuracy": 0.931,
         "macro_precision": 0.94,
         "macro_recall": 0.92,
         "macro_f1": 0.93,
         "auc": 0.97,
     }
-    assert [assess.PAPER[name]["accuracy"] for name in ("resnet50", "inception_v3")] == [0.904, 0.912]
+    assert [assess.PAPER_FIGURES[name]["accuracy"] for name in ("resnet50", "inception_v3")] == [0.904, 0.912]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.errors import UsageError
+from engine.core.errors import UsageError
 from training import split
 
 CLASSES = ("a", "b", "c")
@@ -11,7 +11,7 @@ CLASSES = ("a", "b", "c")
 
 def cut(labels, groups=None, **options) -> split.Split:
     groups = np.arange(len(labels)) if groups is None else groups
-    return split.split(labels, groups, classes=CLASSES, **{"seed": 0, **options})
+    return split.split_dataset(labels, groups, classes=CLASSES, **{"seed": 0, **options})
 
 
 def test_disjoint_complete_and_stratified():
@@ -78,7 +78,7 @@ def test_an_empty_set_is_one_line():
 
 def test_folds_cover_every_image_once():
     labels, groups = np.tile([0, 1, 2], 40), np.arange(120) // 2
-    found = list(split.folds(labels, groups, 5, classes=CLASSES, seed=1))
+    found = list(split.make_folds(labels, groups, 5, classes=CLASSES, seed=1))
     assert np.array_equal(np.sort(np.concatenate([parts.test for parts in found])), np.arange(120))
     for parts in found:
         assert sorted(len(chosen) for _, chosen in parts.named()) == [18, 24, 78]
@@ -88,4 +88,4 @@ def test_folds_cover_every_image_once():
 
 def test_more_folds_than_images_of_a_class():
     with pytest.raises(UsageError, match="class 'c' does not reach the test set"):
-        list(split.folds(np.repeat([0, 1, 2], [9, 9, 3]), np.arange(21), 5, classes=CLASSES, seed=0))
+        list(split.make_folds(np.repeat([0, 1, 2], [9, 9, 3]), np.arange(21), 5, classes=CLASSES, seed=0))

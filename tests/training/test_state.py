@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import UsageError
-from training.settings import Options
-from training.state import State
+from engine.core.errors import UsageError
+from training.settings import TrainingOptions
+from training.state import TrainingState
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> Options:
-    return Options(data=tmp_path / "data", output=tmp_path / "bundle")
+def options(tmp_path: Path) -> TrainingOptions:
+    return TrainingOptions(data=tmp_path / "data", output=tmp_path / "bundle")
 
 
-def begin(options: Options, data: str = "abc") -> State:
-    with State(options) as state:
+def begin(options: TrainingOptions, data: str = "abc") -> TrainingState:
+    with TrainingState(options) as state:
         state.check()
         state.begin(data)
         (state.work / "checkpoint").touch()
@@ -25,7 +25,7 @@ def begin(options: Options, data: str = "abc") -> State:
 
 
 def test_nothing_begun_leaves_no_trace(tmp_path, options):
-    with State(options) as state:
+    with TrainingState(options) as state:
         assert state.folder == tmp_path / "bundle.training"
     assert list(tmp_path.iterdir()) == []
 
@@ -33,7 +33,7 @@ def test_nothing_begun_leaves_no_trace(tmp_path, options):
 def test_an_unfinished_training_is_not_lost_by_accident(options):
     begin(options)
     with (
-        State(options) as state,
+        TrainingState(options) as state,
         pytest.raises(UsageError, match=r"unfinished training.*--resume.*--overwrite"),
     ):
         state.check()
@@ -42,11 +42,11 @@ def test_an_unfinished_training_is_not_lost_by_accident(options):
 def test_resume_keeps_the_checkpoints_and_overwrite_drops_them(options):
     state = begin(options)
     again = replace(options, resume=True, overwrite=True)  # there may be an older bundle to replace
-    with State(again) as resumed:
+    with TrainingState(again) as resumed:
         resumed.check()
         resumed.begin("abc")
         assert (state.work / "checkpoint").exists()
-    with State(replace(options, overwrite=True)) as anew:
+    with TrainingState(replace(options, overwrite=True)) as anew:
         anew.check()
         anew.begin("abc")
         assert not (state.work / "checkpoint").exists()
@@ -63,35 +63,42 @@ def test_resume_keeps_the_checkpoints_and_overwrite_drops_them(options):
 )
 def test_another_training_is_not_resumed(options, change, data, message):
     begin(options)
-    with State(replace(options, resume=True, **change)) as state, pytest.raises(UsageError, match=message):
+    with (
+        TrainingState(replace(options, resume=True, **change)) as state,
+        pytest.raises(UsageError, match=message),
+    ):
         state.begin(data)
 
 
 def test_what_may_differ_on_resume(options):
     begin(options)
-    with State(replace(options, resume=True, device="cpu")) as state:
+    with TrainingState(replace(options, resume=True, device="cpu")) as state:
         state.begin("abc")
 
 
 def test_a_finished_training_makes_room(options):
-    with State(options) as state:
+    with TrainingState(options) as state:
         state.begin("abc")
         state.finish()
         assert not state.work.exists()
-    with State(options) as state:
+    with TrainingState(options) as state:
         state.check()
         state.begin("other")
 
 
 def test_two_trainings_do_not_share_a_folder(options):
-    with State(options), pytest.raises(UsageError, match="another training is under way"), State(options):
+    with (
+        TrainingState(options),
+        pytest.raises(UsageError, match="another training is under way"),
+        TrainingState(options),
+    ):
         pass
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path, options):
     (tmp_path / "bundle.training").mkdir()
     (tmp_path / "bundle.training" / "holiday.jpg").touch()
-    with pytest.raises(UsageError, match="no training's"), State(options):
+    with pytest.raises(UsageError, match="no training's"), TrainingState(options):
         pass
     assert [path.name for path in (tmp_path / "bundle.training").iterdir()] == ["holiday.jpg"]
 
@@ -100,12 +107,15 @@ def test_a_foreign_folder_is_left_alone(tmp_path, options):
 def test_a_damaged_record_is_one_line(tmp_path, options, content):
     begin(options)
     (tmp_path / "bundle.training" / "training.json").write_text(content)
-    with State(options) as state, pytest.raises(UsageError, match=r"training\.json .*delete the folder"):
+    with (
+        TrainingState(options) as state,
+        pytest.raises(UsageError, match=r"training\.json .*delete the folder"),
+    ):
         state.check()
 
 
 def test_tables_quote_and_survive_odd_names(options):
-    with State(options) as state:
+    with TrainingState(options) as state:
         path = state.write_table("split.csv", ("path", "label"), [("a,b\udcff.png", "normal")])
         assert path.read_text() == 'path,label\n"a,b\\udcff.png",normal\n'
         state.begin("abc")

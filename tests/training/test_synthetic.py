@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import fft
 
 from training import synthetic
-from training.synthetic import CLASSES, Recipe, posterior, sample
+from training.synthetic import CLASSES, Recipe, draw_sample, posterior
 
 SMALL = (96, 140)
 
@@ -40,13 +40,13 @@ def band_energy(pixels: np.ndarray, field_mm: float) -> float:
 
 
 def test_an_image_depends_on_seed_and_index_alone() -> None:
-    forward = [sample(5, index, size_range=SMALL) for index in range(3)]
-    backward = [sample(5, index, size_range=SMALL) for index in (2, 1, 0)][::-1]
+    forward = [draw_sample(5, index, size_range=SMALL) for index in range(3)]
+    backward = [draw_sample(5, index, size_range=SMALL) for index in (2, 1, 0)][::-1]
     for first, second in zip(forward, backward, strict=True):
         np.testing.assert_array_equal(first.pixels, second.pixels)
         assert (first.t_score, first.metadata) == (second.t_score, second.metadata)
     assert forward[0].t_score != forward[1].t_score
-    assert sample(6, 0, size_range=SMALL).t_score != forward[0].t_score
+    assert draw_sample(6, 0, size_range=SMALL).t_score != forward[0].t_score
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_label_follows_the_who_cuts(t_score: float, name: str) -> None:
 
 @pytest.mark.parametrize("label", range(3))
 def test_a_class_can_be_asked_for(label: int) -> None:
-    drawn = [sample(1, index, label=label, size_range=(64, 64)) for index in range(8)]
+    drawn = [draw_sample(1, index, label=label, size_range=(64, 64)) for index in range(8)]
     assert {s.label for s in drawn} == {label}
     assert all(synthetic.label_of(s.t_score) == label for s in drawn)
 
@@ -89,7 +89,7 @@ def test_label_noise_sets_the_ceiling(sd: float, ceiling: float) -> None:
 
 
 def test_gray_level_does_not_tell_the_class() -> None:
-    drawn = [sample(2, index, label=index % 3, size_range=(128, 128)) for index in range(150)]
+    drawn = [draw_sample(2, index, label=index % 3, size_range=(128, 128)) for index in range(150)]
     surrogates = [s.surrogate for s in drawn]
     means = np.array([s.pixels.mean() for s in drawn])
     assert abs(np.corrcoef(means, surrogates)[0, 1]) < 0.25
@@ -118,7 +118,7 @@ def test_bone_is_bright_on_darker_flesh_on_black() -> None:
 
 
 def test_sizes_lie_in_range() -> None:
-    shapes = [sample(4, index, size_range=(70, 110)).pixels.shape for index in range(30)]
+    shapes = [draw_sample(4, index, size_range=(70, 110)).pixels.shape for index in range(30)]
     assert min(map(min, shapes)) >= 70
     assert max(map(max, shapes)) <= 110
     assert len(set(shapes)) > 10
@@ -211,7 +211,7 @@ def test_command_line_writes_an_archive_without_torch(tmp_path: Path) -> None:
 
 def test_bad_arguments_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="label must be one of"):
-        sample(0, 0, label=3)
+        draw_sample(0, 0, label=3)
     with pytest.raises(ValueError, match="label_noise_sd"):
         Recipe(label_noise_sd=0)
     with pytest.raises(ValueError, match="balance"):

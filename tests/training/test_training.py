@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 import engine
-from engine import bundle as bundles
+from engine.bundle import bundle as bundles
 from tests.helpers.kept import kept
 from tests.helpers.processes import ROOT, Command, run_here, run_module
 from training.__main__ import main
@@ -101,7 +101,7 @@ def evaluation_of(folder: Path) -> dict:
 
 
 def test_the_bundle_loads_and_is_whole(frozen: Path) -> None:
-    bundle = bundles.load(frozen / "bundle")
+    bundle = bundles.load_bundle(frozen / "bundle")
     assert bundle.classes == CLASSES
     assert [member.name for member in bundle.members] == ["shufflenet_v2_x0_5", "mobilenet_v3_small"]
     assert sum(bundle.weights) == pytest.approx(1)

@@ -8,34 +8,34 @@ import numpy as np
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut
 
-from engine.header.dicom import Layout, import_pydicom, inflated
-from engine.preprocess.codecs import frames
+from engine.core.records import Header
+from engine.formats.dicom import DicomLayout, import_pydicom, inflate_deflated
+from engine.preprocess.codecs import dicom_frames
+from engine.preprocess.codecs.dicom_windowing import apply_stored_lut, display_samples
 from engine.preprocess.codecs.gray import Gray, Samples, apply_lut, to_gray
-from engine.preprocess.codecs.presentation import display_samples, through_lut
-from engine.records import Header
 
 import_pydicom()  # its settings, in the process that decodes
 
 
 def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:
     """Gray uint8 [H, W], and flags: "window_fallback" where the file has no window that shows anything."""
-    layout: Layout = header.layout
+    layout: DicomLayout = header.layout
     try:
-        samples, photometric = _stored(data, header, layout)
+        samples, photometric = _read_stored(data, header, layout)
         if photometric in ("MONOCHROME1", "MONOCHROME2"):
             return display_samples(samples, layout, inverted=photometric == "MONOCHROME1")
-        return _luma(samples, photometric, header, layout), []
+        return _to_luma(samples, photometric, header, layout), []
     except MemoryError:
         raise
     except Exception:  # pydicom raises what comes, with header values in it
         raise ValueError("the image is damaged") from None
 
 
-def _stored(data: bytes, header: Header, layout: Layout) -> tuple[Samples, str]:
+def _read_stored(data: bytes, header: Header, layout: DicomLayout) -> tuple[Samples, str]:
     """The first frame as it is stored, [H, W] or [H, W, 3], unsigned, and its photometric interpretation."""
     start, end = layout.span
     if layout.deflated:
-        data, _ = inflated(data, layout.deflated, end)
+        data, _ = inflate_deflated(data, layout.deflated, end)
     encapsulated = layout.compression != "uncompressed"
     options: dict[str, Any] = {
         "rows": header.height,
@@ -50,7 +50,7 @@ def _stored(data: bytes, header: Header, layout: Layout) -> tuple[Samples, str]:
         "pixel_keyword": "PixelData",
     }
     if encapsulated:
-        options["decoding_plugin"] = frames.PLUGIN
+        options["decoding_plugin"] = dicom_frames.PLUGIN
         if layout.offsets:
             options["extended_offsets"] = layout.offsets
     else:
@@ -60,15 +60,15 @@ def _stored(data: bytes, header: Header, layout: Layout) -> tuple[Samples, str]:
     return samples, str(properties["photometric_interpretation"])
 
 
-def _luma(samples: Samples, photometric: str, header: Header, layout: Layout) -> Gray:
+def _to_luma(samples: Samples, photometric: str, header: Header, layout: DicomLayout) -> Gray:
     """Colour to gray by its luma, which YBR stores first."""
     white = (1 << header.bits) - 1
     if photometric == "PALETTE COLOR":
-        return _palette(samples, layout.dataset)
+        return _apply_palette(samples, layout.dataset)
     return to_gray(samples[:, :, :1] if photometric.startswith("YBR") else samples, white=white)
 
 
-def _palette(samples: Samples, dataset: Any) -> Gray:
+def _apply_palette(samples: Samples, dataset: Any) -> Gray:
     """Indexes [H, W] to gray."""
     if not dataset.get("RedPaletteColorLookupTableData"):
         colours = apply_color_lut(samples, dataset)  # in segments, which pydicom expands
@@ -77,7 +77,7 @@ def _palette(samples: Samples, dataset: Any) -> Gray:
     indexes = np.arange(1 << 8 * samples.dtype.itemsize, dtype=np.float64)
     names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
     found = [
-        through_lut(indexes, dataset[f"{name}Descriptor"].value, dataset[f"{name}Data"].value, dataset)
+        apply_stored_lut(indexes, dataset[f"{name}Descriptor"].value, dataset[f"{name}Data"].value, dataset)
         for name in names
     ]
     table = np.stack([values for values, _ in found], -1).astype(np.uint16)

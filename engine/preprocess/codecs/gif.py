@@ -7,16 +7,16 @@ import struct
 import imagecodecs
 import numpy as np
 
-from engine.header.gif import Layout
-from engine.preprocess.codecs import codec
+from engine.core.records import Header
+from engine.formats.gif import GifLayout
+from engine.preprocess.codecs import imagecodecs_call
 from engine.preprocess.codecs.gray import Gray, palette_gray
-from engine.records import Header
 
 _INTERLACED = 0x40
 
 
 def decode(data: bytes, header: Header) -> Gray:
-    layout: Layout = header.layout
+    layout: GifLayout = header.layout
     frame = struct.pack(
         "<6sHH3xBHHHHB",
         b"GIF89a",
@@ -30,7 +30,7 @@ def decode(data: bytes, header: Header) -> Gray:
         _INTERLACED if layout.interlaced else 0,
     )
     alone = frame + data[slice(*layout.pixels)] + b";"
-    indexes = codec.run(imagecodecs.gif_decode, alone, index=0, asrgb=False)
+    indexes = imagecodecs_call.call_codec(imagecodecs.gif_decode, alone, index=0, asrgb=False)
     if indexes.shape != (layout.height, layout.width):
         raise ValueError("the image is damaged")
     colours = np.frombuffer(data[slice(*layout.palette)], np.uint8).reshape(-1, 3)

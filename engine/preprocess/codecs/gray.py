@@ -38,7 +38,7 @@ def to_gray(samples: Samples, *, white: int | None = None) -> Gray:
     height, width, channels = samples.shape
     opaque = channels in (1, 3)
     if white is None:
-        white = full_scale(samples if opaque else samples[:, :, :-1])
+        white = white_of(samples if opaque else samples[:, :, :-1])
         solid = int(np.iinfo(samples.dtype).max)
     else:
         solid = white
@@ -60,7 +60,7 @@ def to_gray(samples: Samples, *, white: int | None = None) -> Gray:
     return gray
 
 
-def full_scale(samples: Samples) -> int:
+def white_of(samples: Samples) -> int:
     """The sample value that means white: 255, 1023, 4095, 16383 or 65535."""
     if samples.dtype == np.uint8:
         return 255
@@ -94,13 +94,13 @@ def apply_lut(samples: Samples, levels: Gray) -> Gray:
     return gray
 
 
-def unpacked(rows: Gray, bits: int) -> Gray:
+def unpack_bits(rows: Gray, bits: int) -> Gray:
     """Rows [n, stride] of packed samples of 1, 2 or 4 bits, the highest first, to one byte each."""
     samples = [rows >> shift & (1 << bits) - 1 for shift in range(8 - bits, -1, -bits)]
     return np.stack(samples, axis=2).reshape(len(rows), -1)
 
 
-def oriented(gray: Gray, value: int) -> Gray:
+def apply_orientation(gray: Gray, value: int) -> Gray:
     """[H, W] as it should be seen: EXIF 2.32, tag 0x0112."""
     if value >= 5:
         gray = gray.T
@@ -111,7 +111,7 @@ def oriented(gray: Gray, value: int) -> Gray:
     return np.ascontiguousarray(gray)
 
 
-def margins(bottom: float, right: float, value: int) -> Margins:
+def orient_margins(bottom: float, right: float, value: int) -> Margins:
     """Margins of an image after `oriented`, from those that it has as stored."""
     rows, columns = (0.0, bottom), (0.0, right)
     if value >= 5:

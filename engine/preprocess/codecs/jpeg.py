@@ -6,13 +6,13 @@ import imagecodecs
 import numpy as np
 import simplejpeg
 
-from engine.header.jpeg import Layout
-from engine.preprocess.codecs import codec
+from engine.core.records import Header
+from engine.formats.jpeg import JpegLayout
+from engine.preprocess.codecs import imagecodecs_call
 from engine.preprocess.codecs.gray import Gray, to_gray
-from engine.records import Header
 
 # warnings about valid pixels; only the first of an image's warnings is told, so that it may hide another
-_HARMLESS = (
+_HARMLESS_WARNINGS = (
     "tjDecompressHeader3(): Could not determine subsampling level",  # unusual ones are decoded all the same
     "Corrupt JPEG data: bad ICC marker",
     "Invalid SOS parameters for sequential JPEG",
@@ -30,24 +30,26 @@ def decode(data: bytes, header: Header, least: tuple[int, int] | None) -> tuple[
 
     With a scale of 2, 4 or 8, gray is [ceil(H / scale), ceil(W / scale)].
     """
-    layout: Layout = header.layout
+    layout: JpegLayout = header.layout
     space, flags = ("CMYK" if layout.channels == 4 else "GRAY"), []
-    scale = scale_for(header, least) if least else 1
+    scale = choose_scale(header, least) if least else 1
     height, width = -(-header.height // scale), -(-header.width // scale)
     try:
         samples = simplejpeg.decode_jpeg(data, space, strict=True, min_height=height, min_width=width)
     except ValueError as error:
-        if not str(error).startswith(_HARMLESS):
+        if not str(error).startswith(_HARMLESS_WARNINGS):
             raise
         space, scale = "GRAYSCALE" if space == "GRAY" else space, 1
-        samples = codec.run(imagecodecs.jpeg8_decode, data, outcolorspace=space)  # it can only decode in full
+        samples = imagecodecs_call.call_codec(
+            imagecodecs.jpeg8_decode, data, outcolorspace=space
+        )  # it can only decode in full
         flags = ["decoder_warning"]
     if layout.channels == 4:
         return _from_cmyk(samples, inverted=layout.adobe), flags, scale
     return samples.reshape(samples.shape[:2]), flags, scale
 
 
-def scale_for(header: Header, least: tuple[int, int]) -> int:
+def choose_scale(header: Header, least: tuple[int, int]) -> int:
     """How much smaller than stored, 1, 2, 4 or 8 times, a JPEG may be if upright it needs `least` pixels.
 
     CMYK is not scaled: its gray is no sum of its channels.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import imagecodecs
 
-from engine.header.jpeg2000 import Layout
-from engine.preprocess.codecs import codec
+from engine.core.records import Header
+from engine.formats.jpeg2000 import Jpeg2000Layout
+from engine.preprocess.codecs import imagecodecs_call
 from engine.preprocess.codecs.gray import Gray, declared_white, to_gray
-from engine.records import Header
 
 
 def decode(data: bytes, header: Header) -> Gray:
-    layout: Layout = header.layout
-    samples = codec.run(imagecodecs.jpeg2k_decode, data[slice(*layout.codestream)], numthreads=1)
+    layout: Jpeg2000Layout = header.layout
+    samples = imagecodecs_call.call_codec(
+        imagecodecs.jpeg2k_decode, data[slice(*layout.codestream)], numthreads=1
+    )
     if samples.ndim not in (2, 3) or samples.dtype.kind != "u" or samples.dtype.itemsize > 2:
         raise ValueError("the image is damaged")
     if layout.luma_first:

@@ -7,10 +7,10 @@ import zlib
 import imagecodecs
 import numpy as np
 
-from engine.header.png import chunks
-from engine.preprocess.codecs import codec
+from engine.core.records import Header
+from engine.formats.png import chunks
+from engine.preprocess.codecs import imagecodecs_call
 from engine.preprocess.codecs.gray import Gray, Samples, to_gray
-from engine.records import Header
 
 _CHECKED = frozenset((b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"sBIT", b"IDAT"))
 
@@ -25,7 +25,7 @@ def decode(data: bytes, header: Header) -> Gray:
             raise ValueError(f"wrong checksum of the {kind.decode()} chunk at byte {start - 8}")
         if kind == b"sBIT":
             significant = max(data[start:end], default=0)
-    samples = codec.run(imagecodecs.png_decode, data)
+    samples = imagecodecs_call.call_codec(imagecodecs.png_decode, data)
     return to_gray(samples, white=_white(samples, significant))
 
 

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import numpy.typing as npt
 
-from engine.header.pnm import Layout
+from engine.core.records import Header
+from engine.formats.pnm import PnmLayout
 from engine.preprocess.codecs.gray import Gray, Samples, to_gray
-from engine.records import Header
 
 _COMMENT = re.compile(rb"#[^\r\n]*")
 _GAP = re.compile(rb"[ \t\n\v\f\r]")
@@ -18,18 +18,20 @@ _PIECE = 1 << 20  # bytes of text turned into numbers at once
 
 
 def decode(data: bytes, header: Header) -> Gray:
-    layout: Layout = header.layout
+    layout: PnmLayout = header.layout
     shape = (header.height, header.width, layout.channels)
     if layout.white == 0:
-        return (1 - _bits(data, layout, header.height, header.width)) * np.uint8(255)
-    samples = _numbers(data, layout, shape) if layout.plain else _raster(data, layout, shape)
+        return (1 - _read_bitmap(data, layout, header.height, header.width)) * np.uint8(255)
+    samples = (
+        _read_plain_samples(data, layout, shape) if layout.plain else _read_raw_samples(data, layout, shape)
+    )
     if samples.max() > layout.white:
         raise ValueError(f"a sample over {layout.white}, the largest allowed")
     # 65535 is what a writer of 16-bit samples declares whatever is in them
     return to_gray(samples, white=layout.white if layout.white < 65535 else None)
 
 
-def _bits(data: bytes, layout: Layout, height: int, width: int) -> Gray:
+def _read_bitmap(data: bytes, layout: PnmLayout, height: int, width: int) -> Gray:
     """1 is black."""
     if not layout.plain:
         packed = np.frombuffer(data, np.uint8, (width + 7) // 8 * height, layout.start)
@@ -41,14 +43,14 @@ def _bits(data: bytes, layout: Layout, height: int, width: int) -> Gray:
     return bits.reshape(height, width)
 
 
-def _raster(data: bytes, layout: Layout, shape: tuple[int, int, int]) -> Samples:
+def _read_raw_samples(data: bytes, layout: PnmLayout, shape: tuple[int, int, int]) -> Samples:
     count = shape[0] * shape[1] * shape[2]
     if layout.white < 256:
         return np.frombuffer(data, np.uint8, count, layout.start).reshape(shape)
     return np.frombuffer(data, ">u2", count, layout.start).astype(np.uint16).reshape(shape)
 
 
-def _numbers(data: bytes, layout: Layout, shape: tuple[int, int, int]) -> Samples:
+def _read_plain_samples(data: bytes, layout: PnmLayout, shape: tuple[int, int, int]) -> Samples:
     """Samples of a plain file, a piece of its text at a time."""
     text = _COMMENT.sub(b"", data[layout.start :])
     count = shape[0] * shape[1] * shape[2]
@@ -57,7 +59,7 @@ def _numbers(data: bytes, layout: Layout, shape: tuple[int, int, int]) -> Sample
     while filled < len(samples) and position < len(text):
         gap = _GAP.search(text, position + _PIECE)
         end = gap.start() if gap else len(text)
-        found = _parsed(text[position:end], layout.white)[: len(samples) - filled]
+        found = _parse_numbers(text[position:end], layout.white)[: len(samples) - filled]
         samples[filled : filled + len(found)] = found
         filled, position = filled + len(found), end
     if filled < len(samples):
@@ -65,7 +67,7 @@ def _numbers(data: bytes, layout: Layout, shape: tuple[int, int, int]) -> Sample
     return samples.reshape(shape)
 
 
-def _parsed(text: bytes, white: int) -> npt.NDArray[np.int64]:
+def _parse_numbers(text: bytes, white: int) -> npt.NDArray[np.int64]:
     if text.translate(None, b"0123456789" + _GAPS):
         raise ValueError("something that isn't a number among the samples")
     if not text.strip(_GAPS):

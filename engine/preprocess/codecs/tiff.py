@@ -14,15 +14,15 @@ import zlib
 import imagecodecs
 import numpy as np
 
-from engine.header.tiff import Layout
-from engine.preprocess.codecs import codec
-from engine.preprocess.codecs.gray import Gray, Samples, declared_white, palette_gray, to_gray, unpacked
-from engine.records import Header
+from engine.core.records import Header
+from engine.formats.tiff import TiffLayout
+from engine.preprocess.codecs import imagecodecs_call
+from engine.preprocess.codecs.gray import Gray, Samples, declared_white, palette_gray, to_gray, unpack_bits
 
 
 def decode(data: bytes, header: Header) -> Gray:
-    layout: Layout = header.layout
-    samples = _samples(data, layout)
+    layout: TiffLayout = header.layout
+    samples = _read_samples(data, layout)
     if layout.palette:
         colours = np.array(layout.palette, np.uint16).reshape(3, -1).T
         if colours.max() > 255:  # else a writer took 8 bits for 16
@@ -34,14 +34,16 @@ def decode(data: bytes, header: Header) -> Gray:
     return 255 - gray if layout.inverted else gray
 
 
-def _samples(data: bytes, layout: Layout) -> Samples:
+def _read_samples(data: bytes, layout: TiffLayout) -> Samples:
     """All pieces, [H, W, channels]."""
     samples = np.empty(
         (layout.height, layout.width, layout.channels), np.uint8 if layout.bits <= 8 else np.uint16
     )
     pieces = layout.across * layout.down
     for index, (start, end) in enumerate(layout.spans):
-        piece = _piece(data[start:end], layout, layout.rows(index))  # [rows, piece_width, channels or 1]
+        piece = _decode_piece(
+            data[start:end], layout, layout.rows(index)
+        )  # [rows, piece_width, channels or 1]
         channel, place = divmod(index, pieces) if layout.planar else (slice(None), index)
         y, x = place // layout.across * layout.piece_height, place % layout.across * layout.piece_width
         part = samples[y : y + layout.piece_height, x : x + layout.piece_width, channel]
@@ -50,8 +52,8 @@ def _samples(data: bytes, layout: Layout) -> Samples:
     return samples
 
 
-def _piece(stored: bytes, layout: Layout, rows: int) -> Samples:
-    raw = _uncompressed(stored, layout, rows * layout.stride)
+def _decode_piece(stored: bytes, layout: TiffLayout, rows: int) -> Samples:
+    raw = _decompress(stored, layout, rows * layout.stride)
     channels = 1 if layout.planar else layout.channels
     shape = (rows, layout.piece_width, channels)
     if layout.bits in (8, 16):
@@ -60,13 +62,13 @@ def _piece(stored: bytes, layout: Layout, rows: int) -> Samples:
         piece = piece.astype(piece.dtype.newbyteorder("="), copy=False)
         return np.cumsum(piece, axis=1, dtype=piece.dtype) if layout.differences else piece
     if layout.bits < 8:
-        return unpacked(np.frombuffer(raw, np.uint8).reshape(rows, -1), layout.bits)[:, : shape[1], None]
+        return unpack_bits(np.frombuffer(raw, np.uint8).reshape(rows, -1), layout.bits)[:, : shape[1], None]
     row = shape[1] * channels
-    piece = codec.run(imagecodecs.packints_decode, raw, "u2", layout.bits, runlen=row)
+    piece = imagecodecs_call.call_codec(imagecodecs.packints_decode, raw, "u2", layout.bits, runlen=row)
     return np.asarray(piece, np.uint16).reshape(shape)
 
 
-def _uncompressed(stored: bytes, layout: Layout, size: int) -> bytes:
+def _decompress(stored: bytes, layout: TiffLayout, size: int) -> bytes:
     """The first `size` bytes of a piece. Raises ValueError when there are fewer or a checksum is wrong."""
     if layout.compression == "deflate":
         inflate = zlib.decompressobj()
@@ -78,9 +80,9 @@ def _uncompressed(stored: bytes, layout: Layout, size: int) -> bytes:
         if not inflate.eof:
             raise ValueError("a strip or tile that doesn't end where it should")
     elif layout.compression == "lzw":
-        raw = codec.run(imagecodecs.tiff_decode, _one_row(stored, size), index=0).tobytes()
+        raw = imagecodecs_call.call_codec(imagecodecs.tiff_decode, _wrap_lzw(stored, size), index=0).tobytes()
     elif layout.compression == "packbits":
-        raw = codec.run(imagecodecs.packbits_decode, stored, out=size)
+        raw = imagecodecs_call.call_codec(imagecodecs.packbits_decode, stored, out=size)
     else:
         raw = stored
     if len(raw) < size:
@@ -88,7 +90,7 @@ def _uncompressed(stored: bytes, layout: Layout, size: int) -> bytes:
     return raw[:size]
 
 
-def _one_row(lzw: bytes, size: int) -> bytes:
+def _wrap_lzw(lzw: bytes, size: int) -> bytes:
     """A gray TIFF of one row of `size` bytes around compressed ones."""
     tags = {256: size, 257: 1, 258: 8, 259: 5, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(lzw)}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())

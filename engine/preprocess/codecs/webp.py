@@ -6,25 +6,27 @@ import struct
 
 import imagecodecs
 
-from engine.header.webp import Layout
-from engine.preprocess.codecs import codec
+from engine.core.records import Header
+from engine.formats.webp import WebpLayout
+from engine.preprocess.codecs import imagecodecs_call
 from engine.preprocess.codecs.gray import Gray, to_gray
-from engine.records import Header
 
 _ALPHA = 0x10
 
 
 def decode(data: bytes, header: Header) -> Gray:
-    layout: Layout = header.layout
-    body = _padded(data[slice(*layout.image)])
+    layout: WebpLayout = header.layout
+    body = _pad_chunk(data[slice(*layout.image)])
     if layout.alpha is not None:
         size = (header.width - 1).to_bytes(3, "little") + (header.height - 1).to_bytes(3, "little")
         extended = b"VP8X" + struct.pack("<IB3x", 10, _ALPHA) + size
-        body = extended + _padded(data[slice(*layout.alpha)]) + body
+        body = extended + _pad_chunk(data[slice(*layout.alpha)]) + body
     return to_gray(
-        codec.run(imagecodecs.webp_decode, b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body)
+        imagecodecs_call.call_codec(
+            imagecodecs.webp_decode, b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+        )
     )
 
 
-def _padded(chunk: bytes) -> bytes:
+def _pad_chunk(chunk: bytes) -> bytes:
     return chunk + b"\0" * (len(chunk) % 2)

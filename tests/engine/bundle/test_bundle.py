@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 from msgspec import UNSET
 
-from engine.bundle import EnsembleDescription, load, serialize
+from engine.bundle.bundle import EnsembleDescription, load_bundle, serialize
+from engine.core.errors import UsageError
 from engine.core.json_records import from_builtins, from_json
-from engine.errors import UsageError
 from engine.runners.onnx import OnnxRunner
 from tests.helpers.bundles import CLASSES, write_bundle
 
 
 def test_what_was_written_is_loaded(bundle: Path) -> None:
-    loaded = load(bundle)
+    loaded = load_bundle(bundle)
     assert loaded.classes == CLASSES
     assert loaded.size == (64, 64)
     assert loaded.weights == (0.6, 0.4)
@@ -23,7 +23,7 @@ def test_what_was_written_is_loaded(bundle: Path) -> None:
 
 def test_any_number_of_members_classes_and_any_size(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "b", classes=("a", "b"), size=(48, 96), weights=(0.2, 0.3, 0.5))
-    loaded = load(path)
+    loaded = load_bundle(path)
     for member in loaded.members:
         with OnnxRunner(member, loaded) as runner:
             assert runner.input_shape == (48, 96)
@@ -90,7 +90,7 @@ def test_a_bundle_that_makes_no_sense_is_refused(
     change(data)
     (path / "ensemble.json").write_text(json.dumps(data))
     with pytest.raises(UsageError, match=complaint) as caught:
-        load(path)
+        load_bundle(path)
     assert "\n" not in str(caught.value)
 
 
@@ -99,7 +99,7 @@ def test_a_half_written_description(tmp_path: Path, content: str) -> None:
     path = write_bundle(tmp_path / "b")
     (path / "ensemble.json").write_text(content, encoding="latin-1")
     with pytest.raises(UsageError) as caught:
-        load(path)
+        load_bundle(path)
     assert "\n" not in str(caught.value)
 
 
@@ -110,12 +110,12 @@ def test_altered_and_missing_files(tmp_path: Path) -> None:
     data[-1] ^= 1
     model.write_bytes(data)
     with pytest.raises(UsageError, match=r"member1.onnx: altered"):
-        load(path)
+        load_bundle(path)
     model.unlink()
     with pytest.raises(UsageError, match=r"member1.onnx: No such file"):
-        load(path)
+        load_bundle(path)
     with pytest.raises(UsageError, match="make one with: python -m training"):
-        load(tmp_path / "nowhere")
+        load_bundle(tmp_path / "nowhere")
 
 
 def test_a_graph_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_graph_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     data = json.loads((path / "ensemble.json").read_text())
     data["classes"].append("fourth")
     (path / "ensemble.json").write_text(json.dumps(data))
-    loaded = load(path)
+    loaded = load_bundle(path)
     with pytest.raises(UsageError, match=r"expected uint8 \[N, 1, 64, 64\] to float32 \[N, 4\]"):
         OnnxRunner(loaded.members[0], loaded)
 

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from engine import plans
-from engine.errors import UsageError
+from engine.bundle import plans
+from engine.core.errors import UsageError
 
 WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 
 
 @pytest.mark.parametrize("name", ["passport-int8", "passport-tensorrt"])
 def test_what_version_0_1_0_wrote_is_read_and_written_as_it_was(name: str, tmp_path: Path) -> None:
-    plan = plans.load(WRITTEN / f"{name}.json")
+    plan = plans.load_plan(WRITTEN / f"{name}.json")
     assert plan.path == WRITTEN / plan.passport.plan
     assert plan.passport.parity.passed
-    plans.write(tmp_path, plan.passport)
+    plans.write_passport(tmp_path, plan.passport)
     assert (tmp_path / "member0.json").read_bytes() == (WRITTEN / f"{name}.json").read_bytes()
 
 
@@ -27,7 +27,7 @@ def test_older_passports_have_no_ensemble(tmp_path: Path) -> None:
     data = json.loads((WRITTEN / "passport-tensorrt.json").read_text())
     del data["ensemble"]
     (tmp_path / "member0.json").write_text(json.dumps(data))
-    assert plans.load(tmp_path / "member0.json").passport.ensemble is None
+    assert plans.load_plan(tmp_path / "member0.json").passport.ensemble is None
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,6 @@ def test_what_makes_no_sense_is_named(changed: dict[str, Any], complaint: str, t
     path = tmp_path / "member0.json"
     path.write_text(json.dumps(json.loads((WRITTEN / "passport-tensorrt.json").read_text()) | changed))
     with pytest.raises(UsageError, match=complaint) as caught:
-        plans.load(path)
+        plans.load_plan(path)
     assert str(caught.value).startswith(f"plan {path}: ")
     assert "\n" not in str(caught.value)

@@ -16,12 +16,13 @@ import pytest
 
 import engine
 import engine.api
-from engine import bundle as bundles
-from engine import calibrate
-from engine.ensemble import average, tempered
+from engine.bundle import bundle as bundles
+from engine.bundle.operating_points import ZONES
+from engine.calibrate import __main__ as calibrate
 from engine.merge import merge
-from engine.operating_points import ZONES
-from engine.triage import disagreement, zones
+from engine.scoring import canaries as scoring_canaries
+from engine.scoring.ensemble import apply_temperature, average_members, disagreement
+from engine.sink.triage import assign_zones
 from tests.helpers.bundles import CLASSES, write_bundle
 from tests.helpers.images import write_images
 from tests.helpers.processes import Command
@@ -44,7 +45,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine.screen(folder / "first.csv", output=folder.parent / "first", bundle=bundle)
     rows = engine.read_results(folder.parent / "first")
     scores = rows[[f"p_{name}" for name in CLASSES]].to_numpy(np.float32)
-    likely = tempered(scores, TRUE_TEMPERATURE)
+    likely = apply_temperature(scores, TRUE_TEMPERATURE)
     drawn = (likely.cumsum(axis=1) < np.random.default_rng(0).random((ROWS, 1))).sum(axis=1)
     labels = [ODD[CLASSES[one]] if row % 3 else CLASSES[one] for row, one in enumerate(drawn)]
     (folder / "broken.jpg").write_bytes((folder / "image-01.jpg").read_bytes()[:-400])
@@ -95,7 +96,7 @@ def test_a_bundle_is_calibrated_and_runs_use_it(
     assert status == 0, said
     assert out == shown
     points = section(fresh)
-    models = bundles.load(fresh)
+    models = bundles.load_bundle(fresh)
     assert models.temperature == points["temperature"]["value"] == pytest.approx(TRUE_TEMPERATURE, rel=0.25)
     low, high = points["temperature"]["interval"]
     assert low < TRUE_TEMPERATURE < high
@@ -110,7 +111,7 @@ def test_a_bundle_is_calibrated_and_runs_use_it(
     assert (status, out) == (0, shown)
 
     # canaries are compared at the new temperature
-    canaries, _ = bundles.load_canaries(models)
+    canaries, _ = scoring_canaries.load_canaries(models)
     assert len(canaries) == 12
 
     # the run that was begun before can't go on, a new one has the columns
@@ -131,9 +132,9 @@ def test_a_bundle_is_calibrated_and_runs_use_it(
     members = np.stack(
         [ok[[f"member{one}_p_{name}" for name in CLASSES]].to_numpy(np.float32) for one in range(2)]
     )
-    likely = tempered(average(members, models.weights), models.temperature)
+    likely = apply_temperature(average_members(members, models.weights), models.temperature)
     assert np.array_equal(ok[[f"p_{name}" for name in CLASSES]].to_numpy(), likely)
-    zone = zones(likely[:, 2], points["rule_out"]["below"], points["refer"]["above"])
+    zone = assign_zones(likely[:, 2], points["rule_out"]["below"], points["refer"]["above"])
     assert ok.triage.tolist() == [ZONES[one] for one in zone]
     counted = ok[ok.label.fillna("") != ""].triage.value_counts().to_dict()
     assert counted == {name: one["images"] for name, one in points["zones"].items() if one["images"]}

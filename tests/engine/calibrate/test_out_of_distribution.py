@@ -14,11 +14,18 @@ from PIL import Image
 from sklearn.covariance import LedoitWolf
 
 import engine
-from engine import bundle as bundles
-from engine import calibrate
-from engine.distance import COMPONENTS, OUTPUT, features_of, fit, held_out, nodes_of
-from engine.errors import UsageError
-from engine.runners.onnx import OnnxRunner, session_of
+from engine.bundle import bundle as bundles
+from engine.bundle.bundle import DISTANCE_OUTPUT
+from engine.calibrate import __main__ as calibrate
+from engine.calibrate.out_of_distribution import (
+    COMPONENTS,
+    distance_subgraph,
+    extract_features,
+    fit_gaussian,
+    held_out_distances,
+)
+from engine.core.errors import UsageError
+from engine.runners.onnx import OnnxRunner, create_session
 from tests.helpers.bundles import write_bundle
 from tests.helpers.images import write_images
 
@@ -30,7 +37,7 @@ def test_distances_are_those_of_the_shrunk_covariance(count: int, width: int) ->
     assert min(count - 1, width) < COMPONENTS
     odd = rng.normal(2, 3, (50, width))
     wanted = LedoitWolf().fit(features).mahalanobis(odd)
-    assert np.allclose(fit(features).distances(odd) ** 2 * width, wanted)
+    assert np.allclose(fit_gaussian(features).distances(odd) ** 2 * width, wanted)
 
 
 def test_what_is_left_of_many_components_has_their_mean_variance() -> None:
@@ -38,7 +45,7 @@ def test_what_is_left_of_many_components_has_their_mean_variance() -> None:
     features = rng.normal(size=(600, 300)) * np.repeat([5.0, 1.0], [20, 280])
     alike, odd = rng.normal(size=(2, 400, 300)) * np.repeat([5.0, 1.0], [20, 280])
     odd[:, 250:] += 2  # in directions that are not kept apart
-    found = fit(features)
+    found = fit_gaussian(features)
     assert found.components.shape == (300, COMPONENTS)
     assert np.median(found.distances(alike)) == pytest.approx(1, abs=0.1)
     assert found.distances(odd).min() > np.quantile(found.distances(alike), 0.5)
@@ -48,24 +55,24 @@ def test_held_out_distances_are_not_too_small() -> None:
     rng = np.random.default_rng(2)
     features, others = rng.normal(size=(2, 150, 80))
     held = [np.arange(150) % 5 == one for one in range(5)]
-    fresh = fit(features).distances(others).mean()
-    assert fit(features).distances(features).mean() < held_out(features, held).mean()
-    assert held_out(features, held).mean() == pytest.approx(fresh, rel=0.1)
+    fresh = fit_gaussian(features).distances(others).mean()
+    assert fit_gaussian(features).distances(features).mean() < held_out_distances(features, held).mean()
+    assert held_out_distances(features, held).mean() == pytest.approx(fresh, rel=0.1)
     with pytest.raises(UsageError, match="the same for all images"):
-        fit(np.ones((40, 8)))
+        fit_gaussian(np.ones((40, 8)))
 
 
 def test_the_graph_gives_the_distance_and_the_same_logits(bundle: Path) -> None:
     graph = (bundle / "member0.onnx").read_bytes()
     pixels = np.random.default_rng(0).integers(0, 256, (70, 1, 64, 64), np.uint8)
-    features = features_of(graph, pixels, threads=1)
+    features = extract_features(graph, pixels, threads=1)
     blocks = pixels.reshape(70, 4, 16, 4, 16).mean(axis=(2, 4)).reshape(70, 16) / 255
     assert np.allclose(features, blocks, atol=1e-6)
-    gaussian = fit(features)
-    session = session_of(graph + nodes_of(graph, gaussian), ["CPUExecutionProvider"])
+    gaussian = fit_gaussian(features)
+    session = create_session(graph + distance_subgraph(graph, gaussian), ["CPUExecutionProvider"])
     logits, found = session.run(None, {"pixels": pixels})
     assert np.array_equal(
-        logits, session_of(graph, ["CPUExecutionProvider"]).run(None, {"pixels": pixels})[0]
+        logits, create_session(graph, ["CPUExecutionProvider"]).run(None, {"pixels": pixels})[0]
     )
     assert (found.dtype, found.shape) == (np.float32, (70,))
     assert np.allclose(found, gaussian.distances(features), rtol=1e-3)
@@ -74,18 +81,21 @@ def test_the_graph_gives_the_distance_and_the_same_logits(bundle: Path) -> None:
 def test_real_networks_have_pooled_features(real_bundle: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 1, 224, 224), np.uint8)
     for name in ("resnet50", "inception_v3"):
-        assert features_of((real_bundle / f"{name}.onnx").read_bytes(), pixels, threads=2).shape == (3, 2048)
+        assert extract_features((real_bundle / f"{name}.onnx").read_bytes(), pixels, threads=2).shape == (
+            3,
+            2048,
+        )
 
 
 def test_graphs_without_a_head_are_refused(bundle: Path) -> None:
     model = onnx.load(bundle / "member0.onnx")
     model.opset_import[0].version = 17
     with pytest.raises(UsageError, match="opset 18 or newer, this one has 17"):
-        nodes_of(model.SerializeToString(), fit(np.eye(16)))
+        distance_subgraph(model.SerializeToString(), fit_gaussian(np.eye(16)))
     model.opset_import[0].version = 20
     model.graph.node[-1].op_type = "Exp"
     with pytest.raises(UsageError, match="no head of dense layers"):
-        nodes_of(model.SerializeToString(), fit(np.eye(16)))
+        distance_subgraph(model.SerializeToString(), fit_gaussian(np.eye(16)))
 
 
 @pytest.fixture(scope="module")
@@ -106,13 +116,13 @@ def test_odd_images_are_abstained_from(archive_with_labels: Path, tmp_path: Path
     labelled = str(folder / "labelled.csv")
     assert calibrate.main([str(path), "--on", labelled, "--ood"]) == 0
     assert "out of distribution (quantile 0.99 of 150 images)" in capsys.readouterr().out
-    loaded = bundles.load(path)
+    loaded = bundles.load_bundle(path)
     assert loaded.operating_points
     limits = loaded.operating_points.distances
     assert set(limits) == {"member0", "member1"}
     assert all((path / name).read_bytes() == graph for name, graph in graphs.items())
-    files = {member.files[OUTPUT].path.name for member in loaded.members}
-    assert files == {file.name for file in path.glob(f"*{OUTPUT}*")}
+    files = {member.files[DISTANCE_OUTPUT].path.name for member in loaded.members}
+    assert files == {file.name for file in path.glob(f"*{DISTANCE_OUTPUT}*")}
     with OnnxRunner(loaded.members[0], loaded) as runner:
         assert runner.gives_distance
 
@@ -131,15 +141,15 @@ def test_odd_images_are_abstained_from(archive_with_labels: Path, tmp_path: Path
     frame = pd.read_csv(labelled).iloc[:140]
     frame.to_csv(folder / "fewer.csv", index=False)
     assert calibrate.main([str(path), "--on", str(folder / "fewer.csv"), "--ood"]) == 0
-    again = {member.files[OUTPUT].path.name for member in bundles.load(path).members}
-    assert again == {file.name for file in path.glob(f"*{OUTPUT}*")}
+    again = {member.files[DISTANCE_OUTPUT].path.name for member in bundles.load_bundle(path).members}
+    assert again == {file.name for file in path.glob(f"*{DISTANCE_OUTPUT}*")}
     assert not again & files
 
     # an altered file, a limit that is none, a file that is missing
     description = path / "ensemble.json"
     good = description.read_text()
     for change, complaint in [
-        (lambda data: data["members"][0]["files"].pop(OUTPUT), "member0: files has no distance"),
+        (lambda data: data["members"][0]["files"].pop(DISTANCE_OUTPUT), "member0: files has no distance"),
         (
             lambda data: data["operating_points"]["abstain"]["distance"]["above"].pop("member1"),
             "'member1' missing",
@@ -155,11 +165,11 @@ def test_odd_images_are_abstained_from(archive_with_labels: Path, tmp_path: Path
         change(data)
         description.write_text(json.dumps(data))
         with pytest.raises(UsageError, match=complaint):
-            bundles.load(path)
+            bundles.load_bundle(path)
     description.write_text(good)
     (path / min(again)).write_bytes(b"nothing")
     with pytest.raises(UsageError, match="altered"):
-        bundles.load(path)
+        bundles.load_bundle(path)
 
 
 def test_without_ood_the_distances_go(archive_with_labels: Path, tmp_path: Path, capsys: Any) -> None:
@@ -170,5 +180,5 @@ def test_without_ood_the_distances_go(archive_with_labels: Path, tmp_path: Path,
     assert calibrate.main([str(path), "--on", str(tmp_path / "out"), "--ood"]) == 2
     assert "--ood needs the images themselves" in capsys.readouterr().err
     assert calibrate.main([str(path), "--on", str(tmp_path / "out")]) == 0
-    assert not list(path.glob(f"*{OUTPUT}*"))
-    assert bundles.load(path).operating_points.distances == {}  # type: ignore[union-attr]
+    assert not list(path.glob(f"*{DISTANCE_OUTPUT}*"))
+    assert bundles.load_bundle(path).operating_points.distances == {}  # type: ignore[union-attr]

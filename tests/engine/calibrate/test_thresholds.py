@@ -8,15 +8,24 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from engine.calibration import FOLDS, Asked, Sample, calibrate, fit_temperature, folds, least, thresholds
-from engine.ensemble import tempered
-from engine.errors import UsageError
-from engine.intervals import share
-from engine.operating_points import LabelledData, OperatingPoints
+from engine.bundle.operating_points import LabelledData, OperatingPoints
+from engine.calibrate.thresholds import (
+    FOLDS,
+    CalibrationOptions,
+    LabelledScores,
+    calibrate,
+    fit_temperature,
+    fit_thresholds,
+    min_images,
+    split_folds,
+)
+from engine.core.errors import UsageError
+from engine.scoring.ensemble import apply_temperature
+from engine.stats.intervals import proportion
 from training.synthetic import CLASSES, Recipe, posterior
 
 NOISE_SD = 0.8  # T-score; far more than images have, so that the classes overlap
-ASKED = Asked(target="osteoporosis")
+ASKED = CalibrationOptions(target="osteoporosis")
 TARGET = CLASSES.index("osteoporosis")
 Array = np.ndarray[Any, Any]
 
@@ -33,15 +42,17 @@ def truth(count: int, seed: int) -> tuple[Array, Array]:
 
 def said(likely: Array, confidence: float) -> Array:
     """What a model says whose confidence is not right: over 1, too sure. Float32 [N, C]."""
-    return tempered(likely.astype(np.float32), 1 / confidence)
+    return apply_temperature(likely.astype(np.float32), 1 / confidence)
 
 
-def sample_of(likely: Array, labels: Array, groups: Array | None = None) -> Sample:
+def sample_of(likely: Array, labels: Array, groups: Array | None = None) -> LabelledScores:
     """Two members that agree."""
-    return Sample(np.stack([likely, likely]), labels, np.arange(len(labels)) if groups is None else groups)
+    return LabelledScores(
+        np.stack([likely, likely]), labels, np.arange(len(labels)) if groups is None else groups
+    )
 
 
-def points_of(sample: Sample, asked: Asked = ASKED) -> OperatingPoints:
+def points_of(sample: LabelledScores, asked: CalibrationOptions = ASKED) -> OperatingPoints:
     data = LabelledData(
         sha256="a" * 64,
         manifest_sha256=None,
@@ -61,7 +72,7 @@ def test_the_temperature_undoes_what_confidence_was_wrong(confidence: float) -> 
     sure = said(likely, confidence)
     found = fit_temperature(sure, labels)
     assert found == pytest.approx(confidence, rel=0.05)
-    assert np.abs(tempered(sure, found) - likely).mean() < 0.01
+    assert np.abs(apply_temperature(sure, found) - likely).mean() < 0.01
 
 
 def test_a_temperature_never_makes_the_likelihood_worse() -> None:
@@ -69,7 +80,7 @@ def test_a_temperature_never_makes_the_likelihood_worse() -> None:
     right, wrong = np.eye(3, dtype=np.float32)[labels], np.eye(3, dtype=np.float32)[(labels + 1) % 3]
     mixed = (0.6 * right + 0.3 * wrong + 0.1 / 3).astype(np.float32)
     found = fit_temperature(mixed, labels)
-    before, after = (tempered(mixed, one)[np.arange(60), labels] for one in (1.0, found))
+    before, after = (apply_temperature(mixed, one)[np.arange(60), labels] for one in (1.0, found))
     assert np.log(after).mean() > np.log(before).mean()
 
 
@@ -85,7 +96,7 @@ def test_what_is_promised_is_kept_on_fresh_images() -> None:
         likely, labels = truth(300, 100 + seed)
         points = points_of(sample_of(said(likely, 2.0), labels))
         temperature = points.temperature
-        scores = tempered(sure, temperature.value)[:, TARGET]
+        scores = apply_temperature(sure, temperature.value)[:, TARGET]
         low, high = points.rule_out.below, points.refer.above
         on_data = points.rule_out.on_data.sensitivity
         true = float((scores[positive] >= low).mean())
@@ -111,8 +122,10 @@ def test_thresholds_are_the_furthest_that_keep_the_shares() -> None:
     for _ in range(50):
         scores = rng.integers(0, 12, 80).astype(np.float32) / 16  # ties
         positive = rng.random(80) < 0.2 + 0.6 * scores
-        asked = Asked(target="", sensitivity=rng.uniform(0.6, 0.99), specificity=rng.uniform(0.6, 0.99))
-        low, high, crossed = thresholds(scores, positive, asked)
+        asked = CalibrationOptions(
+            target="", sensitivity=rng.uniform(0.6, 0.99), specificity=rng.uniform(0.6, 0.99)
+        )
+        low, high, crossed = fit_thresholds(scores, positive, asked)
         keeps = [one for one in np.unique(scores) if (scores[positive] >= one).mean() >= asked.sensitivity]
         tells = [one for one in np.unique(scores) if (scores[~positive] <= one).mean() >= asked.specificity]
         assert crossed == (max(keeps) > min(tells))
@@ -127,26 +140,29 @@ def test_thresholds_are_the_furthest_that_keep_the_shares() -> None:
 def test_nine_of_ten_are_90_percent() -> None:
     """(1 - 0.9) * 10 is a little less than 1: one of ten may be below the threshold, and one above."""
     scores = np.arange(20, dtype=np.float32) / 20
-    ends = thresholds(scores, scores >= 0.5, Asked(target=""))
+    ends = fit_thresholds(scores, scores >= 0.5, CalibrationOptions(target=""))
     assert ends == (pytest.approx((0.55 + 0.40) / 2), pytest.approx((0.55 + 0.40) / 2), True)
 
 
 def test_shares_have_exact_intervals() -> None:
     for hits in (0, 1, 17, 39, 40):
-        found = share(np.arange(40) < hits, np.arange(40))
+        found = proportion(np.arange(40) < hits, np.arange(40))
         wanted = binomtest(hits, 40).proportion_ci(0.95, "exact")
         assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
         assert (found.hits, found.of, found.value) == (hits, 40, hits / 40)
-    nothing = share(np.zeros(0, np.bool_), np.zeros(0, np.int64))
+    nothing = proportion(np.zeros(0, np.bool_), np.zeros(0, np.int64))
     assert (nothing.value, nothing.low, nothing.high) == (None, None, None)
 
 
 def test_images_of_one_patient_count_once() -> None:
     """Every image four times, as its patient's: intervals are those of the images alone."""
     hits = np.random.default_rng(0).random(60) < 0.8
-    alone, copied = share(hits, np.arange(60)), share(np.repeat(hits, 4), np.repeat(np.arange(60), 4))
+    alone, copied = (
+        proportion(hits, np.arange(60)),
+        proportion(np.repeat(hits, 4), np.repeat(np.arange(60), 4)),
+    )
     assert (copied.low, copied.high) == pytest.approx((alone.low, alone.high), abs=0.005)
-    all_right = share(np.ones(240, np.bool_), np.repeat(np.arange(60), 4))
+    all_right = proportion(np.ones(240, np.bool_), np.repeat(np.arange(60), 4))
     assert all_right.low == pytest.approx(binomtest(60, 60).proportion_ci(0.95, "exact").low)
 
 
@@ -155,7 +171,7 @@ def test_patients_are_in_one_fold_and_widen_the_intervals() -> None:
     alone = points_of(sample_of(said(likely, 1.0), labels))
     likely, labels = np.repeat(likely, 3, axis=0), np.repeat(labels, 3)
     groups = np.repeat(np.arange(200), 3)
-    for held in folds(labels == TARGET, groups, 0):
+    for held in split_folds(labels == TARGET, groups, 0):
         assert np.isin(groups[held], groups[~held]).sum() == 0
         assert len(labels) / FOLDS * 0.7 < held.sum() < len(labels) / FOLDS * 1.3
     grouped = points_of(sample_of(said(likely, 1.0), labels, groups))
@@ -176,7 +192,7 @@ def test_classes_that_are_told_apart_without_error() -> None:
 
 
 def test_too_few_images_promise_nothing() -> None:
-    assert (least(0.9), least(0.95), least(0.5)) == (29, 59, 5)
+    assert (min_images(0.9), min_images(0.95), min_images(0.5)) == (29, 59, 5)
     likely, labels = truth(400, 3)
     few = np.flatnonzero(labels == TARGET)[:28]
     chosen = np.concatenate([few, np.flatnonzero(labels != TARGET)])

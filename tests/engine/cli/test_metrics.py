@@ -11,11 +11,11 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.errors import Stopped, UsageError
-from engine.ledger import Progress
-from engine.overlap import Meter
-from engine.records import Status
-from engine.watching import Metrics
+from engine.core.errors import Stopped, UsageError
+from engine.core.overlap import Meter
+from engine.core.records import Status
+from engine.monitoring.metrics import MetricsFile
+from engine.runs.progress import Progress
 from tests.helpers.processes import Command
 
 OPERATING = ("--metrics-file", "nightly.prom", "--log-json")
@@ -96,7 +96,7 @@ def test_while_it_runs_and_when_it_stops(tmp_path: Path) -> None:
     file = tmp_path / 'a "night".prom'
     progress = Progress(100, rows_before=20)
     progress.by_status.update(ok=20)
-    with suppress(Stopped), Metrics(file) as metrics:
+    with suppress(Stopped), MetricsFile(file) as metrics:
         found = families(file)
         assert value(found, "running") == 1
         assert "screening_rows" not in found
@@ -122,5 +122,5 @@ def test_while_it_runs_and_when_it_stops(tmp_path: Path) -> None:
     ("name", "words"), [("nowhere/a.prom", "No such file"), ("a.txt", r"end in \.prom"), (".prom", "prom")]
 )
 def test_a_file_that_can_not_be_written(tmp_path: Path, name: str, words: str) -> None:
-    with pytest.raises(UsageError, match=words), Metrics(tmp_path / name):
+    with pytest.raises(UsageError, match=words), MetricsFile(tmp_path / name):
         pass

@@ -5,7 +5,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 
-from engine.overlap import Meter, ordered_map, prefetch
+from engine.core.overlap import Meter, ordered_map, prefetch
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

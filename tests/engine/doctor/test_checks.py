@@ -16,19 +16,22 @@ import pytest
 from rich.console import Console
 
 import engine
-from engine import bundle as bundles
-from engine import doctor, installed, survey, tuned
-from engine.doctor import examine, show
-from engine.findings import Report
-from engine.gpu import machine
-from engine.job import choice_of, describe, manifest_of
-from engine.overlap import Meter
-from engine.provenance import Scorer
-from engine.records import Batch
-from engine.runners import choose
-from engine.settings import Settings
-from engine.sink import Sink, part_name
-from engine.store import LocalFolder
+from engine.bundle import bundle as bundles
+from engine.core import extras, hardware
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Scorer
+from engine.core.settings import Settings
+from engine.doctor import __main__ as doctor
+from engine.doctor import checks, forecast, manifest_checks
+from engine.doctor.checks import diagnose
+from engine.doctor.diagnosis import Diagnosis
+from engine.doctor.show import show_diagnosis
+from engine.runners.select import select_runner
+from engine.runs import profile
+from engine.runs.prepare import describe, open_run_manifest, select_for_settings
+from engine.sink.parts import part_name
+from engine.sink.sink import Sink
+from engine.storage.local_folder import LocalFolder
 from tests.helpers.bundles import write_bundle
 from tests.helpers.processes import Command, run_module
 from tests.helpers.profiles import profile_of
@@ -37,21 +40,21 @@ from tests.helpers.profiles import profile_of
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured in this process need not be right."""
-    monkeypatch.setattr(survey, "MEASURE_S", 0.1)
+    monkeypatch.setattr(manifest_checks, "MEASURE_S", 0.1)
 
 
-def lines_of(report: Report) -> dict[str, str]:
+def lines_of(report: Diagnosis) -> dict[str, str]:
     return {label: text for _, lines in report.sections for label, text in lines}
 
 
-def shown(report: Report, width: int = 100, *, terminal: bool = True) -> str:
+def shown(report: Diagnosis, width: int = 100, *, terminal: bool = True) -> str:
     stream = io.StringIO()
-    show(report, Console(file=stream, width=width, force_terminal=terminal, color_system=None))
+    show_diagnosis(report, Console(file=stream, width=width, force_terminal=terminal, color_system=None))
     return stream.getvalue()
 
 
-def asked(settings: Settings, *, manifest: bool = True) -> Report:
-    return examine(settings, manifest=manifest, say=lambda _: None)
+def asked(settings: Settings, *, manifest: bool = True) -> Diagnosis:
+    return diagnose(settings, manifest=manifest, say=lambda _: None)
 
 
 @pytest.fixture
@@ -117,10 +120,10 @@ def test_the_bytes_of_results(tmp_path: Path, rows: int, members: int, classes: 
     names = tuple(f"class {number}" for number in range(classes))
     folder = write_bundle(tmp_path / "bundle", classes=names, weights=(1 / members,) * members)
     settings = Settings(device="cpu", manifest=tmp_path / "m.csv", bundle=folder, output=tmp_path / "out")
-    models = bundles.load(folder)
-    manifest = manifest_of(settings, tmp_path / "listing.parquet", since=False)
+    models = bundles.load_bundle(folder)
+    manifest = open_run_manifest(settings, tmp_path / "listing.parquet", since=False)
     layout, _, _, run = describe(
-        *(settings, None, manifest, models, choice_of(settings, models)), earlier=None
+        *(settings, None, manifest, models, select_for_settings(settings, models)), earlier=None
     )
     scores = rng.dirichlet(np.ones(classes), (1 + members, rows)).astype(np.float32)
     batch = Batch(
@@ -141,7 +144,7 @@ def test_the_bytes_of_results(tmp_path: Path, rows: int, members: int, classes: 
     for _ in sink.stage([batch], Meter("write")):
         pass
     real = (tmp_path / "out" / part_name(0)).stat().st_size
-    assert survey.results_bytes(manifest, models, parts=1) == pytest.approx(real, rel=0.25)
+    assert forecast.results_bytes(manifest, models, parts=1) == pytest.approx(real, rel=0.25)
 
 
 def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_no_path_is_shown_with_redact(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("ENGINE_SALT", "a salt of sixteen bytes and more")
-    monkeypatch.setattr(doctor, "hush_libraries", lambda: None)  # for good, and of this process
+    monkeypatch.setattr(checks, "hush_libraries", lambda: None)  # for good, and of this process
     secret = tmp_path / "DOE^JANE"
     manifest.parent.rename(secret)
     for place, status, command in (
@@ -219,14 +222,14 @@ def test_a_narrow_terminal_and_hostile_names(manifest: Path, tmp_path: Path) -> 
 
 def test_the_rate_of_a_tuned_machine_is_taken(manifest: Path, bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    models = bundles.load(copy)
-    choice = choose("auto", "cpu", models, precision=None, batch_size=None)
-    knobs = tuned.Knobs(batch_size=4)
+    models = bundles.load_bundle(copy)
+    choice = select_runner("auto", "cpu", models, precision=None, batch_size=None)
+    knobs = profile.TunedOptions(batch_size=4)
     tried = [
-        tuned.Tried(knobs=tuned.Knobs(), images_per_s=(50.0,)),
-        tuned.Tried(knobs=knobs, images_per_s=(7.0, 9.0, 8.0)),
+        profile.Tried(knobs=profile.TunedOptions(), images_per_s=(50.0,)),
+        profile.Tried(knobs=knobs, images_per_s=(7.0, 9.0, 8.0)),
     ]
-    kept = tuned.keep(copy, profile_of(tuned.machine_of(models, choice), knobs, tried))
+    kept = profile.save_profile(copy, profile_of(profile.machine_key(models, choice), knobs, tried))
     found = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
     assert found["rate"] == f"8.0 images/s, as engine.tune measured here (bundle.tuning/{kept.name})"
     assert "batch 4" in found["tuned"]
@@ -240,7 +243,7 @@ def test_packages_are_held_against_the_metadata(
 ) -> None:
     """A distribution of this project's name that asks for what is not here, found before the real one."""
     for name, lines in {
-        installed.PROJECT: [
+        extras.PROJECT: [
             *(f"Provides-Extra: {extra}" for extra in ("dicom", "gpu")),
             "Requires-Dist: numpy>=99",
             "Requires-Dist: rich>=13",
@@ -258,9 +261,9 @@ def test_packages_are_held_against_the_metadata(
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     report = asked(Settings(device="cpu", manifest=Path(), bundle=bundle), manifest=False)
     told = {problem.text: problem for problem in report.problems}
-    here = installed.installed("numpy")
+    here = extras.package_version("numpy")
     assert told[f"packages: numpy {here} is none of >=99"].mend == "pip install -c constraints.txt ."
-    clash = f"old-friend 2.0 asks for rich<2, here is {installed.installed('rich')}"
+    clash = f"old-friend 2.0 asks for rich<2, here is {extras.package_version('rich')}"
     assert told[clash].grave
     (gpu,) = (problem for text, problem in told.items() if text.startswith("extra gpu: pyarrow"))
     assert not gpu.grave  # there is no GPU
@@ -272,20 +275,20 @@ def test_packages_are_held_against_the_metadata(
 
 def test_requirements_of_a_checkout_are_those_of_its_metadata() -> None:
     """What pip wrote of pyproject.toml when this was installed may be older, but not of another kind."""
-    checkout = {(extra, requirement.name) for extra, requirement in installed._of_checkout()}
+    checkout = {(extra, requirement.name) for extra, requirement in extras._checkout_requirements()}
     assert {("", "onnxruntime"), ("gpu", "torch-tensorrt"), ("dicom", "pydicom")} <= checkout
-    assert {extra for extra, _ in installed._requirements()} == {extra for extra, _ in checkout}
+    assert {extra for extra, _ in extras._requirements()} == {extra for extra, _ in checkout}
 
 
-@pytest.mark.skipif(machine.present(), reason="there is a GPU")
+@pytest.mark.skipif(hardware.has_gpu(), reason="there is a GPU")
 def test_a_gpu_that_can_not_be_used(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device files of a GPU without its driver: what PyTorch says of that is real."""
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho '0, NVIDIA H100 80GB HBM3, 9.0, 81559 MiB, 570.86'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(machine, "present", lambda: True)
-    monkeypatch.setattr(machine, "driver", lambda: "570.86")
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "driver_version", lambda: "570.86")
     report = asked(Settings(manifest=Path(), bundle=bundle), manifest=False)
     assert lines_of(report)["GPU"] == (
         "cuda:0 NVIDIA H100 80GB HBM3, compute capability 9.0, 81559 MiB, driver 570.86"
@@ -302,7 +305,7 @@ def test_a_gpu_that_can_not_be_used(tmp_path: Path, bundle: Path, monkeypatch: p
 def test_wrong_usage(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "hush_libraries", lambda: None)
+    monkeypatch.setattr(checks, "hush_libraries", lambda: None)
     monkeypatch.chdir(tmp_path)
     for arguments, words in (
         (["--batch-size", "0"], "whole number"),

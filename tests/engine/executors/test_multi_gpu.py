@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine import fleet
-from engine.errors import EngineError
-from engine.ledger import Progress
-from engine.settings import Settings, Shard
+from engine.core.errors import EngineError
+from engine.core.settings import Settings, Shard
+from engine.executors import multi_gpu
+from engine.runs.progress import Progress
 from tests.helpers.processes import Start, starting
 from tests.helpers.runs import SHARDED_PART_ROWS as PART_ROWS
 from tests.helpers.runs import SHARDED_ROWS as ROWS
@@ -25,9 +25,9 @@ from tests.helpers.runs import list_images, only_one_run_is_left, parts, table, 
 
 SCRIPT = """
 import sys
-from engine import fleet
+from engine.executors import multi_gpu
 from engine.run import main
-fleet.devices_here = lambda: ["cpu", "cpu"]
+multi_gpu.list_devices = lambda: ["cpu", "cpu"]
 sys.exit(main())
 """
 
@@ -159,17 +159,17 @@ def test_two_machines_share_a_run_and_one_of_them_has_fewer_devices_the_next_day
             progress=progress,
         )
 
-    monkeypatch.setattr(fleet, "devices_here", lambda: ["cpu", "cpu"])
+    monkeypatch.setattr(multi_gpu, "list_devices", lambda: ["cpu", "cpu"])
     summary = screen("2/2")
     assert (summary.rows, summary.shard) == (16, "2/2")
     assert seen[-1] == 16
     assert len(parts(tmp_path / "out")) == 4
-    monkeypatch.setattr(fleet, "devices_here", lambda: ["cpu"])
+    monkeypatch.setattr(multi_gpu, "list_devices", lambda: ["cpu"])
     assert screen("1/2").rows == 24
     assert (tmp_path / "out" / "_SUCCESS").exists()
     assert table(tmp_path / "out").column("row").to_pylist() == list(range(40))
     assert json.loads((tmp_path / "out" / "_run.json").read_text())["result_options"]["shards"] == 4
-    monkeypatch.setattr(fleet, "devices_here", lambda: ["cpu"] * 3)
+    monkeypatch.setattr(multi_gpu, "list_devices", lambda: ["cpu"] * 3)
     with pytest.raises(EngineError, match="cut into 4 shards") as caught:
         screen("1/3")
     assert caught.value.exit_status == 2
@@ -177,5 +177,9 @@ def test_two_machines_share_a_run_and_one_of_them_has_fewer_devices_the_next_day
 
 def test_shards_of_a_machine(tmp_path: Path) -> None:
     settings = Settings(manifest=Path("m.csv"), output=tmp_path / "none", shard=Shard(2, 3))
-    assert list(map(str, fleet.shards_here(settings, 2))) == ["3/6", "4/6"]
-    assert list(map(str, fleet.shards_here(Settings(manifest=Path("m.csv")), 3))) == ["1/3", "2/3", "3/3"]
+    assert list(map(str, multi_gpu.local_shards(settings, 2))) == ["3/6", "4/6"]
+    assert list(map(str, multi_gpu.local_shards(Settings(manifest=Path("m.csv")), 3))) == [
+        "1/3",
+        "2/3",
+        "3/3",
+    ]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from engine.core.errors import UsageError
 from engine.core.json_records import to_json
-from engine.errors import UsageError
-from engine.run_folder import RunFolder
+from engine.runs.run_folder import RunFolder
 from tests.helpers.images import write_images
 from tests.helpers.processes import Command, Start
 from tests.helpers.records import run_record

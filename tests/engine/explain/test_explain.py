@@ -21,12 +21,13 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 import engine
-from engine import explain, overlay, saliency
-from engine.bundle import Bundle
-from engine.ensemble import fuse
-from engine.errors import UsageError
-from engine.network import Network
-from engine.saliency import Explainer, Explanation
+from engine.bundle.bundle import Bundle
+from engine.core.errors import UsageError
+from engine.explain import __main__ as command
+from engine.explain import drawing, explain, integrated_gradients
+from engine.explain.integrated_gradients import Explainer, Explanation
+from engine.runners.network import Network
+from engine.scoring.ensemble import combine_logits
 from engine.storage import objects
 from tests.helpers.bundles import write_real_bundle
 from tests.helpers.images import write_images
@@ -75,7 +76,7 @@ def decided(network: Network, size: tuple[int, int] = SIZE) -> Network:
 def explained(
     one: Explainer, pixels: np.ndarray, references: np.ndarray, index: int = 2
 ) -> list[Explanation]:
-    one.refer_to(one.see(references))
+    one.set_references(one.see(references))
     return one.explain(one.see(pixels), index)
 
 
@@ -113,14 +114,18 @@ def test_shares_add_up_to_the_difference_of_probabilities(temperature: float) ->
     pixels, references = random_pixels(4, SIZE, seed=5), random_pixels(8, SIZE, seed=6)
     one = ensemble_of(*networks, weights=weights, temperatures=temperatures, temperature=temperature)
     logits = np.stack([network(torch.from_numpy(pixels)).detach().numpy() for network in networks])
-    members, whole = fuse(logits, weights=weights, temperatures=temperatures, temperature=temperature)
+    members, whole = combine_logits(
+        logits, weights=weights, temperatures=temperatures, temperature=temperature
+    )
     found = one.probabilities(one.see(pixels))
     np.testing.assert_allclose(found[0], members, atol=1e-6)
     np.testing.assert_allclose(found[1], whole, atol=1e-6)
     for index in range(3):
         for place, each in enumerate(explained(one, pixels, references, index)):
             assert each.probability == pytest.approx(whole[place, index], abs=1e-6)
-            assert sum(each.shares) == pytest.approx(each.probability - each.typical, abs=saliency.PRECISION)
+            assert sum(each.shares) == pytest.approx(
+                each.probability - each.typical, abs=integrated_gradients.MAX_COMPLETENESS_ERROR
+            )
             assert each.maps.shape == (3, *SIZE)
 
 
@@ -171,10 +176,10 @@ def test_other_weights_in_the_head_give_other_maps() -> None:
     ],
 )
 def test_networks_are_cut_where_they_pool(architecture: str, size: tuple[int, int]) -> None:
-    network = models.build(architecture, classes=3, weights="none", seed=0, size=size)
+    network = models.build_network(architecture, classes=3, weights="none", seed=0, size=size)
     pixels = torch.from_numpy(random_pixels(2, size))
     with torch.no_grad():
-        eye = saliency._Eye(network.eval(), architecture, size)
+        eye = integrated_gradients.PooledMember(network.eval(), architecture, size)
         maps = eye.maps(pixels)
         assert maps.shape[2] * maps.shape[3] >= 2
         torch.testing.assert_close(eye.logits(maps.mean((2, 3))), network(pixels))
@@ -191,16 +196,16 @@ def test_networks_are_cut_where_they_pool(architecture: str, size: tuple[int, in
 )
 def test_cells_are_drawn_where_they_look(architecture: str, expected: list[int]) -> None:
     """By the arithmetic of strides and padding."""
-    network = models.build(architecture, classes=3, weights="none", seed=0, size=(128, 64)).eval()
-    rows, columns = saliency._Eye(network, architecture, (128, 64)).centres
+    network = models.build_network(architecture, classes=3, weights="none", seed=0, size=(128, 64)).eval()
+    rows, columns = integrated_gradients.PooledMember(network, architecture, (128, 64)).centres
     np.testing.assert_allclose(rows, expected, atol=2)
     np.testing.assert_allclose(columns, expected[:2], atol=2)
 
 
 def test_a_network_that_does_not_pool_is_refused_by_name() -> None:
-    network = models.build("vit_b_32", classes=3, weights="none", seed=0, size=(224, 224))
+    network = models.build_network("vit_b_32", classes=3, weights="none", seed=0, size=(224, 224))
     with pytest.raises(UsageError, match=r"vit_b_32: .* average of its last feature maps"):
-        saliency._Eye(network.eval(), "vit_b_32", (224, 224))
+        integrated_gradients.PooledMember(network.eval(), "vit_b_32", (224, 224))
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +240,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    status = explain.main([str(one) for one in arguments])
+    status = command.main([str(one) for one in arguments])
     return status, capsys.readouterr().err
 
 
@@ -254,7 +259,7 @@ def test_pictures_of_the_rows_asked_for(run: Path, capsys: pytest.CaptureFixture
     index = json.loads((folder / "index.json").read_text())
     rows = engine.read_results(run).set_index("row")
     assert index["run_id"] == rows.attrs["provenance"]["run_id"]
-    assert (index["class"], index["method"]) == ("osteopenia", saliency.METHOD)
+    assert (index["class"], index["method"]) == ("osteopenia", integrated_gradients.METHOD)
     assert index["compared_with"] == {"rows": [0, 1, 3, 5, 7, 8, 9]}
     assert [one["row"] for one in index["rows"]] == [9, 0, 1, 3, 5]
     names = {"index.json"}
@@ -262,7 +267,9 @@ def test_pictures_of_the_rows_asked_for(run: Path, capsys: pytest.CaptureFixture
         assert one["class"] == "osteopenia"
         assert one["probability"] == pytest.approx(rows.p_osteopenia[one["row"]], abs=1e-3)
         change = one["probability"] - one["typical"]
-        assert sum(one["shares"].values()) == pytest.approx(change, abs=saliency.PRECISION)
+        assert sum(one["shares"].values()) == pytest.approx(
+            change, abs=integrated_gradients.MAX_COMPLETENESS_ERROR
+        )
         assert list(one["voters"]) == ["ensemble", "resnet18", "alexnet"]
         for voter, name in one["voters"].items():
             assert name == f"row-{one['row']:09d}-{voter}.png"
@@ -376,7 +383,7 @@ def test_results_and_images_in_an_object_store(
 ) -> None:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    objects._s3.cache_clear()
+    objects._open_s3.cache_clear()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -406,22 +413,24 @@ def test_results_and_images_in_an_object_store(
         assert kept() == []
     finally:
         server.stop()
-        objects._s3.cache_clear()
+        objects._open_s3.cache_clear()
 
 
 def test_a_picture_takes_any_class_name_and_shape(tmp_path: Path) -> None:
     gray = np.random.default_rng(0).integers(0, 256, (48, 64), np.uint8)
     change = np.linspace(-1, 1, 64, dtype=np.float32) * np.ones((48, 1), np.float32)
-    caption = overlay.Caption(r"row 1: $\frac{ <b>_^", "text", "unit", "foot")
+    caption = drawing.Caption(r"row 1: $\frac{ <b>_^", "text", "unit", "foot")
     for name in ("one.png", "two.png"):
-        overlay.draw(tmp_path / name, gray, change, limit=1.0, caption=caption)
+        drawing.draw_explanation(tmp_path / name, gray, change, limit=1.0, caption=caption)
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     with Image.open(tmp_path / "one.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    height = round(48 * overlay.SIDE / 64)
-    shown = pixels[-overlay._FOOT - height : -overlay._FOOT]
-    left = shown[:, overlay._MARGIN : overlay._MARGIN + overlay.SIDE]
-    right = shown[:, 2 * overlay._MARGIN + overlay.SIDE : 2 * overlay._MARGIN + 2 * overlay.SIDE]
+    height = round(48 * drawing.PICTURE_SIDE / 64)
+    shown = pixels[-drawing._FOOT - height : -drawing._FOOT]
+    left = shown[:, drawing._MARGIN : drawing._MARGIN + drawing.PICTURE_SIDE]
+    right = shown[
+        :, 2 * drawing._MARGIN + drawing.PICTURE_SIDE : 2 * drawing._MARGIN + 2 * drawing.PICTURE_SIDE
+    ]
     assert (left[..., 0] == left[..., 2]).all()  # as it is, gray
     assert (right[:, :60, 2] > right[:, :60, 0]).all()  # lowered: blue
     assert (right[:, -60:, 0] > right[:, -60:, 2]).all()  # raised: orange

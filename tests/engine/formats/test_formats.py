@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import header
-from engine.header import HeaderError
-from engine.header.jpeg import Layout
-from engine.records import Header, Status
+from engine.core.records import Header, Status
+from engine.formats import header
+from engine.formats.common import HeaderError
+from engine.formats.jpeg import JpegLayout
 from tests.fuzz.mutations import mutate
 from tests.helpers.images import bmp, encode, every_format, png, tiff
 
@@ -22,7 +22,7 @@ LITTLE = struct.pack("<HH", 60_000, 60_000)
 
 
 def parse(data: bytes) -> Header:
-    return header.parse(data, MAX_PIXELS)
+    return header.parse_header(data, MAX_PIXELS)
 
 
 def outcome(data: bytes) -> Header | HeaderError:
@@ -42,7 +42,7 @@ def refused(data: bytes) -> HeaderError:
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg(mode: str, progressive: bool) -> None:
     found = parse(encode(PICTURE.convert(mode), "JPEG", progressive=progressive))
-    layout = Layout(len(PICTURE.convert(mode).getbands()), adobe=mode == "CMYK")
+    layout = JpegLayout(len(PICTURE.convert(mode).getbands()), adobe=mode == "CMYK")
     assert found == Header("jpeg", 40, 30, layout=layout)
 
 
@@ -200,8 +200,8 @@ def test_what_cannot_be_scored_says_why(data: bytes, status: Status, words: str)
 
 
 def test_scans_of_one_baseline_component_are_not_counted() -> None:
-    assert parse(many_scans(101, 0xC0)) == Header("jpeg", 16, 16, layout=Layout(1, adobe=False))
-    assert parse(many_scans(100)) == Header("jpeg", 16, 16, layout=Layout(1, adobe=False))
+    assert parse(many_scans(101, 0xC0)) == Header("jpeg", 16, 16, layout=JpegLayout(1, adobe=False))
+    assert parse(many_scans(100)) == Header("jpeg", 16, 16, layout=JpegLayout(1, adobe=False))
 
 
 def codestream(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.header.jpeg import in_doubt
+from engine.formats.jpeg import looks_damaged
 from tests.helpers.images import encode, smooth
 
 PICTURE = Image.fromarray(smooth(300, 400))
@@ -26,11 +26,11 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_sound_files_are_not_in_doubt(kind, colour):
     for picture in (PICTURE, PICTURE.resize((17, 9)), PICTURE.resize((1, 1))):
-        assert not in_doubt(encode(picture.convert(colour), "JPEG", **KINDS[kind]))
+        assert not looks_damaged(encode(picture.convert(colour), "JPEG", **KINDS[kind]))
 
 
 def test_what_follows_the_end_does_not_matter():
-    assert not in_doubt(encode(PICTURE, "JPEG") + b"\xff\xd0\xff\x01 more" * 9)
+    assert not looks_damaged(encode(PICTURE, "JPEG") + b"\xff\xd0\xff\x01 more" * 9)
 
 
 @pytest.mark.parametrize("kind", ["baseline", "restarts"])
@@ -38,7 +38,7 @@ def test_zeros_and_foreign_markers_are_in_doubt(kind):
     data = encode(PICTURE, "JPEG", **KINDS[kind])
     middle = len(data) // 2
     for damage in (bytes(512), b"\xff\x01", b"\xff\xd8", b"\xff\xd3\xff\xd3"):
-        assert in_doubt(data[:middle] + damage + data[middle + len(damage) :])
+        assert looks_damaged(data[:middle] + damage + data[middle + len(damage) :])
 
 
 def test_restart_markers_out_of_turn_or_number_are_in_doubt():
@@ -47,9 +47,9 @@ def test_restart_markers_out_of_turn_or_number_are_in_doubt():
     marks = [place for place, pair in enumerate(pairwise(data)) if pair[0] == 0xFF and pair[1] in codes]
     swapped = bytearray(data)
     swapped[marks[3] + 1], swapped[marks[4] + 1] = data[marks[4] + 1], data[marks[3] + 1]
-    assert in_doubt(bytes(swapped))
-    assert in_doubt(data[: marks[-8]] + b"\xff\xd9"), "eight markers fewer: in turn, but too few"
-    assert in_doubt(data[: marks[0]] + data[marks[8] :]), "a piece of the middle is gone"
+    assert looks_damaged(bytes(swapped))
+    assert looks_damaged(data[: marks[-8]] + b"\xff\xd9"), "eight markers fewer: in turn, but too few"
+    assert looks_damaged(data[: marks[0]] + data[marks[8] :]), "a piece of the middle is gone"
 
 
 def test_no_bytes_make_it_raise():
@@ -59,4 +59,4 @@ def test_no_bytes_make_it_raise():
         broken = bytearray(data)
         for place in rng.integers(0, len(data), 20):
             broken[place] = rng.integers(0, 256)
-        assert in_doubt(bytes(broken[: rng.integers(2, len(data))])) in (True, False)
+        assert looks_damaged(bytes(broken[: rng.integers(2, len(data))])) in (True, False)

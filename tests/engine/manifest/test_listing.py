@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import engine
-from engine.errors import UsageError
-from engine.listing import Listing, list_place, skipped_of
+from engine.core.errors import UsageError
+from engine.manifest.listing import FileLister, list_location, read_skipped
 from engine.storage import local
 from tests.helpers.images import encode, smooth, write_images
 from tests.helpers.processes import Command, run_module
@@ -32,7 +32,7 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def listed(folder: Path, **globs: list[str]) -> tuple[list[str], dict[str, int]]:
-    listing = Listing(**globs)
+    listing = FileLister(**globs)
     return [entry.path for entry in listing.folder(folder)], dict(listing.skipped)
 
 
@@ -116,7 +116,7 @@ def test_a_folder_that_can_not_be_read_is_counted(tmp_path: Path, monkeypatch: p
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
-    monkeypatch.setattr("engine.listing.os.scandir", denied)
+    monkeypatch.setattr("engine.manifest.listing.os.scandir", denied)
     assert listed(tmp_path) == (["b/b.png"], {"folders that can't be read": 1})
 
 
@@ -124,11 +124,11 @@ def test_the_list_holds_size_time_and_counts(tmp_path: Path) -> None:
     folder = write(tmp_path / "in", {"a.png": PNG, "note": b"x"})
     os.utime(folder / "a.png", ns=(0, 1_700_000_000_123_456_789))
     target = tmp_path / "list.parquet"
-    assert list_place(folder, target, include=[], exclude=[], own=None) == 1
+    assert list_location(folder, target, include=[], exclude=[], own=None) == 1
     (row,) = pq.read_table(target).to_pylist()
     moment = datetime.fromtimestamp(1_700_000_000, UTC).replace(microsecond=123_456)
     assert row == {"path": "a.png", "file_size": len(PNG), "file_mtime": moment}
-    assert skipped_of(target) == {"not images": 1}
+    assert read_skipped(target) == {"not images": 1}
 
 
 def test_a_run_over_a_folder_says_what_it_left_out(engine_run: Command, bundle: Path, tmp_path: Path) -> None:

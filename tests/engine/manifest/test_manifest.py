@@ -5,8 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.errors import UsageError
-from engine.manifest import open_manifest
+from engine.core.errors import UsageError
+from engine.manifest.manifest import open_manifest
 
 
 def rows_of(source: Path, **options: object) -> list[str | None]:

@@ -11,19 +11,20 @@ import pytest
 import torch
 
 from benchmarks.gpu.bundle import proof_bundle
-from benchmarks.gpu.members import overlap
-from engine import bundle as bundles
-from engine.gpu.decode import Decoding, GpuPreprocess
-from engine.gpu.frames import FrameGraph
-from engine.gpu.stages import check_canaries
-from engine.gpu.step import GpuStep
-from engine.header import parse
-from engine.overlap import Meter
-from engine.preprocess.stage import Preprocess, load_pixels
-from engine.reader import Reader
-from engine.records import Part
-from engine.runners import choose, open_runner
-from engine.settings import Limits
+from benchmarks.gpu.members import measure_overlap
+from engine.bundle import bundle as bundles
+from engine.core.overlap import Meter
+from engine.core.records import Part
+from engine.core.settings import Limits
+from engine.formats.header import parse_header
+from engine.pipeline.load_pixels import load_pixels
+from engine.pipeline.open_gpu import check_canaries
+from engine.preprocess.gpu import DecodeOptions, GpuPreprocess
+from engine.preprocess.gpu_dicom import DicomPipeline
+from engine.preprocess.stage import Preprocess
+from engine.reader.reader import Reader
+from engine.runners.select import open_runner, select_runner
+from engine.scoring.gpu import GpuScorer
 from tests.helpers.images import smooth, write_images
 from tests.helpers.processes import Command
 from tests.helpers.runs import read_frame
@@ -94,7 +95,7 @@ def test_it_goes_on_where_it_stopped_and_tries_failed_rows_again(engine_process,
     (tmp_path / "out" / "part-00001.parquet").unlink()
     pd.testing.assert_frame_equal(screen(engine_process, archive, proof, "out", *fixed), whole)
     tuning = json.loads((tmp_path / "out" / "_run.json").read_text())["tuning"]
-    assert Decoding(**tuning["decoding"])
+    assert DecodeOptions(**tuning["decoding"])
     run = engine_process("out", "--only-errors", timeout_s=300)
     assert run.returncode == 0, run.stderr
     pd.testing.assert_frame_equal(read_frame(tmp_path / "out"), whole)
@@ -105,7 +106,7 @@ def test_dalis_pixels_are_the_cpus_within_two_gray_levels(tmp_path):
     paths = sorted(folder.glob("*.jpg"))
     expected = load_pixels(paths, size=(224, 224)).pixels
     part = Part(0, np.arange(len(paths)), [str(path) for path in paths], None)
-    decoding = Decoding()
+    decoding = DecodeOptions()
     reader = Reader(Path(), 8, 2, limits=Limits(), on_gpu=decoding.on_gpu)
     with (
         Preprocess(size=(224, 224), batch_size=8, threads=2, decoding_bytes=1 << 28) as cpu,
@@ -122,16 +123,16 @@ def test_dalis_pixels_are_the_cpus_within_two_gray_levels(tmp_path):
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_canaries_pass_in_fp16_and_members_overlap(proof, graphs):
-    models = bundles.load(proof)
-    choice = choose("torch", "cuda:0", models, precision=None, batch_size=None)
+    models = bundles.load_bundle(proof)
+    choice = select_runner("torch", "cuda:0", models, precision=None, batch_size=None)
     members = [open_runner(choice, models, member) for member in models.members]
-    step = GpuStep(models, members, batch_size=16, device="cuda:0", graphs=graphs)
+    step = GpuScorer(models, members, batch_size=16, device="cuda:0", graphs=graphs)
     assert check_canaries(models, step) < LIMIT
     timed = step.choose_streams()
     assert timed.gain > 0.9
     step.close()
     if not graphs:
-        found = overlap(proof, choice, 16)
+        found = measure_overlap(proof, choice, 16)
         assert found["streams"] >= 2
         assert found["overlapping_share"] > 0
 
@@ -157,9 +158,9 @@ def test_dicom_frames_are_those_of_the_cpu(tmp_path: Path) -> None:
         window = {"WindowCenter": 2000, "WindowWidth": 3000} if number % 2 else {}
         data = dicom(samples, syntax, bits=12, **window)
         (tmp_path / f"{number}.dcm").write_bytes(data)
-        files[number] = (data, parse(data, 1_000_000))
+        files[number] = (data, parse_header(data, 1_000_000))
     expected = load_pixels([tmp_path / f"{number}.dcm" for number in files]).pixels
-    graph = FrameGraph(size=(224, 224), batch_size=8, threads=4, device_id=0)
+    graph = DicomPipeline(size=(224, 224), batch_size=8, threads=4, device_id=0)
     found = graph.run(files)
     print("nvImageCodec decodes", found.decoded, "and refuses", found.refused)
     assert 0 in found.decoded, "JPEG 2000"

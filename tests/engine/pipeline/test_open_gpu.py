@@ -13,22 +13,24 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import bundle as bundles
-from engine import tune
-from engine.canaries import CANARY_LIMIT
+from engine.bundle import bundle as bundles
+from engine.core.errors import EngineError, ParityError
+from engine.core.hardware import Gpu
+from engine.core.settings import Settings
 from engine.core.tuning import Tuning
-from engine.errors import EngineError, ParityError
-from engine.gpu import stages
-from engine.gpu.decode import Decoding, GpuPreprocess
-from engine.gpu.stages import check_canaries
-from engine.gpu.step import GpuStep
-from engine.manifest import open_manifest
-from engine.pipeline import Stages, screen
-from engine.plans import Gpu
+from engine.manifest.manifest import open_manifest
+from engine.pipeline import open_gpu
+from engine.pipeline.open_gpu import check_canaries
+from engine.pipeline.pipeline import screen_in_process
+from engine.pipeline.stages import Stages
+from engine.preprocess.gpu import DecodeOptions, GpuPreprocess
 from engine.preprocess.stage import Preprocess
-from engine.runners import Choice
+from engine.runners.base import RunnerChoice
 from engine.runners.onnx import OnnxRunner
-from engine.settings import Settings
+from engine.scoring.canaries import CANARY_LIMIT
+from engine.scoring.gpu import GpuScorer
+from engine.tune import search
+from engine.tune import trials as tune_trials
 from tests.helpers.bundles import write_bundle
 from tests.helpers.images import encode, smooth, write_images
 from tests.helpers.runs import read_frame
@@ -44,7 +46,7 @@ def stages_on(cuda: StandIn, kind: type[Member] = Member, *, graphs: bool = True
             batch_size = opening.batch_size
             models = opening.models
             members = [kind(OnnxRunner(member, models), cuda) for member in models.members]
-            self.step = GpuStep(
+            self.step = GpuScorer(
                 models, members, batch_size=batch_size, device="cpu", graphs=graphs, cuda=cuda
             )
             check_canaries(models, self.step)
@@ -57,7 +59,7 @@ def stages_on(cuda: StandIn, kind: type[Member] = Member, *, graphs: bool = True
                     batch_size=batch_size,
                     threads=2,
                     device_id=None,
-                    decoding=Decoding(cpu_share=0.3),
+                    decoding=DecodeOptions(cpu_share=0.3),
                 )
             )
 
@@ -69,9 +71,9 @@ def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
     (archive / "image-07-cut.jpg").write_bytes((archive / "image-07.jpg").read_bytes()[:400])
     (archive / "image-09-text.png").write_text("no image")
     settings = {"manifest": archive, "bundle": bundle, "batch_size": 8, "part_rows": 16}
-    screen(Settings(output=tmp_path / "cpu", **settings))
+    screen_in_process(Settings(output=tmp_path / "cpu", **settings))
     with StandIn(5) as cuda:
-        summary = screen(Settings(output=tmp_path / "gpu", **settings), stages_of=stages_on(cuda))
+        summary = screen_in_process(Settings(output=tmp_path / "gpu", **settings), stages_of=stages_on(cuda))
     assert (summary.rows, summary.errors) == (47, 2)
     expected, found = read_frame(tmp_path / "cpu"), read_frame(tmp_path / "gpu")
     exact = ["row", "path", "status", "error", "width", "height", "prediction"]
@@ -89,8 +91,8 @@ def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
         def __init__(self, cpu, **options):
             super().__init__(cpu, **{**options, "device_id": None})
 
-    monkeypatch.setattr(stages, "GpuPreprocess", OnCpu)
-    monkeypatch.setattr("engine.gpu.tuning.TUNE_ROWS", 1)
+    monkeypatch.setattr(open_gpu, "GpuPreprocess", OnCpu)
+    monkeypatch.setattr("engine.preprocess.gpu_tuning.TUNE_ROWS", 1)
     archive = tmp_path / "archive"
     archive.mkdir()
     for number in range(6):
@@ -98,7 +100,7 @@ def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
         (archive / f"{number}.jpg").write_bytes(data)
     bundle = write_bundle(tmp_path / "fast", decode="fast")
     settings = {"manifest": archive, "bundle": bundle, "batch_size": 4, "part_rows": 6}
-    screen(Settings(output=tmp_path / "cpu", **settings))
+    screen_in_process(Settings(output=tmp_path / "cpu", **settings))
     with StandIn(5) as cuda:
 
         class Tuned(stages_on(cuda)):
@@ -106,10 +108,10 @@ def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
                 super().open(stack)
                 choice = replace(self.opening.choice, device="cuda:0")
                 opening = replace(self.opening, choice=choice)
-                self.preprocess, tuning = stages._open_preprocess(stack, opening, Tuning())
+                self.preprocess, tuning = open_gpu._open_preprocess(stack, opening, Tuning())
                 self.settled = replace(self.settled, tuning=tuning)
 
-        screen(Settings(output=tmp_path / "gpu", **settings), stages_of=Tuned)
+        screen_in_process(Settings(output=tmp_path / "gpu", **settings), stages_of=Tuned)
     tuned = json.loads((tmp_path / "gpu" / "_run.json").read_text())["tuning"]
     assert tuned["decoding"]["cpu_share"] == 1
     assert "decoding_tried" not in tuned
@@ -121,18 +123,18 @@ def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
 def test_tuning_visits_one_candidate_after_the_other(tmp_path, bundle, monkeypatch):
     archive = write_images(tmp_path / "archive", 12)
     gpu = Gpu(name="stand-in", uuid="GPU-0", capability="9.0", driver="580")
-    choice = Choice(runner="torch", device="cuda:0", precision="fp32", reason="stand-in", gpu=gpu)
-    monkeypatch.setattr(tune, "choice_of", lambda settings, models: choice)
+    choice = RunnerChoice(runner="torch", device="cuda:0", precision="fp32", reason="stand-in", gpu=gpu)
+    monkeypatch.setattr(search, "select_for_settings", lambda settings, models: choice)
     settings = Settings(manifest=archive, bundle=bundle, slots=1)
-    assert tune.Knobs(cuda_graph=False) in tune.candidates(choice, settings)
+    assert search.Knobs(cuda_graph=False) in search.candidates(choice, settings)
     manifest = open_manifest(archive, listing=tmp_path / "listing.parquet").only(())
     (tmp_path / "parts").mkdir()
     said = []
     with StandIn(3) as cuda:
-        monkeypatch.setattr(tune, "Stages", stages_on(cuda))
-        with tune.Trials(
+        monkeypatch.setattr(search, "Stages", stages_on(cuda))
+        with tune_trials.Trials(
             settings,
-            bundles.load(bundle),
+            bundles.load_bundle(bundle),
             choice,
             manifest,
             scratch=tmp_path / "parts",
@@ -140,7 +142,7 @@ def test_tuning_visits_one_candidate_after_the_other(tmp_path, bundle, monkeypat
             stop=Event(),
         ) as trials:
             for size in (4, 2):
-                assert trials.visit(tune.Knobs(batch_size=size), 0) > 0
+                assert trials.visit(search.Knobs(batch_size=size), 0) > 0
     assert said[0].startswith("batch 4: ")
     assert trials.by_status.keys() == {"ok"}
     assert trials.by_status["ok"] >= 3 * (4 + 2)
@@ -153,11 +155,11 @@ def test_canaries_that_differ_stop_the_run_before_anything_is_scored(tmp_path, b
             with self._cuda.stream(stream):
                 self._cuda.launch(lambda: logits[:, 0].add_(0.1), reads=[], writes=[logits])
 
-    models = bundles.load(bundle)
+    models = bundles.load_bundle(bundle)
     with StandIn(1) as cuda:
         for kind, passes in ((Member, True), (Shifted, False)):
             members = [kind(OnnxRunner(member, models), cuda) for member in models.members]
-            step = GpuStep(models, members, batch_size=8, device="cpu", cuda=cuda)
+            step = GpuScorer(models, members, batch_size=8, device="cpu", cuda=cuda)
             if passes:
                 assert check_canaries(models, step) < 1e-6
                 continue
@@ -186,4 +188,4 @@ def test_memory_that_others_take_while_it_runs_is_one_line(tmp_path, bundle):
 
         settings = Settings(manifest=archive, bundle=bundle, output=tmp_path / "out", batch_size=8)
         with pytest.raises(EngineError, match="NVIDIA H100 ran out of memory; free some, and the same"):
-            screen(settings, stages_of=Crowded)
+            screen_in_process(settings, stages_of=Crowded)

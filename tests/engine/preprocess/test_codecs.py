@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from engine.header import HeaderError, parse
-from engine.preprocess import codecs
-from engine.preprocess.codecs.gray import full_scale, oriented, to_gray, unpacked
-from engine.records import Header
+from engine.core.records import Header
+from engine.formats.common import HeaderError
+from engine.formats.header import parse_header
+from engine.preprocess.codecs import decode as codecs
+from engine.preprocess.codecs.gray import apply_orientation, to_gray, unpack_bits, white_of
 from tests.fuzz.mutations import mutate
 from tests.helpers.images import bmp, encode, every_format, png, smooth, tiff
 
@@ -20,7 +21,7 @@ FILES = every_format()
 
 
 def decode(data: bytes) -> np.ndarray:
-    return codecs.decode(data, parse(data, 1_000_000)).gray
+    return codecs.decode(data, parse_header(data, 1_000_000)).gray
 
 
 def gray_of(data: bytes) -> np.ndarray:
@@ -92,7 +93,7 @@ def test_orientation(value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(Image.fromarray(gray), "PNG", exif=exif))))
-    assert np.array_equal(oriented(gray, value), np.asarray(upright))
+    assert np.array_equal(apply_orientation(gray, value), np.asarray(upright))
     deep = png(gray.astype(np.uint16) * 257, chunks={b"eXIf": exif.tobytes()[6:]})
     assert np.array_equal(gray_of(deep), np.asarray(upright))
 
@@ -113,8 +114,8 @@ def test_damage_is_a_value_error() -> None:
 
 
 def test_black_and_8_bit_samples() -> None:
-    assert full_scale(np.zeros((2, 2), np.uint16)) == 255
-    assert full_scale(np.zeros((2, 2), np.uint8)) == 255
+    assert white_of(np.zeros((2, 2), np.uint16)) == 255
+    assert white_of(np.zeros((2, 2), np.uint8)) == 255
     gray = smooth(5, 6)
     assert np.array_equal(to_gray(gray), gray)
 
@@ -293,7 +294,7 @@ def test_the_first_frame_is_taken(kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     first = encode(frames[0], kind, **options)
     animated = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert parse(animated, 1_000).flags == ("first_frame",)
+    assert parse_header(animated, 1_000).flags == ("first_frame",)
     assert np.abs(gray_of(animated) - gray_of(first)).max() <= 1
 
 
@@ -307,8 +308,8 @@ def test_a_small_gif_frame_lies_on_a_black_screen() -> None:
 
 
 def test_packed_samples() -> None:
-    assert unpacked(np.array([[0xE4, 0x1B]], np.uint8), 2).tolist() == [[3, 2, 1, 0, 0, 1, 2, 3]]
-    assert unpacked(np.array([[0xA5]], np.uint8), 4).tolist() == [[10, 5]]
+    assert unpack_bits(np.array([[0xE4, 0x1B]], np.uint8), 2).tolist() == [[3, 2, 1, 0, 0, 1, 2, 3]]
+    assert unpack_bits(np.array([[0xA5]], np.uint8), 4).tolist() == [[10, 5]]
 
 
 def broken_lzw() -> bytes:
@@ -363,7 +364,7 @@ def test_a_short_tiff_strip_is_damage(compression: str) -> None:
 def test_every_changed_bit_of_a_deflated_tiff_is_noticed() -> None:
     gray = smooth(7, 30)
     data = tiff(gray)
-    ((start, end),) = parse(data, 1_000).layout.spans
+    ((start, end),) = parse_header(data, 1_000).layout.spans
     noticed = 0
     for bit in range(8 * start, 8 * end):
         changed = bytearray(data)
@@ -378,7 +379,7 @@ def test_every_changed_bit_of_a_deflated_tiff_is_noticed() -> None:
 def test_a_padded_last_strip_is_cut() -> None:
     gray = smooth(10, 30)
     data = tiff(gray)
-    (start, middle), (_, end) = parse(data, 1_000).layout.spans
+    (start, middle), (_, end) = parse_header(data, 1_000).layout.spans
     padded = zlib.compress(np.pad(gray[7:], [(0, 4), (0, 0)]).tobytes())
     offsets, lengths = struct.pack("<HH", start, middle), struct.pack("<HH", middle - start, end - middle)
     assert data.count(offsets) == data.count(lengths) == 1
@@ -396,7 +397,7 @@ def test_mutations_raise_nothing_but_value_error(kind: str) -> None:
     for _ in range(1_000):
         data = mutate(rng.choice(files), rng, rng.choice(files))[0]
         try:
-            header = parse(data, 100_000)
+            header = parse_header(data, 100_000)
         except HeaderError:
             continue
         first = outcome(data, header)

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.errors import EngineError
-from engine.overlap import Meter
+from engine.core.errors import EngineError
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Status
 from engine.preprocess import decoder
 from engine.preprocess.stage import Preprocess
-from engine.records import Batch, Status
 from tests.helpers.decoder_faults import FAULTS
 from tests.helpers.images import smooth_jpeg
 from tests.helpers.pixels import read_batches
@@ -108,7 +108,7 @@ def test_a_decoder_that_may_leak_is_replaced(
     images = [smooth_jpeg(0), damaged_middle(smooth_jpeg(1)), damaged_middle(smooth_jpeg(2))]
     with Preprocess(size=(32, 32), batch_size=8, threads=1, decoding_bytes=1 << 24) as preprocess:
         first = preprocess.decoder._process.pid
-        for _ in range(decoder.RETIRE_REQUESTS + 1):
+        for _ in range(decoder.RECYCLE_REQUESTS + 1):
             (batch,) = decoded(preprocess, tmp_path / "images", images)
             assert sorted(batch.errors) == [1, 2]
         assert preprocess.decoder._process.pid != first

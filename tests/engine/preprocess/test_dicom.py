@@ -21,12 +21,12 @@ from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
 
 import engine
 from benchmarks.dicom_files import LOSSLESS, LOSSY, dicom, frame
-from engine import header
-from engine.header import HeaderError
-from engine.header import dicom as dicom_header
-from engine.preprocess.codecs import decode
+from engine.core.records import Header
+from engine.formats import dicom as dicom_header
+from engine.formats import header
+from engine.formats.common import HeaderError
 from engine.preprocess.codecs import dicom as codec
-from engine.records import Header
+from engine.preprocess.codecs.decode import decode
 from tests.helpers.images import png, smooth
 from tests.helpers.processes import Command, run_module
 
@@ -47,7 +47,7 @@ Gray = npt.NDArray[np.uint8]
 
 def parse(data: bytes) -> Header:
     """Return the header as the process that decodes gets it."""
-    sent: Header = pickle.loads(pickle.dumps(header.parse(data, MAX_PIXELS)))
+    sent: Header = pickle.loads(pickle.dumps(header.parse_header(data, MAX_PIXELS)))
     return sent
 
 
@@ -101,7 +101,7 @@ def test_samples_are_those_that_pydicom_decodes(monkeypatch: pytest.MonkeyPatch)
             continue
         if found.format != "dicom" or found.layout.compression not in ("uncompressed", "RLE"):
             continue
-        stored, _ = codec._stored(data, found, found.layout)
+        stored, _ = codec._read_stored(data, found, found.layout)
         reference = pydicom.dcmread(path, force=True)
         reference.pixel_array_options(raw=True, index=0)
         mask = (1 << found.bits) - 1
@@ -432,7 +432,7 @@ def test_a_deflated_bomb_stops_where_the_image_ends() -> None:
 @pytest.mark.parametrize("tag", [b"\x09\0\x02\x10", b"\x28\0\x10\x30"])  # a private one, VOILUTSequence
 def test_a_header_of_a_million_items(tag: bytes, length: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would become an object; the limits are lowered so that the test is quick."""
-    monkeypatch.setattr(dicom_header._Source, "_left", 2000)
+    monkeypatch.setattr(dicom_header._LimitedReads, "_left", 2000)
     data = dicom(TWELVE, bits=12)
     items = b"\xfe\xff\0\xe0\0\0\0\0" * 3000
     size = len(items) if length == "defined" else 0xFFFFFFFF

@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 
 from benchmarks.dicom_files import dicom
-from engine.header import HeaderError, parse
-from engine.pipeline import screen
-from engine.preprocess import codecs
-from engine.preprocess.codecs.jpeg import scale_for
-from engine.preprocess.graph import Graph
-from engine.preprocess.stage import load_pixels
-from engine.settings import Settings
+from engine.core.settings import Settings
+from engine.formats.common import HeaderError
+from engine.formats.header import parse_header
+from engine.pipeline.load_pixels import load_pixels
+from engine.pipeline.pipeline import screen_in_process
+from engine.preprocess.codecs import decode
+from engine.preprocess.codecs.jpeg import choose_scale
+from engine.preprocess.resize import ResizePipeline
 from tests.fuzz.mutations import mutate
 from tests.helpers.bundles import write_bundle
 from tests.helpers.images import encode, every_format, smooth
@@ -30,14 +31,14 @@ SIZE = (224, 224)
 
 
 @pytest.fixture(scope="module")
-def graph() -> Graph:
-    return Graph(size=SIZE, batch_size=2, threads=2)
+def graph() -> ResizePipeline:
+    return ResizePipeline(size=SIZE, batch_size=2, threads=2)
 
 
-def both(graph: Graph, data: bytes) -> np.ndarray:
+def both(graph: ResizePipeline, data: bytes) -> np.ndarray:
     """Pixels of the full and of the fast decode, [2, H, W]."""
-    header = parse(data, 1 << 30)
-    ways = [codecs.decode(data, header, least=least) for least in (None, SIZE)]
+    header = parse_header(data, 1 << 30)
+    ways = [decode.decode(data, header, least=least) for least in (None, SIZE)]
     return graph.run([way.gray for way in ways], [way.margins for way in ways])[:, 0].astype(int)
 
 
@@ -56,11 +57,13 @@ def both(graph: Graph, data: bytes) -> np.ndarray:
         (2430, 1994, 8),
     ],
 )
-def test_pixels_are_near_those_of_the_full_decode(graph: Graph, height: int, width: int, scale: int) -> None:
+def test_pixels_are_near_those_of_the_full_decode(
+    graph: ResizePipeline, height: int, width: int, scale: int
+) -> None:
     data = encode(Image.fromarray(smooth(height, width)), "JPEG", quality=90)
-    header = parse(data, 1 << 30)
-    assert scale_for(header, SIZE) == scale
-    gray = codecs.decode(data, header, least=SIZE).gray
+    header = parse_header(data, 1 << 30)
+    assert choose_scale(header, SIZE) == scale
+    gray = decode.decode(data, header, least=SIZE).gray
     assert gray.shape == (-(-height // scale), -(-width // scale))
     exact, fast = both(graph, data)
     assert np.abs(fast - exact).mean() <= FAST_MEAN
@@ -70,13 +73,13 @@ def test_pixels_are_near_those_of_the_full_decode(graph: Graph, height: int, wid
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": "4:2:0", "progressive": True}]
 )
-def test_colour_is_scaled_as_its_luma(graph: Graph, options: dict[str, object]) -> None:
+def test_colour_is_scaled_as_its_luma(graph: ResizePipeline, options: dict[str, object]) -> None:
     exact, fast = both(graph, encode(Image.fromarray(smooth(911, 1203, channels=3)), "JPEG", **options))
     assert 0 < np.abs(fast - exact).mean() <= FAST_MEAN
 
 
 @pytest.mark.parametrize("value", range(1, 9))
-def test_the_picture_is_neither_stretched_nor_shifted(graph: Graph, value: int) -> None:
+def test_the_picture_is_neither_stretched_nor_shifted(graph: ResizePipeline, value: int) -> None:
     """Of 899 pixels a quarter is 224.75; the rest of the last one is no picture, wherever it comes to lie."""
     y, x = np.mgrid[0:899, 0:1797]
     waves = 128 + 60 * np.sin(y / 15) + 60 * np.sin(x / 21)
@@ -91,10 +94,10 @@ def test_the_picture_is_neither_stretched_nor_shifted(graph: Graph, value: int) 
 def test_other_sizes_than_square_are_measured_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    lying = parse(encode(Image.fromarray(smooth(100, 400)), "JPEG", exif=exif), 1 << 30)
+    lying = parse_header(encode(Image.fromarray(smooth(100, 400)), "JPEG", exif=exif), 1 << 30)
     assert (lying.width, lying.height) == (400, 100)
-    assert scale_for(lying, (200, 50)) == 2
-    assert scale_for(lying, (50, 200)) == 1
+    assert choose_scale(lying, (200, 50)) == 2
+    assert choose_scale(lying, (50, 200)) == 1
 
 
 def test_all_that_is_not_gray_or_colour_jpeg_is_decoded_in_full() -> None:
@@ -102,8 +105,8 @@ def test_all_that_is_not_gray_or_colour_jpeg_is_decoded_in_full() -> None:
     files["CMYK"] = encode(Image.fromarray(smooth(130, 150, channels=3)).convert("CMYK"), "JPEG")
     files["DICOM"] = dicom(smooth(130, 150), "jpeg", bits=8)
     for name, data in files.items():
-        header = parse(data, 1 << 30)
-        full, fast = (codecs.decode(data, header, least=least) for least in (None, (16, 16)))
+        header = parse_header(data, 1 << 30)
+        full, fast = (decode.decode(data, header, least=least) for least in (None, (16, 16)))
         assert np.array_equal(full.gray, fast.gray), name
         assert fast.margins == ((0, 0), (0, 0)), name
 
@@ -117,7 +120,7 @@ def test_damage_gets_the_same_verdict() -> None:
     for _ in range(400):
         data = mutate(rng.choice(files), rng, rng.choice(files))[0]
         try:
-            header = parse(data, 1_000_000)
+            header = parse_header(data, 1_000_000)
         except HeaderError:
             continue
         full, fast = (verdict(data, header, least) for least in (None, (32, 32)))
@@ -129,7 +132,7 @@ def test_damage_gets_the_same_verdict() -> None:
 
 def verdict(data: bytes, header, least) -> str | list[str]:
     try:
-        return codecs.decode(data, header, least=least).flags
+        return decode.decode(data, header, least=least).flags
     except ValueError as error:
         return str(error)
 
@@ -138,12 +141,12 @@ def test_a_file_with_a_harmless_warning_is_decoded_in_full() -> None:
     good = encode(Image.fromarray(smooth(130, 150)), "JPEG")
     version = good.index(b"JFIF\0") + 5
     odd = good[:version] + b"\x07" + good[version + 1 :]
-    found = codecs.decode(odd, parse(odd, 1 << 30), least=(16, 16))
+    found = decode.decode(odd, parse_header(odd, 1 << 30), least=(16, 16))
     assert found.flags == ["decoder_warning"]
-    assert np.array_equal(found.gray, codecs.decode(good, parse(good, 1 << 30)).gray)
+    assert np.array_equal(found.gray, decode.decode(good, parse_header(good, 1 << 30)).gray)
 
 
-def test_real_radiographs(graph: Graph, radiographs: list[Path]) -> None:
+def test_real_radiographs(graph: ResizePipeline, radiographs: list[Path]) -> None:
     for path in radiographs[::5]:
         exact, fast = both(graph, path.read_bytes())
         assert np.abs(fast - exact).mean() <= FAST_MEAN
@@ -160,8 +163,8 @@ def test_a_run_decodes_as_its_bundle_was_trained(engine_run: Command, tmp_path: 
     for how in ("exact", "fast"):
         output = tmp_path / f"out-{how}"
         settings = Settings(manifest=folder, bundle=write_bundle(tmp_path / how, decode=how), output=output)
-        screen(settings)
-        screen(replace(settings, decode=how))  # it is the same run, which is finished
+        screen_in_process(settings)
+        screen_in_process(replace(settings, decode=how))  # it is the same run, which is finished
         assert json.loads((output / "_run.json").read_text())["result_options"]["decode"] == how
         rows[how] = pd.read_parquet(output)
         assert rows[how].status.tolist() == ["ok"] * 5 + ["corrupt"]
@@ -181,10 +184,10 @@ def test_loaded_pixels_are_those_of_the_decoder(tmp_path: Path) -> None:
     for seed, path in enumerate(paths):
         path.write_bytes(encode(Image.fromarray(smooth(305, 279, seed=seed)), "JPEG"))
     exact, fast = (load_pixels(paths, size=(64, 64), decode=how).pixels for how in ("exact", "fast"))
-    small = Graph(size=(64, 64), batch_size=1, threads=1)
+    small = ResizePipeline(size=(64, 64), batch_size=1, threads=1)
     for path, found, full in zip(paths, fast, exact, strict=True):
         data = path.read_bytes()
-        one = codecs.decode(data, parse(data, 1 << 30), least=(64, 64))
+        one = decode.decode(data, parse_header(data, 1 << 30), least=(64, 64))
         assert one.gray.shape == (77, 70)
         assert np.array_equal(small.run([one.gray], [one.margins])[0], found)
         assert not np.array_equal(found, full)

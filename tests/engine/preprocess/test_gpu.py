@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.errors import EngineError
-from engine.gpu.decode import Decoding, EncodedGraph, GpuPreprocess, RefusedError
-from engine.header import parse
-from engine.preprocess.stage import Preprocess, load_pixels
-from engine.records import Status
+from engine.core.errors import EngineError
+from engine.core.records import Status
+from engine.formats.header import parse_header
+from engine.pipeline.load_pixels import load_pixels
+from engine.preprocess.gpu import BatchRefusedError, DecodeOptions, GpuPreprocess, JpegPipeline
+from engine.preprocess.stage import Preprocess
 from tests.helpers.gpu_pixels import SIZE, decoded
 from tests.helpers.images import jpeg, write_images
 
 
 @pytest.fixture(scope="module")
 def radiograph() -> np.ndarray:
-    from training.synthetic import sample
+    from training.synthetic import draw_sample
 
-    return sample(seed=3, index=0, size_range=(300, 400)).pixels8
+    return draw_sample(seed=3, index=0, size_range=(300, 400)).pixels8
 
 
 def spoiled(data: bytes) -> bytes:
@@ -40,7 +41,7 @@ def test_pixels_are_those_of_the_cpu_wherever_they_are_decoded(tmp_path):
     folder = write_images(tmp_path / "images", 21)  # PNG and JPEG, gray and colour, of any size
     expected = on_the_cpu(folder)
     for share in (0.0, 0.5, 1.0):
-        found = decoded(folder, Decoding(cpu_share=share))
+        found = decoded(folder, DecodeOptions(cpu_share=share))
         assert found.keys() == expected.keys()
         for name, pixels in expected.items():
             difference = np.abs(found[name].astype(int) - pixels)
@@ -71,7 +72,7 @@ def test_a_bad_image_costs_its_own_row_and_its_neighbours_keep_their_pixels(tmp_
 def test_what_dali_alone_refuses_is_decoded_on_the_cpu(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "images", 12)
     victim = (folder / "image-03.jpg").read_bytes()
-    begin, end = EncodedGraph.begin, EncodedGraph.end
+    begin, end = JpegPipeline.begin, JpegPipeline.end
 
     def refuses(self, images):
         self.refuse = victim in images
@@ -80,12 +81,12 @@ def test_what_dali_alone_refuses_is_decoded_on_the_cpu(tmp_path, monkeypatch):
     def ends(self):
         output = end(self)
         if self.refuse:
-            raise RefusedError("no reason")
+            raise BatchRefusedError("no reason")
         return output
 
     expected = on_the_cpu(folder)
-    monkeypatch.setattr(EncodedGraph, "begin", refuses)
-    monkeypatch.setattr(EncodedGraph, "end", ends)
+    monkeypatch.setattr(JpegPipeline, "begin", refuses)
+    monkeypatch.setattr(JpegPipeline, "end", ends)
     found = decoded(folder)
     assert np.array_equal(found["image-03.jpg"], expected["image-03.jpg"])
     assert not [name for name, value in found.items() if isinstance(value, tuple)]
@@ -95,25 +96,25 @@ def test_a_dali_that_can_not_decode_at_all_is_said_when_it_is_opened(monkeypatch
     with (
         Preprocess(size=SIZE, batch_size=4, threads=1, decoding_bytes=1 << 28) as cpu,
         GpuPreprocess(
-            cpu, size=SIZE, batch_size=4, threads=1, device_id=None, decoding=Decoding()
+            cpu, size=SIZE, batch_size=4, threads=1, device_id=None, decoding=DecodeOptions()
         ) as preprocess,
     ):
         preprocess.check()
 
         def broken(self):
-            raise RefusedError("nvJPEG is missing")
+            raise BatchRefusedError("nvJPEG is missing")
 
-        monkeypatch.setattr(EncodedGraph, "end", broken)
+        monkeypatch.setattr(JpegPipeline, "end", broken)
         with pytest.raises(EngineError, match="can't decode a sound JPEG here: nvJPEG is missing"):
             preprocess.check()
 
 
 def test_the_route_depends_on_the_bytes_alone(radiograph):
     gray, colour = jpeg(radiograph), jpeg(Image.fromarray(radiograph).convert("CMYK"))
-    assert Decoding().on_gpu(gray, parse(gray, 10**9))
-    assert not Decoding().on_gpu(colour, parse(colour, 10**9)), "DALI's CMYK is another"
-    assert not Decoding(cpu_share=1.0).on_gpu(gray, parse(gray, 10**9))
+    assert DecodeOptions().on_gpu(gray, parse_header(gray, 10**9))
+    assert not DecodeOptions().on_gpu(colour, parse_header(colour, 10**9)), "DALI's CMYK is another"
+    assert not DecodeOptions(cpu_share=1.0).on_gpu(gray, parse_header(gray, 10**9))
     files = [jpeg(radiograph, comment=b"x" * number) for number in range(400)]
-    routes = [Decoding(cpu_share=0.3).on_gpu(data, parse(data, 10**9)) for data in files]
+    routes = [DecodeOptions(cpu_share=0.3).on_gpu(data, parse_header(data, 10**9)) for data in files]
     assert 0.6 < np.mean(routes) < 0.8
-    assert routes == [Decoding(cpu_share=0.3).on_gpu(data, parse(data, 10**9)) for data in files]
+    assert routes == [DecodeOptions(cpu_share=0.3).on_gpu(data, parse_header(data, 10**9)) for data in files]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.gpu.decode import Decoding
-from engine.gpu.frames import FrameGraph
-from engine.header import parse
-from engine.preprocess.codecs.presentation import display, display_samples
-from engine.preprocess.stage import load_pixels
-from engine.records import Status
+from engine.core.records import Status
+from engine.formats.header import parse_header
+from engine.pipeline.load_pixels import load_pixels
+from engine.preprocess.codecs.dicom_windowing import display, display_samples
+from engine.preprocess.gpu import DecodeOptions
+from engine.preprocess.gpu_dicom import DicomPipeline
 from tests.helpers.gpu_pixels import SIZE, decoded
 from tests.helpers.images import jpeg, smooth
 
@@ -50,20 +50,20 @@ def pacs(tmp_path: Path) -> Path:
 
 
 def test_the_header_decides(pacs: Path) -> None:
-    decoding = Decoding()
+    decoding = DecodeOptions()
     routes = {}
     for path in pacs.iterdir():
         data = path.read_bytes()
         if path.name != "cut":
-            routes[path.name] = decoding.on_gpu(data, parse(data, 1_000_000))
+            routes[path.name] = decoding.on_gpu(data, parse_header(data, 1_000_000))
     assert {name for name, there in routes.items() if there} == {
         *("jpeg2000.dcm", "htj2k.dcm", "htj2k-rpcl.dcm", "jpeg-p14.dcm", "jpeg-sv1.dcm"),
         *("no-window", "inverted", "signed", "eight", "another-size", "picture"),
     }
-    every_image_on_the_cpu = Decoding(cpu_share=1.0)
+    every_image_on_the_cpu = DecodeOptions(cpu_share=1.0)
     for name in routes:
         data = (pacs / name).read_bytes()
-        assert not every_image_on_the_cpu.on_gpu(data, parse(data, 1_000_000)), name
+        assert not every_image_on_the_cpu.on_gpu(data, parse_header(data, 1_000_000)), name
 
 
 @pytest.mark.parametrize("batch_size", [3, 16])
@@ -86,8 +86,8 @@ def test_flags_are_those_of_the_cpu(pacs: Path) -> None:
     flags = {}
     for name in ("no-window", "inverted"):
         data = (pacs / name).read_bytes()
-        graph = FrameGraph(size=SIZE, batch_size=2, threads=1, device_id=None)
-        found = graph.run({5: (data, parse(data, 1_000_000))})
+        graph = DicomPipeline(size=SIZE, batch_size=2, threads=1, device_id=None)
+        found = graph.run({5: (data, parse_header(data, 1_000_000))})
         assert (found.decoded, found.refused) == ([5], [])
         flags[name] = found.flags.get(5, [])
     assert flags == {"no-window": ["window_fallback"], "inverted": []}
@@ -96,7 +96,7 @@ def test_flags_are_those_of_the_cpu(pacs: Path) -> None:
 @pytest.mark.parametrize("name", ["jpeg2000.dcm", "no-window", "inverted", "eight"])
 def test_one_rule_for_arrays_and_tensors(pacs: Path, name: str) -> None:
     """Samples in a tensor are displayed as samples in an array are."""
-    header = parse((pacs / name).read_bytes(), 1_000_000)
+    header = parse_header((pacs / name).read_bytes(), 1_000_000)
     samples = smooth(90, 80) if name == "eight" else TWELVE
     inverted = name == "inverted"
     cells = torch.from_numpy(samples.astype(np.int32))
@@ -115,11 +115,11 @@ def test_one_rule_for_arrays_and_tensors(pacs: Path, name: str) -> None:
 
 
 def test_what_it_refuses_goes_to_the_cpu(pacs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: FrameGraph, files: object) -> None:
+    def fails(self: DicomPipeline, files: object) -> None:
         raise RuntimeError("out of memory")
 
     before = decoded(pacs)
-    monkeypatch.setattr(FrameGraph, "_run", fails)
+    monkeypatch.setattr(DicomPipeline, "_run", fails)
     after = decoded(pacs)
     for name, row in before.items():
         if name != "picture":

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 from msgspec.structs import asdict
 
-from engine.gpu import tuning
-from engine.gpu.decode import Decoding
-from engine.records import Batch, Header, Part
+from engine.core.records import Batch, Header, Part
+from engine.preprocess import gpu_tuning
+from engine.preprocess.gpu import DecodeOptions
 
 
 def batch(rows: int = 4) -> Batch:
@@ -22,28 +22,28 @@ def batch(rows: int = 4) -> Batch:
 
 
 def test_it_climbs_one_knob_after_the_other():
-    def rate(decoding: Decoding) -> float:
+    def rate(decoding: DecodeOptions) -> float:
         return 1000 + 500 * (decoding.hw_decoder_load == 0.9) + 2000 * min(decoding.cpu_share, 0.2)
 
-    best, tried = tuning.tune([batch()], rate)
+    best, tried = gpu_tuning.tune_decoding([batch()], rate)
     assert (best.hw_decoder_load, best.cpu_share) == (0.9, 0.2)
-    assert best.hybrid_huffman_threshold == Decoding().hybrid_huffman_threshold
+    assert best.hybrid_huffman_threshold == DecodeOptions().hybrid_huffman_threshold
     assert (best.width_hint, best.height_hint) == (103, 50)
     assert max(one.images_per_s for one in tried) == rate(best)
     assert 0.4 not in {one.cpu_share for one in tried}, "0.3 was no gain: not tried further"
-    assert Decoding(**asdict(best)) == best
+    assert DecodeOptions(**asdict(best)) == best
 
 
 def test_nothing_changes_for_a_gain_that_is_noise():
     rng = np.random.default_rng(0)
-    best, _ = tuning.tune([batch()], lambda decoding: 1000 + rng.uniform(0, 20))
-    assert best == Decoding(width_hint=103, height_hint=50)
+    best, _ = gpu_tuning.tune_decoding([batch()], lambda decoding: 1000 + rng.uniform(0, 20))
+    assert best == DecodeOptions(width_hint=103, height_hint=50)
 
 
 def test_the_rate_counts_all_rounds_but_the_first(monkeypatch):
     """By a clock that moves on by a second at each look."""
     seconds = itertools.count()
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(gpu_tuning.time, "perf_counter", lambda: float(next(seconds)))
     seen = []
 
     def stage(batches, meter):
@@ -53,7 +53,7 @@ def test_the_rate_counts_all_rounds_but_the_first(monkeypatch):
             yield one
 
     sample = [batch(), batch(3)]
-    found = tuning.rate_of(stage, sample, lambda data, header: True, timed_s=3)
+    found = gpu_tuning.measure_rate(stage, sample, lambda data, header: True, timed_s=3)
     assert sum(one.rows for one in seen) == 3 * 7, "one round to warm up, two in three seconds"
     assert found == pytest.approx(14 / 4)
     assert all(one.encoded == [b"x"] * one.rows for one in sample), "the sample itself is kept"

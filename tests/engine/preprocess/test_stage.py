@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.header import parse
-from engine.overlap import Meter
-from engine.preprocess import codecs
-from engine.preprocess.decoder import Decoder
-from engine.preprocess.graph import Graph, imported, small_pixels
-from engine.preprocess.stage import Preprocess, load_pixels
+from engine.core.overlap import Meter
+from engine.formats.header import parse_header
+from engine.pipeline.load_pixels import load_pixels
+from engine.preprocess.codecs import decode as codecs
+from engine.preprocess.decoder import DecoderProcess
+from engine.preprocess.resize import ResizePipeline, import_dali, resize_nodes
+from engine.preprocess.stage import Preprocess
 from tests.helpers.images import encode, pillow_reference, png, smooth
 from tests.helpers.pixels import pixels_alone
 from tests.helpers.tolerances import PIXEL_MAX, PIXEL_MEAN
@@ -18,12 +19,12 @@ SIZE = (224, 224)
 
 
 @pytest.fixture(scope="module")
-def graph() -> Graph:
-    return Graph(size=SIZE, batch_size=8, threads=2)
+def graph() -> ResizePipeline:
+    return ResizePipeline(size=SIZE, batch_size=8, threads=2)
 
 
-def difference(graph: Graph, data: bytes) -> tuple[float, int]:
-    (pixels,) = graph.run([codecs.decode(data, parse(data, 1 << 30)).gray])
+def difference(graph: ResizePipeline, data: bytes) -> tuple[float, int]:
+    (pixels,) = graph.run([codecs.decode(data, parse_header(data, 1 << 30)).gray])
     assert pixels.shape == (1, *SIZE)
     assert pixels.dtype == np.uint8
     apart = np.abs(pixels[0].astype(int) - pillow_reference(data, SIZE))
@@ -34,7 +35,7 @@ def difference(graph: Graph, data: bytes) -> tuple[float, int]:
     ("height", "width"), [(1, 1), (7, 300), (224, 224), (600, 500), (1024, 1024), (2660, 2180)]
 )
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_gray_pixels_are_pillows(graph: Graph, height: int, width: int, kind: str) -> None:
+def test_gray_pixels_are_pillows(graph: ResizePipeline, height: int, width: int, kind: str) -> None:
     mean, largest = difference(graph, encode(Image.fromarray(smooth(height, width)), kind))
     assert mean <= PIXEL_MEAN
     assert largest <= PIXEL_MAX
@@ -43,7 +44,7 @@ def test_gray_pixels_are_pillows(graph: Graph, height: int, width: int, kind: st
 @pytest.mark.parametrize(
     ("height", "width"), [(3, 3), (224, 448), (225, 260), (300, 700), (1024, 1024), (2430, 1994)]
 )
-def test_a_bright_frame_keeps_its_weight(graph: Graph, height: int, width: int) -> None:
+def test_a_bright_frame_keeps_its_weight(graph: ResizePipeline, height: int, width: int) -> None:
     """Scanned films have frames of a pixel or two; a resize that repeats the border makes much of them."""
     framed = smooth(height, width)
     framed[0], framed[:, -1], framed[-1], framed[:, 0] = 255, 255, 0, 0
@@ -51,7 +52,7 @@ def test_a_bright_frame_keeps_its_weight(graph: Graph, height: int, width: int) 
     assert largest <= PIXEL_MAX
 
 
-def test_real_radiographs_have_pillows_pixels(graph: Graph, radiographs: list[Path]) -> None:
+def test_real_radiographs_have_pillows_pixels(graph: ResizePipeline, radiographs: list[Path]) -> None:
     for path in radiographs[::5]:
         mean, largest = difference(graph, path.read_bytes())
         assert (mean <= PIXEL_MEAN, largest <= PIXEL_MAX) == (True, True)
@@ -69,7 +70,7 @@ def test_real_radiographs_have_pillows_pixels(graph: Graph, radiographs: list[Pa
         ("1", "PNG", {}),
     ],
 )
-def test_colour_becomes_luma(graph: Graph, mode: str, kind: str, options: dict[str, object]) -> None:
+def test_colour_becomes_luma(graph: ResizePipeline, mode: str, kind: str, options: dict[str, object]) -> None:
     picture = Image.fromarray(smooth(600, 500, channels=3)).convert(mode)
     mean, _ = difference(graph, encode(picture, kind, **options))
     assert mean <= PIXEL_MEAN
@@ -77,7 +78,7 @@ def test_colour_becomes_luma(graph: Graph, mode: str, kind: str, options: dict[s
 
 @pytest.mark.parametrize("value", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_exif_orientation(graph: Graph, kind: str, value: int) -> None:
+def test_exif_orientation(graph: ResizePipeline, kind: str, value: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = value
     mean, largest = difference(graph, encode(Image.fromarray(smooth(300, 400)), kind, exif=exif))
@@ -85,13 +86,13 @@ def test_exif_orientation(graph: Graph, kind: str, value: int) -> None:
     assert largest <= PIXEL_MAX
 
 
-def test_nodes_and_numpy_take_the_same_repeats_out(graph: Graph) -> None:
+def test_nodes_and_numpy_take_the_same_repeats_out(graph: ResizePipeline) -> None:
     """What stays on a GPU is resized by nodes alone; here they run on the CPU."""
-    dali = imported()
+    dali = import_dali()
 
     def nodes() -> object:
         gray = dali.fn.external_source(name="gray", dtype=dali.types.UINT8, ndim=3, layout="HWC")
-        return small_pixels(gray, *SIZE, "cpu")
+        return resize_nodes(gray, *SIZE, "cpu")
 
     pipeline = dali.pipeline_def(nodes)(batch_size=8, num_threads=2, device_id=None, exec_dynamic=True)
     pipeline.build()
@@ -108,7 +109,7 @@ def test_nodes_and_numpy_take_the_same_repeats_out(graph: Graph) -> None:
 )
 @pytest.mark.parametrize(("height", "width"), [(250, 304), (448, 700), (1001, 333)])
 def test_margins_are_left_out_as_pillow_does(
-    graph: Graph, height: int, width: int, margins: tuple[tuple[float, float], tuple[float, float]]
+    graph: ResizePipeline, height: int, width: int, margins: tuple[tuple[float, float], tuple[float, float]]
 ) -> None:
     image = np.random.default_rng(0).integers(0, 256, (height, width), np.uint8)
     image[0], image[:, -1], image[-1], image[:, 0] = 255, 255, 0, 0
@@ -120,7 +121,7 @@ def test_margins_are_left_out_as_pillow_does(
     assert apart.max() <= 4
 
 
-def test_twenty_megapixels(graph: Graph) -> None:
+def test_twenty_megapixels(graph: ResizePipeline) -> None:
     mean, largest = difference(graph, encode(Image.fromarray(smooth(5000, 4000)), "JPEG"))
     assert mean <= PIXEL_MEAN
     assert largest <= PIXEL_MAX
@@ -161,13 +162,13 @@ def test_images_are_decoded_within_the_pixel_budget(tmp_path: Path, monkeypatch:
     paths = [tmp_path / f"{index}" for index in range(6)]
     plenty = load_pixels(paths, size=(32, 32))
     together = []
-    decode = Decoder.decode
+    decode = DecoderProcess.decode
     monkeypatch.setattr(
-        Decoder,
+        DecoderProcess,
         "decode",
         lambda self, images, headers: together.append(len(images)) or decode(self, images, headers),
     )
-    monkeypatch.setattr("engine.settings.Limits.decoding_bytes", 250_000)
+    monkeypatch.setattr("engine.core.settings.Limits.decoding_bytes", 250_000)
     scarce = load_pixels(paths, size=(32, 32))
     assert together == [2, 2, 2]
     assert np.array_equal(plenty.pixels, scarce.pixels)

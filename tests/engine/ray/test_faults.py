@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from engine.errors import Stopped
+from engine.core.errors import Stopped
 from tests.helpers.hurt.sitecustomize import DEADLY
 from tests.helpers.images import write_images
 from tests.helpers.nodes import Nodes

@@ -14,25 +14,26 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from engine import bundle as bundles
-from engine.canaries import SHARE, Canaries, Guard, check
+from engine.bundle import bundle as bundles
+from engine.core.errors import EngineError, ParityError, UsageError
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Part, Status
+from engine.core.settings import Settings
 from engine.core.tuning import Tuning
-from engine.errors import EngineError, ParityError, UsageError
-from engine.manifest import open_manifest
-from engine.overlap import Meter
-from engine.pipeline import Stages
-from engine.provenance import RunRecord
-from engine.ray.actor import Actor, Brief, Work
-from engine.ray.cluster import Node, Post, joined, posts_for
-from engine.ray.driver import Load, is_sooner_elsewhere
-from engine.ray.isolation import Isolation
-from engine.ray.supply import Supply
-from engine.records import Batch, Part, Status
-from engine.run_folder import RunFolder
+from engine.manifest.manifest import open_manifest
+from engine.pipeline.stages import Stages
+from engine.ray.actor import Actor, ActorConfig, RunSpec
+from engine.ray.cluster import ActorResources, Node, connect_cluster, plan_actors
+from engine.ray.driver import ActorLoad, others_finish_first
+from engine.ray.part_queue import PartQueue
+from engine.ray.poison_rows import PoisonRowSearch
 from engine.runners.onnx import OnnxRunner
-from engine.settings import Settings
-from engine.sink import Layout
-from engine.step import CpuStep
+from engine.runs.run_folder import RunFolder
+from engine.runs.run_record import RunRecord
+from engine.scoring import canaries as scoring_canaries
+from engine.scoring.canaries import CANARY_SHARE, Canaries, CanaryMonitor, verify_canaries
+from engine.scoring.cpu import CpuScorer
+from engine.sink.columns import ResultSchema
 from tests.helpers.images import write_images
 from tests.helpers.pixels import part_of
 from tests.helpers.records import run_record
@@ -62,7 +63,7 @@ def test_what_is_not_ray_is_not_waited_for() -> None:
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         settings = Settings(manifest=Path(), ray=f"localhost:{server.getsockname()[1]}")
-        with pytest.raises(UsageError, match="what answers there is not Ray"), joined(settings):
+        with pytest.raises(UsageError, match="what answers there is not Ray"), connect_cluster(settings):
             pass
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
@@ -71,38 +72,42 @@ def test_what_is_not_ray_is_not_waited_for() -> None:
 @pytest.mark.parametrize(
     ("nodes", "options", "expected"),
     [
-        ([Node(8, 0)], {}, [Post(False, 8)]),
-        ([Node(8, 0)], {"actors": 3}, [Post(False, 2)] * 3),
-        ([Node(2, 0)], {"actors": 4}, [Post(False, 1)] * 4),
-        ([Node(8, 0)], {"workers": 3}, [Post(False, 3)] * 2),
-        ([Node(0, 0), Node(4, 0), Node(8, 0)], {}, [Post(False, 4)] * 3),
-        ([Node(32, 4)], {}, [Post(True, 8)] * 4),
-        ([Node(32, 4)], {"device": "cpu"}, [Post(False, 32)]),
-        ([Node(32, 4), Node(16, 0)], {}, [Post(True, 8)] * 4),
-        ([Node(32, 4), Node(16, 0)], {"actors": 2}, [Post(True, 8)] * 4 + [Post(False, 8)] * 2),
-        ([Node(16, 2)], {"actors": 1}, [Post(True, 4)] * 2 + [Post(False, 8)]),
+        ([Node(8, 0)], {}, [ActorResources(False, 8)]),
+        ([Node(8, 0)], {"actors": 3}, [ActorResources(False, 2)] * 3),
+        ([Node(2, 0)], {"actors": 4}, [ActorResources(False, 1)] * 4),
+        ([Node(8, 0)], {"workers": 3}, [ActorResources(False, 3)] * 2),
+        ([Node(0, 0), Node(4, 0), Node(8, 0)], {}, [ActorResources(False, 4)] * 3),
+        ([Node(32, 4)], {}, [ActorResources(True, 8)] * 4),
+        ([Node(32, 4)], {"device": "cpu"}, [ActorResources(False, 32)]),
+        ([Node(32, 4), Node(16, 0)], {}, [ActorResources(True, 8)] * 4),
+        (
+            [Node(32, 4), Node(16, 0)],
+            {"actors": 2},
+            [ActorResources(True, 8)] * 4 + [ActorResources(False, 8)] * 2,
+        ),
+        ([Node(16, 2)], {"actors": 1}, [ActorResources(True, 4)] * 2 + [ActorResources(False, 8)]),
     ],
 )
-def test_actors_fill_the_machines(nodes: list[Node], options: dict, expected: list[Post]) -> None:
-    assert posts_for(nodes, Settings(manifest=Path("m"), **options)) == expected
+def test_actors_fill_the_machines(nodes: list[Node], options: dict, expected: list[ActorResources]) -> None:
+    assert plan_actors(nodes, Settings(manifest=Path("m"), **options)) == expected
 
 
 def test_a_slow_actor_gets_nothing_that_the_others_would_do_sooner() -> None:
-    fast, slow = Load(0, 100.0), Load(0, 1.0)
-    assert is_sooner_elsewhere(100, slow, [fast], left=100)
-    assert not is_sooner_elsewhere(100, slow, [fast], left=100_000)  # it helps
-    assert not is_sooner_elsewhere(100, fast, [slow, fast], left=100)
-    assert not is_sooner_elsewhere(100, Load(0, None), [fast], left=100)  # nobody knows yet
-    assert not is_sooner_elsewhere(100, slow, [Load(0, None)], left=100)
-    assert is_sooner_elsewhere(100, Load(1000, 1.0), [replace(slow, rows=500)], left=100)
+    fast, slow = ActorLoad(0, 100.0), ActorLoad(0, 1.0)
+    assert others_finish_first(100, slow, [fast], left=100)
+    assert not others_finish_first(100, slow, [fast], left=100_000)  # it helps
+    assert not others_finish_first(100, fast, [slow, fast], left=100)
+    assert not others_finish_first(100, ActorLoad(0, None), [fast], left=100)  # nobody knows yet
+    assert not others_finish_first(100, slow, [ActorLoad(0, None)], left=100)
+    assert others_finish_first(100, ActorLoad(1000, 1.0), [replace(slow, rows=500)], left=100)
 
 
-def taken(supply: Supply, count: int) -> list[int]:
+def taken(part_queue: PartQueue, count: int) -> list[int]:
     found: list[int] = []
     deadline = time.monotonic() + 10
     while len(found) < count and time.monotonic() < deadline:
-        if part := supply.peek():
-            supply.take()
+        if part := part_queue.peek():
+            part_queue.take()
             found.append(part.index)
     return found
 
@@ -115,17 +120,17 @@ def test_what_is_lost_comes_again_and_little_is_held() -> None:
             read.append(index)
             yield part_of(["0"], index)
 
-    supply = Supply(parts_of, set(range(100)))
-    assert supply.left == 100
-    assert taken(supply, 3) == [0, 1, 2]
+    part_queue = PartQueue(parts_of, set(range(100)))
+    assert part_queue.left == 100
+    assert taken(part_queue, 3) == [0, 1, 2]
     assert len(read) < 10
-    supply.again(1)
-    assert taken(supply, 98) == [*range(3, 100), 1]
+    part_queue.again(1)
+    assert taken(part_queue, 98) == [*range(3, 100), 1]
     time.sleep(0.05)
-    assert supply.peek() is None
-    assert supply.left == 0
-    supply.again(7)
-    assert taken(supply, 1) == [7]
+    assert part_queue.peek() is None
+    assert part_queue.left == 0
+    part_queue.again(7)
+    assert taken(part_queue, 1) == [7]
 
 
 def test_a_manifest_that_goes_away_is_told() -> None:
@@ -133,14 +138,14 @@ def test_a_manifest_that_goes_away_is_told() -> None:
         yield part_of(["0"])
         raise OSError("gone")
 
-    supply = Supply(parts_of, {0, 1})
-    assert taken(supply, 1) == [0]
+    part_queue = PartQueue(parts_of, {0, 1})
+    assert taken(part_queue, 1) == [0]
     with pytest.raises(OSError, match="gone"):
-        taken(supply, 1)
+        taken(part_queue, 1)
 
 
 class Calls:
-    """A crew that only notes what is asked for."""
+    """A pool that only notes what is asked for."""
 
     ray = property(lambda self: self)
 
@@ -153,18 +158,18 @@ class Calls:
 
 @pytest.mark.parametrize("deadly", [set(), {0}, {13}, {9, 10, 40}])
 def test_isolation_finds_the_rows(deadly: set[int]) -> None:
-    crew, deaths = Calls(), 0
-    isolation = Isolation(crew, part_of([None] * 41), 8)
-    while not isolation.is_over:
-        if isolation.hand is None:
-            isolation.go_on("hand")
-        start, stop, lives = crew.last
+    pool, deaths = Calls(), 0
+    search = PoisonRowSearch(pool, part_of([None] * 41), 8)
+    while not search.is_done:
+        if search.actor is None:
+            search.probe_next("hand")
+        start, stop, lives = pool.last
         if deadly & set(range(start, stop)):
-            isolation.died()
+            search.on_actor_lost()
             deaths += 1
         else:
             lives()
-    assert isolation.crashed == deadly
+    assert search.crashed == deadly
     assert deaths <= 3 * len(deadly)
 
 
@@ -178,15 +183,15 @@ def blank_batches(count: int, rows: int, size: tuple[int, int]) -> Iterator[Batc
 
 
 def test_canaries_pass_among_the_images_and_are_not_seen_behind(bundle: Path) -> None:
-    models = bundles.load(bundle)
+    models = bundles.load_bundle(bundle)
     runners = [OnnxRunner(member, models) for member in models.members]
-    step, canaries = CpuStep(models, runners, lanes=2), Canaries.of(models)
-    assert check(canaries, step, 8) < 1e-5
-    guard = Guard(step, canaries, 8)
+    step, canaries = CpuScorer(models, runners, lanes=2), Canaries.of(models)
+    assert verify_canaries(canaries, step, 8) < 1e-5
+    guard = CanaryMonitor(step, canaries, 8)
     guard.check()
-    per_round = int(canaries.rows / SHARE) // 80
+    per_round = int(canaries.rows / CANARY_SHARE) // 80
     passed: list[int] = []
-    guard.passed = passed.append
+    guard.on_round_passed = passed.append
     found = list(guard.stage(blank_batches(3 * per_round + 1, 80, models.size), Meter("members")))
     assert [batch.start for batch in found] == [80 * number for number in range(3 * per_round + 1)]
     assert passed == [2, 3, 4]
@@ -207,13 +212,13 @@ def opened(tmp_path: Path, bundle: Path):
     images = write_images(tmp_path / "images", 8)
     settings = Settings(manifest=images, bundle=bundle, output=tmp_path / "out")
     settings.output.mkdir()
-    actor = Actor(Brief("one", settings, Post(False, 1)))
+    actor = Actor(ActorConfig("one", settings, ActorResources(False, 1)))
     hello = actor.hello()
-    models = bundles.load(bundle)
+    models = bundles.load_bundle(bundle)
     manifest = open_manifest(images, listing=tmp_path / "listing.parquet")
     run = RunRecord.create(settings, None, manifest, models, hello.choice)
-    layout = Layout.of(models, manifest, settings)
-    work = Work(8, 3, run.rows, Tuning(), layout, manifest.root, False, Stages, None, (), None)
+    layout = ResultSchema.of(models, manifest, settings)
+    work = RunSpec(8, 3, run.rows, Tuning(), layout, manifest.root, False, Stages, None, (), None)
     yield actor, work, manifest, run
     actor._opened.close()
 
@@ -236,8 +241,8 @@ def test_an_actor_holds_several_parts_and_writes_each(opened) -> None:
     assert {index: one.rows for index, one in done.items()} == {0: 3, 1: 3, 2: 2}
     assert done[1].by_status == {"ok": 2, Status.CRASHED.label: 1}
     assert {one.by.round for one in done.values()} == {1}
-    pulse = actor.check()
-    assert (pulse.rounds, pulse.idle_s, pulse.underway) == (2, 0.0, {})
+    heartbeat = actor.check()
+    assert (heartbeat.rounds, heartbeat.idle_s, heartbeat.in_progress) == (2, 0.0, {})
     actor.probe(next(manifest.parts(8)), 2, 5)
 
 
@@ -245,7 +250,7 @@ def test_int8_is_held_against_the_first_actor_and_not_against_float32(opened, bu
     actor, work, *_ = opened
     actor._choice = replace(actor._choice, precision="int8")
     expected = actor.open(work).expected
-    _, float32 = bundles.load_canaries(bundles.load(bundle))
+    _, float32 = scoring_canaries.load_canaries(bundles.load_bundle(bundle))
     assert np.abs(expected - float32).max() < 1e-5
     with pytest.raises(ParityError, match="differ"):
         actor.open(replace(work, expected=expected + np.float32(0.01)))

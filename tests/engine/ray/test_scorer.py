@@ -14,14 +14,15 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from engine import bundle as bundles
-from engine.errors import UsageError
-from engine.overlap import Meter
-from engine.pipeline import screen
-from engine.ray import EnsembleScorer
-from engine.reader import Reader
-from engine.records import Part
-from engine.settings import Limits, Settings
+from engine.bundle import bundle as bundles
+from engine.core.errors import UsageError
+from engine.core.overlap import Meter
+from engine.core.records import Part
+from engine.core.settings import Limits, Settings
+from engine.pipeline.pipeline import screen_in_process
+from engine.ray.scorer import EnsembleScorer
+from engine.reader.reader import Reader
+from engine.scoring import canaries
 from tests.helpers.images import encode, smooth
 from tests.helpers.nodes import Nodes
 from tests.helpers.processes import ROOT
@@ -52,7 +53,7 @@ def expected(archive: Path, bundle: Path, tmp_path: Path) -> pd.DataFrame:
     (archive / "image-03.jpg").write_bytes(b"")
     damaged = archive / "image-06.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
-    screen(Settings(manifest=archive, bundle=bundle, output=tmp_path / "out"))
+    screen_in_process(Settings(manifest=archive, bundle=bundle, output=tmp_path / "out"))
     return table(tmp_path / "out").to_pandas()
 
 
@@ -103,7 +104,7 @@ def test_a_block_is_checked_as_files_are(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_pixels_go_straight_to_the_members(bundle: Path) -> None:
-    pixels, probabilities = bundles.load_canaries(bundles.load(bundle))
+    pixels, probabilities = canaries.load_canaries(bundles.load_bundle(bundle))
     scorer = EnsembleScorer(bundle, workers=1)
     found = scorer({"pixels": pixels})
     names = [name for name in found if name.startswith("p_") and name != "p_bone_loss"]

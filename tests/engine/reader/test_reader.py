@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.overlap import Meter
-from engine.reader import Reader
-from engine.records import Batch, Status
-from engine.settings import Limits
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Status
+from engine.core.settings import Limits
+from engine.reader.reader import Reader
 from tests.helpers.images import encode, smooth
 from tests.helpers.pixels import part_of, read_batches
 

@@ -22,7 +22,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
 import engine
-from engine.report import write
+from engine.report.render import write_report
 from tests.helpers.images import write_images
 from tests.helpers.reports import HOSTILE, LABELS, with_explanations, with_operating_points
 
@@ -50,7 +50,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
     engine.screen(archive / "m.parquet", output=results, bundle=bundle, part_rows=6)
     with_operating_points(results)
     with_explanations(results, row=3)
-    write(results, thumbnails=12)
+    write_report(results, thumbnails=12)
     return results / "report.html"
 
 

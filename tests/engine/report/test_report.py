@@ -22,16 +22,16 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score, roc_auc_score
 
 import engine
 from engine.core.deadline import Deadline
-from engine.errors import EngineError, UsageError
+from engine.core.errors import EngineError, UsageError
+from engine.core.records import PartInfo, Scorer
 from engine.merge import merge
-from engine.records import Scorer
 from engine.report import __main__ as command
-from engine.report import pictures, write
+from engine.report import pictures
 from engine.report.facts import throughput
-from engine.report.page import number, printable, shown
-from engine.run_folder import clear_explanations
-from engine.sink import Done
-from engine.store import open_folder
+from engine.report.page import format_number, format_option, printable
+from engine.report.render import write_report
+from engine.runs.run_folder import clear_explanations
+from engine.storage.open_folder import open_folder
 from tests.helpers.bundles import CLASSES, write_bundle
 from tests.helpers.images import image_names
 from tests.helpers.pages import Page
@@ -55,7 +55,7 @@ def reported(archive: Path, bundle: Path, tmp_path: Path) -> Screen:
 
 def page_of(results: Path, **options: Any) -> Page:
     if options:
-        write(results, **options)
+        write_report(results, **options)
     return Page((results / "report.html").read_text())
 
 
@@ -92,7 +92,7 @@ def test_a_run_leaves_a_page_with_its_numbers(reported: Screen, archive: Path) -
         cohen_kappa_score(ours, scored.prediction, weights="quadratic"),
         roc_auc_score(ours, likely, multi_class="ovr"),
     ):
-        assert f"{number(value)} " in figures
+        assert f"{format_number(value)} " in figures
     assert "Not counted, since they have no score: 2 rows with a label." in figures
     assert "Labels that are no class, of 1 row, such as: unknown." in figures
 
@@ -153,7 +153,7 @@ def test_operating_points_explanations_and_pictures(reported: Screen, archive: P
     assert len(pictures) == len(listed) + 1
     assert "Row 3: osteoporosis" in page.section("Explanations")
     # the shape of a thumbnail is that of the picture as it is seen
-    write(results, rows=40, thumbnails=40)
+    write_report(results, rows=40, thumbnails=40)
     html = (results / "report.html").read_text()
     sizes = re.findall(r'class="thumbnail" src="[^"]+" width="(\d+)" height="(\d+)"', html)
     assert len(sizes) == 31
@@ -186,7 +186,7 @@ def test_explanations_that_no_browser_could_hold(
     found = json.loads(index.read_text())
     index.write_text(json.dumps(found | {"rows": found["rows"] * 3}))
     picture = next(index.parent.glob("*.png")).stat().st_size
-    monkeypatch.setattr(pictures, "MOST_OVERLAYS", 2 * picture)
+    monkeypatch.setattr(pictures, "MAX_OVERLAY_BYTES", 2 * picture)
     assert command.main([str(results)]) == 0
     assert "the first 2 explanations are on the page, 1 more in explanations/" in capsys.readouterr().err
     assert page_of(results).values("class").count("saliency") == 2
@@ -254,7 +254,7 @@ def test_nothing_scored_one_row_and_no_part(reported: Screen, tmp_path: Path) ->
     assert image_names(1)[0] in one.section("Work list")
     (tmp_path / "one" / "_SUCCESS").unlink()
     with pytest.raises(UsageError, match="not finished"):
-        write(tmp_path / "one")
+        write_report(tmp_path / "one")
     for part in (tmp_path / "one").glob("part-*"):
         part.unlink()
     none = page_of(tmp_path / "one", unfinished=True)
@@ -392,7 +392,7 @@ def test_stopping_a_report(reported: Screen) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(EngineError, match="stopped"):
-        write(results, deadline=Deadline(stop=stop))
+        write_report(results, deadline=Deadline(stop=stop))
 
 
 def test_long_results(reported: Screen) -> None:
@@ -431,7 +431,9 @@ def test_long_results(reported: Screen) -> None:
 def test_throughput_leaves_pauses_out() -> None:
     began = datetime(2031, 5, 17, 20, tzinfo=UTC)
     at = [10, 20, 30, 40, 50, 50_000, 50_010, 50_020]
-    done = [Done(place, 0, 100, {}, {}, Scorer(), began + timedelta(seconds=s)) for place, s in enumerate(at)]
+    done = [
+        PartInfo(place, 0, 100, {}, {}, Scorer(), began + timedelta(seconds=s)) for place, s in enumerate(at)
+    ]
     found = throughput(began, done)
     assert found is not None
     assert "800 rows in 1 min, start-up included: 10 a second" in found["text"]
@@ -440,7 +442,7 @@ def test_throughput_leaves_pauses_out() -> None:
     few = throughput(began, done[:2])
     assert few is not None
     assert few["chart"] is None
-    assert throughput(began, [Done(0, 0, 1, {}, {}, Scorer(), None)]) is None
+    assert throughput(began, [PartInfo(0, 0, 1, {}, {}, Scorer(), None)]) is None
 
 
 @pytest.mark.parametrize(
@@ -454,11 +456,11 @@ def test_throughput_leaves_pauses_out() -> None:
     ],
 )
 def test_numbers(value: float | None, options: dict[str, Any], wanted: str) -> None:
-    assert number(value, **options) == wanted
+    assert format_number(value, **options) == wanted
 
 
 def test_values_are_readable() -> None:
-    assert [shown(one) for one in (None, True, [224, 224], 1e-4, "", {"a": [1]})] == [
+    assert [format_option(one) for one in (None, True, [224, 224], 1e-4, "", {"a": [1]})] == [
         *("–", "yes", "224, 224", "0.0001", "–", "a 1"),
     ]
     assert printable({"a\x00": ["\u202eb", 1]}) == {"a\ufffd": ["\ufffdb", 1]}

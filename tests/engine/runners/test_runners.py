@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine import bundle as bundles
-from engine.errors import EngineError, UsageError
-from engine.gpu import machine
-from engine.runners import choose
+from engine.bundle import bundle as bundles
+from engine.core import hardware
+from engine.core.errors import EngineError, UsageError
 from engine.runners.onnx import OnnxRunner
-from engine.runners.tensorrt import Backend, io_names
+from engine.runners.select import select_runner
+from engine.runners.tensorrt import TensorRTBackend, tensor_names
 from engine.runners.torch import TorchRunner
 from tests.helpers.processes import Command
 from tests.helpers.tolerances import PARITY
@@ -25,7 +25,7 @@ NO_GPU = not torch.cuda.is_available()
 @pytest.mark.parametrize("half", [False, True])
 def test_the_torch_runner_gives_what_the_reference_gives(real_bundle, half):
     """On the CPU; half precision there is slow and rounds as on a GPU."""
-    models = bundles.load(real_bundle)
+    models = bundles.load_bundle(real_bundle)
     pixels = np.random.default_rng(0).integers(0, 256, (1, 1, 224, 224), np.uint8)
     member = models.members[0]
     with (
@@ -40,7 +40,7 @@ def test_the_torch_runner_gives_what_the_reference_gives(real_bundle, half):
 
 
 def test_weights_of_another_network_are_one_line(real_bundle):
-    models = bundles.load(real_bundle)
+    models = bundles.load_bundle(real_bundle)
     first, second = models.members
     mixed = bundles.Member(first.name, second.architecture, 1.0, 1.0, first.files)
     with pytest.raises(UsageError, match="weights do not fit"):
@@ -51,9 +51,9 @@ def test_weights_of_another_network_are_one_line(real_bundle):
 
 
 @pytest.fixture
-def rtx() -> Backend:
+def rtx() -> TensorRTBackend:
     pytest.importorskip("tensorrt_rtx")
-    return Backend("tensorrt_rtx")
+    return TensorRTBackend("tensorrt_rtx")
 
 
 def test_each_way_to_fail_raises_with_tensorrts_own_words(rtx):
@@ -78,10 +78,10 @@ def test_tensors_are_found_by_their_mode(rtx):
             num_io_tensors=len(names), get_tensor_name=names.__getitem__, get_tensor_mode=modes.__getitem__
         )
 
-    assert io_names(rtx, engine({"b": mode.OUTPUT, "a": mode.INPUT})) == ("a", "b")
+    assert tensor_names(rtx, engine({"b": mode.OUTPUT, "a": mode.INPUT})) == ("a", "b")
     for wrong in ({"a": mode.INPUT}, {"a": mode.INPUT, "b": mode.OUTPUT, "c": mode.OUTPUT}):
         with pytest.raises(EngineError, match="expected one of each"):
-            io_names(rtx, engine(wrong))
+            tensor_names(rtx, engine(wrong))
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
@@ -109,9 +109,9 @@ def test_a_gpu_that_can_not_be_used_is_said(bundle, monkeypatch):
     def broken(index: int = 0) -> None:
         raise UsageError("no GPU: the driver is too old")
 
-    monkeypatch.setattr(machine, "present", lambda: True)
-    monkeypatch.setattr(machine, "gpu", broken)
-    chosen = choose("auto", "auto", bundles.load(bundle), precision=None, batch_size=None)
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "require_gpu", broken)
+    chosen = select_runner("auto", "auto", bundles.load_bundle(bundle), precision=None, batch_size=None)
     assert (chosen.runner, chosen.device) == ("onnx", "cpu")
     assert "the GPU can't be used: no GPU: the driver is too old" in chosen.reason
 
@@ -122,17 +122,17 @@ def test_a_shortage_of_memory_is_told_from_other_failures():
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         EngineError("tensorrt 11.1: making an execution context failed: Error Code 2: OutOfMemory"),
     ):
-        assert machine.is_shortage(error)
-    assert not machine.is_shortage(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        assert hardware.is_out_of_memory(error)
+    assert not hardware.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_auto_says_why_there_is_no_plan(bundle, monkeypatch):
-    found = machine.Gpu(name="NVIDIA H100", uuid="GPU-0", capability="9.0", driver="580")
-    monkeypatch.setattr(machine, "present", lambda: True)
-    monkeypatch.setattr(machine, "gpu", lambda index=0: found)
-    models = bundles.load(bundle)
-    chosen = choose("auto", "auto", models, precision=None, batch_size=None)
+    found = hardware.Gpu(name="NVIDIA H100", uuid="GPU-0", capability="9.0", driver="580")
+    monkeypatch.setattr(hardware, "has_gpu", lambda: True)
+    monkeypatch.setattr(hardware, "require_gpu", lambda index=0: found)
+    models = bundles.load_bundle(bundle)
+    chosen = select_runner("auto", "auto", models, precision=None, batch_size=None)
     assert (chosen.runner, chosen.device, chosen.precision) == ("torch", "cuda:0", "fp16")
     assert "the bundle has no plans; build them with: python -m build_engines" in chosen.reason
     with pytest.raises(UsageError, match="--runner tensorrt: the bundle has no plans"):
-        choose("tensorrt", "cuda:0", models, precision=None, batch_size=None)
+        select_runner("tensorrt", "cuda:0", models, precision=None, batch_size=None)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from engine.core.errors import UsageError
 from engine.core.json_records import Record, from_json, to_json
-from engine.errors import UsageError
-from engine.ledger import Success
-from engine.provenance import RunRecord
-from engine.run_folder import ActorsRecord, RunFolder
-from engine.settings import Shard
-from engine.sink import PartFooter
+from engine.core.settings import Shard
+from engine.runs.run_folder import ActorsRecord, RunFolder
+from engine.runs.run_record import RunRecord
+from engine.runs.summary import Success
+from engine.sink.parts import PartFooter
 from tests.helpers.records import ACTORS, FOOTER, RUN, SUCCESS, run_record
 
 

@@ -11,15 +11,15 @@ import pyarrow as pa
 import pytest
 import torch
 
-from engine import bundle as bundles
-from engine.bundle import Bundle
-from engine.ensemble import fuse
-from engine.gpu.decode import DecodedPixels
-from engine.gpu.step import GpuStep
-from engine.overlap import Meter
-from engine.records import Batch, Part, Status
+from engine.bundle import bundle as bundles
+from engine.bundle.bundle import Bundle
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Part, Status
+from engine.preprocess.gpu import DecodedPixels
 from engine.runners.onnx import OnnxRunner
-from engine.step import CpuStep
+from engine.scoring.cpu import CpuScorer
+from engine.scoring.ensemble import combine_logits
+from engine.scoring.gpu import GpuScorer
 from tests.helpers.stand_in import Member, OrderError, StandIn
 
 pytestmark = pytest.mark.usefixtures("launched_fusion")
@@ -29,7 +29,7 @@ BATCH, ROWS = 4, 19
 
 @pytest.fixture(scope="module")
 def models(bundle: Path) -> Bundle:
-    return bundles.load(bundle)
+    return bundles.load_bundle(bundle)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def pixels(models: Bundle) -> np.ndarray:
 def expected(models: Bundle, pixels: np.ndarray) -> np.ndarray:
     logits = np.stack([OnnxRunner(member, models).infer(pixels) for member in models.members])
     temperatures = [member.temperature for member in models.members]
-    return fuse(logits, weights=models.weights, temperatures=temperatures)[1]
+    return combine_logits(logits, weights=models.weights, temperatures=temperatures)[1]
 
 
 def device_batches(pixels: np.ndarray) -> Iterator[Batch]:
@@ -56,7 +56,7 @@ def device_batches(pixels: np.ndarray) -> Iterator[Batch]:
         )
 
 
-def scores(models: Bundle, pixels: np.ndarray, cuda: StandIn, make=GpuStep, **options) -> np.ndarray:
+def scores(models: Bundle, pixels: np.ndarray, cuda: StandIn, make=GpuScorer, **options) -> np.ndarray:
     """The ensemble's probabilities of all rows through a step, NaN where there were no pixels."""
     found = np.full((ROWS, len(models.classes)), np.nan, np.float32)
     with cuda:
@@ -99,7 +99,7 @@ def test_scores_are_those_of_the_cpu_in_every_schedule(models, pixels, expected,
 @pytest.mark.parametrize("graphs", [False, True])
 def test_every_wait_of_a_stream_is_needed(models, pixels, expected, graphs, monkeypatch):
     """Leave out one wait after the other: each has to be noticed. But for warm-ups, which start from rest."""
-    monkeypatch.setattr("engine.gpu.step.WARM_UPS", 0)
+    monkeypatch.setattr("engine.scoring.gpu.WARM_UPS", 0)
     counter = StandIn(0)
     scores(models, pixels, counter, graphs=graphs)
     assert counter.waits
@@ -112,7 +112,7 @@ def test_pixels_in_host_memory_get_the_scores_of_decoded_ones(models, pixels, ex
     cuda = StandIn(0)
     with cuda:
         members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
-        step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
+        step = GpuScorer(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
         for decoded, host in zip(device_batches(pixels), device_batches(pixels), strict=True):
             host.device_pixels, host.pixels = None, pixels[host.start + host.index]
             first, second = step.stage(iter([decoded, host]), Meter("members"))
@@ -137,7 +137,7 @@ def test_an_error_inside_a_capture_is_raised_as_it_is(models, monkeypatch):
         opened = [OnnxRunner(member, models) for member in models.members]
         members = [Member(opened[0], cuda), Failing(opened[1], cuda)]
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
-            GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
+            GpuScorer(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
         assert cuda.current is cuda.default
 
 
@@ -145,7 +145,7 @@ def test_a_batch_without_any_pixels_goes_through(models, pixels):
     cuda = StandIn(0)
     with cuda:
         members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
-        step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
+        step = GpuScorer(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
         (batch,) = list(device_batches(pixels))[:1]
         batch.index, batch.device_pixels = np.empty(0, np.intp), DecodedPixels([], pixels[:0])
         (done,) = step.stage(iter([batch]), Meter("members"))
@@ -158,7 +158,7 @@ def test_what_is_copied_from_lives_until_the_results_are_there(models, pixels):
     cuda = StandIn(0)
     with cuda:
         members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
-        step = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
+        step = GpuScorer(models, members, batch_size=BATCH, device="cpu", cuda=cuda)
         (batch,) = list(device_batches(pixels))[:1]
         buffer = weakref.ref(batch.device_pixels)
         work = step.enqueue(batch)
@@ -179,7 +179,7 @@ def test_every_wait_of_the_host_is_needed(models, pixels, expected):
 
 
 def test_a_slot_that_is_used_too_early_is_noticed(models, pixels, expected):
-    class Greedy(GpuStep):
+    class Greedy(GpuScorer):
         """Takes the next slot whether it is free or not."""
 
         def stage(self, batches, meter):
@@ -196,7 +196,7 @@ def test_a_slot_that_is_used_too_early_is_noticed(models, pixels, expected):
 
 
 def test_swapped_members_are_noticed(models, pixels, expected):
-    class Swapped(GpuStep):
+    class Swapped(GpuScorer):
         def _enqueue_step(self, slot):
             self._runners = self._runners[::-1]
             super()._enqueue_step(slot)
@@ -216,7 +216,7 @@ def test_a_score_that_is_no_number_costs_its_own_row(models, pixels, expected):
     with cuda:
         opened = [OnnxRunner(member, models) for member in models.members]
         members = [Member(opened[0], cuda), Odd(opened[1], cuda)]
-        step, on_gpu = GpuStep(models, members, batch_size=BATCH, device="cpu", cuda=cuda), []
+        step, on_gpu = GpuScorer(models, members, batch_size=BATCH, device="cpu", cuda=cuda), []
         for batch in step.stage(device_batches(pixels), Meter("members")):
             assert batch.status[1] == Status.CRASHED
             assert 1 not in batch.index
@@ -232,7 +232,7 @@ def test_a_score_that_is_no_number_costs_its_own_row(models, pixels, expected):
         logits[1] = np.nan
 
     runners[1].enqueue = odd
-    cpu = CpuStep(models, runners, lanes=0)
+    cpu = CpuScorer(models, runners, lanes=0)
     on_cpu = list(device_batches(pixels))
     for batch in on_cpu:
         batch.pixels, batch.device_pixels = pixels[batch.start + batch.index], None

@@ -9,23 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from engine import bundle as bundles
-from engine.ensemble import fuse
-from engine.gpu.fuse import Fusion
+from engine.bundle import bundle as bundles
+from engine.scoring.ensemble import combine_logits
+from engine.scoring.gpu_fuse import FusedSoftmax
 from tests.helpers.bundles import write_bundle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def fusion_of(folder: Path, members: int, classes: int, temperature: float) -> tuple[Fusion, bundles.Bundle]:
+def fusion_of(
+    folder: Path, members: int, classes: int, temperature: float
+) -> tuple[FusedSoftmax, bundles.Bundle]:
     weights = np.random.default_rng(members).dirichlet(np.ones(members))
     weights[-1] = 1 - weights[:-1].sum()
     names = tuple(f"class{number}" for number in range(classes))
     path = write_bundle(folder, classes=names, weights=tuple(map(float, weights)), temperature=temperature)
-    loaded = bundles.load(path)
+    loaded = bundles.load_bundle(path)
     warm = [replace(member, temperature=0.5 + place) for place, member in enumerate(loaded.members)]
     loaded = replace(loaded, members=tuple(warm))
-    return Fusion(loaded, DEVICE), loaded
+    return FusedSoftmax(loaded, DEVICE), loaded
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
@@ -44,7 +46,7 @@ def test_it_gives_what_numpy_gives(tmp_path, members, classes, temperature):
     assert (found.prediction[5:8] == -1).all()
     fine = np.isfinite(logits).all(axis=(0, 2))
     temperatures = [member.temperature for member in bundle.members]
-    each, ensemble = fuse(
+    each, ensemble = combine_logits(
         logits[:, fine], weights=bundle.weights, temperatures=temperatures, temperature=temperature
     )
     assert np.abs(found.members[:, fine] - each).max() < 1e-6
@@ -67,7 +69,7 @@ def test_it_compiles_for_gpus_that_are_not_here(tmp_path, capability):
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from engine.gpu.fuse import _fuse_row as kernel
+from engine.scoring.gpu_fuse import _fuse_row as kernel
 arrays = dict.fromkeys(["logits", "weights", "temperatures", "packed"], "*fp32")
 types = dict(arrays, temperature="fp32", rows="i32")
 fixed = dict(members=2, classes=3, block=4, sharpen=True)

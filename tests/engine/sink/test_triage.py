@@ -17,12 +17,13 @@ from msgspec.structs import replace
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as entropy_of
 
-from engine import bundle as bundles
-from engine.calibration import Asked, Sample, calibrate
-from engine.errors import UsageError
-from engine.operating_points import DOUBTFUL, ZONES, DistanceLimits, LabelledData, OperatingPoints
-from engine.records import FLAGS
-from engine.triage import REASONS, Triage, disagreement, entropy, zones
+from engine.bundle import bundle as bundles
+from engine.bundle.operating_points import DOUBTFUL, ZONES, DistanceLimits, LabelledData, OperatingPoints
+from engine.calibrate.thresholds import CalibrationOptions, LabelledScores, calibrate
+from engine.core.errors import UsageError
+from engine.core.records import FLAGS
+from engine.scoring.ensemble import disagreement, entropy
+from engine.sink.triage import ABSTAIN_REASONS, Triage, assign_zones
 from tests.helpers.bundles import CLASSES, write_bundle
 from tests.helpers.tolerances import ROUNDING
 
@@ -47,8 +48,8 @@ def points() -> OperatingPoints:
     """As engine.calibrate finds them."""
     members, rng = probabilities(2, 400), np.random.default_rng(1)
     labels = (members.mean(axis=0).cumsum(axis=1) < rng.random((400, 1))).sum(axis=1)
-    sample = Sample(members, labels, np.arange(400))
-    return calibrate(sample, CLASSES, (0.6, 0.4), Asked(target="osteoporosis"), DATA)
+    sample = LabelledScores(members, labels, np.arange(400))
+    return calibrate(sample, CLASSES, (0.6, 0.4), CalibrationOptions(target="osteoporosis"), DATA)
 
 
 def triage_of(points: OperatingPoints | None) -> Triage:
@@ -81,7 +82,7 @@ def test_entropy_and_disagreement_are_scipys() -> None:
 
 def test_triage_rises_with_the_probability() -> None:
     scores = np.linspace(0, 1, 101, dtype=np.float32)
-    found = zones(scores, 0.2, 0.5)
+    found = assign_zones(scores, 0.2, 0.5)
     assert (np.diff(found) >= 0).all()
     assert [ZONES[zone] for zone in found[[19, 20, 50, 51]]] == [
         "rule_out",
@@ -89,7 +90,7 @@ def test_triage_rises_with_the_probability() -> None:
         "gray_zone",
         "refer",
     ]
-    once = zones(scores, 0.3, 0.3)
+    once = assign_zones(scores, 0.3, 0.3)
     assert (once == 1).sum() == 1  # what equals both
 
 
@@ -127,7 +128,7 @@ def test_columns(points: OperatingPoints) -> None:
         reasons = [
             reason
             for reason, is_so in zip(
-                REASONS, (zone == "gray_zone", apart > limit, row == 2, row == 5), strict=True
+                ABSTAIN_REASONS, (zone == "gray_zone", apart > limit, row == 2, row == 5), strict=True
             )
             if is_so
         ]
@@ -173,8 +174,8 @@ def test_flags_are_those_that_stages_give() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, points: OperatingPoints) -> Path:
     path = write_bundle(tmp_path_factory.mktemp("calibrated") / "bundle")
-    loaded = bundles.revise(bundles.load(path), points)
-    assert bundles.load(path) == loaded
+    loaded = bundles.update_bundle(bundles.load_bundle(path), points)
+    assert bundles.load_bundle(path) == loaded
     assert loaded.operating_points == points
     assert loaded.temperature == points.temperature.value
     assert loaded.target == loaded.operating_points.target == "osteoporosis"
@@ -239,7 +240,7 @@ def test_operating_points_that_make_no_sense(folder: Path, place: str, value: An
         description.write_text(json.dumps(data))
     try:
         with pytest.raises(UsageError, match=complaint) as caught:
-            bundles.load(folder)
+            bundles.load_bundle(folder)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 400 + len(str(folder))
     finally:
@@ -264,7 +265,7 @@ def test_half_a_section(folder: Path, section: Any) -> None:
     description.write_text(json.dumps(json.loads(good) | {"operating_points": section}))
     try:
         with pytest.raises(UsageError, match="operating_points"):
-            bundles.load(folder)
+            bundles.load_bundle(folder)
     finally:
         description.write_bytes(good)
 
@@ -287,19 +288,19 @@ def test_groups_that_make_no_sense(folder: Path, groups: Any, complaint: str) ->
     description.write_text(json.dumps(json.loads(good) | {"groups": groups}))
     try:
         with pytest.raises(UsageError, match=complaint):
-            bundles.load(folder)
+            bundles.load_bundle(folder)
     finally:
         description.write_bytes(good)
 
 
 def test_a_bundle_that_changed_meanwhile_is_left_alone(folder: Path, points: OperatingPoints) -> None:
-    loaded = bundles.load(folder)
+    loaded = bundles.load_bundle(folder)
     description = folder / "ensemble.json"
     good = description.read_bytes()
     description.write_bytes(good + b"\n")
     try:
         with pytest.raises(UsageError, match="changed meanwhile"):
-            bundles.revise(loaded, points)
+            bundles.update_bundle(loaded, points)
         assert description.read_bytes() == good + b"\n"
     finally:
         description.write_bytes(good)

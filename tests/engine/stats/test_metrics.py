@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from sklearn import metrics as library
 
-from engine import evaluate, intervals
-from engine.intervals import draws
-from training import ensemble, metrics
+from engine.stats import classification, intervals
+from engine.stats import metrics as evaluate
+from engine.stats.intervals import cluster_bootstrap
+from training import weight_search
 
 CLASSES = ("normal", "osteopenia", "osteoporosis")
 
@@ -94,14 +95,14 @@ def test_by_hand():
 def test_it_agrees_with_the_rest_of_training():
     labels = some_labels(200)
     logits = np.log(voter(labels)) * 40  # so sure that likelihoods have to be clipped
-    candidate = ensemble.judge(logits[None], labels, (1.0,))
+    candidate = weight_search.evaluate_candidate(logits[None], labels, (1.0,))
     likely = np.exp(logits - logits.max(axis=1, keepdims=True))
     likely = (likely / likely.sum(axis=1, keepdims=True)).astype(np.float32)
     found = judge(likely, labels)
     assert found["nll"] == pytest.approx(candidate.nll, rel=1e-4)
     assert found["accuracy"]["value"] == pytest.approx(candidate.accuracy)
     assert found["macro_f1"]["value"] == pytest.approx(
-        metrics.macro_f1(labels, likely.argmax(axis=1), classes=3)
+        classification.macro_f1(labels, likely.argmax(axis=1), classes=3)
     )
 
 
@@ -111,19 +112,19 @@ def test_every_resample_is_what_scikit_learn_says_of_it(classes):
     probabilities = voter(labels, classes=classes)
     groups = np.arange(60) // 2
     names = [str(one) for one in range(classes)]
-    drawn = evaluate._resampled(probabilities, labels, groups, seed=3, resamples=25)
-    times = np.concatenate(list(draws(groups, seed=3, resamples=25))).astype(int)
+    drawn = evaluate._bootstrap_metrics(probabilities, labels, groups, seed=3, resamples=25)
+    times = np.concatenate(list(cluster_bootstrap(groups, seed=3, resamples=25))).astype(int)
     assert len(times) == 25
     for place, chosen in enumerate(times):
         again = np.repeat(np.arange(60), chosen)
-        wanted = evaluate.points(probabilities[again], labels[again], classes=names)
+        wanted = evaluate.point_metrics(probabilities[again], labels[again], classes=names)
         assert set(labels[again]) == set(labels)
         assert {name: drawn[name][place] for name in wanted} == pytest.approx(wanted)
 
 
 def test_a_resample_draws_whole_groups():
     groups = np.array([7, 7, 3, 5, 3, 7])
-    times = np.concatenate(list(draws(groups, seed=0, resamples=500)))
+    times = np.concatenate(list(cluster_bootstrap(groups, seed=0, resamples=500)))
     assert times.shape == (500, 6)
     assert (times[:, [0, 2]] == times[:, [1, 4]]).all()
     assert (times[:, [0, 2, 3]].sum(axis=1) == 3).all()  # as many groups as there are
@@ -178,7 +179,7 @@ def test_degenerate_sets(labels, predictions, undefined):
     probabilities = (np.full((len(labels), 3), 0.2) + 0.4 * np.eye(3)[predictions]).astype(np.float32)
     found = judge(probabilities, labels)
     json.dumps(found, allow_nan=False)
-    figures = evaluate.points(probabilities, labels, classes=CLASSES)
+    figures = evaluate.point_metrics(probabilities, labels, classes=CLASSES)
     assert {name for name in figures if found[name]["value"] is None} == undefined
     assert all(found[name]["low"] is None for name in undefined)
     for one, name in enumerate(CLASSES):
@@ -208,24 +209,24 @@ def test_mostly_undefined_is_undefined():
 def test_calibration_knows_sure_from_right():
     labels = np.array([0] * 8 + [1] * 2)
     honest = np.tile([0.8, 0.2], (10, 1))
-    assert evaluate.calibration(honest, labels)["ece"] == pytest.approx(0)
-    assert evaluate.calibration(np.tile([1.0, 0.0], (10, 1)), labels)["ece"] == pytest.approx(0.2)
-    assert evaluate.calibration(np.tile([0.5, 0.5], (10, 1)), labels)["ece"] == pytest.approx(0.3)
+    assert evaluate.calibration_metrics(honest, labels)["ece"] == pytest.approx(0)
+    assert evaluate.calibration_metrics(np.tile([1.0, 0.0], (10, 1)), labels)["ece"] == pytest.approx(0.2)
+    assert evaluate.calibration_metrics(np.tile([0.5, 0.5], (10, 1)), labels)["ece"] == pytest.approx(0.3)
 
 
 def test_bins_have_equal_mass_and_ignore_the_order():
     labels = some_labels(150)
     probabilities = np.random.default_rng(0).dirichlet((1, 1, 1), 150)
-    bins = evaluate.reliability(probabilities, labels)
+    bins = evaluate.reliability_bins(probabilities, labels)
     assert [one["count"] for one in bins] == [10] * 15
     confidence = np.sort(probabilities.max(axis=1)).reshape(15, 10).mean(axis=1)
     assert [one["confidence"] for one in bins] == pytest.approx(confidence)
     tied = probabilities.round(1)
     order = np.random.default_rng(1).permutation(150)
-    assert evaluate.reliability(tied, labels) == [
-        pytest.approx(one) for one in evaluate.reliability(tied[order], labels[order])
+    assert evaluate.reliability_bins(tied, labels) == [
+        pytest.approx(one) for one in evaluate.reliability_bins(tied[order], labels[order])
     ]
-    assert sum(one["count"] for one in evaluate.reliability(tied, labels)) == 150
+    assert sum(one["count"] for one in evaluate.reliability_bins(tied, labels)) == 150
 
 
 def test_roc_is_thinned_but_whole():

@@ -24,13 +24,14 @@ import pytest
 from PIL import Image
 
 import engine
-from engine.errors import EngineError, UsageError
-from engine.manifest import open_manifest
-from engine.overlap import Meter
-from engine.reader import Reader
-from engine.records import Part, Status
-from engine.settings import Limits
-from engine.storage import ReadError, archive
+from engine.core.errors import EngineError, UsageError
+from engine.core.overlap import Meter
+from engine.core.records import Part, Status
+from engine.core.settings import Limits
+from engine.manifest.manifest import open_manifest
+from engine.reader.reader import Reader
+from engine.storage import archive
+from engine.storage.errors import ReadError
 from tests.helpers.images import encode, smooth
 from tests.helpers.pixels import read_batches
 from tests.helpers.processes import Command
@@ -41,7 +42,7 @@ Entry = bytes | tarfile.TarInfo
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "_archives", archive._Archives())
+    monkeypatch.setattr(archive, "_cache", archive._ArchiveCache())
 
 
 def tar(path: Path, members: list[tuple[str, Entry]], **options: object) -> Path:
@@ -85,7 +86,7 @@ def status_of(error: ReadError) -> Status:
 
 def listed(path: Path) -> list[str] | Status:
     try:
-        with archive.images(path, path.parent) as (images, _):
+        with archive.list_images(path, path.parent) as (images, _):
             return [name for name, _ in images]
     except ReadError as error:
         return status_of(error)
@@ -179,7 +180,7 @@ def test_each_row_of_a_hostile_tar_has_its_status(tmp_path: Path) -> None:
         names = [name for name, _, _ in expected]
         del names[7], names[names.index("folder.png")]
         assert listed(place) == [f"{place.name}::{name}" for name in names]
-        with archive.images(place, tmp_path) as (_, left_out):
+        with archive.list_images(place, tmp_path) as (_, left_out):
             assert left_out == {"replaced by a later member of the same name": 1}
 
 
@@ -230,7 +231,7 @@ def test_a_bomb_is_refused_or_stops_at_its_declared_size(tmp_path: Path) -> None
     assert outcome(f"{place}::a.png") == Status.TOO_LARGE
     patched(place, SIZE, struct.pack("<I", 100_000))
     assert outcome(f"{place}::a.png") == Status.UNREADABLE, "it changed"
-    archive._archives.drop(str(place))
+    archive._cache.drop(str(place))
     assert outcome(f"{place}::a.png") == Status.CORRUPT
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
@@ -291,7 +292,7 @@ def test_damage_anywhere(tmp_path: Path, make: Callable[..., Path]) -> None:
             at = rng.randrange(len(data))
             data[at : at + 4] = rng.choice((rng.randbytes(1), b"\xff\xff\xff\xff", b"\0\0\0\0"))
         place.write_bytes(data)
-        archive._archives.drop(str(place))
+        archive._cache.drop(str(place))
         for name, content in contents.items():
             found = outcome(f"{place}::{name}")
             if make is zipped:  # which has checksums
@@ -356,7 +357,7 @@ def test_a_directory_of_millions_is_refused(tmp_path: Path, monkeypatch: pytest.
     place = zipped(tmp_path / "x.zip", [(f"{index}", b"x") for index in range(2000)])
     monkeypatch.setattr(archive, "MAX_ZIP_MEMBERS", 1000)
     assert outcome(f"{place}::1") == Status.UNSUPPORTED
-    archive._archives.drop(str(place))
+    archive._cache.drop(str(place))
     monkeypatch.setattr(archive, "MAX_ZIP_DIRECTORY", 10_000)
     assert outcome(f"{place}::1") == Status.UNSUPPORTED
 
@@ -424,15 +425,15 @@ def test_an_archive_that_changes_or_goes_away(tmp_path: Path) -> None:
 
 
 def test_few_archives_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive, "HELD_ARCHIVES", 4)
-    monkeypatch.setattr(archive, "HELD_MEMBERS", 5)
+    monkeypatch.setattr(archive, "MAX_CACHED_ARCHIVES", 4)
+    monkeypatch.setattr(archive, "MAX_CACHED_MEMBERS", 5)
     first = tar(tmp_path / "0.tar", [("a", b"0"), ("b", b"1")])
     for index in range(1, 12):
         shutil.copy(first, tmp_path / f"{index}.tar")
     before = len(os.listdir("/proc/self/fd"))
     for index in [*range(12), 0]:
         assert outcome(f"{tmp_path}/{index}.tar::b") == b"1"
-        assert len(archive._archives._held) <= 2
+        assert len(archive._cache._held) <= 2
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 
@@ -447,7 +448,7 @@ def test_waiting_for_an_index_is_not_a_hanging_read(tmp_path: Path, monkeypatch:
             yield member
 
     monkeypatch.setattr(archive, "_tar_members", slowly)
-    monkeypatch.setattr(archive, "ALIVE_EVERY", 1)
+    monkeypatch.setattr(archive, "MEMBERS_PER_ALIVE", 1)
     reader = Reader(tmp_path, batch_size=4, threads=4, limits=Limits(), timeout_s=0.6)
     rows = [f"{place.name}::{index}.png" for index in range(16)]
     stage = reader.stage([Part(0, np.arange(16), rows, pa.table({}))], Meter("read"))

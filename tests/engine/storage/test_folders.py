@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from engine.lock import NumberedLocks, hold
-from engine.run_folder import RunFolder
-from engine.storage import common
-from engine.storage.location import Url
-from engine.store import LocalFolder, ObjectFolder, StoreError
+from engine.core.location import Url
+from engine.runs.run_folder import RunFolder
+from engine.storage import errors
+from engine.storage.folders import StoreError
+from engine.storage.local_folder import LocalFolder
+from engine.storage.locks import NumberedLocks, lock_file
+from engine.storage.object_folder import ObjectFolder
 from tests.helpers.runs import (
     keys,
 )
@@ -36,7 +38,7 @@ def test_locks_on_a_disk(tmp_path: Path) -> None:
     for folder in shards:
         folder.lock(shared=True)
     with pytest.raises(BlockingIOError):
-        hold(tmp_path / "out" / ".lock")
+        lock_file(tmp_path / "out" / ".lock")
     shards[0].unlock(leave_no_trace=True)
     assert (tmp_path / "out" / ".lock").exists(), "the other is still there"
     shards[1].unlock(leave_no_trace=True)
@@ -111,7 +113,7 @@ def test_who_shares_an_object_store_keeps_out_who_does_not(
     one.release(7)
     assert two.claim(7)
     one.unlock(leave_no_trace=False)
-    monkeypatch.setattr("engine.store.STALE_S", -1.0)  # as if `two` had been silent for long
+    monkeypatch.setattr("engine.storage.object_folder.LEASE_S", -1.0)  # as if `two` had been silent for long
     alone.lock()
     assert not alone.is_claimed(7)
     monkeypatch.undo()
@@ -129,7 +131,7 @@ def test_what_the_dead_have_left_in_an_object_store_is_swept(
     dead.lock(shared=True)
     assert dead.claim(1)
     monkeypatch.setattr(
-        "engine.store._began", lambda pid: "later"
+        "engine.storage.object_folder._process_start", lambda pid: "later"
     )  # its process is gone, another has its number
     living.lock(shared=True)
     assert not living.is_claimed(1)
@@ -155,14 +157,14 @@ def test_who_was_killed_on_another_machine_is_found_out(
     assert dead.claim(1)
     assert dead._sign
     dead._sign.cease()
-    monkeypatch.setattr("engine.store._machine", lambda: "another")
+    monkeypatch.setattr("engine.storage.object_folder._boot_id", lambda: "another")
     for module in ("store", "run_folder"):
         monkeypatch.setattr(f"engine.{module}.STALE_S", 2.5)
     with living:
         assert not living.files.claim(1)
         assert living.claimed({1, 2}) == set()
         assert living.files.claim(1)
-        monkeypatch.setattr("engine.store.STALE_S", 90.0)
+        monkeypatch.setattr("engine.storage.object_folder.LEASE_S", 90.0)
         again = alone._refuse_company  # as if the other came between the first look and the second
         monkeypatch.setattr(alone, "_refuse_company", lambda *_, **but_for: but_for and again(*_, **but_for))
         with pytest.raises(BlockingIOError):
@@ -176,7 +178,7 @@ def test_who_was_killed_on_another_machine_is_found_out(
 def test_an_upload_that_fails_leaves_what_was_there(
     proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch, size: int, broken: str
 ) -> None:
-    monkeypatch.setattr(common, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(errors, "BACKOFF_S", 0.01)
     folder = ObjectFolder(Url("s3", "archive", f"/upload-{size}-{broken}"))
     folder.write("x", lambda path: path.write_bytes(b"old"))
     calls = iter(range(1000))
@@ -197,7 +199,7 @@ def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
     folder.lock()
     with pytest.raises(BlockingIOError):
         other.lock()
-    monkeypatch.setattr("engine.store.STALE_S", -1.0)
+    monkeypatch.setattr("engine.storage.object_folder.LEASE_S", -1.0)
     other.lock()
     other.unlock(leave_no_trace=True)
     folder.unlock(leave_no_trace=True)

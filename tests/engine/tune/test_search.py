@@ -18,68 +18,76 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from engine import bundle as bundles
-from engine import tuned
+from engine.bundle import bundle as bundles
+from engine.core.errors import UsageError
+from engine.core.hardware import Gpu
+from engine.core.settings import Settings
 from engine.core.tuning import DecodeTuning, Tuning
-from engine.errors import UsageError
-from engine.job import choice_of
-from engine.plans import Gpu
-from engine.provenance import UsedProfile
-from engine.settings import Settings
-from engine.tune import Found, search
-from engine.tuned import Knobs
+from engine.runs import profile as tuned
+from engine.runs.prepare import select_for_settings
+from engine.runs.profile import TunedOptions
+from engine.runs.run_record import UsedProfile
+from engine.tune.search import SearchResult, search
 from tests.helpers.bundles import write_bundle
 from tests.helpers.processes import ROOT, Command, run_here, run_module
 from tests.helpers.profiles import profile_of
 from tests.helpers.records import run_record
 
-OTHERS = [Knobs(batch_size=size) for size in (1, 2, 4, 16, 32)] + [Knobs(workers=1)]
+OTHERS = [TunedOptions(batch_size=size) for size in (1, 2, 4, 16, 32)] + [TunedOptions(workers=1)]
 
 
 class Machine:
     """A clock, and rates with noise of `spread`, which slow down as the machine grows hot."""
 
-    def __init__(self, rate: Callable[[Knobs], float], spread: float, seed: int) -> None:
+    def __init__(self, rate: Callable[[TunedOptions], float], spread: float, seed: int) -> None:
         self.now, self._rate, self._spread = 0.0, rate, spread
         self._rng = np.random.default_rng(seed)
-        self.spent: dict[Knobs, float] = {}
+        self.spent: dict[TunedOptions, float] = {}
 
-    def visit(self, knobs: Knobs, seconds: float) -> float:
+    def visit(self, knobs: TunedOptions, seconds: float) -> float:
         self.now += seconds
         self.spent[knobs] = self.spent.get(knobs, 0.0) + seconds
         return self._rate(knobs) * (1 - 0.2 * self.now / 60) * self._rng.normal(1, self._spread)
 
-    def search(self) -> Found:
+    def search(self) -> SearchResult:
         return search(OTHERS, self.visit, seconds=60, rows_of=lambda knobs: 10, clock=lambda: self.now)
 
 
-def rates(gains: dict[Knobs, float]) -> Callable[[Knobs], float]:
+def rates(gains: dict[TunedOptions, float]) -> Callable[[TunedOptions], float]:
     return lambda knobs: 25 * gains.get(knobs, 1.0)
 
 
 def test_it_finds_what_is_faster_and_gives_it_the_most_time() -> None:
-    better = Knobs(batch_size=16)
+    better = TunedOptions(batch_size=16)
     for seed in range(20):
         machine = Machine(
-            rates({better: 1.1, Knobs(batch_size=32): 1.02, Knobs(batch_size=1): 0.7}), 0.01, seed
+            rates({better: 1.1, TunedOptions(batch_size=32): 1.02, TunedOptions(batch_size=1): 0.7}),
+            0.01,
+            seed,
         )
         found = machine.search()
         assert found.knobs == better
         assert abs(found.gain - 0.1) < 0.03
         assert machine.now < 66
-        others = [seconds for knobs, seconds in machine.spent.items() if knobs not in (better, Knobs())]
+        others = [
+            seconds for knobs, seconds in machine.spent.items() if knobs not in (better, TunedOptions())
+        ]
         assert machine.spent[better] > 2 * max(others)
 
 
 def test_it_joins_knobs_that_gain_each() -> None:
-    both = Knobs(batch_size=16, workers=1)
-    machine = Machine(rates({Knobs(batch_size=16): 1.1, Knobs(workers=1): 1.1, both: 1.2}), 0.005, 0)
+    both = TunedOptions(batch_size=16, workers=1)
+    machine = Machine(
+        rates({TunedOptions(batch_size=16): 1.1, TunedOptions(workers=1): 1.1, both: 1.2}), 0.005, 0
+    )
     assert machine.search().knobs == both
 
 
 def test_noise_and_small_gains_leave_the_defaults() -> None:
-    kept = [Machine(rates({Knobs(batch_size=16): 1.01}), 0.02, seed).search().knobs for seed in range(50)]
-    assert kept.count(Knobs()) >= 42, "0.97 of many"
+    kept = [
+        Machine(rates({TunedOptions(batch_size=16): 1.01}), 0.02, seed).search().knobs for seed in range(50)
+    ]
+    assert kept.count(TunedOptions()) >= 42, "0.97 of many"
 
 
 def test_what_takes_too_long_is_left_out() -> None:
@@ -91,8 +99,12 @@ def test_what_takes_too_long_is_left_out() -> None:
         rows_of=lambda knobs: 30 * (knobs.batch_size or 8),
         clock=lambda: machine.now,
     )
-    assert found.left_out == [Knobs(batch_size=16), Knobs(batch_size=32), Knobs(workers=1)]
-    assert Knobs(batch_size=32) not in machine.spent
+    assert found.left_out == [
+        TunedOptions(batch_size=16),
+        TunedOptions(batch_size=32),
+        TunedOptions(workers=1),
+    ]
+    assert TunedOptions(batch_size=32) not in machine.spent
     with pytest.raises(UsageError, match="give 9 or more"):
         search(OTHERS, machine.visit, seconds=1, rows_of=lambda knobs: 25, clock=lambda: machine.now)
 
@@ -103,12 +115,12 @@ def own_bundle(tmp_path: Path) -> Path:
 
 
 def machine_of(bundle: Path) -> tuned.Machine:
-    models = bundles.load(bundle)
-    return tuned.machine_of(models, choice_of(Settings(manifest=Path()), models))
+    models = bundles.load_bundle(bundle)
+    return tuned.machine_key(models, select_for_settings(Settings(manifest=Path()), models))
 
 
-def write_profile(bundle: Path, knobs: Knobs) -> Path:
-    return tuned.keep(bundle, profile_of(machine_of(bundle), knobs))
+def write_profile(bundle: Path, knobs: TunedOptions) -> Path:
+    return tuned.save_profile(bundle, profile_of(machine_of(bundle), knobs))
 
 
 def record(output: Path) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def test_a_tune_of_seconds_ends_with_a_profile_that_a_run_uses(
 def test_a_run_takes_what_the_user_did_not_name_and_a_resumed_one_what_is_recorded(
     engine_run: Command, archive: Path, own_bundle: Path, tmp_path: Path
 ) -> None:
-    profile = write_profile(own_bundle, Knobs(batch_size=16, workers=1))
+    profile = write_profile(own_bundle, TunedOptions(batch_size=16, workers=1))
     first = engine_run(archive, "-b", own_bundle, "-o", "a", "--part-rows", 10)
     assert "as tuned for this machine" in first.stderr
     assert "batch 16, 1 worker" in first.stderr
@@ -152,7 +164,7 @@ def test_a_run_takes_what_the_user_did_not_name_and_a_resumed_one_what_is_record
     assert ": 1 worker\n" in named.stderr
     assert record(tmp_path / "b")["result_options"]["batch_size"] == 4
 
-    write_profile(own_bundle, Knobs(batch_size=2))
+    write_profile(own_bundle, TunedOptions(batch_size=2))
     for now in ("another", "none"):
         (tmp_path / "a" / "part-00002.parquet").unlink()
         (tmp_path / "a" / "_SUCCESS").unlink(missing_ok=True)
@@ -166,9 +178,9 @@ def test_a_profile_of_another_machine_or_bundle_is_ignored_with_a_line(
     engine_run: Command, archive: Path, own_bundle: Path, tmp_path: Path
 ) -> None:
     other = write_bundle(tmp_path / "other", weights=(0.5, 0.5))
-    shutil.copytree(write_profile(other, Knobs(batch_size=16)).parent, tmp_path / "bundle.tuning")
+    shutil.copytree(write_profile(other, TunedOptions(batch_size=16)).parent, tmp_path / "bundle.tuning")
     other_machine = structs.replace(machine_of(own_bundle), cores=96)
-    tuned.keep(own_bundle, profile_of(other_machine, Knobs(batch_size=16)))
+    tuned.save_profile(own_bundle, profile_of(other_machine, TunedOptions(batch_size=16)))
     run = engine_run(archive, "-b", own_bundle)
     assert run.returncode == 0, run.stderr
     assert "bundle.tuning: no profile there is for this machine" in run.stderr
@@ -213,10 +225,10 @@ def replaced_by_a_fifo(path: Path) -> None:
 def test_a_damaged_or_hostile_profile_is_ignored_with_a_line(
     own_bundle: Path, damage: Callable[[Path], object]
 ) -> None:
-    damage(write_profile(own_bundle, Knobs(batch_size=16)))
+    damage(write_profile(own_bundle, TunedOptions(batch_size=16)))
     settings = Settings(manifest=Path(), bundle=own_bundle)
-    models = bundles.load(own_bundle)
-    advice = tuned.advise(settings, models, choice_of(settings, models), recorded=None)
+    models = bundles.load_bundle(own_bundle)
+    advice = tuned.apply_profile(settings, models, select_for_settings(settings, models), recorded=None)
     assert advice.settings == settings
     assert advice.recorded is None
     assert advice.line is not None
@@ -233,25 +245,25 @@ def test_what_a_gpu_has_settled_is_handed_on_but_not_to_a_resumed_run(own_bundle
         "cpu_share": 0.1,
     }
     settings = Settings(manifest=Path(), bundle=own_bundle)
-    models = bundles.load(own_bundle)
-    on_cpu = choice_of(settings, models)
+    models = bundles.load_bundle(own_bundle)
+    on_cpu = select_for_settings(settings, models)
     choice = replace(on_cpu, gpu=Gpu(name="stand-in", uuid="GPU-0", capability="9.0", driver="580"))
     settled = tuned.DecodingKnobs(**decoding)  # type: ignore[arg-type]
-    knobs = Knobs(cuda_graph=False, compiled=True, decoding=settled)
-    for machine in (tuned.machine_of(models, one) for one in (choice, on_cpu)):
-        tuned.keep(own_bundle, profile_of(machine, knobs))
-    refused = tuned.advise(settings, models, on_cpu, recorded=None)
+    knobs = TunedOptions(cuda_graph=False, compiled=True, decoding=settled)
+    for machine in (tuned.machine_key(models, one) for one in (choice, on_cpu)):
+        tuned.save_profile(own_bundle, profile_of(machine, knobs))
+    refused = tuned.apply_profile(settings, models, on_cpu, recorded=None)
     assert refused.settings == settings
     assert "entries for a GPU" in (refused.line or "")
-    new = tuned.advise(settings, models, choice, recorded=None)
+    new = tuned.apply_profile(settings, models, choice, recorded=None)
     assert new.settings == replace(settings, cuda_graph=False)
     assert new.tuning == Tuning(compiled=True, decoding=DecodeTuning(**decoding))
-    resumed = tuned.advise(settings, models, choice, recorded=run_record())
+    resumed = tuned.apply_profile(settings, models, choice, recorded=run_record())
     assert resumed.tuning == Tuning()
     assert resumed.settings.runner == "auto"
     profile = UsedProfile(file="a.json", knobs={"runner": "torch"})
     began_with = structs.replace(run_record(runner="torch"), profile=profile)
-    assert tuned.advise(settings, models, choice, recorded=began_with).settings.runner == "torch"
+    assert tuned.apply_profile(settings, models, choice, recorded=began_with).settings.runner == "torch"
 
 
 @pytest.mark.parametrize(

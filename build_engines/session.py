@@ -1,0 +1,128 @@
+"""Share one build's bundle, options and reference logits; gate what was built against them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from build_engines import parity
+from build_engines.fp16 import convert_to_fp16
+from build_engines.options import BuildOptions
+from build_engines.parity import CalibrationImages
+from build_engines.progress import Phases
+from engine.bundle.bundle import Bundle, Member
+from engine.bundle.plans import Parity
+from engine.runners.onnx import OnnxRunner
+from engine.scoring.ensemble import softmax
+
+Floats = npt.NDArray[np.float32]
+OnMessage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BuiltMember:
+    """One member, built and accepted."""
+
+    member: str
+    file: Path
+    size: int  # bytes
+    build_s: float
+    parity: Parity
+
+
+@dataclass(frozen=True)
+class _BuildSession:
+    """What the builds of all members share."""
+
+    bundle: Bundle
+    options: BuildOptions
+    say: OnMessage
+    phases: Phases
+    images: CalibrationImages  # to compare on
+    references: dict[str, Floats] = field(default_factory=dict)  # float32 logits [N, C], by member
+
+
+def _source_graph(session: _BuildSession, member: Member) -> bytes:
+    """What is compiled: the float32 graph, or its FP16 form."""
+    _reference_logits(session, member)  # first: ONNX Runtime says best what is wrong with a graph
+    reference = member.files["onnx"].path.read_bytes()
+    if session.options.precision == "fp32":
+        return reference
+    session.say(f"{member.name}: converting to FP16")
+    return convert_to_fp16(reference)
+
+
+def _fp16_name(member: Member) -> str:
+    return f"{member.name}.fp16.onnx"
+
+
+@contextmanager
+def _replace_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `folder` at the end, if there is no error."""
+    unfinished = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_graph_parity(session: _BuildSession, member: Member, graph: bytes) -> Parity:
+    """Compare the graph on ONNX Runtime; an unconverted one is the reference itself."""
+    options = session.options
+    if options.precision == "fp16":
+        session.say(f"{member.name}: comparing the FP16 graph with float32, on ONNX Runtime")
+        found = _run_graph(session, member, graph)
+    else:
+        found = _reference_logits(session, member)
+    return _compare_logits(session, member, found, "its graph", executed=False)
+
+
+def _reference_logits(session: _BuildSession, member: Member) -> Floats:
+    if member.name not in session.references:
+        session.references[member.name] = _run_graph(session, member, None)
+    return session.references[member.name]
+
+
+def _run_graph(
+    session: _BuildSession, member: Member, graph: bytes | None, pixels: parity.Pixels | None = None
+) -> Floats:
+    """Of `graph` in place of the member's own, on ONNX Runtime."""
+    with OnnxRunner(member, session.bundle, graph=graph) as runner:
+        return parity.run_in_batches(runner.infer, session.images.pixels if pixels is None else pixels)
+
+
+def _compare_logits(
+    session: _BuildSession, member: Member, logits: Floats, what: str, *, executed: bool
+) -> Parity:
+    temperature = np.float32(member.temperature)
+    reference, candidate = (
+        softmax(_reference_logits(session, member) / temperature),
+        softmax(logits / temperature),
+    )
+    return _check_parity(session, reference, candidate, f"{member.name}: {what}", executed=executed)
+
+
+def _check_parity(
+    session: _BuildSession, reference: Floats, candidate: Floats, what: str, *, executed: bool
+) -> Parity:
+    """Compare probabilities [N, C]. Raises ParityError."""
+    found = parity.compare_probabilities(
+        reference,
+        candidate,
+        executed=executed,
+        calibration=session.images.origin,
+        options=session.options,
+        labels=session.images.labels,
+    )
+    parity.require_parity(found, what, session.options.precision)
+    return found

@@ -1,0 +1,68 @@
+"""Which class a label stands for: as spelled, in any case, or by the names that public sets use."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+# what public sets call the classes of the method, in clinical order
+VOCABULARY = {
+    "normal": ("normal", "healthy", "0"),
+    "osteopenia": ("osteopenia", "op", "1"),
+    "osteoporosis": ("osteoporosis", "os", "2"),
+}
+CANONICAL = {alias: name for name, aliases in VOCABULARY.items() for alias in aliases}
+DIGITS = {"0", "1", "2"}
+_GROUPS = {"bone_loss": ("osteopenia", "osteoporosis")}  # of classes that are also looked at as one
+
+
+class ClassNames:
+    """The classes, and what else stands for them. `digits`: whether 0, 1 and 2 do."""
+
+    def __init__(self, classes: Sequence[str], *, digits: bool) -> None:
+        self.classes = tuple(classes)
+        self._known = {label_key(name): position for position, name in enumerate(self.classes)}
+        self.aliases: set[str] = set()  # names in use that are no class's own
+        for name, aliases in VOCABULARY.items():
+            if name in self._known:
+                for alias in aliases:
+                    if digits or alias not in DIGITS:
+                        self._known.setdefault(alias, self._known[name])
+
+    @classmethod
+    def of(cls, classes: Sequence[str]) -> ClassNames:
+        """Numbers stand for the method's classes when those are all there."""
+        return cls(classes, digits=set(VOCABULARY) <= {label_key(name) for name in classes})
+
+    def find(self, name: str) -> int | None:
+        """The class's position, None for a name that stands for none."""
+        if name in self.classes:  # there may be another that differs in case alone
+            return self.classes.index(name)
+        position = self._known.get(label_key(name))
+        if position is not None and label_key(name) != label_key(self.classes[position]):
+            self.aliases.add(name)
+        return position
+
+    def error_for(self, label: str) -> str:
+        """What is wrong with a label that stands for no class."""
+        near = difflib.get_close_matches(label.casefold(), self.classes, 1)
+        hint = f"; {near[0]}?" if near else ""
+        return f"label {label[:80]!r} is none of {', '.join(self.classes)}{hint}"
+
+    def aliases_used(self) -> list[str]:
+        """The aliases that were used, for people."""
+        return [f"{name} as {self.classes[self._known[label_key(name)]]}" for name in sorted(self.aliases)]
+
+
+def label_key(name: str) -> str:
+    return name.strip().casefold()
+
+
+def class_groups(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The groups of classes that these allow, by name."""
+    by_key = {label_key(name): name for name in classes}
+    return {
+        group: tuple(by_key[name] for name in names)
+        for group, names in _GROUPS.items()
+        if set(names) <= by_key.keys() and len(names) < len(classes) and group not in by_key
+    }

@@ -1,0 +1,1 @@
+"""Find a bundle's temperature and triage thresholds from labelled images."""

@@ -1,0 +1,320 @@
+"""From scores of labelled images to a temperature, the thresholds of a triage, and what these are worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.bundle.operating_points import (
+    DOUBTFUL,
+    ZONES,
+    Abstention,
+    AskedRates,
+    DisagreementLimit,
+    DistanceLimits,
+    FittedTemperature,
+    LabelledData,
+    LogLikelihoods,
+    OperatingPoints,
+    Rates,
+    Refer,
+    RuleOut,
+    ZoneCounts,
+    Zones,
+)
+from engine.core.errors import UsageError
+from engine.scoring.ensemble import apply_temperature, average_members, disagreement
+from engine.sink.triage import assign_zones
+from engine.stats.intervals import LEVEL, Proportion, cluster_bootstrap, percentile_interval, proportion
+
+Floats = npt.NDArray[np.float32]
+Labels = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Ends = tuple[float, float]  # of an interval
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0  # temperatures
+FOLDS, RESAMPLES = 5, 1000
+_GRID = 121  # temperatures at which the likelihood is known to every resample, 5 % apart
+_SLACK = 1e-9  # of a count: 0.9 of 10 images are 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What the thresholds have to keep."""
+
+    target: str
+    sensitivity: float = 0.90  # of "not ruled out"
+    specificity: float = 0.90  # of "referred"
+    quantile: float = 0.99  # of the members' disagreement, beyond which an image is abstained from
+    flags: tuple[str, ...] = DOUBTFUL  # of images that are abstained from
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LabelledScores:
+    """Scored images whose class is known."""
+
+    members: Floats  # [M, N, C], probabilities of each member
+    labels: Labels  # [N]
+    groups: Labels  # [N], the same for images of one patient
+
+    def only(self, chosen: Bools) -> LabelledScores:
+        return LabelledScores(self.members[:, chosen], self.labels[chosen], self.groups[chosen])
+
+
+def fit_temperature(probabilities: Floats, labels: Labels) -> float:
+    """The temperature that gives `labels` [N] the highest likelihood under averaged `probabilities` [N, C].
+
+    One scalar on their logarithms (Guo et al. 2017, "On calibration of modern neural networks"), from LOWEST
+    to HIGHEST. Images that are separated without error, or are too few, drive it to one of these ends.
+    """
+    from scipy.optimize import minimize_scalar
+
+    logs = _log_probabilities(probabilities)
+    found = minimize_scalar(
+        lambda log_temperature: float(
+            _negative_log_likelihoods(logs, labels, math.exp(log_temperature)).mean()
+        ),
+        bounds=(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE)),
+        method="bounded",
+    )
+    return float(math.exp(found.x))
+
+
+def _log_probabilities(probabilities: Floats) -> npt.NDArray[np.float64]:
+    logs: npt.NDArray[np.float64] = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny, dtype=float))
+    return logs
+
+
+def _negative_log_likelihoods(
+    logs: npt.NDArray[np.float64], labels: Labels, temperature: float
+) -> npt.NDArray[np.float64]:
+    """Negative log-likelihood [N] of each image's class, in nats."""
+    scaled = logs / temperature
+    scaled -= scaled.max(axis=1, keepdims=True)
+    losses: npt.NDArray[np.float64] = (
+        np.log(np.exp(scaled).sum(axis=1)) - scaled[np.arange(len(labels)), labels]
+    )
+    return losses
+
+
+def calibrate(
+    sample: LabelledScores,
+    classes: Sequence[str],
+    weights: Sequence[float],
+    asked: CalibrationOptions,
+    data: LabelledData,
+    distance: DistanceLimits | None = None,
+) -> OperatingPoints:
+    """Find the ensemble's temperature and operating points; `data` says what `sample` is.
+
+    Raises UsageError where there are too few images to promise anything.
+    """
+    target = classes.index(asked.target)
+    positive = sample.labels == target
+    check_counts(positive, sample.groups, asked)
+    mean = average_members(sample.members, weights)
+    temperature, settled = _fit_bounded_temperature(mean, sample.labels)
+    scores = apply_temperature(mean, temperature)[:, target]
+    low, high, crossed = fit_thresholds(scores, positive, asked)
+    ends = _threshold_intervals(scores, positive, sample.groups, asked)
+    fitted = _cross_fit(sample, weights, target, asked)
+
+    def rates(called: Bools) -> Rates:
+        return _rates(called, positive, sample.groups)
+
+    return OperatingPoints(
+        target=asked.target,
+        asked=AskedRates(sensitivity=asked.sensitivity, specificity=asked.specificity),
+        level=LEVEL,
+        rule_out=RuleOut(
+            below=low,
+            interval=ends[0],
+            on_data=rates(scores >= low),
+            cross_fitted=rates(fitted["rule_out"]),
+        ),
+        refer=Refer(
+            above=high, interval=ends[1], on_data=rates(scores > high), cross_fitted=rates(fitted["refer"])
+        ),
+        crossed=crossed,
+        temperature=FittedTemperature(
+            value=temperature,
+            interval=_temperature_interval(mean, sample, asked.seed) if settled else None,
+            nll=LogLikelihoods(
+                before=_mean_loss(mean, sample.labels, 1.0),
+                after=_mean_loss(mean, sample.labels, temperature),
+            ),
+        ),
+        zones=_zone_counts(assign_zones(scores, low, high), positive),
+        abstain=Abstention(
+            disagreement=_disagreement_limit(sample, weights, asked.quantile),
+            image_flags=asked.flags,
+            distance=distance,
+        ),
+        data=data,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _mean_loss(mean: Floats, labels: Labels, temperature: float) -> float:
+    return float(_negative_log_likelihoods(_log_probabilities(mean), labels, temperature).mean())
+
+
+def _zone_counts(zone: npt.NDArray[np.int8], positive: Bools) -> Zones:
+    return Zones(
+        **{
+            name: ZoneCounts(images=int((zone == one).sum()), positives=int((positive & (zone == one)).sum()))
+            for one, name in enumerate(ZONES)
+        }
+    )
+
+
+def _disagreement_limit(
+    sample: LabelledScores, weights: Sequence[float], quantile: float
+) -> DisagreementLimit:
+    """The quantile of the members' disagreement; with one member there is none."""
+    apart = disagreement(sample.members, weights)
+    above = float(np.quantile(apart, quantile)) if len(weights) > 1 else None
+    return DisagreementLimit(quantile=quantile, above=above)
+
+
+def check_counts(positive: Bools, groups: Labels, asked: CalibrationOptions) -> None:
+    """Raises UsageError where too few images [N], or patients, are of one side to promise its share.
+
+    A share s of n says nothing of all when even n of n says too little: s^n > 1 - LEVEL (Wilks 1941).
+    """
+    what = "patients with images" if len(np.unique(groups)) < len(groups) else "images"
+    for name, asked_for, mask, whose in (
+        ("sensitivity", asked.sensitivity, positive, f"of class {asked.target}"),
+        ("specificity", asked.specificity, ~positive, f"of other classes than {asked.target}"),
+    ):
+        there, needed = len(np.unique(groups[mask])), min_images(asked_for)
+        if there < needed:
+            raise UsageError(
+                f"{there} {what} {whose}: too few to promise a {name} of {asked_for:g}; at least {needed} "
+                f"are needed, or a lower --{name}"
+            )
+
+
+def min_images(asked_for: float) -> int:
+    """How many images are needed: with fewer, not even all of them would show the share at LEVEL."""
+    return math.ceil(math.log(1 - LEVEL) / math.log(asked_for))
+
+
+def _fit_bounded_temperature(mean: Floats, labels: Labels) -> tuple[float, bool]:
+    """As fitted; 1 where the likelihood has no maximum: all images told apart, or the limits reached."""
+    fitted = fit_temperature(mean, labels)
+    erred = bool((mean.argmax(axis=1) != labels).any())
+    settled = erred and MIN_TEMPERATURE * 1.01 < fitted < MAX_TEMPERATURE / 1.01
+    return (fitted if settled else 1.0), settled
+
+
+def fit_thresholds(scores: Floats, positive: Bools, asked: CalibrationOptions) -> tuple[float, float, bool]:
+    """Below the first an image is ruled out, above the second referred; and whether they had crossed.
+
+    The first is the largest that keeps the asked sensitivity on `scores` [N], the second the smallest that
+    keeps the specificity. If the first is above the second, every threshold from one to the other keeps both:
+    the middle is taken for both, and no image is between.
+    """
+    low, high, crossed = _threshold_pairs(scores, positive, np.ones((1, len(scores))), asked)
+    return float(low[0]), float(high[0]), bool(crossed[0])
+
+
+def _threshold_pairs(
+    scores: Floats, positive: Bools, times: npt.NDArray[np.floating], asked: CalibrationOptions
+) -> tuple[Floats, Floats, Bools]:
+    """The thresholds [b] of resamples that hold images `times` [b, N], some of them of each side."""
+    low = _weighted_quantile(scores[positive], times[:, positive], 1 - asked.sensitivity, beyond=True)
+    high = _weighted_quantile(scores[~positive], times[:, ~positive], asked.specificity, beyond=False)
+    crossed = low > high
+    middle = (low + high) / np.float32(2)
+    return np.where(crossed, middle, low), np.where(crossed, middle, high), crossed
+
+
+def _weighted_quantile(
+    scores: Floats, times: npt.NDArray[np.floating], part: float, *, beyond: bool
+) -> Floats:
+    """The first score at which more than (`beyond`), or as much as, `part` of all is at or below it."""
+    order = scores.argsort(kind="stable")
+    counts = times[:, order].cumsum(axis=1)
+    limit = counts[:, -1:] * part
+    reached = counts > np.floor(limit + _SLACK) if beyond else counts >= np.ceil(limit - _SLACK)
+    return np.asarray(scores[order][reached.argmax(axis=1)], np.float32)
+
+
+def _threshold_intervals(
+    scores: Floats, positive: Bools, groups: Labels, asked: CalibrationOptions
+) -> tuple[Ends, Ends]:
+    """Intervals of both thresholds at this temperature, by a bootstrap over groups."""
+    found = []
+    for times in cluster_bootstrap(groups, seed=asked.seed, resamples=RESAMPLES):
+        times = times[(times[:, positive].sum(axis=1) > 0) & (times[:, ~positive].sum(axis=1) > 0)]
+        found.append(np.stack(_threshold_pairs(scores, positive, times, asked)[:2]))
+    low, high = np.concatenate(found, axis=1)
+    return percentile_interval(low), percentile_interval(high)
+
+
+def _temperature_interval(mean: Floats, sample: LabelledScores, seed: int) -> Ends:
+    """By the same bootstrap: the best temperature of a grid, and of the parabola through its neighbours."""
+    grid = np.linspace(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE), _GRID)
+    logs = _log_probabilities(mean)
+    losses = np.stack(
+        [_negative_log_likelihoods(logs, sample.labels, math.exp(one)) for one in grid], axis=1
+    )  # [N, grid]
+    found = []
+    for times in cluster_bootstrap(sample.groups, seed=seed, resamples=RESAMPLES):
+        total = times @ losses  # [b, grid]
+        best = total.argmin(axis=1).clip(1, _GRID - 2)
+        left, here, right = (total[np.arange(len(best)), best + step] for step in (-1, 0, 1))
+        bend = left - 2 * here + right
+        shift = np.where(bend > 0, (left - right) / (2 * np.where(bend > 0, bend, 1)), 0).clip(-1, 1)
+        found.append(np.exp(grid[best] + shift * (grid[1] - grid[0])))
+    return percentile_interval(np.concatenate(found))
+
+
+def _cross_fit(
+    sample: LabelledScores, weights: Sequence[float], target: int, asked: CalibrationOptions
+) -> Mapping[str, Bools]:
+    """What temperatures and thresholds say [N] that were found without the image's own fold."""
+    positive = sample.labels == target
+    called = {name: np.zeros(len(positive), np.bool_) for name in ("rule_out", "refer")}
+    for held in split_folds(positive, sample.groups, asked.seed):
+        rest = sample.only(~held)
+        mean = average_members(rest.members, weights)
+        temperature, _ = _fit_bounded_temperature(mean, rest.labels)
+        low, high, _ = fit_thresholds(
+            apply_temperature(mean, temperature)[:, target], rest.labels == target, asked
+        )
+        scores = apply_temperature(average_members(sample.members[:, held], weights), temperature)[:, target]
+        called["rule_out"][held], called["refer"][held] = scores >= low, scores > high
+    return called
+
+
+def split_folds(positive: Bools, groups: Labels, seed: int) -> Iterator[Bools]:
+    """Masks [N]: whole groups, those with a positive image dealt out apart from the others."""
+    _, group = np.unique(groups, return_inverse=True)
+    any_positive = np.bincount(group, weights=positive) > 0
+    fold = np.empty(len(any_positive), np.int64)
+    rng = np.random.default_rng(seed)
+    for side in (any_positive, ~any_positive):
+        fold[side] = rng.permutation(int(side.sum())) % FOLDS
+    for one in range(FOLDS):
+        held: Bools = fold[group] == one
+        yield held
+
+
+def _rates(called: Bools, positive: Bools, groups: Labels) -> Rates:
+    """Of a test that calls some images [N] positive."""
+    right = called == positive
+
+    def among(mask: Bools) -> Proportion:
+        return proportion(right[mask], groups[mask])
+
+    return Rates(
+        sensitivity=among(positive), specificity=among(~positive), ppv=among(called), npv=among(~called)
+    )

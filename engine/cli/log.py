@@ -1,0 +1,76 @@
+"""What a run says on standard error: without paths where they are hidden, as JSON lines where asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from engine.core.location import Url
+from engine.core.redaction import redact_line
+from engine.core.settings import Settings
+
+
+def open_null() -> TextIO:
+    return open(os.devnull, "w")
+
+
+class RedactingLog:
+    """Standard error, but a full disk or a closed pipe behind it does not end the run.
+
+    With `as_json` each line written becomes an object {"time", "event": "message", "level", "message"}.
+    """
+
+    def __init__(self, *, redact: bool, as_json: bool = False) -> None:
+        self._stream: TextIO = sys.stderr or open_null()  # None where it was closed
+        self._redact = redact
+        self.as_json = as_json
+        self.known: list[tuple[str, str]] = []  # paths, and what stands for them
+
+    def write(self, text: str) -> int:
+        shown = redact_line(text, self.known) if self._redact else text
+        if not self.as_json:
+            self._put(shown)
+            return len(text)
+        for line in filter(str.strip, shown.splitlines()):
+            level = "error" if line.startswith("error: ") else "info"
+            self.event("message", level=level, message=line.removeprefix("error: "))
+        return len(text)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """One JSON object; `fields` name no path."""
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._put(json.dumps({"time": time, "event": event, **fields}, allow_nan=False) + "\n")
+        self.flush()
+
+    def _put(self, text: str) -> None:
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def named_locations(settings: Settings) -> list[tuple[str, str]]:
+    """What the user named, as it may turn up on the log."""
+    named = {
+        "MANIFEST": settings.manifest,
+        "ROOT": settings.root or settings.manifest.parent,
+        "OUTPUT": settings.output,
+        "BUNDLE": settings.bundle,
+        "PATHS_FROM": settings.paths_from,
+    }
+    places = []
+    for word, one in named.items():
+        if isinstance(one, Url):
+            places += [(form, word) for form in (one.whole, str(one))]
+        elif one and one.name:
+            places += [(str(form), word) for form in (one, one.absolute(), one.resolve())]
+    return places

@@ -1,0 +1,98 @@
+"""The command that installs an extra, and whether the installed packages fit, by their own metadata."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PROJECT = "bone-radiograph-screening"
+NO_EXTRA = ""  # the extra of what is needed in any case
+
+
+@dataclass(frozen=True)
+class Package:
+    """What one extra asks for, and what is here."""
+
+    name: str
+    extra: str
+    wanted: str  # version specifiers
+    found: str | None  # version, None where it is not installed
+    fits: bool
+
+    @property
+    def problem(self) -> str | None:
+        if self.found is None:
+            return f"{self.name} is missing"
+        return None if self.fits else f"{self.name} {self.found} is none of {self.wanted}"
+
+
+def list_packages() -> dict[str, list[Package]]:
+    """What the project requires, by extra, with what is installed."""
+    found = defaultdict[str, list[Package]](list)
+    for extra, requirement in _requirements():
+        version = package_version(requirement.name)
+        fits = version is not None and requirement.specifier.contains(version, prereleases=True)
+        name = canonicalize_name(requirement.name)
+        found[extra].append(Package(name, extra, str(requirement.specifier), version, fits))
+    return dict(found)
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def install_command(extras: str = NO_EXTRA, *, packages: str = "") -> str:
+    """Return the command that installs the project with `extras`, such as "gpu,proof", or just `packages`."""
+    names = extras.split(",")
+    files = ["constraints-gpu.txt"] * ("gpu" in names) + ["constraints.txt"] * (names != ["gpu"])
+    constraints = " ".join(f"-c {file}" for file in files)
+    index = " --extra-index-url https://pypi.nvidia.com" if "gpu" in names else ""
+    what = packages or (f"'.[{extras}]'" if extras else ".")
+    return f"pip install {constraints} {what}{index}"
+
+
+def find_conflicts() -> list[str]:
+    """Return a line for each package of the project that requires another version of an installed package."""
+    found = []
+    for name in sorted({canonicalize_name(requirement.name) for _, requirement in _requirements()}):
+        here = package_version(name)
+        for wanted in map(Requirement, (metadata.requires(name) or []) if here else []):
+            applies = wanted.marker is None or wanted.marker.evaluate({"extra": NO_EXTRA})
+            other = package_version(wanted.name) if applies else None
+            if other and not wanted.specifier.contains(other, prereleases=True):
+                found.append(f"{name} {here} asks for {wanted.name}{wanted.specifier}, here is {other}")
+    return found
+
+
+def _requirements() -> Iterator[tuple[str, Requirement]]:
+    """Each requirement with its extra: of the distribution, or of pyproject.toml in a bare checkout."""
+    try:
+        lines = metadata.requires(PROJECT) or []
+    except metadata.PackageNotFoundError:
+        yield from _checkout_requirements()
+        return
+    extras = [NO_EXTRA, *(metadata.metadata(PROJECT).get_all("Provides-Extra") or [])]
+    for requirement in map(Requirement, lines):
+        marker = requirement.marker
+        for extra in [extra for extra in extras if marker is None or marker.evaluate({"extra": extra})][:1]:
+            yield extra, requirement
+
+
+def _checkout_requirements() -> Iterator[tuple[str, Requirement]]:
+    try:
+        text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    except OSError:
+        return
+    project = tomllib.loads(text)["project"]
+    for extra, lines in {NO_EXTRA: project["dependencies"], **project["optional-dependencies"]}.items():
+        yield from ((extra, requirement) for requirement in map(Requirement, lines))

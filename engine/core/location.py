@@ -1,0 +1,104 @@
+"""What names a place: a local path, or a URL of one of the schemes below."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+OBJECT_SCHEMES = ("s3", "gs", "az", "abfs", "abfss")
+HTTP_SCHEMES = ("https", "http")
+ALLOWED = "a local path, file://, s3://, gs://, az://, abfs://, https:// or http://"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+class SchemeError(ValueError):
+    """Of a URL that nothing here reads."""
+
+
+@dataclass(frozen=True, repr=False)
+class Url:
+    """A place that is not local. Its text form has no query, which may hold a signature.
+
+    In object stores the key is taken as it stands; in http URLs it is percent-encoded.
+    """
+
+    scheme: str
+    host: str  # bucket, container, or host with port
+    path: str  # behind the host, with its leading slash unless empty
+    query: str = ""  # of http, with its question mark
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.host}{self.path}"
+
+    __repr__ = __str__
+
+    @property
+    def whole(self) -> str:
+        """With the query: for requests, never for a text that anybody reads."""
+        return f"{self}{self.query}"
+
+    @property
+    def key(self) -> str:
+        return self.path.strip("/")
+
+    @property
+    def name(self) -> str:
+        # the last name also of what is unquoted: a file may be made that has it
+        return posixpath.basename(unquote(self.path) if self.scheme in HTTP_SCHEMES else self.path)
+
+    @property
+    def parent(self) -> Url:
+        return Url(self.scheme, self.host, posixpath.dirname(self.path))
+
+    def __truediv__(self, name: str) -> Url:
+        """What a relative path names below this place; "." and ".." mean what they mean in a folder.
+
+        Behind "::" is the name of an archive's member, which is taken as it stands.
+        """
+        name, mark, member = name.partition("::")
+        if self.scheme in HTTP_SCHEMES:
+            name = quote(name)
+        path = f"{self.path.rstrip('/')}/{name}"
+        if {".", ".."} & set(name.split("/")):
+            path = posixpath.normpath(path)
+        return Url(self.scheme, self.host, path + mark + member)
+
+
+Location = Path | Url
+
+
+def is_url(text: str) -> bool:
+    return "://" in text and _SCHEME.match(text) is not None
+
+
+def parse(text: str) -> Location:
+    """A local path, or the URL that `text` is. Raises ValueError that says what is wrong, without `text`."""
+    found = _SCHEME.match(text)
+    if not found:
+        return Path(text)
+    scheme, rest = found[1].lower(), text[found.end() :]
+    host, slash, path = rest.partition("/")
+    if scheme == "file":
+        if host not in ("", "localhost"):
+            raise ValueError("a file URL with a host; write file:///folder/name for a local file")
+        return Path(unquote(slash + path))
+    if scheme not in OBJECT_SCHEMES + HTTP_SCHEMES:
+        raise SchemeError(f"URLs of this scheme are not read; allowed are {ALLOWED}")
+    query = ""
+    if scheme in HTTP_SCHEMES:
+        bare = re.split(r"[?#]", rest, maxsplit=1)[0]
+        query = rest[len(bare) :].partition("#")[0]
+        host, slash, path = bare.partition("/")
+    container, at, host_only = host.rpartition("@")
+    if at and not (scheme in ("abfs", "abfss") and container and ":" not in container):
+        raise ValueError("a user or password in a URL, which ends in logs; put it into the environment")
+    if not host_only:
+        raise ValueError(f"no {'host' if scheme in HTTP_SCHEMES else 'bucket'} behind {scheme}://")
+    return Url(scheme, host, slash + path, query)
+
+
+def absolute(place: Location) -> Location:
+    return place.absolute() if isinstance(place, Path) else place

@@ -1,0 +1,70 @@
+"""Paths name people. With --redact a keyed hash stands for each, in results and on the log."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine.core.errors import UsageError
+
+MIN_SALT_BYTES = 16  # bytes
+_SALT_VARIABLE = "ENGINE_SALT"
+_QUOTED = re.compile(r"(?<!\w)('|\").*?\1")
+_PATH_LIKE = re.compile(
+    r"'[^'\n]*[/.][^'\n]*'|(?<![\w.])(?:\w+:/)?/[^\s'\",;]*[^\s'\",;:.]|\S+\.(?:jpe?g|png|dcm|dicom|tiff?|bmp|webp|jp2)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Redaction:
+    """What stands for paths, and which other manifest columns are kept."""
+
+    salt: bytes = field(repr=False)
+    keep: tuple[str, ...] = ()
+
+    def name(self, path: str) -> str:
+        """HMAC-SHA256 of the path as the manifest has it, its first 128 bits in hexadecimal."""
+        return hmac.new(self.salt, path.encode("utf-8", "surrogatepass"), "sha256").hexdigest()[:32]
+
+    @property
+    def key(self) -> str:
+        """Tells one salt from another, and not what it is."""
+        return self.name("\0key")
+
+
+def read_salt(file: Path | None) -> bytes:
+    """The salt from `file`, else from ENGINE_SALT, without white space around it. Raises UsageError."""
+    if file is None:
+        salt, source = os.environ.get(_SALT_VARIABLE, "").strip().encode(), _SALT_VARIABLE
+        if not salt:
+            raise UsageError(
+                f"--redact needs a salt: --salt-file FILE, or {_SALT_VARIABLE} in the environment; keep it, since "
+                "only with it are two runs' names the same"
+            )
+    else:
+        source = f"--salt-file {file}"
+        try:
+            with file.open("rb") as opened:
+                salt = opened.read(1 << 16).strip()
+        except OSError as error:
+            raise UsageError(f"{source}: {error.strerror}") from None
+    if len(salt) < MIN_SALT_BYTES:
+        raise UsageError(
+            f"{source}: a salt of {len(salt)} bytes can be guessed; give at least {MIN_SALT_BYTES}"
+        )
+    return salt
+
+
+def redact_line(text: str, known: Iterable[tuple[str, str]] = ()) -> str:
+    """A line of the log without paths: `known` ones by what stands for them, others as [path]."""
+    for path, word in sorted(known, key=lambda pair: -len(pair[0])):
+        if len(path) > 2:  # "a" is a word
+            text = re.sub(rf"(?<!\w){re.escape(path)}(?!\w)", word, text)
+    if "error: " in text or "manifest " in text:  # which shows cells, columns or files
+        text = _QUOTED.sub("[value]", text)
+    return _PATH_LIKE.sub("[path]", text)

@@ -1,0 +1,31 @@
+"""Hold what the doctor found in a sample of files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from engine.core.records import Batch, Header, Status
+
+
+@dataclass
+class FileSample:
+    """What a sample of the files is like."""
+
+    rows: int = 0
+    elapsed_s: float = 0.0
+    by_status: Counter[str] = field(default_factory=Counter)
+    headers: list[Header] = field(default_factory=list)
+    bytes_read: list[int] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)  # status and error, by how often
+
+    def add(self, batch: Batch) -> None:
+        self.rows += batch.rows
+        self.by_status.update(Status(one).label for one in batch.status)
+        for found, data in zip(batch.headers, batch.encoded, strict=True):
+            if found:
+                self.headers.append(found)
+                self.bytes_read.append(len(data))
+        for position, error in batch.errors.items():
+            self.errors[f"{Status(batch.status[position]).label}: {error}"] += 1
+        batch.drop_encoded()

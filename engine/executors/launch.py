@@ -1,0 +1,74 @@
+"""Choose the executor that the settings ask for, run it and write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from engine.core.deadline import Deadline
+from engine.core.records import OnMessage
+from engine.core.settings import ALL_GPUS, Settings
+from engine.executors import multi_gpu
+from engine.executors.retry import retry_failed_rows
+from engine.monitoring.metrics import MetricsFile
+from engine.pipeline.pipeline import screen_in_process
+from engine.runs.progress import OnProgress, Progress
+from engine.runs.run_folder import REPORT_FILE, SUCCESS_FILE
+from engine.runs.summary import ErrorRateError, Summary
+from engine.storage.open_folder import open_folder
+
+
+def launch_run(
+    settings: Settings,
+    *,
+    on_progress: OnProgress,
+    say: OnMessage = lambda _: None,
+    deadline: Deadline | None = None,
+) -> Summary:
+    """Screen, or try failed rows again, as `settings` say. Raises ErrorRateError after too many errors."""
+    deadline = deadline or Deadline(settings.finish_by)
+    work: Callable[..., Summary] = (
+        retry_failed_rows
+        if settings.only_errors
+        else _import_ray_driver()
+        if settings.ray
+        else screen_in_process
+    )
+    if settings.device == ALL_GPUS:
+        work = multi_gpu.run_on_all_gpus
+    with ExitStack() as stack:
+        seen = on_progress
+        if settings.metrics_file:
+            metrics = stack.enter_context(MetricsFile(settings.metrics_file))
+
+            def seen(progress: Progress) -> None:
+                metrics(progress)
+                on_progress(progress)
+
+        summary = work(settings, on_progress=seen, say=say, deadline=deadline)
+        _write_report(summary, say, deadline)
+        if summary.errors > settings.max_error_rate * summary.rows:
+            raise ErrorRateError(
+                f"{summary.errors} of {summary.rows} rows failed, more than --max-error-rate allows", summary
+            )
+    return summary
+
+
+def _write_report(summary: Summary, say: OnMessage, deadline: Deadline) -> None:
+    """Write report.html. The run is finished: whatever goes wrong here is a line and no more."""
+    try:
+        files = open_folder(summary.output)
+        if not files.exists(SUCCESS_FILE) or files.exists(REPORT_FILE):
+            return  # a shard that is not the last one, or it is there already
+        from engine.report.render import write_report
+
+        write_report(summary.output, say=say, deadline=deadline)
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        say(f"{REPORT_FILE} is not written: {why}; python -m engine.report RESULTS tries again")
+
+
+def _import_ray_driver() -> Callable[..., Summary]:
+    from engine.ray.driver import screen_on_ray
+
+    return screen_on_ray

@@ -1,0 +1,1 @@
+"""Show which image regions moved a row's score."""

@@ -1,0 +1,98 @@
+"""`python -m engine.explain RESULTS --top 50`: pictures of what moved the scores of some rows of a run.
+
+What the maps are, and why these: engine/explain/integrated_gradients.py. The rows' images are read, decoded and resized again as
+in the run; a row whose probabilities come out otherwise than they are in the results is not explained.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from engine.bundle.bundle import Bundle
+from engine.core.errors import UsageError
+from engine.core.extras import install_command
+from engine.core.hardware import available_cpus
+from engine.core.location import Location
+from engine.core.records import OnMessage
+from engine.core.settings import Settings
+from engine.explain.images import RereadImages, choose_references
+from engine.explain.pictures import PictureFolder
+from engine.explain.rows import ExplainedRun, RowSelection
+from engine.runs.run_folder import (
+    EXPLANATIONS_FOLDER,
+)
+
+if TYPE_CHECKING:
+    from engine.explain.integrated_gradients import Explainer
+
+
+REQUIRED_PACKAGES = ("captum", "matplotlib", "PIL", "safetensors", "torch", "torchvision")
+
+
+@dataclass(frozen=True)
+class ExplainResult:
+    output: Location
+    explained: int
+    asked: int
+
+
+def explain(
+    settings: Settings,
+    asked: RowSelection,
+    *,
+    output: Location | None = None,
+    say: OnMessage = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda done, rows: None,
+) -> ExplainResult:
+    """Write PNGs and `index.json` for rows of the finished run in the folder `settings.manifest`.
+
+    They go to its folder `explanations`, or to `output`, and replace those of an earlier call. Of `settings`
+    only bundle, device ("cpu", "cuda:N"), workers, and what a redacted run needs matter. `say` gets a line
+    for each row that can't be explained, `on_progress` the rows done and those there are. Raises UsageError for
+    results, rows, class, bundle or output that won't do; EngineError when storage fails, or when no row could
+    be explained: then nothing is written.
+    """
+    open_explainer = _explainer_factory(settings)
+    run = ExplainedRun.of(settings, asked.of_class)
+    rows, typical = run.choose(asked, say)
+    place = output or settings.manifest / EXPLANATIONS_FOLDER
+    explainer = open_explainer(run.bundle)
+    with ExitStack() as stack:
+        folder = stack.enter_context(PictureFolder(place, run))
+        images = stack.enter_context(RereadImages(run, explainer))
+        references, about = choose_references(run, images, typical)
+        explainer.set_references(references)
+        for numbers, pixels, seen in images.seen(rows, say):
+            explanations = explainer.explain(seen, run.index)
+            for row, gray, explanation in zip(map(int, numbers), pixels[:, 0], explanations, strict=True):
+                folder.add(row, gray, explanation, about)
+            on_progress(folder.rows, len(rows))
+        folder.finish(rows, about)
+        return ExplainResult(place, folder.rows, len(rows))
+
+
+def _explainer_factory(settings: Settings) -> Callable[[Bundle], Explainer]:
+    """What opens the members. Raises UsageError for a package or device that is not here."""
+    if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
+        raise UsageError(
+            f"explanations need {', '.join(missing)}; install with: {install_command('explain')}"
+        )
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see training/__init__.py
+    import torch
+
+    from engine.explain.integrated_gradients import Explainer
+
+    device = settings.device
+    if not re.fullmatch(r"cpu|cuda:[0-9]{1,3}", device):
+        raise UsageError(f"--device {device}: allowed: cpu, cuda:N")
+    if device != "cpu" and int(device[5:]) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here; allowed: cpu")
+    torch.set_num_threads(settings.workers or available_cpus())
+    return partial(Explainer.of, device=device)

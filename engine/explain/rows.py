@@ -1,0 +1,180 @@
+"""Choose the rows that are explained and their reference rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from engine.bundle.bundle import Bundle
+from engine.core.errors import UsageError
+from engine.core.location import Location, parse
+from engine.core.records import OnMessage, Part, PartInfo, Status
+from engine.core.settings import Settings
+from engine.manifest.manifest import Manifest
+from engine.runs.finished_run import add_paths, apply_run_settings, load_run_bundle, read_finished_parts
+from engine.runs.run_folder import RUN_FILE, RunFolder
+from engine.runs.run_record import RunRecord
+from engine.sink.parts import part_name, read_rows
+from engine.stats.top_k import TopK
+
+Rows = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+MAX_ROWS = 10_000
+MAX_REFERENCES = 16  # rows that stand for what is typical
+MIN_REFERENCES = 4  # with fewer, the bundle's canaries do
+ENSEMBLE = "ensemble"
+# How far a probability may be from the results': here the members run in torch, in float32, on pixels of the
+# CPU's decoder. In INT8 the run itself may be as far from float32 as a small change of an image is.
+TOLERANCE = {"fp32": 2e-3, "fp16": 0.02, "int8": 0.15}
+TOLERANCE_GPU = 0.02  # DALI's pixels are within 2 gray levels, on average, of the CPU's
+NO_POINTS_HINT = "; only runs with operating points abstain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSelection:
+    """Which rows are explained, and the probability of which class."""
+
+    top: int = 0  # so many with the highest probability
+    rows: Sequence[int] = ()
+    abstained: bool = False
+    of_class: str | None = None  # None: the one that the run's rows are ranked by
+
+
+@dataclass(frozen=True)
+class ExplainedRun:
+    """A finished run whose bundle is here, and the class that is asked about."""
+
+    settings: Settings  # with the run's limits
+    folder: RunFolder
+    record: RunRecord
+    bundle: Bundle
+    parts: dict[int, PartInfo]
+    manifest: Manifest | None  # of a redacted run
+    root: Location
+    index: int  # of the class
+
+    @classmethod
+    def of(cls, settings: Settings, of_class: str | None) -> Self:
+        place = settings.manifest
+        folder = RunFolder.existing(place)
+        run = folder.run()
+        options = run.result_options
+        bundle = load_run_bundle(settings, folder, run)
+        parts = read_finished_parts(folder, run)
+        settings, manifest = apply_run_settings(settings, options)
+        root = manifest.root if manifest else parse(options.root)
+        if options.precision not in TOLERANCE:
+            raise UsageError(
+                f"results {place}: {RUN_FILE} names the precision {options.precision!r}; allowed: "
+                f"{', '.join(TOLERANCE)}"
+            )
+        if ENSEMBLE in (member.name for member in bundle.members):
+            raise UsageError(
+                f"bundle {bundle.path}: a member named {ENSEMBLE!r} can't be told from the whole"
+            )
+        wanted = of_class or run.target or bundle.classes[-1]
+        if wanted not in bundle.classes:
+            raise UsageError(f"--class {wanted}: allowed: {', '.join(bundle.classes)}")
+        return cls(settings, folder, run, bundle, parts, manifest, root, bundle.classes.index(wanted))
+
+    @property
+    def name(self) -> str:
+        """Of the class."""
+        return self.bundle.classes[self.index]
+
+    @property
+    def part_rows(self) -> int:
+        return self.record.result_options.part_rows
+
+    @property
+    def tolerance(self) -> float:
+        options = self.record.result_options
+        gpu = TOLERANCE_GPU if options.device != "cpu" else 0.0
+        return max(TOLERANCE[options.precision], gpu)
+
+    @property
+    def scores(self) -> list[str]:
+        """Columns of the members' probabilities, member by member."""
+        return [f"{member.name}_p_{name}" for member in self.bundle.members for name in self.bundle.classes]
+
+    def choose(self, asked: RowSelection, say: OnMessage) -> tuple[list[int], list[int]]:
+        """The rows to be explained, in the order asked for, and those that stand for what is typical."""
+        best, abstained, named = TopK(asked.top), list[int](), dict[int, str]()
+        spread = EvenSample(sum(part.by_status.get("ok", 0) for part in self.parts.values()))
+        probability = f"p_{self.name}"
+        for index in sorted(self.parts):
+            columns = ["row", "status", probability, *(["abstain"] if asked.abstained else [])]
+            table = self._read(index, columns)
+            row, status = table.column("row").to_numpy(), table.column("status").to_numpy()
+            ok = status == Status.OK.label
+            spread.see(row[ok])
+            best.add(pa.table({"row": row[ok]}), table.column(probability).to_numpy()[ok])
+            if asked.abstained:
+                chose = np.array([value is True for value in table.column("abstain").to_pylist()], bool)
+                abstained += row[ok & chose].tolist()
+            if len(abstained) > MAX_ROWS:
+                raise UsageError(f"the run abstained on more than {MAX_ROWS} rows; give --rows")
+            for one in (one for one in asked.rows if len(row) and row[0] <= one <= row[-1]):
+                named[one] = str(status[one - row[0]])
+        for one in asked.rows:
+            if one not in named:
+                say(f"row {one}: there is none; the run has rows 0 to {self.record.rows - 1}")
+            elif named[one] != Status.OK.label:
+                say(f"row {one}: {named[one]}, it has no score to be explained")
+        fine = [one for one in asked.rows if named.get(one) == Status.OK.label]
+        rows = list(dict.fromkeys([*fine, *(one["row"] for one in best.rows()), *abstained]))
+        if not rows:
+            hint = NO_POINTS_HINT if asked.abstained and not self.record.operating_points else ""
+            raise UsageError(f"results {self.folder.path}: none of its rows with a score was asked for{hint}")
+        if len(rows) > MAX_ROWS:
+            raise UsageError(f"{len(rows)} rows; allowed: up to {MAX_ROWS} at once")
+        return rows, spread.rows
+
+    def _read(self, index: int, columns: list[str]) -> pa.Table:
+        """Columns of a part. Raises UsageError where they are not there."""
+        self._check(index, columns)
+        return self.folder.files.read(part_name(index), partial(pq.read_table, columns=columns))
+
+    def _check(self, index: int, columns: list[str]) -> None:
+        known = self.folder.files.read(part_name(index), pq.read_schema).names
+        if missing := [column for column in columns if column not in known]:
+            hint = NO_POINTS_HINT if missing[0] == "abstain" else ""
+            raise UsageError(f"results {self.folder.path}: no column {missing[0]!r}{hint}")
+
+    def parts_of(self, rows: Iterable[int]) -> Iterator[Part]:
+        """Some rows, with their paths and the members' probabilities."""
+        wanted = {
+            index: pc.is_in(pc.field("row"), pa.array(list(group), pa.int64()))
+            for index, group in groupby(sorted(rows), lambda row: row // self.part_rows)
+        }
+        columns = [*self.scores, "width", "height"]
+        for index in wanted:
+            self._check(index, columns)
+        parts = read_rows(self.folder.files, wanted, columns)
+        if self.manifest:
+            return add_paths(parts, self.manifest.parts(self.part_rows, wanted))
+        return parts
+
+
+class EvenSample:
+    """Some rows of all, evenly spread; none where there are few."""
+
+    def __init__(self, total: int) -> None:
+        count = min(total, MAX_REFERENCES) if total >= MIN_REFERENCES else 0
+        self._places = np.rint(np.linspace(0, total - 1, count)).astype(np.int64)
+        self._before = 0
+        self.rows: list[int] = []
+
+    def see(self, rows: Rows) -> None:
+        places = self._places - self._before
+        self.rows += rows[places[(places >= 0) & (places < len(rows))]].tolist()
+        self._before += len(rows)

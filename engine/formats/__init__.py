@@ -1,0 +1,1 @@
+"""Parse the headers of encoded images, one module per format; decode nothing."""

@@ -1,0 +1,90 @@
+"""What an encoded image says of itself: format, size and layout, read from its header, nothing decoded.
+
+One module per format, each with `matches(data)` and `parse(data, limit)`. Input is hostile: no loop runs
+longer than the file or a fixed bound, nothing is allocated in proportion to a declared number, and what a
+decoder would allocate beyond the declared pixels is refused here.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Protocol
+
+from engine.core.errors import EngineError
+from engine.core.records import Header, Status
+from engine.formats import bmp, dicom, gif, jpeg, jpeg2000, png, pnm, tiff, webp
+from engine.formats.common import HeaderError, SizeLimit, truncated, unsupported
+
+__all__ = ["SIGNATURE_BYTES", "HeaderError", "check", "may_be_image", "parse_header"]
+
+
+class _Format(Protocol):
+    def matches(self, data: bytes) -> bool: ...
+
+    def parse(self, data: bytes, limit: SizeLimit) -> Header: ...
+
+
+_FORMATS: dict[str, _Format] = {
+    "DICOM": dicom,  # first: its preamble may be that of a TIFF
+    "JPEG": jpeg,
+    "PNG": png,
+    "TIFF": tiff,
+    "JPEG 2000": jpeg2000,
+    "WebP": webp,
+    "BMP": bmp,
+    "PNM": pnm,
+    "GIF": gif,
+}
+_OTHER_SIGNATURES = ((b"%PDF", "a PDF file"), (b"PK\x03\x04", "a ZIP file"), (b"P7\n", "a PAM file"))
+
+
+def parse_header(data: bytes, max_pixels: int) -> Header:
+    """The header of an encoded image, its format decided by content.
+
+    Raises HeaderError: TOO_LARGE (before any other verdict on an image whose size is known), UNSUPPORTED,
+    TRUNCATED (the end is missing), CORRUPT or, for a DICOM file that is no radiograph, SKIPPED.
+    """
+    name = next((name for name, module in _FORMATS.items() if module.matches(data)), None)
+    if name is None and dicom.lacks_preamble(data):
+        name = "DICOM"
+    if name is None:
+        raise unsupported(f"{_name_of_unsupported(data)}; supported: {', '.join(_FORMATS)}")
+    limit = SizeLimit(max_pixels)
+    try:
+        return _FORMATS[name].parse(data, limit)
+    except struct.error:
+        error = truncated(f"{name} ends inside its header at byte {len(data)}")
+    except HeaderError as raised:
+        error = raised
+    error.size = limit.size
+    raise error
+
+
+def check(data: bytes, max_pixels: int) -> Header:
+    """Return the header of an image that may be decoded, whatever the bytes make of a parser.
+
+    Raises HeaderError as `parse` does, with EMPTY where there are no bytes, and CORRUPT where a parser fails.
+    """
+    if not data:
+        raise HeaderError(Status.EMPTY, "the file has 0 bytes")
+    try:
+        return parse_header(data, max_pixels)
+    except (HeaderError, EngineError, MemoryError):
+        raise
+    except Exception as error:  # no file may end the run
+        raise HeaderError(Status.CORRUPT, f"its header can't be read: {type(error).__name__}") from None
+
+
+SIGNATURE_BYTES = 132  # bytes of a file that may_be_image wants
+
+
+def may_be_image(start: bytes) -> bool:
+    """Whether a file that begins so has one of the formats here, or may be DICOM without preamble."""
+    return any(module.matches(start) for module in _FORMATS.values()) or dicom.begins_without_preamble(start)
+
+
+def _name_of_unsupported(data: bytes) -> str:
+    for magic, name in _OTHER_SIGNATURES:
+        if data.startswith(magic):
+            return name
+    return "not an image"

@@ -1,0 +1,158 @@
+"""JPEG: ITU-T T.81, annex B; the Exif segment's orientation; the Adobe segment, which inverts CMYK."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.core.records import Header
+from engine.formats import exif
+from engine.formats.common import HeaderError, SizeLimit, corrupt, truncated, unsupported
+
+MAX_SEGMENTS = 10_000
+MAX_SCANS = 100  # each scan costs a pass over the whole image
+_FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF))
+_JPEG_LS = 0xF7
+_DECODABLE_FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; all Huffman-coded
+_BETWEEN_SCANS = frozenset((0xC4, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE))
+_RUN = bytes(48)  # longer than entropy coding makes of flat areas, mostly
+_FILL = re.compile(rb"\xff+")
+
+
+class JpegLayout(NamedTuple):
+    channels: int  # 1, 3 or 4
+    adobe: bool  # CMYK is stored inverted
+
+
+def matches(data: bytes) -> bool:
+    return data.startswith(b"\xff\xd8")
+
+
+def parse(data: bytes, limit: SizeLimit) -> Header:
+    orientation, adobe = 1, False
+    frame: tuple[int, int] | None = None
+    for marker, start, body, length in _segments(data):
+        if marker in _FRAMES and frame is None:
+            frame = marker, _channels(data, marker, body, limit)
+        if marker == 0xE1 and data.startswith(b"Exif\0\0", body) and orientation == 1:
+            orientation = exif.orientation(data[body : body + length - 2])
+        if marker == 0xEE and data.startswith(b"Adobe", body):
+            adobe = True
+        if marker == 0xDA and frame:
+            _check_scans(data, *frame, start)
+            assert limit.size is not None
+            return Header("jpeg", *limit.size, orientation=orientation, layout=JpegLayout(frame[1], adobe))
+        if marker in (0xD9, 0xDA) or length < 2:
+            raise corrupt("JPEG without a frame header")
+    raise corrupt(f"JPEG of more than {MAX_SEGMENTS} segments before its first scan")
+
+
+def frame_header(data: bytes) -> tuple[int, int, int, int, int]:
+    """Marker, bits, height, width and components of the frame header, of JPEG-LS too. Raises ValueError."""
+    try:
+        for marker, _, body, length in _segments(data):
+            if marker in _FRAMES or marker == _JPEG_LS:
+                return (marker, *struct.unpack_from(">BHHB", data, body))
+            if marker in (0xD9, 0xDA) or length < 2:
+                break
+    except (struct.error, HeaderError):
+        pass
+    raise ValueError("JPEG without a frame header")
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Marker, first byte, first byte of the body and length of each segment, the scans' not left out."""
+    position = 2
+    for _ in range(MAX_SEGMENTS):
+        fill = _FILL.match(data, position)
+        if fill is None and position < len(data):
+            raise corrupt(f"JPEG marker expected at byte {position}")
+        position = fill.end() if fill else position
+        marker, length = struct.unpack_from(">BH", data, position)
+        yield marker, position, position + 3, length
+        position += 1 + length
+
+
+def _channels(data: bytes, marker: int, body: int, limit: SizeLimit) -> int:
+    precision, height, width, channels = struct.unpack_from(">BHHB", data, body)
+    limit.check("JPEG", width, height)
+    if marker not in _DECODABLE_FRAMES:
+        raise unsupported(f"JPEG process SOF{marker & 15}; supported: baseline, progressive")
+    if precision != 8 or channels not in (1, 3, 4):
+        raise unsupported(f"JPEG of {precision} bits, {channels} components")
+    return int(channels)
+
+
+def _check_scans(data: bytes, marker: int, channels: int, start: int) -> None:
+    if data.rfind(b"\xff\xd9", start) < 0:
+        raise truncated(f"JPEG ends at byte {len(data)} without its end marker")
+    scans = 1 + data.count(b"\xff\xda", start) if channels > 1 or marker == 0xC2 else 1
+    if scans > MAX_SCANS:
+        raise corrupt(f"JPEG of {scans} scans; at most {MAX_SCANS}")
+
+
+def looks_damaged(data: bytes) -> bool:
+    """Whether the entropy-coded part of a JPEG that `parse` took looks damaged.
+
+    For decoders that give no warnings. Looks for markers that don't belong there, restart markers out of turn
+    or in a wrong number, and long runs of zeros. Sound files may look damaged, damaged ones sound.
+    """
+    try:
+        interval, restarts, scan = _before_scan(data)
+    except (struct.error, IndexError, ZeroDivisionError):
+        return True
+    if _RUN in data:
+        return True
+    stream = np.frombuffer(data, np.uint8)
+    escapes = np.flatnonzero(stream[scan:-1] == 0xFF) + scan
+    codes = stream[escapes + 1]
+    marks, codes = escapes[codes != 0], codes[codes != 0]
+    end, place = 0, 0
+    while place < len(marks):  # one round for each scan and each segment between them
+        if marks[place] < end:  # inside a segment
+            place += 1
+            continue
+        ends = np.flatnonzero((codes[place:] < 0xD0) | (codes[place:] > 0xD7))
+        if not len(ends):
+            return True
+        turns = codes[place : place + ends[0]].astype(np.intp) - 0xD0
+        if not np.array_equal(turns, np.arange(len(turns)) % 8) or (len(turns) and not interval):
+            return True
+        place += int(ends[0])
+        code = int(codes[place])
+        if code == 0xD9:
+            return restarts is not None and len(turns) != restarts
+        if code not in _BETWEEN_SCANS:
+            return True
+        restarts = None  # of several scans: not counted
+        end = int(marks[place]) + 2 + int.from_bytes(data[marks[place] + 2 : marks[place] + 4], "big")
+        place += 1
+    return True
+
+
+def _before_scan(data: bytes) -> tuple[int, int | None, int]:
+    """The restart interval, the restart markers that one scan over all has, and where its data start."""
+    position, interval, units = 2, 0, 0
+    while True:
+        while data[position + 1] == 0xFF:
+            position += 1
+        marker, length = struct.unpack_from(">BH", data, position + 1)
+        body = position + 4
+        if marker == 0xDD:
+            (interval,) = struct.unpack_from(">H", data, body)
+        if marker in _DECODABLE_FRAMES:
+            height, width, channels = struct.unpack_from(">HHB", data, body + 1)
+            factors = [data[body + 7 + 3 * channel] for channel in range(channels)]
+            across, down = max(factor >> 4 for factor in factors), max(factor & 15 for factor in factors)
+            if channels == 1:
+                across = down = 1  # a scan of one component counts blocks, whatever its factors say
+            units = -(-width // (8 * across)) * -(-height // (8 * down))
+        if marker == 0xDA:
+            whole = bool(units) and data[body] == len(factors)
+            restarts = (-(-units // interval) - 1 if interval else 0) if whole else None
+            return interval, restarts, body + length - 2
+        position += 2 + length

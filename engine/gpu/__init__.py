@@ -1,1 +1,0 @@
-"""The GPU step: decoding, slots and streams, the fused kernel. Imported only when a GPU is chosen."""

@@ -1,0 +1,28 @@
+"""Run one shard of a run on one GPU; started by the executor of several GPUs, and ends with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from datetime import datetime
+
+from engine.core.deadline import Deadline
+
+
+def exit_with_parent() -> None:
+    os.read(0, 1)  # until the parent closes its end, or is gone
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    from engine.run import main as run_main
+
+    threading.Thread(target=exit_with_parent, name="parent", daemon=True).start()
+    moment, *arguments = sys.argv[1:]
+    return run_main(arguments, Deadline(datetime.fromisoformat(moment) if moment else None))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Read a manifest, folder or archive as rows in order, cut into parts."""

@@ -1,0 +1,220 @@
+"""Folders and archives to lists of images: lazily, in one order, with what was left out counted.
+
+A list is a Parquet file of the columns in SCHEMA; its metadata hold the counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pathspec import PathSpec
+
+from engine.core.errors import UsageError
+from engine.core.overlap import ordered_map
+from engine.core.records import MODIFIED_COLUMN, PATH_COLUMN, SIZE_COLUMN
+from engine.formats import header
+from engine.storage import archive
+from engine.storage.atomic import atomic
+from engine.storage.errors import ReadError
+
+_FIELDS: list[pa.Field[Any]] = [
+    pa.field(PATH_COLUMN, pa.string()),
+    pa.field(SIZE_COLUMN, pa.int64()),
+    pa.field(MODIFIED_COLUMN, pa.timestamp("us", tz="UTC")),
+]
+SCHEMA = pa.schema(_FIELDS)
+IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|dcm|dicom|tiff?|bmp|webp|jp2|j2k|pgm|ppm|pbm|gif)$", re.IGNORECASE)
+LISTING_THREADS = 16  # that look into files; storage far away answers many at once
+AHEAD = 256  # files being looked at
+CHUNK_ROWS = 65_536  # rows written at once
+_SKIPPED = "skipped"
+_FILE, _FOLDER, _LINK = "file", "folder", "link"
+
+
+class ListedFile(NamedTuple):
+    path: str
+    size: int | None  # bytes
+    modified: datetime | None
+
+
+@dataclass
+class FileLister:
+    """Which files of a folder or archive are listed. `skipped` counts the others, by reason."""
+
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def folder(self, folder: Path, own: Path | None = None) -> Iterator[ListedFile]:
+        """Images below `folder`, the files of each folder sorted and before the folders in it.
+
+        Hidden files, links to folders and what is no image by content are left out; one named like an image
+        is listed whatever is in it, so that its row says what is wrong. `own`, the results folder or the list
+        that is made, is not even counted.
+        """
+        look = partial(self._entry_of, str(folder))
+        with ThreadPoolExecutor(LISTING_THREADS) as pool:
+            for entry in ordered_map(pool, look, self._files(folder, own), AHEAD):
+                if isinstance(entry, str):
+                    self.skipped[entry] += 1
+                else:
+                    yield entry
+
+    def _files(self, folder: Path, own: Path | None) -> Iterator[str]:
+        """Paths of files that may be images; the names of one folder at a time are in memory."""
+        own = own.resolve() if own else None
+        ours = (own.name, f".{own.name}.tmp") if own else ("", "")
+        waiting = [""]
+        while waiting:
+            below = waiting.pop()
+            try:
+                with os.scandir(folder / below) as found:
+                    marked = sorted(map(_sort_key, found))  # not the entries: of millions they are gigabytes
+            except OSError:
+                if not below:
+                    raise
+                self.skipped["folders that can't be read"] += 1
+                continue
+            folders = []
+            for name, mark in (text.split("\0") for text in marked):
+                path = below + name
+                if own and name in ours and (folder / path).resolve() in (own, own.with_name(ours[1])):
+                    continue
+                kind = self._kind(folder, path, name, mark)
+                if kind == _FILE:
+                    yield path
+                elif kind == _FOLDER:
+                    folders.append(path + "/")
+                else:
+                    self.skipped[kind] += 1
+            waiting += reversed(folders)
+
+    def _kind(self, folder: Path, path: str, name: str, mark: str) -> str:
+        """_FILE, _FOLDER, or why it is left out."""
+        if name.startswith("."):
+            return "hidden"
+        if mark == _FOLDER:
+            return "excluded" if self._excluded.match_file(path + "/") else _FOLDER
+        if mark == _LINK and os.path.isdir(folder / path):
+            return "links to folders"
+        return _FILE if self.matches_globs(path) else "excluded"
+
+    def _entry_of(self, folder: str, path: str) -> ListedFile | str:
+        """An entry, or why there is none."""
+        # names that are not UTF-8 can't be stored; their row will say that no such file exists
+        name, whole = path.encode("utf-8", "replace").decode(), os.path.join(folder, path)
+        try:
+            info = os.stat(whole)
+            if not IMAGE_SUFFIX.search(path):
+                if not stat.S_ISREG(info.st_mode):
+                    return "neither files nor folders"
+                with open(os.open(whole, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as opened:
+                    if not header.may_be_image(start := opened.read(header.SIGNATURE_BYTES)):
+                        return "archives" if archive.archive_kind(start) else "not images"
+        except OSError:  # its row will say so
+            return ListedFile(name, None, None)
+        return ListedFile(name, info.st_size, _modified_time(info))
+
+    def archive(self, file: Path, spool: Path) -> Iterator[ListedFile]:
+        """Images in a zip or tar, in its order, as `archive::name`, all of the archive's own time of change.
+
+        Names wait in a temporary file in the folder `spool`.
+        """
+        modified = _modified_time(file.stat())
+        with archive.list_images(file, spool, self.matches_globs) as (images, left_out):
+            self.skipped.update(left_out)
+            for name, size in images:
+                yield ListedFile(name.encode("utf-8", "replace").decode(), size, modified)
+
+    def matches_globs(self, path: str) -> bool:
+        """Whether the globs let it through."""
+        return (not self.include or self._included.match_file(path)) and not self._excluded.match_file(path)
+
+    def __post_init__(self) -> None:
+        # as .gitignore has them: without a slash for names in any folder, ** for any number of folders
+        self._included, self._excluded = map(_compile_globs, (self.include, self.exclude))
+
+
+def _compile_globs(globs: Sequence[str]) -> PathSpec[Any]:
+    """Raises UsageError for a glob that is none, or that .gitignore would take for a blank or a remark."""
+    try:
+        spec = PathSpec.from_lines("gitignore", globs)
+    except ValueError:
+        spec = PathSpec([])
+    if sum(pattern.include is not None for pattern in spec.patterns) < len(globs):
+        shown = ", ".join(map(repr, globs))
+        raise UsageError(f"{shown}: not globs as .gitignore has them; examples: '*.dcm', 'backup/**', '\\#1'")
+    return spec
+
+
+def _modified_time(info: os.stat_result) -> datetime:
+    return datetime.fromtimestamp(info.st_mtime_ns // 10**9, UTC).replace(
+        microsecond=info.st_mtime_ns // 1000 % 10**6
+    )
+
+
+def _sort_key(entry: os.DirEntry[str]) -> str:
+    """Its name and, behind a NUL, which no name has and which sorts first, what it is."""
+    try:
+        mark = _FOLDER if entry.is_dir(follow_symlinks=False) else _LINK if entry.is_symlink() else _FILE
+    except OSError:
+        mark = _FILE
+    return f"{entry.name}\0{mark}"
+
+
+def write_list(entries: Iterable[ListedFile], listing: FileLister, target: Path) -> int:
+    """Write a list, whole or not at all; returns its rows. The counts go into the file when all is listed."""
+    rows = 0
+    with atomic(target) as temporary, pq.ParquetWriter(temporary, SCHEMA, compression="zstd") as writer:
+        for chunk in _to_tables(entries):
+            writer.write_table(pa.table(list(zip(*chunk, strict=True)), schema=SCHEMA))
+            rows += len(chunk)
+        writer.add_key_value_metadata({_SKIPPED: json.dumps(dict(sorted(listing.skipped.items())))})
+    return rows
+
+
+def read_skipped(listing: Path) -> dict[str, int]:
+    """What the list in this file left out, by reason."""
+    metadata = pq.read_metadata(listing).metadata or {}
+    return dict(json.loads(metadata.get(_SKIPPED.encode(), b"{}")))
+
+
+def describe_list(rows: int, skipped: dict[str, int]) -> str:
+    counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    return f"listed {rows} images" + (f"; skipped {counts}" if counts else "")
+
+
+def _to_tables(entries: Iterable[ListedFile]) -> Iterator[list[ListedFile]]:
+    chunk: list[ListedFile] = []
+    for entry in entries:
+        chunk.append(entry)
+        if len(chunk) == CHUNK_ROWS:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def list_location(
+    place: Path, target: Path, *, include: Sequence[str], exclude: Sequence[str], own: Path | None
+) -> int:
+    """List a folder or archive to `target`; returns the rows. Raises UsageError."""
+    listing = FileLister(include, exclude)
+    try:
+        entries = listing.folder(place, own) if place.is_dir() else listing.archive(place, target.parent)
+        return write_list(entries, listing, target)
+    except (OSError, ReadError) as error:
+        raise UsageError(f"manifest {place}: {getattr(error, 'strerror', None) or error}") from None

@@ -1,0 +1,234 @@
+"""A list of images to rows in order, streamed and cut into parts: CSV, Parquet, text list, folder or archive.
+
+Opening a manifest reads it once from end to end without keeping it: that counts the rows, takes the
+fingerprint, settles the column types and finds what is malformed before the first image is touched.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engine.core.errors import UsageError
+from engine.core.location import HTTP_SCHEMES, Location, Url, absolute, is_url
+from engine.core.records import PATH_COLUMN, Part
+from engine.manifest.listing import IMAGE_SUFFIX, describe_list, list_location, read_skipped
+from engine.manifest.sources import READ_BLOCK, ParquetSource, RowSource, _open_source
+from engine.storage.archive import is_archive
+from engine.storage.atomic import atomic
+
+_LOOKS_LIKE_PATH = re.compile(r"[/\\]|\.[A-Za-z][A-Za-z0-9]{0,4}$")
+_SPREADSHEETS = (".xlsx", ".xls", ".ods")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An opened manifest. `path_column` holds the paths, `columns` names the rest in order."""
+
+    source: Location
+    root: Location
+    rows: int
+    sha256: str
+    path_column: str
+    columns: pa.Schema
+    _rows: RowSource
+    skipped: dict[str, int] = field(default_factory=dict)  # files that a listing left out, by reason
+    _copy: Any = None  # of a manifest that was fetched; it goes with this
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of `tables`: all columns."""
+        return self._rows.schema
+
+    def tables(self) -> Iterator[pa.Table]:
+        """All rows in order, some at a time."""
+        return self._rows.tables()
+
+    def copy_to(self, target: Path) -> int:
+        """Write all rows to a Parquet file; returns how many."""
+        with (
+            atomic(target) as temporary,
+            pq.ParquetWriter(temporary, self.schema, compression="zstd") as writer,
+        ):
+            for table in self.tables():
+                writer.write_table(table)
+        return self.rows
+
+    def only(self, columns: Iterable[str]) -> Manifest:
+        """Without the columns that are not named. Raises UsageError for a name that is none."""
+        wanted = set(columns)
+        if unknown := sorted(wanted - set(self.columns.names)):
+            shown = ", ".join(map(repr, self.columns.names[:10])) or "no other columns"
+            raise UsageError(f"--keep {unknown[0]}: the manifest has no such column; it has {shown}")
+        return replace(self, columns=pa.schema([one for one in self.columns if one.name in wanted]))
+
+    def parts(self, part_rows: int, wanted: Iterable[int] | None = None) -> Iterator[Part]:
+        """Parts of `part_rows` rows in order, the last one shorter; only those in `wanted` when given."""
+        keep = None if wanted is None else set(wanted)
+        index, held = 0, _RowBuffer(self._rows.schema)
+        for table in self._rows.tables():
+            held.add(table)
+            while held.rows >= part_rows:
+                yield from self._part(index, part_rows, held.take(part_rows), keep)
+                index += 1
+        if held.rows:
+            yield from self._part(index, part_rows, held.take(held.rows), keep)
+
+    def _part(self, index: int, part_rows: int, table: pa.Table, keep: set[int] | None) -> Iterator[Part]:
+        if keep is None or index in keep:
+            paths = table.column(self.path_column).cast(pa.string()).to_pylist()
+            first = index * part_rows
+            row = np.arange(first, first + len(paths))
+            yield Part(index, row, paths, table.select(self.columns.names))
+
+
+class _RowBuffer:
+    """Rows that have been read and not yet handed out."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._tables: list[pa.Table] = []
+        self._schema, self.rows = schema, 0
+
+    def add(self, table: pa.Table) -> None:
+        self._tables.append(table)
+        self.rows += table.num_rows
+
+    def take(self, rows: int) -> pa.Table:
+        everything = pa.concat_tables(self._tables) if self._tables else self._schema.empty_table()
+        self._tables, self.rows = [everything.slice(rows)], self.rows - rows
+        return everything.slice(0, rows).combine_chunks()
+
+
+def open_manifest(
+    source: Location,
+    *,
+    path_column: str | None = None,
+    root: Location | None = None,
+    listing: Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    since: bool = False,
+) -> Manifest:
+    """Open a CSV (.csv, .tsv), Parquet, text list (one path a line), folder, zip or tar.
+
+    Relative paths are resolved against `root`, else the manifest's own folder. A folder or archive is listed
+    to the Parquet file `listing`, unless that exists, and refused without one; `include` and `exclude` are
+    for these. With `since`, `listing` holds what is to be screened. Raises UsageError, one line, for
+    anything wrong.
+    """
+    if isinstance(source, Url):
+        return _open_remote(
+            source,
+            path_column=path_column,
+            root=root or source.parent,
+            listing=listing,
+            include=include,
+            exclude=exclude,
+            since=since,
+        )
+    if source.suffix.lower() in _SPREADSHEETS:
+        raise UsageError(f"manifest {source}: this is a spreadsheet; save it as CSV (in Excel: CSV UTF-8)")
+    try:
+        whole = needs_listing(source)
+        if (include or exclude) and not whole:
+            raise UsageError(f"manifest {source}: --include and --exclude are for folders and archives")
+        if whole and not listing:  # as with --redact
+            raise UsageError(
+                f"manifest {source}: a folder or archive, whose listing names paths; make it first, where it "
+                f"may be: python -m engine.manifest {source} -o list.parquet"
+            )
+        if whole and listing and not listing.exists():
+            list_location(source, listing, include=include, exclude=exclude, own=listing.parent)
+        frozen = listing if listing and listing.exists() and (whole or since) else None
+        rows = ParquetSource(frozen) if frozen else _open_source(source)
+    except OSError as error:
+        raise UsageError(f"manifest {source}: {error.strerror or error}") from None
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+        raise UsageError(f"manifest {source}: {_error_text(error)}") from None
+    skipped = read_skipped(frozen) if frozen else {}
+    if rows.rows == 0:
+        reason = describe_list(0, skipped) if whole else "it has no rows"
+        raise UsageError(f"manifest {source}: {reason}; each row names one image")
+    names = rows.schema.names
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise UsageError(f"manifest {source}: these columns appear twice: {', '.join(map(repr, twice))}")
+    base = root or (source if source.is_dir() else source.parent)
+    column = _path_column(source, rows, path_column, base)
+    columns = pa.schema([one for one in rows.schema if one.name != column])
+    return Manifest(source, absolute(base), rows.rows, rows.sha256, column, columns, rows, skipped)
+
+
+def _open_remote(url: Url, **options: Any) -> Manifest:
+    """A manifest that is fetched first; the copy goes when the manifest does."""
+    from engine.storage import remote
+
+    scratch = _TemporaryFolder()
+    copy = remote.fetch_manifest(url, scratch.folder)
+    if url.scheme in HTTP_SCHEMES and is_archive(copy):
+        raise UsageError(f"manifest {url}: an archive on a web server; supported: on disks, in object stores")
+    try:
+        found = open_manifest(copy, **options)
+    except UsageError as error:
+        raise UsageError(str(error).replace(str(copy), str(url))) from None
+    return replace(found, source=url, _copy=scratch)
+
+
+class _TemporaryFolder:
+    """A temporary folder that goes when nothing refers to this any more."""
+
+    def __init__(self) -> None:
+        self.folder = Path(mkdtemp(prefix="engine-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+
+def _error_text(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    if "straddl" in text:
+        return f"a row of more than {READ_BLOCK >> 20} MiB; is a closing quote missing?"
+    if "UTF8" in text.upper() or isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8; save it as UTF-8 (in Excel: CSV UTF-8)"
+    return text
+
+
+def needs_listing(source: Path) -> bool:
+    """Whether it is a folder or an archive. Raises OSError."""
+    return source.is_dir() or is_archive(source)
+
+
+def _path_column(source: Path, rows: RowSource, wanted: str | None, root: Location) -> str:
+    names = rows.schema.names
+    column = wanted or (PATH_COLUMN if PATH_COLUMN in names else names[0])
+    if column not in names:
+        shown = ", ".join(map(repr, names[:10]))
+        raise UsageError(f"manifest {source}: no column {column!r}; it has {shown}; see --path-column")
+    kind = rows.schema.field(column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UsageError(f"manifest {source}: column {column!r} holds {kind}, not paths; see --path-column")
+    if column in (wanted, PATH_COLUMN):
+        return column
+    if IMAGE_SUFFIX.search(column):
+        raise UsageError(f"manifest {source}: no header, its first line is {column!r}; add a line 'path'")
+    first = next(rows.tables()).column(column).slice(0, 100).to_pylist()
+    if not any(value and (_LOOKS_LIKE_PATH.search(value) or _path_exists(root, value)) for value in first):
+        raise UsageError(
+            f"manifest {source}: no column 'path', and {column!r}, the first, has no paths; see --path-column"
+        )
+    return column
+
+
+def _path_exists(root: Location, name: str) -> bool:
+    """Nobody is asked for each name of a list on another machine."""
+    return is_url(name) or (isinstance(root, Path) and (root / name).exists())

@@ -1,0 +1,197 @@
+"""Read manifests of each kind (CSV, Parquet, text list) as Arrow tables."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from engine.core.errors import UsageError
+from engine.core.records import PATH_COLUMN
+
+READ_BLOCK = 4 << 20
+_IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG")
+_EMPTY = pa.scalar("")
+_BOOL = r"^(?:true|false|True|False|TRUE|FALSE)?$"
+_INTEGER = r"^(?:-?(?:0|[1-9][0-9]{0,17}))?$"
+_DECIMAL = r"^(?:-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?)?$"
+
+
+class RowSource(Protocol):
+    """The rows of one kind of manifest. `tables` can be called again and gives the same rows."""
+
+    schema: pa.Schema
+    rows: int
+    sha256: str
+
+    def tables(self) -> Iterator[pa.Table]: ...
+
+
+def _read_start(source: Path) -> bytes:
+    with source.open("rb") as opened:
+        return opened.read(512)
+
+
+def _open_source(source: Path) -> RowSource:
+    start = _read_start(source)
+    if not start:
+        raise UsageError(f"manifest {source}: the file has 0 bytes")
+    if start.startswith(_IMAGE_SIGNATURES):
+        raise UsageError(f"manifest {source}: this is an image; give a list of images or their folder")
+    if start.startswith(b"PAR1"):
+        return ParquetSource(source)
+    if source.suffix.lower() in (".csv", ".tsv"):
+        return _CsvSource(source)
+    return _TextSource(source)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+class ParquetSource:
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        with pq.ParquetFile(source) as opened:
+            self.schema = pa.schema(
+                [field.with_type(_without_string_views(field.type)) for field in opened.schema_arrow]
+            )
+            self.rows = opened.metadata.num_rows
+        self.sha256 = _sha256(source)
+
+    def tables(self) -> Iterator[pa.Table]:
+        with pq.ParquetFile(self._source) as opened:
+            for batch in opened.iter_batches(65_536):
+                yield pa.Table.from_batches([batch]).cast(self.schema)
+
+
+def _without_string_views(kind: pa.DataType) -> pa.DataType:
+    """The same type with strings in place of string views, which much of Arrow can't work with."""
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_string_views(kind.value_type)))
+    return pa.string() if pa.types.is_string_view(kind) else kind
+
+
+class _TextSource:
+    """One path a line; blank lines separate, they are not rows."""
+
+    schema = pa.schema([(PATH_COLUMN, pa.string())])
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        with source.open(encoding="utf-8-sig") as opened:
+            first = opened.readline(READ_BLOCK).strip().lower()
+        if re.match(r"\"?path\"?($|[,;\t])", first):
+            raise UsageError(f"manifest {source}: it has a header, so it is a CSV; rename it to .csv")
+        self.rows = sum(table.num_rows for table in self.tables())
+        self.sha256 = _sha256(source)
+
+    def tables(self) -> Iterator[pa.Table]:
+        with self._source.open(encoding="utf-8-sig", newline="\n") as lines:
+            while block := lines.readlines(READ_BLOCK):
+                paths = [path for line in block if (path := line.rstrip("\r\n")).strip()]
+                yield pa.table({PATH_COLUMN: pa.array(paths, pa.string())})
+
+
+class _CsvSource:
+    """A CSV with a header; the delimiter is the comma, semicolon or tab that the header uses most.
+
+    All cells are read as text. A column becomes a number only when that loses nothing: "007" stays text.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        with source.open(encoding="utf-8-sig", newline="") as opened:
+            header = opened.readline()
+            self._delimiter = max(",;\t", key=header.count)
+            opened.seek(0)
+            names = next(csv.reader(opened, delimiter=self._delimiter))
+        self._text = pa.schema([(name, pa.string()) for name in names])
+        kinds = {name: ColumnTypeInference() for name in names}
+        self.rows = 0
+        for table in self._read():
+            self.rows += table.num_rows
+            for name, column in zip(table.column_names, table.columns, strict=True):
+                kinds[name].see(column)
+        self.schema = pa.schema([(name, kinds[name].type()) for name in names])
+        self._check_quotes()
+        self.sha256 = _sha256(source)
+
+    def _check_quotes(self) -> None:
+        """A quote that is never closed would swallow all rows behind it."""
+        with self._source.open("rb") as opened:
+            odd = sum(block.count(b'"') for block in iter(lambda: opened.read(READ_BLOCK), b"")) % 2
+        if not odd:
+            return
+        line = 0
+        with self._source.open(encoding="utf-8-sig", newline="") as opened:
+            rows = csv.reader(opened, delimiter=self._delimiter, strict=True)
+            try:
+                for _ in rows:
+                    line = rows.line_num
+            except csv.Error:
+                raise UsageError(
+                    f"manifest {self._source}: line {line + 1}: a quote is opened and never closed"
+                ) from None
+
+    def _read(self) -> Iterator[pa.Table]:
+        reader = pa_csv.open_csv(
+            self._source,
+            read_options=pa_csv.ReadOptions(block_size=READ_BLOCK, use_threads=False),
+            parse_options=pa_csv.ParseOptions(delimiter=self._delimiter, newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(
+                column_types=dict(zip(self._text.names, self._text.types, strict=True)),
+                strings_can_be_null=False,
+            ),
+        )
+        for batch in reader:
+            yield pa.Table.from_batches([batch])
+
+    def tables(self) -> Iterator[pa.Table]:
+        for table in self._read():
+            yield pa.table(
+                [
+                    column if pa.types.is_string(field.type) else _cast_column(column, field.type)
+                    for column, field in zip(table.columns, self.schema, strict=True)
+                ],
+                schema=self.schema,
+            )
+
+
+class ColumnTypeInference:
+    """The narrowest type that every cell of a column fits: bool, int64, float64, else string."""
+
+    def __init__(self) -> None:
+        self._candidates: list[tuple[str, pa.DataType]] = [
+            (_BOOL, pa.bool_()),
+            (_INTEGER, pa.int64()),
+            (_DECIMAL, pa.float64()),
+        ]
+        self._seen = False
+
+    def see(self, column: pa.ChunkedArray[Any]) -> None:
+        self._seen = self._seen or bool(pc.any(pc.not_equal(column, _EMPTY)).as_py())
+        self._candidates = [
+            (pattern, kind)
+            for pattern, kind in self._candidates
+            if pc.all(pc.match_substring_regex(column, pattern)).as_py() is not False
+        ]
+
+    def type(self) -> pa.DataType:
+        if not self._candidates or not self._seen:
+            return pa.string()
+        return self._candidates[0][1]
+
+
+def _cast_column(column: pa.ChunkedArray[Any], kind: pa.DataType) -> pa.ChunkedArray[Any]:
+    cells: pa.ChunkedArray[Any] = pc.if_else(pc.equal(column, _EMPTY), pa.scalar(None, pa.string()), column)
+    return cells.cast(kind)

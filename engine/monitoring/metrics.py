@@ -1,0 +1,161 @@
+"""A run while it is at work, for machines: Prometheus text in a file, JSON lines on the log."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from engine.cli.log import RedactingLog
+from engine.core.errors import EngineError, UsageError
+from engine.core.records import Status
+from engine.monitoring.progress_bar import LINE_EVERY_S
+from engine.runs.progress import Progress
+from engine.storage.atomic import atomic
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
+
+WRITE_EVERY_S = 5.0
+MAX_FORECAST_S = 1e9  # a forecast beyond this is none
+
+
+def progress_snapshot(progress: Progress) -> dict[str, Any]:
+    """A run's progress as JSON has it; null where there is no forecast yet."""
+    left_s = progress.seconds_for(progress.rows_left)
+    known = left_s < MAX_FORECAST_S
+    deadline = progress.finish_by
+    elapsed_s = progress.elapsed_s
+    return {
+        "rows": progress.rows,
+        "rows_done": progress.rows_before + progress.rows_done,
+        "rows_before": progress.rows_before,  # done by earlier starts
+        "by_status": dict(progress.by_status),
+        "rows_per_second": round(progress.rate, 3),
+        "elapsed_s": round(elapsed_s, 3),
+        "remaining_s": round(left_s, 1) if known else None,
+        "forecast_end": _format_time(left_s) if known else None,
+        "finish_by": deadline.isoformat() if deadline else None,
+        "share_done_by_then": round(progress.share_by(deadline), 4) if deadline else None,
+        "occupancy": {name: round(meter.occupancy(elapsed_s), 3) for name, meter in progress.meters.items()},
+    }
+
+
+def _format_time(seconds: float) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+
+class JsonProgress:
+    """The progress of a run on the log, an object every few seconds; see `engine.monitoring.progress_bar.ProgressBar`."""
+
+    def __init__(self, log: RedactingLog) -> None:
+        self._log, self._shown = log, -math.inf
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._shown >= LINE_EVERY_S or not progress.rows_left:
+            self._shown = now
+            self._log.event("progress", **progress_snapshot(progress))
+
+
+class MetricsFile:
+    """Writes `file` every few seconds as Prometheus text, for the textfile collector of node_exporter.
+
+    The label `run` is the file's name without its suffix, so that several runs can be watched at once.
+    Raises UsageError on entry when the file can't be written; a failure later leaves the file as it was.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._run = file, file.stem
+        self._progress: Progress | None = None
+        self._began = time.time()
+        self._exit_status: int | None = None
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep_writing, name="metrics", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._file.suffix != ".prom":
+            raise UsageError(f"--metrics-file {self._file}: the collector reads names that end in .prom only")
+        try:
+            self._write()
+        except OSError as error:
+            raise UsageError(f"--metrics-file {self._file}: {error.strerror or error}") from None
+        self._thread.start()
+        return self
+
+    def __call__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        expected = isinstance(error, EngineError)
+        self._exit_status = error.exit_status if expected else int(error is not None)  # type: ignore[union-attr]
+        with suppress(OSError):
+            self._write()
+
+    def _keep_writing(self) -> None:
+        while not self._done.wait(WRITE_EVERY_S):
+            with suppress(OSError):
+                self._write()
+
+    def _write(self) -> None:
+        from prometheus_client import generate_latest
+
+        text = generate_latest(self)  # type: ignore[arg-type,unused-ignore]
+        with atomic(self._file) as temporary:
+            temporary.write_bytes(text)
+
+    def collect(self) -> Iterator[Metric]:
+        """What prometheus_client asks for."""
+        yield self._gauge("running", "1 while the run is at work.", int(self._exit_status is None))
+        yield self._gauge("started_timestamp_seconds", "When it was started.", self._began)
+        yield self._gauge("updated_timestamp_seconds", "When this was written.", time.time())
+        if self._exit_status is not None:
+            yield self._gauge("exit_status", "Of the command line, once it has ended.", self._exit_status)
+        if self._progress:
+            yield from self._of(progress_snapshot(self._progress))
+
+    def _of(self, now: dict[str, Any]) -> Iterator[Metric]:
+        yield self._gauge("rows", "Rows that the run has to do.", now["rows"])
+        by_status = {status.label: now["by_status"].get(status.label, 0) for status in Status}
+        yield self._family("counter", "processed_rows", "Rows done, by their status.", "status", by_status)
+        yield self._gauge("rows_per_second", "Rate since the start.", now["rows_per_second"])
+        about = "Share of its time that a stage was at work; the highest limits the run."
+        yield self._family("gauge", "stage_occupancy_ratio", about, "stage", now["occupancy"])
+        if now["remaining_s"] is not None:
+            yield self._gauge("remaining_seconds", "Forecast of what is left.", now["remaining_s"])
+            end = time.time() + now["remaining_s"]
+            yield self._gauge("forecast_end_timestamp_seconds", "Forecast of the end.", end)
+        if self._progress and self._progress.finish_by:
+            deadline = self._progress.finish_by.timestamp()
+            yield self._gauge("deadline_timestamp_seconds", "--finish-by.", deadline)
+            share = now["share_done_by_then"]
+            yield self._gauge("deadline_rows_ratio", "Forecast: share of rows done by then.", share)
+
+    def _gauge(self, name: str, about: str, value: float) -> Metric:
+        return self._family("gauge", name, about, None, {"": value})
+
+    def _family(
+        self, kind: str, name: str, about: str, label: str | None, values: dict[str, float]
+    ) -> Metric:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        family = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}[kind]
+        found = family(f"screening_{name}", about, labels=["run", *([label] if label else [])])
+        for word, value in values.items():
+            found.add_metric([self._run, *([word] if label else [])], value)
+        return cast("Metric", found)

@@ -1,0 +1,1 @@
+"""Wire the stages together, overlap them and stop them."""

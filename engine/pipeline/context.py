@@ -1,0 +1,109 @@
+"""Describe what the stages of a run need to be opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Protocol, Self
+
+from engine.bundle.bundle import Bundle
+from engine.core.hardware import available_cpus
+from engine.core.location import Location
+from engine.core.overlap import Meter
+from engine.core.records import Batch, Header, OnMessage, Part
+from engine.core.settings import Settings
+from engine.core.tuning import Tuning
+from engine.manifest.manifest import Manifest
+from engine.reader.reader import Reader
+from engine.runners.base import Runner, RunnerChoice
+from engine.runners.select import open_runner
+from engine.runs.prepare import PreparedRun
+
+READ_THREADS = 16
+DecodesOnGpu = Callable[[bytes, Header], bool]
+
+
+class PixelStage(Protocol):
+    @property
+    def crashes(self) -> int:
+        """How often a decoder had to be started anew."""
+        ...
+
+    @property
+    def refusals(self) -> int:
+        """How many images the GPU's decoder refused, so that the CPU had to look."""
+        ...
+
+    @property
+    def on_gpu(self) -> DecodesOnGpu | None:
+        """Which images are decoded on the GPU; None where none is."""
+        ...
+
+    def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]: ...
+
+
+class ReadStage(Protocol):
+    def stage(self, parts: Iterable[Part], meter: Meter) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What stages are opened with."""
+
+    settings: Settings
+    bundle: Bundle
+    choice: RunnerChoice
+    say: OnMessage
+    root: Location  # of relative paths
+    _: KW_ONLY
+    batch_size: int
+    part_rows: int = 0
+    rows: int = 0  # of the run: a long one is worth tuning
+    tuning: Tuning = field(default_factory=Tuning)  # what is known already
+    resumed: bool
+    manifest: Manifest | None = None  # None for a retry, which has been tuned
+
+    @classmethod
+    def of(cls, job: PreparedRun) -> Self:
+        return cls(
+            job.settings,
+            job.bundle,
+            job.choice,
+            job.say,
+            job.manifest.root,
+            batch_size=job.run.result_options.batch_size,
+            part_rows=job.run.result_options.part_rows,
+            rows=job.run.rows,
+            tuning=job.run.tuning,
+            resumed=job.resumed,
+            manifest=job.manifest,
+        )
+
+    @property
+    def workers(self) -> int:
+        return (self.settings.workers or available_cpus()) if self.settings.overlap else 1
+
+    def reader(self, on_gpu: DecodesOnGpu | None = None) -> Reader:
+        settings = self.settings
+        return Reader(
+            self.root,
+            batch_size=self.batch_size,
+            threads=READ_THREADS if settings.overlap else 1,
+            limits=settings.limits,
+            timeout_s=settings.read_timeout_s,
+            ahead=settings.overlap,
+            on_gpu=on_gpu,
+        )
+
+
+def open_runners(stack: ExitStack, context: StageContext, *, compiled: bool = False) -> list[Runner]:
+    """Open a runner for each member."""
+    members = context.bundle.members
+    runners = (open_runner(context.choice, context.bundle, member, compiled=compiled) for member in members)
+    return [stack.enter_context(runner) for runner in runners]
+
+
+def versions_of(runners: Iterable[Runner]) -> dict[str, str]:
+    """Return the versions of the packages that they use."""
+    return {package: version for runner in runners for package, version in runner.versions.items()}

@@ -1,0 +1,62 @@
+"""Chain the stages, overlapped or serial, and stop them cleanly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+from engine.core.deadline import Deadline
+from engine.core.overlap import Meter, prefetch
+from engine.core.records import Batch, Part, PartInfo
+from engine.pipeline.context import PixelStage, ReadStage
+from engine.runs.progress import OnProgress, Progress
+from engine.scoring.stage import Scorer
+from engine.sink.sink import Sink
+
+
+def chain_stages(
+    parts: Iterator[Part],
+    reader: ReadStage,
+    preprocess: PixelStage,
+    step: Scorer,
+    sink: Sink,
+    meters: dict[str, Meter],
+    *,
+    overlap: bool,
+) -> Iterator[Batch | PartInfo]:
+    """The stages in a row. Without `overlap` each waits for the next, and the results are the same.
+
+    Reader and step work ahead in threads of their own; only preprocess needs one from here.
+    """
+    batches = reader.stage(parts, meters["read"])
+    pixels = preprocess.stage(batches, meters["preprocess"])
+    ready = prefetch(pixels, 2 if overlap else 0, meters["preprocess"])
+    return sink.stage(step.stage(ready, meters["members"]), meters["write"])
+
+
+def run_until_stopped(
+    items: Iterator[Batch | PartInfo],
+    progress: Progress,
+    on_progress: OnProgress,
+    deadline: Deadline,
+    *,
+    part_rows: int,
+) -> None:
+    """Run the flow to its end, or to where it has to stop: then raises Stopped."""
+    with closing(items):  # type: ignore[type-var]
+        for item in items:
+            if isinstance(item, PartInfo):
+                progress.by_class.update(item.by_class)
+                next_s = progress.seconds_for(min(part_rows, progress.rows_left))
+                goes_on = deadline.fits(next_s)
+            else:
+                progress.add(item)
+                on_progress(progress)
+                left_s = progress.seconds_for(item.part.rows - item.start - item.rows)
+                goes_on = left_s <= deadline.grace_s
+            if progress.rows_left and not goes_on:
+                raise deadline.stopped(_progress_text(progress))
+
+
+def _progress_text(progress: Progress) -> str:
+    return f"{progress.rows_before + progress.rows_done} of {progress.rows} rows were through"

@@ -1,0 +1,209 @@
+"""The stages of a run on a GPU, opened: decoding, members, slots; tuned, checked on the bundle's canaries."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from msgspec import structs
+
+from engine.bundle.bundle import Bundle
+from engine.core import hardware
+from engine.core.errors import EngineError, UsageError
+from engine.core.overlap import Meter
+from engine.core.records import Batch
+from engine.core.tuning import DecodeTuning, Settled, Tuning
+from engine.preprocess import gpu_tuning
+from engine.preprocess.gpu import DecodeOptions, GpuPreprocess
+from engine.preprocess.stage import Preprocess
+from engine.runners.base import Runner
+from engine.scoring.canaries import Canaries, verify_canaries
+from engine.scoring.gpu import GpuScorer
+
+if TYPE_CHECKING:
+    from engine.pipeline.context import StageContext
+
+
+def open_gpu(stack: ExitStack, context: StageContext) -> tuple[GpuPreprocess, GpuScorer, Settled]:
+    """Open, tune and check the stages; of the tuning, what `context` knows already is kept.
+
+    Graphs are captured before DALI starts. Out of memory halves the batch once, unless the run is resumed.
+    Raises ParityError when the canaries differ from their reference.
+    """
+    torch.cuda.set_device(context.choice.index)
+    _check_triton()
+    asked = context.batch_size
+    opened = _open_scorer_in_memory(stack, context)
+    if opened is None and asked > 1 and not context.resumed:
+        tuning = structs.replace(context.tuning, batch_size_asked=asked)
+        context = replace(context, batch_size=asked // 2, tuning=tuning)
+        context.say(f"out of GPU memory with batches of {asked}: going on with {asked // 2}")
+        opened = _open_scorer_in_memory(stack, context)
+    if opened is None:
+        raise _batch_too_large_error(context)
+    step, settled = opened
+    difference = check_canaries(context.bundle, step)
+    if settled.tuning.canaries is None:
+        settled = replace(settled, tuning=structs.replace(settled.tuning, canaries=difference))
+    try:
+        preprocess, tuning = _open_preprocess(stack, context, settled.tuning)
+        return preprocess, step, replace(settled, tuning=tuning)
+    except RuntimeError as error:  # as DALI says it
+        if not hardware.is_out_of_memory(error):
+            raise
+        raise _batch_too_large_error(context) from None
+
+
+def _batch_too_large_error(context: StageContext) -> EngineError:
+    name = context.choice.gpu.name if context.choice.gpu else context.choice.device
+    return EngineError(
+        f"{name} is out of memory with batches of {context.batch_size}; free some, or give a smaller "
+        "--batch-size"
+    )
+
+
+def _open_scorer_in_memory(stack: ExitStack, context: StageContext) -> tuple[GpuScorer, Settled] | None:
+    """The step, or None when PyTorch or, in its own words, TensorRT is short of memory."""
+    try:
+        return _open_scorer(stack, context)
+    except (RuntimeError, EngineError) as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+    gc.collect()  # what the failed step held
+    torch.cuda.empty_cache()
+    return None
+
+
+def _check_triton() -> None:
+    """Triton compiles its launcher when it first runs. Raises UsageError where it can't."""
+    import triton
+
+    try:
+        assert triton.runtime.driver.active.utils
+    except Exception as error:
+        reason = " ".join(f"{error}".split())[:160]
+        raise UsageError(
+            f"Triton can't start ({reason}); it needs a C compiler and Python's headers: "
+            "apt install gcc python3-dev"
+        ) from None
+
+
+def _open_scorer(stack: ExitStack, context: StageContext) -> tuple[GpuScorer, Settled]:
+    """Members and slots: as recorded, else compiled or not, at once or in turn, whatever is faster."""
+    from engine.pipeline.context import open_runners, versions_of
+
+    tuned = context.tuning
+    if tuned.compiled is None:
+        worth_it = context.choice.runner == "torch" and context.rows >= gpu_tuning.TUNE_ROWS
+        tuned = _tune_compiling(context) if worth_it else structs.replace(tuned, compiled=False)
+    with ExitStack() as opened:
+        runners = open_runners(opened, context, compiled=bool(tuned.compiled))
+        step = _make_scorer(opened, context, runners)
+        if tuned.streams is None and context.settings.streams is None and len(context.bundle.members) > 1:
+            tuned = structs.replace(tuned, streams=step.choose_streams())
+        stack.push(opened.pop_all())
+    return step, Settled(context.batch_size, tuned, versions_of(runners))
+
+
+def _tune_compiling(context: StageContext) -> Tuning:
+    """Time the members compiled and not."""
+    eager_ms, compiled_ms = _time_batch(context, compiled=False), None
+    try:
+        compiled_ms = _time_batch(context, compiled=True)
+    except Exception as error:  # whatever the compiler raises: eager works
+        if hardware.is_out_of_memory(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        context.say(f"the members can't be compiled, going on without ({reason})")
+    compiled = compiled_ms is not None and compiled_ms < eager_ms
+    return structs.replace(context.tuning, eager_ms=eager_ms, compiled_ms=compiled_ms, compiled=compiled)
+
+
+def _time_batch(context: StageContext, *, compiled: bool) -> float:
+    """Milliseconds of a batch."""
+    from engine.pipeline.context import open_runners
+
+    with ExitStack() as trial:
+        runners = open_runners(trial, context, compiled=compiled)
+        return round(1000 * _make_scorer(trial, context, runners).seconds_a_batch(), 4)
+
+
+def _make_scorer(stack: ExitStack, context: StageContext, runners: Sequence[Runner]) -> GpuScorer:
+    settings, choice, streams = context.settings, context.choice, context.tuning.streams
+    recorded = streams is None or streams.concurrent
+    step = GpuScorer(
+        context.bundle,
+        runners,
+        batch_size=context.batch_size,
+        device=choice.device,
+        slots=settings.slots if settings.overlap else 1,
+        concurrent=recorded if settings.streams is None else settings.streams > 1,
+        graphs=settings.cuda_graph is not False
+        and choice.runner != "onnx",  # ONNX Runtime has a stream of its own
+    )
+    stack.callback(step.close)
+    return step
+
+
+def check_canaries(bundle: Bundle, step: GpuScorer) -> float:
+    """The largest difference in probability from the bundle's canaries. Raises ParityError: see `check`."""
+    return verify_canaries(Canaries.of(bundle), step, step.batch_size)
+
+
+def _open_preprocess(stack: ExitStack, context: StageContext, tuned: Tuning) -> tuple[GpuPreprocess, Tuning]:
+    """Decoding on both sides: as recorded, else tuned when the run is long enough."""
+    bundle, threads, batch_size = context.bundle, context.workers, context.batch_size
+    cpu = stack.enter_context(
+        Preprocess(
+            size=bundle.size,
+            batch_size=min(batch_size, 4 * threads),
+            threads=threads,
+            decoding_bytes=context.settings.limits.decoding_bytes,
+            decode=bundle.decode,
+        )
+    )
+
+    def opened(decoding: DecodeOptions) -> GpuPreprocess:
+        return GpuPreprocess(
+            cpu,
+            size=bundle.size,
+            batch_size=batch_size,
+            threads=threads,
+            device_id=context.choice.index,
+            decoding=decoding,
+        )
+
+    def rate(decoding: DecodeOptions) -> float:
+        with opened(decoding) as preprocess:
+            return gpu_tuning.measure_rate(preprocess.stage, sample, decoding.on_gpu)
+
+    cpu.decoder.await_start()
+    if tuned.decoding is None:
+        # DALI has no scaled DCT, and its full decode gives pixels that a fast bundle was not trained on
+        on_cpu = context.settings.decoder == "cpu" or bundle.decode == "fast"
+        decoding, tried = DecodeOptions(cpu_share=1.0 if on_cpu else 0.0), None
+        if not on_cpu and context.manifest and context.rows >= gpu_tuning.TUNE_ROWS:
+            context.say("tuning the decoding on the first images")
+            sample = _first_batches(context)
+            decoding, tried = gpu_tuning.tune_decoding(sample, rate)
+        recorded = DecodeTuning(**structs.asdict(decoding))
+        tuned = structs.replace(tuned, decoding=recorded, decoding_tried=tried)
+    assert tuned.decoding
+    preprocess = stack.enter_context(opened(DecodeOptions(**structs.asdict(tuned.decoding))))
+    preprocess.check()
+    return preprocess, tuned
+
+
+def _first_batches(context: StageContext) -> list[Batch]:
+    assert context.manifest is not None
+    rows = gpu_tuning.SAMPLE_BATCHES * context.batch_size
+    parts = islice(context.manifest.parts(rows), 1)
+    batches = list(context.reader().stage(parts, Meter("tuning")))
+    for batch in batches:
+        batch.release()
+    return batches

@@ -1,0 +1,39 @@
+"""The only module that knows all stages: wires them, overlaps them, stops them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.core.deadline import Deadline
+from engine.core.records import OnMessage
+from engine.core.settings import Settings
+from engine.pipeline.context import StageContext
+from engine.pipeline.stages import Stages
+from engine.runs.prepare import prepare_run
+from engine.runs.progress import OnProgress
+from engine.runs.summary import Summary
+
+
+def screen_in_process(
+    settings: Settings,
+    *,
+    on_progress: OnProgress = lambda _: None,
+    say: OnMessage = lambda _: None,
+    deadline: Deadline | None = None,
+    stages_type: Callable[[StageContext], Stages] | None = None,
+) -> Summary:
+    """Screen a manifest as `settings` say; the same settings go on where an earlier run stopped.
+
+    `on_progress` is called after each batch, `say` with lines for people. At `deadline` the run ends within seconds
+    with `Stopped`; without one it is that of `settings`.
+    `stages_type` replaces the stages, for benchmarks and for calibration.
+    Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
+    """
+    with prepare_run(settings, say) as job, (stages_type or Stages)(StageContext.of(job)) as stages:
+        job.begin(stages.settled)
+        if job.is_finished:
+            return job.summary()
+        progress = job.progress()
+        end = deadline or Deadline(settings.finish_by)
+        stages.run(job.parts(progress), job.sink(), progress, on_progress, end)
+        return stages.finish_run(job.folder, job.run, progress)

@@ -1,0 +1,125 @@
+"""Frames of DICOM files by imagecodecs, as a plugin of pydicom.
+
+RLE, JPEG (8 to 16 bits, lossless too) by libjpeg-turbo, JPEG-LS by CharLS, JPEG 2000 by OpenJPEG. A frame
+whose size is not the data set's is refused before its decoder allocates anything.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import simplejpeg
+from pydicom.pixels.decoders.base import get_decoder
+
+from engine.formats import jpeg, jpeg2000
+from engine.formats.common import SizeLimit
+from engine.formats.dicom import SYNTAXES
+from engine.preprocess.codecs import imagecodecs_call
+from engine.preprocess.codecs.gray import Samples
+
+PLUGIN = "imagecodecs"
+Shape = tuple[int, int, int]  # height, width, samples a pixel
+
+
+def is_available(syntax: str) -> bool:
+    """pydicom's plugin protocol: whether frames of this transfer syntax are decoded here."""
+    return syntax in _DECODERS
+
+
+def decode_frame(frame: bytes, runner: Any) -> Samples:
+    """pydicom's plugin protocol: an encoded frame to samples in rows, their colours together.
+
+    Raises ValueError when it is damaged or not what the data set announces.
+    """
+    shape = (runner.rows, runner.columns, runner.samples_per_pixel)
+    samples = _DECODERS[runner.transfer_syntax](frame, runner, shape)
+    if samples.shape not in (shape, shape[:2] if shape[2] == 1 else shape) or samples.dtype.itemsize > 2:
+        raise ValueError("the image is damaged")
+    runner.set_option("bits_allocated", 8 * samples.dtype.itemsize)
+    if shape[2] == 3:
+        runner.set_option("planar_configuration", 0)
+    return samples if samples.flags.c_contiguous else samples.copy()  # pydicom takes anything with a buffer
+
+
+def _decode_jpeg(frame: bytes, runner: Any, shape: Shape) -> Samples:
+    """All JPEG processes; what 8-bit ones decode only with a warning is damaged."""
+    marker, precision, *size = jpeg.frame_header(frame)
+    if tuple(size) != shape:
+        raise ValueError("the frame's size is not the header's")
+    if shape[2] == 1:
+        if precision == 8 and marker != 0xC3:
+            return np.asarray(simplejpeg.decode_jpeg(frame, "GRAY", strict=True))
+        return np.asarray(imagecodecs_call.call_codec(imagecodecs.jpeg8_decode, frame))
+    untransformed = runner.photometric_interpretation == "RGB"  # whatever libjpeg would guess
+    if marker != 0xC3:
+        samples = np.asarray(simplejpeg.decode_jpeg(frame, "RGB", strict=True))
+        if not untransformed:
+            runner.set_option("photometric_interpretation", "RGB")
+            return samples
+    return np.asarray(
+        imagecodecs_call.call_codec(imagecodecs.jpeg8_decode, frame, colorspace="RGB", outcolorspace="RGB")
+    )
+
+
+def _decode_jpeg_ls(frame: bytes, runner: Any, shape: Shape) -> Samples:
+    _, _, *size = jpeg.frame_header(frame)
+    if tuple(size) != shape:
+        raise ValueError("the frame's size is not the header's")
+    return np.asarray(imagecodecs_call.call_codec(imagecodecs.jpegls_decode, frame))
+
+
+def _decode_jpeg2000(frame: bytes, runner: Any, shape: Shape) -> Samples:
+    layout = jpeg2000.parse(frame, limit := SizeLimit(sys.maxsize), frame=True).layout
+    if (limit.size, layout.channels) != ((shape[1], shape[0]), shape[2]):
+        raise ValueError("the frame's size is not the header's")
+    if runner.photometric_interpretation in ("YBR_ICT", "YBR_RCT"):
+        runner.set_option("photometric_interpretation", "RGB")
+    return np.asarray(
+        imagecodecs_call.call_codec(imagecodecs.jpeg2k_decode, frame[slice(*layout.codestream)], numthreads=1)
+    )
+
+
+def _decode_rle(frame: bytes, runner: Any, shape: Shape) -> Samples:
+    """PS3.5 annex G: a PackBits segment for each byte of a sample, the highest first.
+
+    Not by imagecodecs' own decoder of it, which leaves what a damaged segment lacks as it was in memory.
+    """
+    height, width, channels = shape
+    depth = runner.bits_allocated // 8
+    count, *starts = struct.unpack_from("<16I", frame)
+    if count != channels * depth:
+        raise ValueError(f"{count} segments")
+    ends = [*starts[1:count], len(frame)]
+    planes = [
+        _unpack_bits(frame[start:end], height * width) for start, end in zip(starts, ends, strict=False)
+    ]
+    whole = np.stack(planes).reshape(channels, depth, height, width)
+    samples = np.ascontiguousarray(whole.transpose(2, 3, 0, 1)).view(">u2" if depth == 2 else np.uint8)
+    return samples[..., 0].astype(f"=u{depth}")
+
+
+def _unpack_bits(segment: bytes, size: int) -> Samples:
+    plane = np.frombuffer(
+        imagecodecs_call.call_codec(imagecodecs.packbits_decode, segment, out=size), np.uint8
+    )
+    if len(plane) < size:
+        raise ValueError("a segment that runs short")
+    return plane[:size]
+
+
+_BY_NAME: dict[str, Callable[[bytes, Any, Shape], Samples]] = {
+    "RLE": _decode_rle,
+    "JPEG": _decode_jpeg,
+    "JPEG-LS": _decode_jpeg_ls,
+    "JPEG 2000": _decode_jpeg2000,
+}
+_DECODERS = {syntax: _BY_NAME[name] for syntax, name in SYNTAXES.items() if name in _BY_NAME}
+DECODER_DEPENDENCIES = dict.fromkeys(_DECODERS, ("imagecodecs",))
+
+for _syntax in _DECODERS:
+    get_decoder(_syntax).add_plugin(PLUGIN, (__name__, "decode_frame"))

@@ -1,0 +1,155 @@
+"""Frames of DICOM files by nvImageCodec, looked up and resized on the GPU.
+
+JPEG 2000 and JPEG Lossless, gray: there is no damage that the strict look of the CPU would see in them. What
+nvImageCodec does not decode goes to the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.core.errors import UsageError
+from engine.core.records import Header
+from engine.formats import jpeg, jpeg2000
+from engine.formats.common import SizeLimit
+from engine.formats.dicom import LOSSLESS_JPEG, DicomLayout
+from engine.preprocess import resize
+from engine.preprocess.codecs.dicom_windowing import display, display_samples
+
+FILES_AT_ONCE = 16  # files whose stored values are held together
+
+
+def can_decode(header: Header) -> bool:
+    """Whether a DICOM file is tried here: by its header alone."""
+    layout: DicomLayout = header.layout
+    return layout.channels == 1 and (layout.compression == "JPEG 2000" or layout.syntax in LOSSLESS_JPEG)
+
+
+@dataclass
+class DicomBatch:
+    """What became of some files of a batch."""
+
+    tensors: list[Any] = field(default_factory=list)  # of DALI, uint8 [k, 1, H, W]
+    decoded: list[int] = field(default_factory=list)  # [k], positions
+    refused: list[int] = field(default_factory=list)
+    flags: dict[int, list[str]] = field(default_factory=dict)
+
+
+class DicomPipeline:
+    """Decodes and resizes on a GPU; `device_id` None is the CPU, for tests. Use from one thread."""
+
+    def __init__(
+        self, *, size: tuple[int, int], batch_size: int, threads: int, device_id: int | None
+    ) -> None:
+        os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # its words about single files
+        try:
+            from nvidia import nvimgcodec
+        except ImportError as error:
+            raise UsageError(f"nvImageCodec can't be imported ({error}); it comes with nvidia-dali") from None
+        self._codec, self._on_gpu = nvimgcodec, device_id is not None
+        backends = None if self._on_gpu else [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
+        device = device_id if device_id is not None else -99999  # its number for the CPU
+        self._decoder = nvimgcodec.Decoder(device_id=device, max_num_cpu_threads=threads, backends=backends)
+        self._as_stored = nvimgcodec.DecodeParams(
+            allow_any_depth=True, color_spec=nvimgcodec.ColorSpec.UNCHANGED, apply_exif_orientation=False
+        )
+        dali = resize.import_dali()
+        where: Literal["cpu", "gpu"] = "gpu" if self._on_gpu else "cpu"
+
+        def pixels() -> Any:
+            gray = dali.fn.external_source(
+                name="gray", device=where, dtype=dali.types.UINT8, ndim=3, layout="HWC"
+            )
+            return resize.resize_nodes(gray, *size, where)
+
+        self._pipeline = resize.build(pixels, batch_size=batch_size, threads=threads, device_id=device_id)
+
+    def run(self, files: dict[int, tuple[bytes, Header]]) -> DicomBatch:
+        """Files by position: the pixels of those that decode; what fails here is the CPU's to judge."""
+        found = DicomBatch()
+        with contextlib.suppress(RuntimeError, ValueError):
+            found = self._run(files)
+        found.refused = [position for position in files if position not in set(found.decoded)]
+        return found
+
+    def _run(self, files: dict[int, tuple[bytes, Header]]) -> DicomBatch:
+        found, encoded, gray = DicomBatch(), {}, []
+        for position, (data, header) in files.items():
+            with contextlib.suppress(Exception):  # whatever pydicom makes of a damaged file
+                encoded[position] = _first_frame(data, header)
+        waiting = list(encoded)
+        while together := waiting[:FILES_AT_ONCE]:
+            waiting = waiting[FILES_AT_ONCE:]
+            images = self._decoder.decode(
+                [encoded[position] for position in together], params=self._as_stored
+            )
+            for position, image in zip(together, images, strict=True):
+                shown = None if image is None else self._shown(image, files[position][1])
+                if shown:
+                    gray.append(shown[0])
+                    found.decoded.append(position)
+                    if shown[1]:
+                        found.flags[position] = shown[1]
+        if gray:
+            self._pipeline.feed_input("gray", gray)
+            (output,) = self._pipeline.run()
+            found.tensors.append(output.as_tensor())
+        return found
+
+    def _shown(self, image: Any, header: Header) -> tuple[Any, list[str]] | None:
+        """The 8-bit image [H, W, 1] as it is seen, where it lies, and flags. None where it is another."""
+        inverted = header.photometric == "MONOCHROME1"
+        if not self._on_gpu:
+            samples = np.asarray(image)
+            if samples.shape[:2] != (header.height, header.width) or samples.dtype.itemsize > 2:
+                return None
+            stored = samples.reshape(header.height, header.width).view(f"u{samples.dtype.itemsize}")
+            gray, flags = display_samples(stored, header.layout, inverted=inverted)
+            return gray[:, :, None], flags
+        import torch
+        from torch.utils.dlpack import from_dlpack
+
+        tensor = from_dlpack(image)
+        if tuple(tensor.shape[:2]) != (header.height, header.width) or tensor.element_size() > 2:
+            return None
+        bits = 8 * tensor.element_size()
+        cells = tensor.reshape(header.height, header.width, 1).view(
+            torch.int16 if bits == 16 else torch.uint8
+        )
+        cells = cells.to(torch.int32) & (1 << bits) - 1
+        shown, flags = display(
+            lambda levels: torch.from_numpy(levels).to(cells.device)[cells],
+            torch.count_nonzero,
+            lambda: torch.bincount(cells.reshape(-1), minlength=1 << bits).cpu().numpy(),
+            np.dtype(f"u{bits // 8}"),
+            header.layout,
+            inverted=inverted,
+        )
+        torch.cuda.current_stream(tensor.device).synchronize()  # DALI copies on a stream of its own
+        return shown, flags
+
+
+def _first_frame(data: bytes, header: Header) -> npt.NDArray[np.uint8]:
+    """The first frame, encoded. Raises where it is not there or of another size than the data set says."""
+    from pydicom.encaps import get_frame
+
+    layout: DicomLayout = header.layout
+    frame = get_frame(
+        data[slice(*layout.span)], 0, number_of_frames=layout.frames, extended_offsets=layout.offsets
+    )
+    if layout.compression == "JPEG 2000":
+        jpeg2000.parse(frame, limit := SizeLimit(sys.maxsize), frame=True)
+        size = limit.size
+    else:
+        _, _, height, width, _ = jpeg.frame_header(frame)
+        size = (width, height)
+    if size != (header.width, header.height):
+        raise ValueError("another size")
+    return np.frombuffer(frame, np.uint8)

@@ -1,0 +1,70 @@
+"""The parts that are to be given out: streamed from the manifest, and again those that were lost."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from engine.core.records import Part
+
+PARTS_AHEAD = 2  # parts that are read and not yet given out
+POLL_S = 0.2
+
+
+class PartQueue:
+    """Reads the manifest in a thread, so that the driver never waits for it, and holds a few parts only.
+
+    What is lost is read again in a further pass. `parts_of` gives the parts of some indices, in order.
+    """
+
+    def __init__(self, parts_of: Callable[[set[int]], Iterator[Part]], wanted: set[int]) -> None:
+        self._parts_of = parts_of
+        self._again = wanted
+        self._ready: queue.Queue[Part | BaseException | None] = queue.Queue(PARTS_AHEAD)
+        self._next: Part | None = None
+        self._passing = self._closed = False
+        self.left = len(wanted)  # parts that have not been taken
+
+    def peek(self) -> Part | None:
+        """The next part; None when there is none at the moment. Raises what reading the manifest raised."""
+        if self._next is None and not self._passing and self._again:
+            wanted, self._again = self._again, set()
+            self._passing = True
+            threading.Thread(target=self._read, args=(wanted,), name="manifest", daemon=True).start()
+        if self._next is None and self._passing:
+            with suppress(queue.Empty):
+                found = self._ready.get_nowait()
+                if isinstance(found, BaseException):
+                    raise found
+                self._next, self._passing = found, found is not None
+        return self._next
+
+    def take(self) -> None:
+        """The part that `peek` gave is given out."""
+        self._next = None
+        self.left -= 1
+
+    def again(self, index: int) -> None:
+        self._again.add(index)
+        self.left += 1
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _read(self, wanted: set[int]) -> None:
+        try:
+            for part in self._parts_of(wanted):
+                self._put(part)
+                if self._closed:
+                    return
+            self._put(None)
+        except BaseException as error:  # handed to the driver, which raises it
+            self._put(error)
+
+    def _put(self, item: Part | BaseException | None) -> None:
+        while not self._closed:
+            with suppress(queue.Full):
+                self._ready.put(item, timeout=POLL_S)
+                return

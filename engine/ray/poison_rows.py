@@ -1,0 +1,57 @@
+"""A part that has ended its actor again and again: which of its rows does?"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from engine.core.records import Part
+from engine.ray.actor_pool import ActorHandle, ActorPool
+
+TRIES_PER_ROW = 2  # of a single row, as it may have died of something else
+
+
+class PoisonRowSearch:
+    """Scores a part's rows for nothing, a batch at a time, on an actor that does nothing else.
+
+    A batch that ends the actor is tried row by row on the next one. `crashed`: positions that end it alone.
+    """
+
+    def __init__(self, pool: ActorPool, part: Part, batch_size: int) -> None:
+        self.index, self.crashed = part.index, set[int]()
+        self.actor: ActorHandle | None = None
+        self._pool = pool
+        self._part: Any = pool.ray.put(part)  # handed over once
+        starts = range(0, part.rows, batch_size)
+        self._pieces = deque((start, min(start + batch_size, part.rows)) for start in starts)
+        self._tries = 0  # the single row that is first
+
+    @property
+    def is_done(self) -> bool:
+        return not self._pieces
+
+    def probe_next(self, actor: ActorHandle) -> None:
+        self.actor = actor
+        self._pool.call(actor, "probe", self._part, *self._pieces[0], then=self._on_probe_ok)
+
+    def _on_probe_ok(self, actor: ActorHandle, answer: None) -> None:
+        self._pieces.popleft()
+        self._tries = 0
+        if self._pieces:
+            self.probe_next(actor)
+        else:
+            self.actor = None
+
+    def on_actor_lost(self) -> None:
+        """The actor is gone."""
+        self.actor = None
+        start, stop = self._pieces[0]
+        if stop - start > 1:
+            self._pieces.popleft()
+            self._pieces.extendleft((row, row + 1) for row in reversed(range(start, stop)))
+            return
+        self._tries += 1
+        if self._tries == TRIES_PER_ROW:
+            self._pieces.popleft()
+            self._tries = 0
+            self.crashed.add(start)

@@ -1,0 +1,216 @@
+"""The members as torch modules: any classifier of torchvision with the head of the method.
+
+Training fits them, the torch runner loads them from a bundle.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any, Literal
+
+import torch
+import torch.fx
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from engine.bundle.bundle import IMAGENET_MEAN, IMAGENET_STD, Bundle, Member
+from engine.core.errors import UsageError
+
+Normalization = Literal["none", "imagenet"]
+# Pretrained weights make torchvision scale the input of these itself, wrongly for [0, 1], and build auxiliary
+# heads that can't run at 224 x 224: the network is built without both and takes the weights that remain.
+_BARE = {"aux_logits": False, "transform_input": False, "init_weights": False}
+_BARE_OPTIONS: dict[str, dict[str, Any]] = {"inception_v3": _BARE, "googlenet": _BARE}
+
+
+class Network(nn.Module):
+    """One member: gray levels [N, 1, H, W] to float32 logits [N, C], scaling and all.
+
+    `base` is torchvision's network from [N, 3, H, W] to features [N, F], `head` the method's.
+    """
+
+    def __init__(self, base: nn.Module, head: nn.Sequential, normalization: Normalization = "none") -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.base, self.head, self.normalization = base, head, normalization
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if normalization == "imagenet" else ((0.0,) * 3, (1.0,) * 3)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def planes(self, gray: Tensor) -> Tensor:
+        """What the first layer sees, float32 [N, 3, H, W]; `gray` is uint8 or float, 0 to 255."""
+        planes = (gray.to(torch.float32) / 255).repeat(1, 3, 1, 1)
+        if self.normalization != "none":
+            planes = (planes - self.mean) / self.std
+        return planes.contiguous(memory_format=torch.channels_last)
+
+    def features(self, gray: Tensor) -> Tensor:
+        """[N, F] of gray levels [N, 1, H, W]."""
+        features: Tensor = self.base(self.planes(gray))
+        return features
+
+    def forward(self, gray: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(gray))
+        return logits
+
+
+class OneChannel(nn.Module):
+    """A `Network` whose first convolution takes the gray channel itself, the sum of its three filters.
+
+    Only where that is the same function: a shift of the mean is not where the convolution pads with zeros.
+    The division by 255 stays apart, so that filters keep their precision in FP16.
+    """
+
+    def __init__(self, base: nn.Module, head: nn.Sequential) -> None:
+        super().__init__()
+        self.base, self.head = base, head
+
+    def planes(self, gray: Tensor) -> Tensor:
+        """What the first layer sees, float32 [N, 1, H, W]."""
+        return gray.to(torch.float32) / 255
+
+    def forward(self, gray: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.base(self.planes(gray)))
+        return logits
+
+
+def fold_channels(network: Network) -> Network | OneChannel:
+    """`network` with the channel repeat folded into its first convolution where that is exact; a copy."""
+    network = copy.deepcopy(network)
+    stems = [
+        (name, module)
+        for name, module in network.base.named_modules()
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3 and module.groups == 1
+    ]
+    if len(stems) != 1:
+        return network
+    ((name, stem),) = stems
+    if network.normalization != "none" and (any(stem.padding) or stem.padding_mode != "zeros"):
+        return network
+    network.base.set_submodule(name, _fold_stem(stem, network.mean, network.std))
+    return OneChannel(network.base, network.head)
+
+
+def _fold_stem(stem: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
+    weight = stem.weight.detach().double()  # [K, 3, h, w]
+    shift = -(weight * (mean / std).double()).sum(dim=(1, 2, 3))
+    bias = shift if stem.bias is None else shift + stem.bias.detach().double()
+    one = nn.Conv2d(
+        1,
+        stem.out_channels,
+        stem.kernel_size,  # type: ignore[arg-type]
+        stem.stride,  # type: ignore[arg-type]
+        stem.padding,  # type: ignore[arg-type]
+        stem.dilation,  # type: ignore[arg-type]
+        bias=bool(bias.any()),
+    )
+    with torch.no_grad():
+        one.weight.copy_((weight / std.double()).sum(dim=1, keepdim=True))
+        if one.bias is not None:
+            one.bias.copy_(bias)
+    return one.to(memory_format=torch.channels_last)
+
+
+def list_architectures() -> list[str]:
+    """Names of torchvision's classifiers."""
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def fuse_batch_norms(network: Network | OneChannel) -> Network | OneChannel:
+    """`network`, for inference: batch norms go into the convolutions before them, where fx can trace it."""
+    try:
+        network.base = fuse(network.base.eval())
+    except (torch.fx.proxy.TraceError, NotImplementedError, TypeError, ValueError):
+        return network  # control flow that depends on data: the same function, a little slower
+    return network
+
+
+class InferenceNetwork(nn.Module):
+    """A network for inference: float32 up to the first convolution, where gray levels over 255 are exact."""
+
+    def __init__(
+        self, network: Network | OneChannel, dtype: torch.dtype, layout: torch.memory_format
+    ) -> None:
+        super().__init__()
+        self.network, self._dtype, self._layout = network, dtype, layout
+        network.base.to(dtype)
+        network.head.to(dtype)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 1, H, W] to float32 logits [N, C]."""
+        planes = self.network.planes(pixels).to(self._dtype, memory_format=self._layout)
+        logits: Tensor = self.network.head(self.network.base(planes)).float()
+        return logits
+
+
+def load_for_inference(
+    member: Member,
+    bundle: Bundle,
+    dtype: torch.dtype,
+    layout: torch.memory_format = torch.channels_last,
+) -> InferenceNetwork:
+    """A member of a bundle, fused, on the CPU. Raises UsageError."""
+    network = fuse_batch_norms(fold_channels(load_member(member, bundle)))
+    return InferenceNetwork(network, dtype, layout).eval().to(memory_format=layout)
+
+
+def make_head(features: int, classes: int) -> nn.Sequential:
+    """Features [N, F] to logits [N, C]."""
+    return nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, classes))
+
+
+def load_member(member: Member, bundle: Bundle) -> Network:
+    """A member of a bundle on the CPU, in evaluation mode. Raises UsageError when its weights do not fit."""
+    if "safetensors" not in member.files:
+        raise UsageError(f"bundle {bundle.path}: {member.name}: --runner torch needs its safetensors")
+    model = build_architecture(member.architecture)
+    remove_classifier(model, member.architecture)
+    try:
+        states = tensors_from_bytes(member.files["safetensors"].path.read_bytes())
+        features = states["head.0.weight"].shape[1]
+        network = Network(model, make_head(features, len(bundle.classes)), bundle.normalization)
+        ordered = OrderedDict(states)
+        # which safetensors does not keep: the version of each module's layout, asked for by MNASNet
+        vars(ordered)["_metadata"] = vars(network.state_dict())["_metadata"]
+        network.load_state_dict(ordered)
+    except (SafetensorError, RuntimeError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"bundle {bundle.path}: {member.name}: its weights do not fit: {reason}") from None
+    return network.eval().to(memory_format=torch.channels_last)
+
+
+def build_architecture(architecture: str) -> nn.Module:
+    """torchvision's classifier without weights. Raises UsageError for a name it does not have."""
+    if architecture not in list_architectures():
+        raise UsageError(
+            f"no architecture {architecture!r}; allowed: torchvision's classifiers, such as resnet50, "
+            "inception_v3, densenet121, efficientnet_b0, convnext_tiny"
+        )
+    options = _BARE_OPTIONS.get(architecture, {})
+    model: nn.Module = torchvision.models.get_model(architecture, weights=None, **options)
+    return model
+
+
+def remove_classifier(model: nn.Module, architecture: str) -> str:
+    """Make a network give pooled features [N, F], in place; what is cut off starts with the name returned.
+
+    torchvision's classifiers end in one child, a linear layer or a sequence with one; what comes before
+    the first linear layer (a norm, a pooling) is part of the base. Dropout is not: the head has its own.
+    """
+    name, last = list(model.named_children())[-1]
+    layers = list(last) if isinstance(last, nn.Sequential) else [last]
+    linear = next((place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)), None)
+    if linear is None:
+        raise UsageError(f"{architecture}: it does not end in a linear layer, so it can't take the head")
+    setattr(model, name, nn.Sequential(*layers[:linear], nn.Flatten()))
+    if isinstance(getattr(model, "avgpool", None), nn.AdaptiveAvgPool2d):
+        model.avgpool = nn.AdaptiveAvgPool2d(1)  # VGG and AlexNet pool to 7 x 7
+    for module_name, module in list(model.named_modules()):
+        if isinstance(module, nn.Dropout) and module_name.split(".")[0] in ("dropout", name):
+            model.set_submodule(module_name, nn.Identity())
+    return f"{name}."

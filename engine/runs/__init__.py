@@ -1,0 +1,1 @@
+"""Prepare, record, resume and finish a run and its folder."""

@@ -1,0 +1,175 @@
+"""`--since RESULTS`: only the rows of a manifest that an earlier run has not done, or not as they are now."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from engine.bundle.bundle import Bundle
+from engine.core.errors import UsageError
+from engine.core.location import Location, is_url, parse
+from engine.core.records import MODIFIED_COLUMN, PATH_COLUMN, SIZE_COLUMN, Status
+from engine.manifest.manifest import Manifest
+from engine.runners.base import RunnerChoice
+from engine.runs.run_folder import RunFolder
+from engine.runs.run_record import ResultOptions
+from engine.sink.parts import part_name
+from engine.storage.atomic import atomic
+
+# result options whose change makes old scores worthless
+SCORE_OPTIONS = {
+    "bundle_sha256": "the bundle",
+    "precision": "the precision",
+    "int8_graphs": "the INT8 graphs",
+    "decode": "the decoding",
+}
+
+Keys = npt.NDArray[np.bytes_]  # 128-bit hashes of place, size and time of change
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What decides the scores of a run, by the names in DECISIVE.
+
+    Plans of a GPU may be built anew, each passed the gate; INT8 graphs depend on what calibrated them.
+    """
+
+    bundle_sha256: str
+    precision: str
+    int8_graphs: dict[str, str] | None  # sha256 by member
+    decode: str | None
+
+    @classmethod
+    def create(cls, bundle: Bundle, choice: RunnerChoice) -> Self:
+        graphs = choice.plan_hashes if choice.precision == "int8" else None
+        return cls(bundle.sha256, choice.precision, graphs, bundle.decode)
+
+    @classmethod
+    def of_run(cls, options: ResultOptions) -> Self:
+        graphs = options.plans if options.precision == "int8" else None
+        return cls(options.bundle_sha256, options.precision, graphs, options.decode)
+
+    def changed_option(self, other: Self) -> str | None:
+        """Return what changed_option first, in words."""
+        changed = (
+            words for name, words in SCORE_OPTIONS.items() if getattr(self, name) != getattr(other, name)
+        )
+        return next(changed, None)
+
+
+class PreviousRun:
+    """A finished run, and what it has scored."""
+
+    def __init__(self, results: Location) -> None:
+        """Raises UsageError for anything but a finished run that says how its files were."""
+        self.place = results
+        folder = RunFolder.existing(results)
+        run = folder.run()
+        self._files, self._run, self.options = folder.files, run, run.result_options
+        self.run_id = run.run_id
+        self.before = run.since  # where the run is that this one itself was since
+        if not folder.is_marked_finished():
+            raise UsageError(f"--since {results}: that run is not finished")
+        if self.options.redacted_by:
+            raise UsageError(f"--since {results}: its paths are hashed, so nothing can be compared")
+
+    def changed_option(self, options: ScoreOptions) -> str | None:
+        """What makes its scores worthless beside those of a run with `options`, if anything does."""
+        return ScoreOptions.of_run(self.options).changed_option(options)
+
+    def keys(self, options: ScoreOptions) -> Keys:
+        """Of the rows that need no second look, sorted; 16 bytes each.
+
+        What this run left out because of one before it counts too, while that one is still there.
+        """
+        found: list[Keys] = []
+        run, seen = self, set[str]()
+        while run.run_id not in seen and run.changed_option(options) is None:
+            seen.add(run.run_id)
+            found += run._own_keys()
+            if run.before is None:
+                break
+            try:
+                run = PreviousRun(parse(run.before))
+            except UsageError:  # it is gone: its rows are screened again
+                break
+        return np.sort(np.concatenate(found))
+
+    def _own_keys(self) -> Iterator[Keys]:
+        prefix = self.options.column_prefix
+        names = [PATH_COLUMN, prefix + SIZE_COLUMN, prefix + MODIFIED_COLUMN, "status"]
+        done = pa.array([Status.OK.label, Status.SKIPPED.label])
+        for index in range(self._run.part_count):
+            there = self._files.read(part_name(index), pq.read_schema).names
+            if missing := set(names) - set(there):
+                raise UsageError(
+                    f"--since {self.place}: its rows have no {min(missing)}; screen a folder, or a list that "
+                    "python -m engine.manifest made"
+                )
+            table = self._files.read(part_name(index), partial(pq.read_table, columns=names))
+            table = table.filter(pc.is_in(table.column("status"), value_set=done))
+            yield _image_keys(self.options.root, *table.columns[:3])
+
+
+def write_changed(manifest: Manifest, earlier: PreviousRun, options: ScoreOptions, target: Path) -> int:
+    """Write what is new or changed in `manifest` since `earlier`; returns its rows. Raises UsageError."""
+    columns = manifest.columns
+    if not pa.types.is_timestamp(_column_type(columns, MODIFIED_COLUMN)) or not pa.types.is_integer(
+        _column_type(columns, SIZE_COLUMN)
+    ):
+        raise UsageError(
+            f"manifest {manifest.source}: --since needs columns {SIZE_COLUMN} and {MODIFIED_COLUMN}; make the list with "
+            "python -m engine.manifest"
+        )
+    known, rows = earlier.keys(options), 0
+    root = str(manifest.root)
+    with (
+        atomic(target) as temporary,
+        pq.ParquetWriter(temporary, manifest.schema) as writer,
+    ):
+        for table in manifest.tables():
+            keys = _image_keys(
+                root,
+                table.column(manifest.path_column),
+                table.column(SIZE_COLUMN),
+                table.column(MODIFIED_COLUMN),
+            )
+            place = np.minimum(np.searchsorted(known, keys), max(0, len(known) - 1))
+            new = table if not len(known) else table.filter(pa.array(known[place] != keys))
+            if new.num_rows:
+                writer.write_table(new)
+                rows += new.num_rows
+    return rows
+
+
+def _column_type(columns: pa.Schema, name: str) -> pa.DataType:
+    return columns.field(name).type if name in columns.names else pa.null()
+
+
+def _image_keys(root: str, *columns: pa.ChunkedArray[Any]) -> Keys:
+    paths, sizes, times = columns
+    times = times.cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
+    rows = zip(paths.to_pylist(), sizes.to_pylist(), times.to_pylist(), strict=True)
+    return np.array(list(_hash_rows(root, rows)), "S16")
+
+
+def _hash_rows(root: str, rows: Iterable[tuple[str | None, int | None, int | None]]) -> Iterator[bytes]:
+    """A row without path, size or time is like no other."""
+    for number, (path, size, time) in enumerate(rows):
+        if path is None or size is None or time is None:
+            text = f"{number} {os.urandom(8).hex()}"
+        else:
+            text = f"{path if is_url(path) else os.path.join(root, path)}\0{size}\0{time}"
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        yield digest[:-1] + bytes([digest[-1] | 1])  # NumPy's byte strings don't end in zeros

@@ -1,0 +1,294 @@
+"""A run before its stages and after them: checked, described, its folder locked; at the end the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from engine.bundle import bundle as bundles
+from engine.bundle.bundle import Bundle
+from engine.core.errors import NothingNew, UsageError
+from engine.core.location import Url, absolute
+from engine.core.records import OnMessage, Part, PartInfo
+from engine.core.settings import Settings
+from engine.core.tuning import Settled
+from engine.manifest.listing import describe_list
+from engine.manifest.manifest import Manifest, open_manifest
+from engine.runners.base import RunnerChoice
+from engine.runners.select import select_runner
+from engine.runs.incremental import PreviousRun, ScoreOptions, write_changed
+from engine.runs.profile import AppliedProfile, apply_profile
+from engine.runs.progress import Progress
+from engine.runs.run_folder import RunFolder
+from engine.runs.run_record import RunRecord, scorer_of
+from engine.runs.summary import Summary, summarise_run
+from engine.sink.columns import ResultSchema
+from engine.sink.sink import Sink
+
+SelectRunner = Callable[[Bundle], RunnerChoice]
+
+
+@dataclass
+class PreparedRun:
+    """One run. Nothing is written before `begin`, which records `run` or takes up what is recorded."""
+
+    settings: Settings  # with what the machine's profile adds
+    bundle: Bundle
+    choice: RunnerChoice
+    folder: RunFolder  # locked
+    manifest: Manifest
+    layout: ResultSchema
+    run: RunRecord
+    resumed: bool
+    say: OnMessage
+    start_messages: list[str]
+    done: dict[int, PartInfo] = field(default_factory=dict)  # its parts on disk, when it began
+
+    def begin(self, settled: Settled | None = None) -> None:
+        """Record the run with what the stages have settled, or take up the one that is recorded.
+
+        Raises UsageError when the folder holds a run with other result options.
+        """
+        self.run = self.folder.begin(self.run.with_settled(settled) if settled else self.run)
+        self.folder.release_run_lock()
+        self.done = self.folder.finished(self.run, self.indices)
+        if self.is_finished:
+            return
+        for line in self.start_messages:
+            self.say(line)
+        if self.folder.is_marked_finished():
+            with self.folder.run_lock(self.say):  # it may be finished since the parts were looked at
+                # a part may be there and not count: see `RunFolder.finished`
+                if not self.settings.shard or not self.folder.there() >= set(self.indices):
+                    self.folder.mark_unfinished()
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Of the parts that are its to do."""
+        return self.run.part_indices(self.settings.shard)
+
+    @property
+    def is_finished(self) -> bool:
+        return self.folder.is_marked_finished() and len(self.done) == len(self.indices)
+
+    @property
+    def part_rows(self) -> int:
+        return self.run.result_options.part_rows
+
+    def progress(self) -> Progress:
+        """At the start: what earlier starts have finished."""
+        rows = self.run.shard_rows(self.settings.shard)
+        progress = Progress(rows, finish_by=self.settings.finish_by)
+        for part in self.done.values():
+            progress.rows_before += part.rows
+            progress.by_status.update(part.by_status)
+        return progress
+
+    def parts(self, progress: Progress) -> Iterator[Part]:
+        """Those that are not on disk yet, in order; of a shard, those that nobody else has in hand."""
+        todo = set(self.indices) - set(self.done)
+        return self._claimed(todo, progress) if self.settings.shard else self._of_manifest(todo)
+
+    def _of_manifest(self, indices: set[int]) -> Iterator[Part]:
+        return self.manifest.parts(self.part_rows, indices)
+
+    def _claimed(self, todo: set[int], progress: Progress) -> Iterator[Part]:
+        """The same shard may have been started twice: what the other has in hand is asked for again at last.
+
+        What the other does leaves `progress`.
+        """
+        files = self.folder.files
+        while todo:
+            held = set()
+            for part in self._of_manifest(todo):
+                if not files.claim(part.index):
+                    held.add(part.index)
+                elif self.folder.has(part.index, self.run):
+                    files.release(part.index)
+                    progress.rows -= part.rows
+                else:
+                    yield part
+            if held == todo:
+                progress.rows -= sum(map(self.run.rows_in_part, held))
+                return
+            todo = held
+
+    def sink(self) -> Sink:
+        written = self.folder.files.release
+        by = scorer_of(self.choice)
+        return Sink(self.folder.files, self.layout, self.run.to_metadata(), by, written=written)
+
+    def summary(self) -> Summary:
+        """Of a run that was finished already."""
+        shard = self.settings.shard
+        if shard:
+            self.say(f"{self.folder.path} is finished already")
+        rows = sum(part.rows for part in self.done.values())
+        summary = summarise_run(self.folder.path, self.run, self.done.values(), Progress(rows), {}, 0)
+        return replace(summary, rows=rows, shard=str(shard) if shard else None)
+
+
+@contextmanager
+def prepare_run(
+    settings: Settings, say: OnMessage, *, chosen: SelectRunner | None = None
+) -> Iterator[PreparedRun]:
+    """Check everything that can be checked before the stages are opened, and lock the folder.
+
+    `chosen` tells what runs the members where that is not this process.
+    Raises UsageError when the manifest, bundle or output folder is wrong, NothingNew for `since`.
+    """
+    bundle = bundles.load_bundle(settings.bundle)
+    check_inputs(settings)
+    _check_decode(settings, bundle)
+    choice = chosen(bundle) if chosen else select_for_settings(settings, bundle)
+    with ExitStack() as stack:
+        shared = settings.shard is not None
+        folder = stack.enter_context(RunFolder(settings.output, overwrite=settings.overwrite, shared=shared))
+        folder.acquire_run_lock(say)
+        recorded = None if settings.overwrite else folder.recorded()
+        if recorded:
+            folder.release_run_lock()  # else when the run is begun: the others take its listing and tuning from it
+        earlier = PreviousRun(settings.since) if settings.since else None
+        manifest = _open_frozen_manifest(settings, folder, earlier, bundle, choice, say)
+        layout, advice, choice, run = describe(
+            *(settings, recorded, manifest, bundle, choice), earlier=earlier, tuned=chosen is None
+        )
+        lines = [choice.reason, *_triage_lines(bundle, choice, run), *([advice.line] if advice.line else [])]
+        if recorded is None and manifest.skipped:
+            lines.append(describe_list(manifest.rows, manifest.skipped))
+        resumed = recorded is not None
+        yield PreparedRun(advice.settings, bundle, choice, folder, manifest, layout, run, resumed, say, lines)
+
+
+def describe(
+    settings: Settings,
+    recorded: RunRecord | None,
+    manifest: Manifest,
+    bundle: Bundle,
+    choice: RunnerChoice,
+    *,
+    earlier: PreviousRun | None,
+    tuned: bool = True,
+) -> tuple[ResultSchema, AppliedProfile, RunnerChoice, RunRecord]:
+    """Describe a run that begins, or goes on with a `recorded` one; writes nothing.
+
+    With `tuned`, this machine's profile adds to the settings. Raises UsageError.
+    """
+    layout = ResultSchema.of(bundle, manifest, settings, with_triage=recorded is None or recorded.has_triage)
+    advice = apply_profile(settings, bundle, choice, recorded=recorded) if tuned else AppliedProfile(settings)
+    if advice.settings != settings:
+        choice = select_for_settings(advice.settings, bundle)
+    run = RunRecord.create(
+        *(advice.settings, recorded, manifest, bundle, choice),
+        since=f"{earlier.run_id} of {absolute(settings.manifest)}" if earlier else None,
+        profile=advice.recorded,
+        tuning=advice.tuning,
+    )
+    return layout, advice, choice, run
+
+
+def _triage_lines(bundle: Bundle, choice: RunnerChoice, run: RunRecord) -> Iterator[str]:
+    """What the rows are sorted by, and what is not looked at."""
+    if bundle.operating_points:
+        measured = bundle.operating_points.data.precision
+        other = f"; this run is in {choice.precision}" if choice.precision != measured else ""
+        yield f"triage: {bundle.operating_points}{other}"
+    if (run.out_of_distribution or "").startswith("not"):
+        yield f"out of distribution is {run.out_of_distribution} gives no distances"
+
+
+def _open_frozen_manifest(
+    settings: Settings,
+    folder: RunFolder,
+    earlier: PreviousRun | None,
+    bundle: Bundle,
+    choice: RunnerChoice,
+    say: OnMessage,
+) -> Manifest:
+    """The manifest; a folder's listing is frozen at the first start."""
+    listing = folder.listing()
+    if earlier and not listing.exists():
+        list_incremental(settings, earlier, bundle, choice, listing, say)
+    manifest = open_run_manifest(settings, listing, since=earlier is not None)
+    folder.store_listing()
+    return manifest.only(settings.redaction.keep) if settings.redaction else manifest
+
+
+def select_for_settings(settings: Settings, bundle: Bundle) -> RunnerChoice:
+    """What runs the members. Raises UsageError for what can't be had here, or not of this bundle."""
+    _check_decode(settings, bundle)
+    return select_runner(
+        settings.runner,
+        settings.device,
+        bundle,
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+    )
+
+
+def open_run_manifest(settings: Settings, listing: Path, *, since: bool) -> Manifest:
+    return open_manifest(
+        settings.manifest,
+        path_column=settings.path_column,
+        root=settings.root,
+        listing=None if settings.redaction else listing,  # which names paths
+        include=settings.include,
+        exclude=settings.exclude,
+        since=since,
+    )
+
+
+def list_incremental(
+    settings: Settings,
+    earlier: PreviousRun,
+    bundle: Bundle,
+    choice: RunnerChoice,
+    listing: Path,
+    say: OnMessage,
+) -> None:
+    """Freeze what is to be screened since an earlier run. Raises NothingNew."""
+    with TemporaryDirectory(prefix="engine-") as scratch:
+        whole = open_run_manifest(settings, Path(scratch, listing.name), since=False)
+        options = ScoreOptions.create(bundle, choice)
+        if changed := earlier.changed_option(options):
+            say(f"{changed} has changed since {earlier.place}: all {whole.rows} rows are screened")
+            rows = whole.copy_to(listing)
+        else:
+            rows = write_changed(whole, earlier, options, listing)
+            say(f"{rows} of {whole.rows} rows are new or changed since {earlier.place}")
+    if not rows:
+        listing.unlink()
+        raise NothingNew(f"nothing is new since {earlier.place}; nothing was written")
+
+
+def _check_decode(settings: Settings, bundle: Bundle) -> None:
+    """Scores are for pixels like those that the bundle was trained on."""
+    if settings.decode not in (None, bundle.decode):
+        raise UsageError(
+            f"--decode {settings.decode}: bundle {bundle.path} was trained with {bundle.decode}; leave the "
+            f"option out, or train one with: python -m training DATA -o BUNDLE --decode {settings.decode}"
+        )
+
+
+def check_inputs(settings: Settings) -> None:
+    """A wrong manifest or root must not leave an output folder behind."""
+    manifest, root = settings.manifest, settings.root
+    if settings.redaction and settings.since:
+        raise UsageError("--since with --redact: the list of what is new would put paths into the results")
+    if isinstance(root, Url) and root.query:
+        raise UsageError(f"--root {root}?...: a folder has no query; give it without")
+    if isinstance(manifest, Url):
+        if manifest.path.endswith("/") or not manifest.key:
+            raise UsageError(
+                f"manifest {manifest}: a folder there can't be listed; give a list of its images"
+            )
+        return
+    if not manifest.exists():
+        raise UsageError(f"manifest {manifest}: no such file or folder")
+    if not (manifest.is_file() or manifest.is_dir()):
+        raise UsageError(f"manifest {manifest}: neither a file nor a folder")
+    if isinstance(root, Path) and not root.is_dir():
+        raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")

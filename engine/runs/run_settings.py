@@ -1,0 +1,99 @@
+"""Make the settings of a run from its command line or from keywords, and check them together."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from engine.cli.options import option_parser
+from engine.core.errors import UsageError
+from engine.core.location import Url
+from engine.core.option import text_of
+from engine.core.settings import ALL_GPUS, OPTIONS, Settings, parse_location
+from engine.runs.run_folder import recorded_bundle_path
+
+AnyPlace = str | os.PathLike[str] | Url
+
+
+def settings_from(arguments: list[str]) -> Settings:
+    """Raises UsageError, and SystemExit for --help."""
+    return settings_of(vars(option_parser().parse_args(arguments)))
+
+
+def settings_from_keywords(manifest: AnyPlace, keywords: Mapping[str, Any]) -> Settings:
+    """Return the settings that keywords of `engine.screen` ask for. Raises TypeError and UsageError."""
+    known = [name for name, option in OPTIONS.items() if option.in_python]
+    for name in keywords.keys() - set(known):
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise TypeError(f"screen() has no option {name!r}; {hint}")
+    given = {name: OPTIONS[name].check(value) for name, value in keywords.items()}
+    return settings_of({"manifest": parse_location(manifest), **given})
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Return the settings of parsed values, by the names of options. Raises UsageError for those at odds."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+    }
+    settings = Settings(**values)
+    if settings.overwrite and (settings.shard or settings.device == ALL_GPUS):
+        option = f"--shard {settings.shard}" if settings.shard else f"--device {ALL_GPUS}"
+        raise UsageError(
+            f"--overwrite with {option}: it would delete what other shards have done; delete "
+            f"{settings.output} before they start, or give another -o"
+        )
+    if settings.only_errors:
+        settings = _take_from_run(settings)
+    _check_ray(settings)
+    if not settings.redact and (settings.keep or settings.salt_file):
+        raise UsageError(f"{'--keep' if settings.keep else '--salt-file'} is of use with --redact only")
+    if settings.paths_from and not (settings.redact and settings.only_errors):
+        raise UsageError("--paths-from is for --only-errors of a run with --redact; give all three")
+    return settings
+
+
+def command_line(settings: Settings) -> list[str]:
+    """Return the arguments of `engine.run` that ask for `settings`."""
+    found = [one for name in _changed(settings) for one in OPTIONS[name].arguments(getattr(settings, name))]
+    return [*found, "--", text_of(settings.manifest)]
+
+
+def _changed(settings: Settings) -> list[str]:
+    return [name for name, option in OPTIONS.items() if getattr(settings, name) != option.default]
+
+
+def _check_ray(settings: Settings) -> None:
+    address = settings.ray
+    if address is None:
+        if settings.actors:
+            raise UsageError("--actors is of use with --ray only")
+        return
+    if not re.fullmatch(r"local|auto|[\w.-]+:\d{1,5}", address):
+        raise UsageError(
+            f"--ray {address}: allowed: nothing (a Ray of its own), auto, or a cluster's HOST:PORT"
+        )
+    if settings.only_errors or settings.shard:
+        option = OPTIONS["only_errors" if settings.only_errors else "shard"]
+        raise UsageError(f"{option.flag} works in one process; leave --ray out")
+    if settings.device not in ("auto", "cpu"):
+        raise UsageError(
+            f"--device {settings.device}: each actor on Ray has a GPU of its own; allowed: auto, cpu"
+        )
+
+
+def _take_from_run(settings: Settings) -> Settings:
+    """--only-errors: the options are those of the run, but for how it is operated."""
+    changed = _changed(settings)
+    wrong = {OPTIONS[name].flag for name in changed if not OPTIONS[name].operating}
+    if settings.paths_from:
+        wrong.discard(OPTIONS["root"].flag)
+    if wrong:
+        raise UsageError(f"{min(wrong)} can't be given with --only-errors, which takes it from the run")
+    return (
+        settings if "bundle" in changed else replace(settings, bundle=recorded_bundle_path(settings.manifest))
+    )

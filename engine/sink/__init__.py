@@ -1,0 +1,1 @@
+"""Write scored rows to Parquet parts."""

@@ -1,0 +1,134 @@
+"""Name, read and check the Parquet parts of a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from engine.core.errors import EngineError
+from engine.core.json_records import Record, from_json
+from engine.core.records import PATH_COLUMN, Part, PartInfo, Scorer, Status
+from engine.storage.folders import Folder, StoreError
+
+ROW_GROUP = 65_536
+FOOTERS_AT_ONCE = 16
+_PART_NAME = re.compile(r"part-(\d{5,})\.parquet")
+METADATA_KEY = b"engine"
+_PART_KEY = b"part"
+
+
+def part_name(index: int) -> str:
+    return f"part-{index:05d}.parquet"
+
+
+class PartFooter(Record):
+    """What the metadata of a part say of it."""
+
+    part: int  # index
+    by_status: dict[str, int]
+    by_class: dict[str, int]
+    by: Scorer = Scorer()
+    written: str | None = None  # ISO 8601
+
+    @property
+    def written_at(self) -> datetime | None:
+        return datetime.fromisoformat(self.written) if self.written else None
+
+
+class _Owner(msgspec.Struct):
+    """Of `_run.json` in the metadata of a part, all that is read there; other fields are passed over."""
+
+    run_id: str
+
+
+def read_failed_rows(folder: Folder, indices: Iterable[int], columns: Sequence[str]) -> Iterator[Part]:
+    """Yield the rows of finished parts that failed, to be tried again, with `columns` of the results."""
+    done = pa.array([Status.OK.label, Status.SKIPPED.label])
+    failed = pc.invert(pc.is_in(pc.field("status"), done))
+    yield from read_rows(folder, dict.fromkeys(indices, failed), columns)
+
+
+def read_rows(folder: Folder, wanted: Mapping[int, pc.Expression], columns: Sequence[str]) -> Iterator[Part]:
+    """The rows of finished parts that fit an expression for each, with `columns` of the results."""
+    for index, which in wanted.items():
+        names = list(dict.fromkeys(["row", PATH_COLUMN, "status", *columns]))
+        table = folder.read(part_name(index), partial(_read_table, columns=names)).filter(which)
+        paths = table.column(PATH_COLUMN).to_pylist()
+        yield Part(index, table.column("row").to_numpy(), paths, table.select(columns).combine_chunks())
+
+
+def _read_table(file: pa.NativeFile, columns: list[str] | None = None) -> pa.Table:
+    return pq.ParquetFile(file).read(columns)
+
+
+def list_parts(folder: Folder) -> set[int]:
+    """The parts on disk, by their names."""
+    return {int(found[1]) for found in map(_PART_NAME.fullmatch, folder.names()) if found}
+
+
+def read_parts(folder: Folder, run_id: str, wanted: Container[int] | None = None) -> dict[int, PartInfo]:
+    """The parts on disk, by index, only `wanted` ones if given. Raises as `finished_part` does."""
+    there = [index for index in list_parts(folder) if wanted is None or index in wanted]
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:  # in an object store each takes its round trips
+        return {done.index: done for done in threads.map(partial(read_part, folder, run_id), there)}
+
+
+def read_part(folder: Folder, run_id: str, index: int) -> PartInfo:
+    """A part on disk. Its footer has to be whole, of this run, and add up; raises EngineError otherwise."""
+    name = part_name(index)
+    try:
+        return _parse_footer(index, folder.read(name, pq.read_metadata), run_id)
+    except StoreError:
+        raise
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise EngineError(
+            f"{folder.location / name}: not a part of this run ({why}); delete it and run again"
+        ) from None
+
+
+def _parse_footer(index: int, footer: pq.FileMetaData, run_id: str) -> PartInfo:
+    metadata = footer.metadata or {}
+    about, owner = (
+        from_json(metadata[_PART_KEY], PartFooter),
+        from_json(metadata[METADATA_KEY], _Owner).run_id,
+    )
+    if owner != run_id:
+        raise ValueError(f"it belongs to run {owner}")
+    if about.part != index:
+        raise ValueError(f"it is part {about.part}")
+    row, prediction = _column_statistics(footer, "row"), _column_statistics(footer, "prediction")
+    first, last = min(group.min for group in row), max(group.max for group in row)
+    done = PartInfo(
+        index,
+        first,
+        footer.num_rows,
+        about.by_status,
+        about.by_class,
+        about.by,
+        about.written_at,
+    )
+    if last - first + 1 != done.rows:
+        raise ValueError(f"rows {first} to {last} in {done.rows} rows")
+    if sum(done.by_status.values()) != done.rows:
+        raise ValueError(f"{sum(done.by_status.values())} of {done.rows} rows have a status")
+    scored = done.rows - sum(group.null_count for group in prediction)
+    if not scored == done.by_status.get("ok", 0) == sum(done.by_class.values()):
+        raise ValueError(f"{scored} rows have scores, {done.by_status.get('ok', 0)} are ok")
+    return done
+
+
+def _column_statistics(footer: pq.FileMetaData, column: str) -> list[Any]:
+    """Of each row group."""
+    names = [footer.row_group(0).column(place).path_in_schema for place in range(footer.num_columns)]
+    place = names.index(column)
+    return [footer.row_group(group).column(place).statistics for group in range(footer.num_row_groups)]

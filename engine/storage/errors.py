@@ -1,0 +1,42 @@
+"""What all kinds of storage share."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from engine.core.records import Status
+
+ATTEMPTS = 6
+BACKOFF_S = 0.2  # before the second attempt; doubled for each one more
+CUT_SHORT = "cut short: fewer bytes came than announced"
+T = TypeVar("T")
+
+
+class ReadError(Exception):
+    """A file can't be had; `status` says why in the ledger's words.
+
+    `transient`: another attempt may succeed. `denied`: the storage refuses this file to whoever asks here.
+    """
+
+    def __init__(
+        self, status: Status, message: str, *, transient: bool = False, denied: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.transient = transient
+        self.denied = denied
+
+
+def with_retries(action: Callable[[], T]) -> T:
+    """What `action` gives, tried again after growing, random pauses while its failure may pass."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return action()
+        except ReadError as error:
+            if not error.transient:
+                raise
+        time.sleep(BACKOFF_S * 2**attempt * random.uniform(0.5, 1.5))
+    return action()

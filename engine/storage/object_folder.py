@@ -1,0 +1,308 @@
+"""Write a results folder in an object store and lock it with leases."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from engine.core.location import Url
+from engine.core.records import Status
+from engine.storage import objects
+from engine.storage.errors import ReadError, with_retries
+from engine.storage.folders import LOCK_FILE, StoreError, T
+
+RENEW_S, LEASE_S = 20.0, 90.0
+_CLAIM_NAME = re.compile(r"\.part-\d{5,}\.lock")
+
+
+class ObjectFolder:
+    """A prefix of an object store.
+
+    The lock is an object that its owner writes anew every BEAT_S seconds. It counts for nothing STALE_S
+    seconds after the last time, at once if the owner was a process of this machine that is gone. Those that
+    share the folder have one each, `.lock-ID`, and a part in hand is an object that names its owner's.
+    pyarrow has no conditional writes: two that ask in the same instant may both get the lock, or the same
+    part, which is harmless, since parts are the same whoever writes them. Only one gets the turn.
+    """
+
+    def __init__(self, location: Url) -> None:
+        self.location = location
+        self._lease: Lease | None = None
+        self._shared = False
+        self._ticket = 0
+        self._tickets_before: list[str] | None = (
+            None  # leases of those that may have the turn before this one
+        )
+        self._claimed: set[int] = set()
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def names(self) -> list[str]:
+        def listed(files: fs.FileSystem, path: str) -> list[str]:
+            found = files.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            return [info.base_name for info in found]
+
+        return self._call("", listed)
+
+    def exists(self, name: str) -> bool:
+        return self._call(name, lambda files, path: files.get_file_info(path).type == fs.FileType.File)
+
+    def read(self, name: str, take: Callable[[pa.NativeFile], T]) -> T:
+        def taken(files: fs.FileSystem, path: str) -> T:
+            with files.open_input_file(path) as opened:
+                return take(opened)
+
+        return self._call(name, taken)
+
+    def write(self, name: str, write_to: Callable[[Path], object]) -> None:
+        with tempfile.TemporaryDirectory(prefix="engine-") as folder:
+            temporary = Path(folder) / name
+            write_to(temporary)
+            data = temporary.read_bytes()
+        self._call(name, lambda files, path: _upload(files, path, data))
+
+    def delete(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            self._call(name, lambda files, path: files.delete_file(path))
+
+    def local(self, name: str) -> Path:
+        if self._temporary is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="engine-")
+        target = Path(self._temporary.name) / name
+        with suppress(FileNotFoundError):
+            target.write_bytes(self.read(name, lambda opened: opened.read()))
+        return target
+
+    def keep(self, name: str) -> None:
+        assert self._temporary is not None
+        written = Path(self._temporary.name) / name
+        if written.exists() and not self.exists(name):
+            self._call(name, lambda files, path: _upload(files, path, written.read_bytes()))
+
+    def lock(self, *, shared: bool = False) -> None:
+        name = f"{LOCK_FILE}-{uuid.uuid4().hex}" if shared else LOCK_FILE
+        self._refuse_other_holders(shared)
+        lease = Lease(name, lambda record: self._put(name, record))
+        record = lease.renew()
+        try:
+            self._refuse_other_holders(shared, but_for=name)  # of two at once one at least sees the other
+            if self.read(name, lambda opened: opened.read()) != record:
+                raise BlockingIOError
+        except BlockingIOError:
+            with suppress(FileNotFoundError):
+                if self.read(name, lambda opened: opened.read()) == record:  # else it is the other's
+                    self.delete(name)
+            raise
+        self._lease, self._shared = lease, shared
+        lease.keep_renewing()
+
+    def delete_leftovers(self) -> None:
+        """An upload that was cut off is not there; leases and claims of the dead are."""
+        for name in self.names():
+            lease = name.startswith(f"{LOCK_FILE}-")
+            if (lease or _CLAIM_NAME.fullmatch(name)) and not self._read_live_lease(
+                name if lease else self._owner(name)
+            ):
+                self.delete(name)
+
+    def _refuse_other_holders(self, shared: bool, *, but_for: str = "") -> None:
+        """Raises BlockingIOError when one is there that this one can't share with."""
+        names = [LOCK_FILE] if shared else [name for name in self.names() if name.startswith(LOCK_FILE)]
+        if any(self._read_live_lease(name) for name in names if name != but_for):
+            raise BlockingIOError
+
+    def unlock(self, *, remove_created: bool) -> None:
+        if self._temporary:
+            self._temporary.cleanup()
+        if self._lease:
+            self._lease.stop_renewing()
+            for index in tuple(self._claimed):
+                self.release(index)
+            with suppress(StoreError):  # it will be stale soon
+                self.delete(self._lease.name)
+
+    def acquire_run_lock(self) -> bool:
+        """Lamport's bakery: tickets are drawn in the sight of all, and the lowest is served.
+
+        Who draws at the same time shows ticket 0 and is waited for; who draws later sees this one's.
+        """
+        if not self._shared:
+            return True
+        assert self._lease
+        if self._tickets_before is None:
+            self._lease.renew(ticket=0)
+            self._ticket = 1 + max(self._tickets().values(), default=0)
+            self._lease.renew(ticket=self._ticket)
+            self._tickets_before = [name for name in self._tickets() if name != self._lease.name]
+        while self._tickets_before:
+            theirs = self._ticket_of(self._tickets_before[-1])
+            if theirs is not None and (theirs, self._tickets_before[-1]) < (self._ticket, self._lease.name):
+                return False
+            self._tickets_before.pop()
+        return True
+
+    def release_run_lock(self) -> None:
+        if self._shared and self._lease:
+            self._tickets_before = None
+            self._lease.renew(ticket=None)
+
+    def _tickets(self) -> dict[str, int]:
+        """Of all that are drawing one, or hold one, by their leases."""
+        leases = [name for name in self.names() if name.startswith(f"{LOCK_FILE}-")]
+        tickets = {name: self._ticket_of(name) for name in leases}
+        return {name: ticket for name, ticket in tickets.items() if ticket is not None}
+
+    def _ticket_of(self, lease: str) -> int | None:
+        return (self._read_live_lease(lease) or {}).get("ticket")
+
+    def claim(self, index: int) -> bool:
+        if not self._shared:
+            return True
+        assert self._lease
+        if self.is_claimed(index):
+            return False
+        name, mine = _claim_name(index), self._lease.name.encode()
+        self._put(name, mine)
+        if self.read(name, lambda opened: opened.read()) != mine:
+            return False
+        self._claimed.add(index)
+        return True
+
+    def release(self, index: int) -> None:
+        if index in self._claimed:
+            self._claimed.discard(index)
+            with suppress(StoreError):  # it counts for nothing once its owner has gone
+                self.delete(_claim_name(index))
+
+    def is_claimed(self, index: int) -> bool:
+        owner = self._owner(_claim_name(index))
+        return owner != (self._lease and self._lease.name) and self._read_live_lease(owner) is not None
+
+    def _owner(self, claim: str) -> str | None:
+        """The lease that a claim names."""
+        try:
+            owner = self.read(claim, lambda opened: opened.read()).decode()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return None
+        return owner if owner.startswith(f"{LOCK_FILE}-") and "/" not in owner else None
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._call(name, lambda files, path: _upload(files, path, data))
+
+    def _read_live_lease(self, lease: str | None) -> dict[str, Any] | None:
+        """What the owner of a lease says, None if it is gone."""
+        if lease is None:
+            return None
+        try:
+            facts: dict[str, Any] = json.loads(self.read(lease, lambda opened: opened.read()))
+            shown: float = (
+                self._call(lease, lambda files, path: files.get_file_info(path).mtime_ns or 0) / 1e9
+            )
+        except (FileNotFoundError, ValueError):
+            return None
+        if time.time() - shown > LEASE_S:
+            return None
+        here = facts.get("machine") == _boot_id()
+        return None if here and facts.get("began") != _process_start(facts.get("pid")) else facts
+
+    def _call(self, name: str, action: Callable[[fs.FileSystem, str], T]) -> T:
+        """`action` with the file system and the path of `name`, tried again; raises StoreError."""
+        place = self.location / name if name else self.location
+
+        def tried() -> T:
+            files = objects.filesystem(place)
+            try:
+                return action(files, objects.path_of(place))
+            except OSError as error:
+                if objects.is_storage_error(error):
+                    raise objects.to_read_error(error) from None
+                raise
+
+        try:
+            return with_retries(tried)
+        except ReadError as error:
+            if error.status == Status.MISSING:
+                raise FileNotFoundError(errno.ENOENT, "no such object", str(place)) from None
+            raise StoreError(error, place) from None
+
+
+class Lease:
+    """What a process shows of itself in an object, again and again, while it lives."""
+
+    def __init__(self, name: str, put: Callable[[bytes], object]) -> None:
+        pid = os.getpid()
+        self.name, self._put = name, put
+        self._facts: dict[str, Any] = {
+            "id": uuid.uuid4().hex,
+            "machine": _boot_id(),
+            "pid": pid,
+            "began": _process_start(pid),
+        }
+        self._lock, self._done = threading.Lock(), threading.Event()
+
+    def renew(self, **facts: int | None) -> bytes:
+        """Write it, with new `facts` if there are some; returns what was written."""
+        with self._lock:  # an old one must not follow a new one
+            self._facts |= facts
+            record = json.dumps(self._facts).encode()
+            if not self._done.is_set():
+                self._put(record)
+            return record
+
+    def keep_renewing(self) -> None:
+        threading.Thread(target=self._renew_until_stopped, name="lock", daemon=True).start()
+
+    def _renew_until_stopped(self) -> None:
+        while not self._done.wait(RENEW_S):
+            with suppress(StoreError):  # the parts will tell
+                self.renew()
+
+    def stop_renewing(self) -> None:
+        self._done.set()
+        with self._lock:  # a write that is under way must not come after the object is deleted
+            pass
+
+
+def _claim_name(index: int) -> str:
+    return f".part-{index:05d}.lock"
+
+
+def _upload(files: fs.FileSystem, path: str, data: bytes) -> None:
+    """One write and one close: pyarrow completes what it can when a stream is dropped half-way.
+
+    With all bytes handed over at once an upload that fails has failed pieces, and these are never completed.
+    """
+    stream = files.open_output_stream(path)
+    stream.write(data)
+    stream.close()
+    size = files.get_file_info(path).size
+    if size != len(data):
+        raise ReadError(Status.UNREADABLE, f"{size} of {len(data)} bytes arrived", transient=True)
+
+
+def _boot_id() -> str:
+    """This boot of this machine, and the space of process numbers."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    return uuid.uuid4().hex
+
+
+def _process_start(pid: object) -> str | None:
+    """When the process `pid` began, in ticks; None where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return re.sub(r".*\)", "", stat, flags=re.DOTALL).split()[19]  # behind the name, which may hold anything

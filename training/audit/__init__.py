@@ -1,0 +1,1 @@
+"""Find copies, leaks and shortcuts in labelled images before training."""

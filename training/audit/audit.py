@@ -1,0 +1,221 @@
+"""What is wrong with a labelled set before anything is trained: copies, conflicts, leaks, shortcuts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.model_selection import StratifiedKFold, permutation_test_score
+from sklearn.tree import DecisionTreeClassifier
+
+from engine.core.errors import UsageError
+from training.audit.duplicates import connected_components as connected
+from training.audit.duplicates import near_pairs
+from training.data import Dataset, FileFacts, Progress
+from training.listing import Labels
+
+PERMUTATIONS = 100
+MAX_SHORTCUT_P = 0.1  # balanced accuracy above chance that a model of file properties may not reach
+_NUMBERS = ("width", "height", "bytes")
+_WORDS = ("mode", "format")
+
+
+@dataclass(frozen=True)
+class ImageGroups:
+    """Which images belong together: group numbers [N], each partition coarser than the one before."""
+
+    exact: Labels  # identical files
+    near: Labels  # and copies that were re-encoded, turned, mirrored, shifted, zoomed or brightened
+    together: Labels  # and images of one patient
+
+    def take(self, positions: Labels) -> ImageGroups:
+        return ImageGroups(self.exact[positions], self.near[positions], self.together[positions])
+
+
+def group_images(dataset: Dataset, progress: Progress) -> ImageGroups:
+    """Group identical files, near duplicates and patients; `progress` counts images."""
+    count = len(dataset)
+    exact = connected(count, _link_equal_keys(dataset.hashes))
+    pairs = [(pair.first, pair.second) for pair in near_pairs(dataset.pixels, progress)]
+    near = connected(count, [*_link_equal_keys(exact.tolist()), *pairs])
+    patients = _link_equal_keys(dataset.patients or ())
+    return ImageGroups(exact, near, connected(count, [*_link_equal_keys(near.tolist()), *patients]))
+
+
+def _link_equal_keys(keys: Iterable[Any]) -> list[tuple[int, int]]:
+    """Pairs that connect all positions with the same key; None is no key."""
+    first: dict[Any, int] = {}
+    return [
+        (first.setdefault(key, position), position) for position, key in enumerate(keys) if key is not None
+    ]
+
+
+def check_given_split(given: Sequence[str | None] | None, found: ImageGroups, *, allow_leak: bool) -> None:
+    """Raise UsageError if the split that the data comes with has one image, or patient, on several sides."""
+    if given is None or allow_leak:
+        return
+    sides = [name or "train" for name in given]
+    groups, images = _count_spanning(found.together, sides)
+    if groups:
+        exact, _ = _count_spanning(found.exact, sides)
+        near, _ = _count_spanning(found.near, sides)
+        raise UsageError(
+            f"the given split leaks: {images} of {len(sides)} images are in {_count_groups(groups)} on more than "
+            f"one side ({exact} with identical files, {near} with copies of any kind, {groups - near} by "
+            "patient alone); mend it, or go on with --allow-leak"
+        )
+
+
+def _count_spanning(groups: Labels, values: Sequence[Any]) -> tuple[int, int]:
+    """How many groups hold more than one value, and how many images those groups have."""
+    distinct: dict[int, set[Any]] = {}
+    for group, value in zip(groups.tolist(), values, strict=True):
+        distinct.setdefault(group, set()).add(value)
+    mixed = {group for group, found in distinct.items() if len(found) > 1}
+    return len(mixed), sum(group in mixed for group in groups.tolist())
+
+
+def _count_repeated(groups: Labels) -> tuple[int, int]:
+    """How many groups hold more than one image, and how many images those groups have."""
+    _, sizes = np.unique(groups, return_counts=True)
+    return int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
+
+
+def drop_copies(dataset: Dataset, found: ImageGroups) -> Labels:
+    """Positions that stay when copies go: the first of each near group; none of a group with two labels."""
+    labels: dict[int, set[int]] = {}
+    for group, label in zip(found.near.tolist(), dataset.labels.tolist(), strict=True):
+        labels.setdefault(group, set()).add(label)
+    _, first = np.unique(found.near, return_index=True)
+    return np.sort([position for position in first if len(labels[int(found.near[position])]) == 1])
+
+
+def audit_findings(dataset: Dataset, found: ImageGroups, sets: Sequence[str], *, seed: int) -> dict[str, Any]:
+    """The findings, JSON-ready, with no file's name; `sets` [N] is the split in use."""
+    labels = dataset.labels.tolist()
+    pairs = {
+        "exact": _count_repeated(found.exact),
+        "near": _count_repeated(found.near),
+        "conflicts": _count_spanning(found.exact, labels),
+        "near_conflicts": _count_spanning(found.near, labels),
+        "across": _count_spanning(found.together, sets),
+    }
+    return {
+        "images": len(dataset),
+        "left_out": dict(Counter(status for _, status, _ in dataset.failures)),
+        **{name: {"groups": groups, "images": images} for name, (groups, images) in pairs.items()},
+        "patients": len(set(dataset.patients) - {None}) if dataset.patients else None,
+        "given_split": dataset.given is not None,
+        "shortcuts": find_shortcuts(dataset, found.together, seed=seed),
+    }
+
+
+def find_shortcuts(dataset: Dataset, groups: Labels, *, seed: int) -> dict[str, Any]:
+    """Do width, height, bytes, mode and format of the files tell the class?
+
+    A small decision tree is cross-validated on one image of each group, and against shuffled labels (Ojala
+    and Garriga 2010, "Permutation tests for studying classifier performance"). Balanced accuracy well above
+    chance means that a network can learn the scanner instead of the bone.
+    """
+    _, first = np.unique(groups, return_index=True)
+    labels = dataset.labels[first]
+    chance = 1 / len(dataset.classes)
+    result = {"chance": chance, "attributes": _attributes(dataset)}
+    smallest = int(np.bincount(labels, minlength=len(dataset.classes)).min())
+    if smallest < 2:
+        return {"balanced_accuracy": None, "p_value": None, "suspicious": False, **result}
+    tree = DecisionTreeClassifier(max_depth=3, min_samples_leaf=3, class_weight="balanced", random_state=seed)
+    score, _, p_value = permutation_test_score(
+        tree,
+        _file_features([dataset.facts[position] for position in first]),
+        labels,
+        cv=StratifiedKFold(min(5, smallest), shuffle=True, random_state=seed),
+        scoring="balanced_accuracy",
+        n_permutations=PERMUTATIONS,
+        random_state=seed,
+    )
+    suspicious = bool(p_value < 0.02 and score > chance + MAX_SHORTCUT_P)
+    return {
+        "balanced_accuracy": float(score),
+        "p_value": float(p_value),
+        "suspicious": suspicious,
+        **result,
+    }
+
+
+def _file_features(facts: Sequence[FileFacts]) -> npt.NDArray[np.float64]:
+    """One row a file: sizes, aspect ratio, bytes a pixel, mode and format as numbers."""
+    words = {name: sorted({getattr(one, name) for one in facts}) for name in _WORDS}
+    rows = [
+        [
+            *(getattr(one, name) for name in _NUMBERS),
+            one.width / one.height,
+            one.bytes / (one.width * one.height),
+            *(words[name].index(getattr(one, name)) for name in _WORDS),
+        ]
+        for one in facts
+    ]
+    return np.array(rows, np.float64)
+
+
+def _attributes(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """By attribute and class: quartiles of numbers, counts of words."""
+    members = {
+        name: [one for one, label in zip(dataset.facts, dataset.labels, strict=True) if label == position]
+        for position, name in enumerate(dataset.classes)
+    }
+    quartiles = {
+        attribute: {
+            name: np.quantile([getattr(one, attribute) for one in facts], [0.25, 0.5, 0.75]).tolist()
+            for name, facts in members.items()
+        }
+        for attribute in _NUMBERS
+    }
+    counted = {
+        attribute: {
+            name: dict(Counter(getattr(one, attribute) for one in facts)) for name, facts in members.items()
+        }
+        for attribute in _WORDS
+    }
+    return quartiles | counted
+
+
+def describe_findings(findings: dict[str, Any]) -> list[str]:
+    """What a person should know of the data, a line each; nothing to say gives nothing."""
+    lines = []
+    if findings["near"]["groups"]:
+        identical = _count_groups(findings["exact"]["groups"])
+        lines.append(
+            f"{findings['near']['images']} images are in {_count_groups(findings['near']['groups'])} of copies, "
+            f"identical or changed; {identical} of identical files"
+        )
+    if findings["near_conflicts"]["groups"]:
+        identical = _count_groups(findings["conflicts"]["groups"])
+        lines.append(
+            f"warning: {_count_groups(findings['near_conflicts']['groups'])} of copies with contradicting labels; "
+            f"{identical} of identical files"
+        )
+    if findings["dropped"]:
+        lines.append(
+            f"{findings['dropped']} images were left out as copies or for their contradicting labels"
+        )
+    if findings["across"]["groups"]:
+        lines.append(
+            f"warning: the split leaks: {findings['across']['images']} images are in "
+            f"{_count_groups(findings['across']['groups'])} on more than one side of it"
+        )
+    shortcut = findings["shortcuts"]
+    if shortcut["suspicious"]:
+        lines.append(
+            "warning: size, bytes, mode and format of the files alone tell the class with a balanced accuracy"
+            f" of {shortcut['balanced_accuracy']:.2f} (chance {shortcut['chance']:.2f}): a shortcut to learn"
+        )
+    return lines
+
+
+def _count_groups(count: int) -> str:
+    return f"{count} group" if count == 1 else f"{count} groups"
