@@ -23,7 +23,7 @@ from PIL import Image
 import engine
 from engine.bundle.bundle import Bundle
 from engine.core.errors import UsageError
-from engine.explain import __main__ as command
+from engine.explain import __main__ as explain_command
 from engine.explain import drawing, explain, integrated_gradients
 from engine.explain.integrated_gradients import Explainer, Explanation
 from engine.runners.network import Network
@@ -240,7 +240,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    status = command.main([str(one) for one in arguments])
+    status = explain_command.main([str(one) for one in arguments])
     return status, capsys.readouterr().err
 
 
