@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.record import ROOT
+from engine.cli.terminal import run_command
 from engine.command import Parser
-from engine.errors import EngineError, UsageError
+from engine.errors import UsageError
 
 INSTALL = (
     "pip install -c constraints.txt '.[training,dev]', or on a GPU machine "
@@ -235,16 +236,15 @@ def option_parser() -> Parser:
 
 
 def main() -> int:
-    try:
+    def work() -> int:
         options = option_parser().parse_args()
-        options.run(Console(), options)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except ModuleNotFoundError as error:
-        print(f"error: {error}; install what benchmarks need with: {INSTALL}", file=sys.stderr)
-        return UsageError.exit_status
-    return 0
+        try:
+            options.run(Console(), options)
+        except ModuleNotFoundError as error:
+            raise UsageError(f"{error}; install what benchmarks need with: {INSTALL}") from None
+        return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

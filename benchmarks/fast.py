@@ -21,12 +21,12 @@ from PIL import Image
 
 from benchmarks.intervals import interval
 from engine import bundle, ensemble, header
-from engine.bundle import DECODES, Bundle, Decode
+from engine.bundle import Bundle
 from engine.preprocess.codecs import decode
 from engine.preprocess.codecs.jpeg import scale_for
 from engine.preprocess.graph import Graph
-from engine.provenance import CPU_BATCH
 from engine.runners.onnx import OnnxRunner
+from engine.settings import CPU_BATCH, DECODES, Decode
 
 SIZE = (224, 224)
 AIM = 3.5  # times Pillow's rate

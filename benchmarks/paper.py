@@ -29,13 +29,12 @@ from benchmarks import record
 from benchmarks.throughput import DISTINCT, make_archive
 from engine.canaries import SHARE
 from engine.manifest import Manifest, open_manifest
-from engine.provenance import CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.ray.actor import Pulse
 from engine.ray.cluster import Post, joined
 from engine.ray.crew import Hand, Slot
 from engine.ray.driver import IN_STAGES, soonest
 from engine.records import Part, Scorer
-from engine.settings import Settings
+from engine.settings import CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS, Settings
 from engine.sink import FOOTERS_AT_ONCE, METADATA, Done, finished
 from engine.store import LocalFolder
 

@@ -26,8 +26,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.throughput import make_archive
 from engine.errors import EngineError
-from engine.provenance import CPU_BATCH
-from engine.settings import available_cpus
+from engine.settings import CPU_BATCH, available_cpus
 
 LIMIT_S = 4.0  # to the first finished batch
 # the command line itself, but each finished batch writes how many rows are through

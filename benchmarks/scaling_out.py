@@ -33,8 +33,7 @@ from benchmarks.restart import table_of
 from benchmarks.throughput import make_archive
 from engine import bundle
 from engine.errors import EngineError, Stopped
-from engine.provenance import CPU_BATCH
-from engine.settings import available_cpus
+from engine.settings import CPU_BATCH, available_cpus
 
 LIMIT = 0.05  # of the rate
 RECOVERY_ROWS, RECOVERY_PART_ROWS = 100_000, 256
@@ -137,6 +136,7 @@ def null_rates(manifest: Path, models: Path, work: Path, actors: list[int], roun
 
 def recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[float, int]:
     """Seconds from the kill of an actor until another holds a part; rows that were given out again."""
+    from engine.core.deadline import Deadline
     from engine.job import prepare
     from engine.pipeline import Stages
     from engine.ray.crew import Crew
@@ -153,8 +153,8 @@ def recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[flo
         ray="local",
         actors=2,
     )
-    stop, times = threading.Event(), dict[str, float]()
-    crew = Crew(settings, lambda _: None, stop)
+    deadline, times = Deadline(), dict[str, float]()
+    crew = Crew(settings, lambda _: None, deadline)
 
     def hurt() -> None:
         wait_until(lambda: sum(hand.rows_done > 0 for hand in crew.ready) == 2)
@@ -163,7 +163,7 @@ def recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[flo
         times["killed"] = time.monotonic()
         wait_until(lambda: victim.gone and sum(bool(hand.parts) for hand in crew.ready) == 2)
         times["back"] = time.monotonic()
-        stop.set()
+        deadline.stop.set()
 
     with (
         closing(crew),
@@ -171,7 +171,7 @@ def recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[flo
         closing(crew),
         token_of(job) as token,
     ):
-        one = Run(crew, job, token, lambda _: None, stop, Stages)
+        one = Run(crew, job, token, lambda _: None, deadline, Stages)
         thread = threading.Thread(target=hurt, daemon=True)
         thread.start()
         with suppress(Stopped):

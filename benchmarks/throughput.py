@@ -34,11 +34,18 @@ from engine.manifest import Manifest, open_manifest
 from engine.overlap import Meter
 from engine.pipeline import READ_THREADS, flow, meters_for
 from engine.preprocess.stage import Preprocess
-from engine.provenance import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS
 from engine.reader import Reader
 from engine.records import Batch, Part, Scorer
 from engine.runners.onnx import OnnxRunner
-from engine.settings import Limits, Settings, available_cpus
+from engine.settings import (
+    CPU_BATCH,
+    CPU_PART_ROWS,
+    GPU_BATCH,
+    GPU_PART_ROWS,
+    Limits,
+    Settings,
+    available_cpus,
+)
 from engine.sink import Layout, Sink
 from engine.step import CpuStep
 from engine.store import LocalFolder

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -21,8 +21,12 @@ from build_engines.options import (
     Options,
     parse_capabilities,
 )
-from engine.command import Parser, number, size, whole
-from engine.errors import EngineError
+from engine.cli.terminal import run_command
+from engine.command import Parser
+from engine.core.option import number, size, whole
+
+if TYPE_CHECKING:
+    from build_engines.build import Built
 
 _EXAMPLES = """\
 examples:
@@ -127,25 +131,27 @@ def option_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build and report. Returns the exit status."""
     console = Console(stderr=True, emoji=False)
-    try:
+
+    def work() -> int:
         options = Options(**vars(option_parser().parse_args(arguments)))
         from build_engines.build import build  # seconds of imports: after --help and wrong arguments
         from build_engines.progress import shown
 
         with shown(console) as phases:
             folder, built = build(options, phases, lambda line: console.print(line, markup=False))
-    except EngineError as error:
-        return _failed(console, str(error), error.exit_status)
-    except KeyboardInterrupt:
-        return _failed(console, "stopped; nothing was installed", 130)
-    except OSError as error:  # a full disk, a bundle that can't be written to
-        where = error.filename or "writing the plans"
-        return _failed(console, f"{where}: {error.strerror or error}", EngineError.exit_status)
-    except Exception as error:
-        if os.environ.get("ENGINE_DEBUG"):
-            raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        return _failed(console, f"internal: {text} (ENGINE_DEBUG=1 shows where)", EngineError.exit_status)
+        _show(console, options, built)
+        print(folder)
+        return 0
+
+    def of_system(error: OSError) -> str:  # a full disk, a bundle that can't be written to
+        return f"{error.filename or 'writing the plans'}: {error.strerror or error}"
+
+    return run_command(
+        work, console, interrupted=("stopped; nothing was installed", 130), of_system=of_system
+    )
+
+
+def _show(console: Console, options: Options, built: list[Built]) -> None:
     int8 = options.precision == "int8"
     table = Table(
         "member", "built in", "size", "largest difference", "same class", "AUC" if int8 else "compared"
@@ -164,13 +170,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(table)
     if not all(one.parity.executed for one in built) and options.target != "onnx":
         console.print("the plans were not executed here; the engine compares them at their first load")
-    print(folder)
-    return 0
-
-
-def _failed(console: Console, reason: str, status: int) -> int:
-    console.print(f"error: {reason}", markup=False, highlight=False, soft_wrap=True)
-    return status
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import replace
@@ -18,6 +18,7 @@ from engine.ensemble import fuse
 from engine.errors import UsageError
 from engine.labels import groups_of
 from engine.operating_points import OperatingPoints
+from engine.settings import Decode
 from engine.store import atomic
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ FORMAT: Literal[1] = 1
 DESCRIPTION = "ensemble.json"
 Name = Annotated[str, text("[a-z0-9_]{1,64}", "a name of a-z, 0-9 and _")]
 Side = Annotated[int, Meta(ge=1, le=8192)]  # pixels
-Decode = Literal["exact", "fast"]  # JPEG in full, or near the size that is needed by a scaled DCT
-DECODES: tuple[Decode, ...] = get_args(Decode)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

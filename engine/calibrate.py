@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -24,21 +23,23 @@ from engine import bundle, distance, tuned
 from engine.bundle import Bundle
 from engine.calibration import Asked, Sample, calibrate, check_counts, folds
 from engine.canaries import Step
-from engine.command import Parser, number
+from engine.cli.terminal import hush_libraries, run_command, stop_on_signal
+from engine.command import Parser
+from engine.core.deadline import Deadline
+from engine.core.option import number
 from engine.errors import Stopped, UsageError
 from engine.intervals import Share
 from engine.job import Say, Watch, check_paths, choice_of, manifest_of
 from engine.labels import Names
 from engine.listing import PATH
 from engine.operating_points import DOUBTFUL, Abstention, DistanceLimits, LabelledData, OperatingPoints
-from engine.options import OPTIONS
+from engine.options import add_options
 from engine.overlap import Meter
 from engine.pipeline import Opening, Stages, screen
 from engine.progress import Display
 from engine.provenance import RunRecord
 from engine.records import FLAGS, Batch, Status
 from engine.results import MERGED, Results, opened
-from engine.run import answered, hush_libraries, stop_on_signal
 from engine.run_folder import RUN
 from engine.settings import Settings, available_cpus, parse_location
 from engine.storage import Url
@@ -50,6 +51,7 @@ Pixels = npt.NDArray[np.uint8]
 
 OOD_IMAGES, OOD_BYTES, LEAST_OOD = 2000, 256 << 20, 50  # whose features are looked at, at most and at least
 LABEL, PATIENT = "label", "patient"
+_AS_IN_RUN = ("path_column", "root", "device", "runner", "precision", "batch_size", "workers", "memory")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def measure(
     ood: bool = False,
     watch: Watch = lambda _: None,
     say: Say = lambda _: None,
-    stop: threading.Event | None = None,
+    deadline: Deadline | None = None,
 ) -> Found:
     """Calibrate the bundle that `settings` name.
 
@@ -107,7 +109,7 @@ def measure(
                     replace(settings, output=output),
                     watch=watch,
                     say=say,
-                    stop=stop,
+                    deadline=deadline,
                     stages_of=partial(_Keeping, wanted=wanted, kept=kept),
                 )
             except Stopped:
@@ -447,8 +449,7 @@ def option_parser() -> Parser:
         action="store_true",
         help="abstain from what looks unlike these images, too (on a CPU, float32)",
     )
-    for name in ("path_column", "root", "device", "runner", "precision", "batch_size", "workers", "memory"):
-        OPTIONS[name].add_to(parser, more=False)
+    add_options(parser, *_AS_IN_RUN)
     return parser
 
 
@@ -483,9 +484,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if given["manifest"] is None:
             raise UsageError(f"--on is missing: {again}")
-        names = ("manifest", "bundle", "path_column", "root", "device", "runner", "precision", "batch_size")
-        settings = Settings(**{name: given[name] for name in (*names, "workers")})
-        settings = replace(settings, limits=replace(settings.limits, memory=given["memory"]))
+        settings = Settings(**{name: given[name] for name in ("manifest", "bundle", *_AS_IN_RUN)})
         with Display(console) as display:
             found = measure(
                 settings,
@@ -494,7 +493,7 @@ def main(arguments: list[str] | None = None) -> int:
                 ood=given["ood"],
                 watch=display,
                 say=say,
-                stop=stop_on_signal(console, None),
+                deadline=stop_on_signal(console),
             )
         print("\n".join(table_of(found.points)))
         if found.points.temperature.interval is None:
@@ -508,7 +507,7 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"for its tuning: python -m engine.tune {models.path} --sample MANIFEST")
         return 0
 
-    return answered(console, work)
+    return run_command(work, console)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
-import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from engine.errors import UsageError
-from engine.settings import parse_bytes
 
 MAX_WIDTH = 100  # columns of --help
 
@@ -77,41 +74,3 @@ class Parser(argparse.ArgumentParser):
         close = difflib.get_close_matches(rest.split("=")[0].split()[0], self.names, 1) if unknown else []
         hint = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"{message}{hint}; see {self.prog} --help")
-
-
-def whole(low: int = 1, high: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers from `low` to `high`."""
-
-    def parse(text: str) -> int:
-        value = int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1
-        if value < low or (high is not None and value > high):
-            allowed = (
-                f"a whole number from {low} to {high}" if high is not None else "a positive whole number"
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
-        return value
-
-    return parse
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """A parser of numbers from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number between {low:g} and {high:g}")
-        return value
-
-    return parse
-
-
-def size(text: str) -> int:
-    """Bytes, from 2GiB or the like."""
-    try:
-        return parse_bytes(text)
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

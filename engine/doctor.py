@@ -25,6 +25,7 @@ from rich.text import Text
 
 from engine import bundle, fleet, installed, options, plans
 from engine.bundle import Bundle
+from engine.cli.terminal import hush_libraries, run_command
 from engine.command import Parser
 from engine.errors import UsageError
 from engine.findings import Report, size
@@ -34,7 +35,7 @@ from engine.job import Say, choice_of
 from engine.log import Log
 from engine.plans import Gpu
 from engine.provenance import processor_name
-from engine.run import answered, hush_libraries, places, settings_from
+from engine.run import places
 from engine.runners import Choice
 from engine.settings import ALL_GPUS, Settings, available_cpus
 from engine.survey import survey
@@ -76,10 +77,10 @@ def _one_process(settings: Settings) -> Settings:
     first = replace(settings, device="cuda:0")
     with suppress(UsageError):  # the bundle's lines will say so
         count = len(fleet.devices_here())
-        limits = replace(settings.limits, memory=settings.limits.memory // count)
+        memory = settings.memory // count
         workers = max(1, (settings.workers or available_cpus()) // count)
         shard = fleet.shards_here(settings, count)[0]
-        return replace(first, limits=limits, workers=workers, shard=shard)
+        return replace(first, memory=memory, workers=workers, shard=shard)
     return first
 
 
@@ -357,12 +358,13 @@ def main(arguments: list[str] | None = None) -> int:
     say: Say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
 
     def work() -> int:
-        manifest = option_parser().parse_args(given).manifest is not None
-        settings = settings_from(given if manifest else [*given, "."])  # any place will do
+        asked = vars(option_parser().parse_args(given))
+        manifest = asked["manifest"] is not None
+        settings = options.settings_of(asked | {"manifest": asked["manifest"] or Path()})
         log.known = places(settings)
         return report_to(sys.stdout, settings, manifest=manifest, say=say, stop=threading.Event())
 
-    return answered(console, work)
+    return run_command(work, console)
 
 
 if __name__ == "__main__":

@@ -29,23 +29,23 @@ from rich.progress import Progress
 
 from engine import bundle
 from engine.bundle import Bundle
-from engine.command import Parser, whole
+from engine.cli.terminal import hush_libraries, run_command
+from engine.command import Parser
 from engine.core.json_records import to_json
+from engine.core.option import whole
 from engine.errors import EngineError, UsageError
 from engine.installed import command
 from engine.job import Say
 from engine.log import Log
 from engine.manifest import Manifest
-from engine.options import MAX_WORKERS
 from engine.overlap import Meter, prefetch
 from engine.pipeline import READ_THREADS
 from engine.preprocess.stage import Preprocess
-from engine.privacy import Redaction, read_salt
 from engine.provenance import RunRecord
 from engine.reader import Reader
 from engine.records import Batch, Part, Status
 from engine.retry import all_parts, as_in_run, same_bundle, with_paths
-from engine.run import answered, hush_libraries, places
+from engine.run import places
 from engine.run_folder import (
     EXPLANATIONS,
     INDEX,
@@ -57,7 +57,7 @@ from engine.run_folder import (
     clear_explanations,
     recorded_bundle,
 )
-from engine.settings import Settings, available_cpus, parse_location
+from engine.settings import MAX_WORKERS, Settings, available_cpus, parse_location
 from engine.sink import Done, part_name, rows_again
 from engine.stats.top_k import TopK
 from engine.storage.location import Place, parse
@@ -538,7 +538,8 @@ def _settings(given: dict[str, Any]) -> tuple[Settings, Asked]:
         workers=given["workers"],
         root=given["root"],
         paths_from=given["paths_from"],
-        redaction=Redaction(read_salt(given["salt_file"])) if given["redact"] else None,
+        redact=given["redact"],
+        salt_file=given["salt_file"],
     )
     return settings, Asked(top=top or 0, rows=rows, abstained=abstained, of_class=given["of_class"])
 
@@ -569,7 +570,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(done.output)
         return 0
 
-    return answered(console, work)
+    return run_command(work, console)
 
 
 if __name__ == "__main__":

@@ -18,17 +18,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from engine.core.deadline import Deadline
 from engine.core.json_records import from_builtins
 from engine.errors import EngineError, Stopped
 from engine.gpu import machine
 from engine.job import Say, Watch
 from engine.ledger import Progress, StageTimes, Success, Summary, summary_of
-from engine.options import OPTIONS, option_parser
+from engine.options import command_line
 from engine.overlap import Meter
 from engine.provenance import RunRecord
 from engine.run_folder import RunFolder
@@ -40,7 +41,6 @@ PATIENCE_S = 20.0  # after which a process that was told to end is killed
 NAMED = 5  # missing parts
 _GRAVER = (0, 5, 1, 4, 2, 130)  # exit statuses
 Command = Callable[[str, Shard], list[str]]  # for a device and a shard
-_OURS = ("device", "shard", "workers", "memory", "metrics_file", "max_error_rate", "finish_by", "log_json")
 
 
 def devices_here() -> list[str]:
@@ -49,23 +49,19 @@ def devices_here() -> list[str]:
 
 
 def run(
-    arguments: Sequence[str],
-    settings: Settings,
-    *,
-    watch: Watch,
-    say: Say = lambda _: None,
-    stop: threading.Event | None = None,
+    settings: Settings, *, watch: Watch, say: Say = lambda _: None, deadline: Deadline | None = None
 ) -> Summary:
-    """Screen on all GPUs; `arguments` are the command line that `settings` are from.
+    """Screen on all GPUs.
 
     A process that dies costs its own parts: the others go on, and then an EngineError says what is missing,
-    with the gravest exit status. Raises Stopped when `stop` is set.
+    with the gravest exit status. Raises Stopped at `deadline`.
     """
     devices = devices_here()
     shards = shards_here(settings, len(devices))
-    fleet = _Fleet(settings, partial(_command, arguments, settings, len(devices)), shards, say)
+    deadline = deadline or Deadline(settings.finish_by)
+    fleet = _Fleet(settings, partial(_command, settings, len(devices)), shards, say, deadline)
     try:
-        fleet.screen(devices, watch, stop or threading.Event())
+        fleet.screen(devices, watch)
     finally:
         fleet.end()
     return fleet.outcome()
@@ -82,24 +78,21 @@ def shards_here(settings: Settings, devices: int) -> list[Shard]:
     return [Shard(number, count) for number in range((here.number - 1) * each + 1, here.number * each + 1)]
 
 
-def _command(
-    arguments: Sequence[str], settings: Settings, devices: int, device: str, shard: Shard
-) -> list[str]:
-    """What is asked of all, for one of them."""
-    from engine.api import command_line
-
-    given = vars(option_parser().parse_args(arguments))
-    manifest = given.pop("manifest")
-    changed = {name: value for name, value in given.items() if value != OPTIONS[name].default}
-    options = {name: value for name, value in changed.items() if name not in _OURS} | {
-        "device": device,
-        "shard": shard,
-        "workers": max(1, (settings.workers or available_cpus()) // devices),
-        "memory": settings.limits.memory // devices,
-        "max_error_rate": 1,  # of the whole
-        "finish_by": settings.finish_by,
-    }
-    return [sys.executable, "-m", __name__, "--log-json", *command_line(manifest, options)]
+def _command(settings: Settings, devices: int, device: str, shard: Shard) -> list[str]:
+    """Return the command that does one shard of what `settings` ask for."""
+    own = replace(
+        settings,
+        device=device,
+        shard=shard,
+        workers=max(1, (settings.workers or available_cpus()) // devices),
+        memory=settings.memory // devices,
+        max_error_rate=1.0,  # of the whole
+        finish_by=None,
+        metrics_file=None,
+        log_json=True,
+    )
+    moment = settings.finish_by.isoformat() if settings.finish_by else ""  # it may be over when it is read
+    return [sys.executable, "-m", __name__, moment, *command_line(own)]
 
 
 @dataclass(eq=False)
@@ -175,8 +168,10 @@ class _Child:
 
 
 class _Fleet:
-    def __init__(self, settings: Settings, command: Command, shards: Sequence[Shard], say: Say) -> None:
-        self._settings, self._command, self._say = settings, command, say
+    def __init__(
+        self, settings: Settings, command: Command, shards: Sequence[Shard], say: Say, deadline: Deadline
+    ) -> None:
+        self._settings, self._command, self._say, self._deadline = settings, command, say, deadline
         self._waiting = deque(shards)
         self._shards = tuple(shards)
         self._children: list[_Child] = []
@@ -185,24 +180,23 @@ class _Fleet:
         self._stopped = False
         self.progress = Progress(0, finish_by=settings.finish_by)
 
-    def screen(self, devices: Sequence[str], watch: Watch, stop: threading.Event) -> None:
-        """Keep each device busy with a shard until all are done, or `stop` is set."""
+    def screen(self, devices: Sequence[str], watch: Watch) -> None:
+        """Keep each device busy with a shard until all are done, or the deadline is reached."""
         running = {self._start(device) for device in devices[: len(self._waiting)]}
         while running:
             with suppress(queue.Empty):
                 child, event = self._events.get(timeout=LOOK_S)
                 if event is None:
                     running.discard(child)
-                    if self._waiting and child.exit_status == 0:
+                    if self._waiting and child.exit_status == 0 and not self._deadline.reached():
                         running.add(self._start(child.device))
                 else:
                     self._take(child, event, watch)
-            if stop.is_set() and not self._stopped:
+            if self._deadline.reached() and not self._stopped:
                 self._stopped = True
                 self._waiting.clear()
-                deadline = self._settings.finish_by
-                if deadline is None or datetime.now(UTC) < deadline:
-                    for child in running:  # they know a deadline, and a second signal means "at once"
+                if self._deadline.left_s > 0:  # they know --finish-by, and a second signal means "at once"
+                    for child in running:
                         child.process.send_signal(signal.SIGTERM)
 
     def _start(self, device: str) -> _Child:
@@ -276,7 +270,7 @@ class _Fleet:
         if failed:
             raise self._failure(failed, left)
         total = sum(map(run.rows_in_part, own)) if run else 0
-        raise Stopped(f"stopped, {rows} of {total} rows are in finished parts; the same command goes on")
+        raise self._deadline.stopped(f"{rows} of {total} rows are in finished parts")
 
     def _failure(self, failed: Sequence[_Child], left: Sequence[int]) -> EngineError:
         problems = {
@@ -329,7 +323,8 @@ def main() -> int:
     from engine.run import main as run_main
 
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    return run_main()
+    moment, *arguments = sys.argv[1:]
+    return run_main(arguments, Deadline(datetime.fromisoformat(moment) if moment else None))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from pathspec import PathSpec
 
 from engine import header
+from engine.cli.terminal import run_command
 from engine.command import Parser
 from engine.errors import EngineError, UsageError
 from engine.settings import parse_location
@@ -241,7 +242,7 @@ def list_place(
 
 def option_parser() -> Parser:
     """Of `python -m engine.manifest`."""
-    from engine.options import OPTIONS  # here, since a run's options know manifests
+    from engine.options import add_options  # here, since a run's options know manifests
 
     parser = Parser(
         "python -m engine.manifest",
@@ -259,25 +260,24 @@ def option_parser() -> Parser:
         metavar="MANIFEST",
         help="the list that is made (%(default)s)",
     )
-    for name in ("include", "exclude"):
-        OPTIONS[name].add_to(parser, more=False)
+    add_options(parser, "include", "exclude")
     parser.add("--overwrite", action="store_true", help="replace MANIFEST")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m engine.manifest FOLDER -o list.parquet`."""
-    try:
+
+    def work() -> int:
         options = option_parser().parse_args(arguments)
-        print(_made(options), file=sys.stderr)
+        try:
+            print(_made(options), file=sys.stderr)
+        except OSError as error:
+            raise EngineError(f"{error.filename or options.output}: {error.strerror or error}") from None
         print(options.output)
-    except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except OSError as error:
-        print(f"error: {error.filename or options.output}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return run_command(work)
 
 
 def _made(options: argparse.Namespace) -> str:

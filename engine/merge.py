@@ -26,8 +26,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec.structs import asdict
-from rich.console import Console
 
+from engine.cli.terminal import run_command
 from engine.command import Parser
 from engine.core.json_records import to_builtins, to_json
 from engine.errors import EngineError, UsageError
@@ -35,7 +35,6 @@ from engine.listing import PATH
 from engine.provenance import RunRecord
 from engine.records import Status
 from engine.results import MERGED, MergedRecord, MergedSuccess, Origin, Results, opened
-from engine.run import answered
 from engine.run_folder import SUCCESS
 from engine.settings import parse_location
 from engine.since import ScoreOptions
@@ -285,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(given.output)
         return 0
 
-    return answered(Console(stderr=True, emoji=False), work)
+    return run_command(work)
 
 
 def _tell(outcome: Outcome) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import KW_ONLY, dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Protocol, Self
 
 from engine.bundle import Bundle
 from engine.canaries import Step
+from engine.core.deadline import Deadline
 from engine.core.tuning import Settled, Tuning
-from engine.errors import EngineError, Stopped
+from engine.errors import EngineError
 from engine.gpu import machine
 from engine.job import Job, Say, Watch, close_ledger, prepare
 from engine.ledger import Progress, Summary
@@ -31,7 +30,6 @@ from engine.step import CpuStep
 from engine.storage.location import Place
 
 READ_THREADS = 16
-GRACE_S = 5.0  # a part that ends within is finished before the run stops
 STAGES = ("read", "preprocess", "members", "write")
 
 OnGpu = Callable[[bytes, Header], bool]
@@ -65,13 +63,13 @@ def screen(
     *,
     watch: Watch = lambda _: None,
     say: Say = lambda _: None,
-    stop: threading.Event | None = None,
+    deadline: Deadline | None = None,
     stages_of: Callable[[Opening], Stages] | None = None,
 ) -> Summary:
     """Screen a manifest as `settings` say; the same settings go on where an earlier run stopped.
 
-    `watch` is called after each batch, `say` with lines for people. Setting `stop` ends the run within
-    seconds with `Stopped`.
+    `watch` is called after each batch, `say` with lines for people. At `deadline` the run ends within seconds
+    with `Stopped`; without one it is that of `settings`.
     `stages_of` replaces the stages, for benchmarks and for calibration.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
@@ -80,7 +78,8 @@ def screen(
         if job.is_finished:
             return job.summary()
         progress = job.progress()
-        stages.run(job.parts(progress), job.sink(), progress, watch, stop)
+        end = deadline or Deadline(settings.finish_by)
+        stages.run(job.parts(progress), job.sink(), progress, watch, end)
         return stages.close_ledger(job.folder, job.run, progress)
 
 
@@ -184,7 +183,7 @@ class Stages:
         sink: Sink,
         progress: Progress,
         watch: Watch,
-        stop: threading.Event | None,
+        deadline: Deadline,
     ) -> None:
         opening = self.opening
         reader = opening.reader(self.preprocess.on_gpu)
@@ -192,7 +191,7 @@ class Stages:
         items = flow(parts, reader, self.preprocess, self.step, sink, self.meters, overlap=overlap)
         progress.started, progress.meters = time.monotonic(), self.meters
         try:
-            drain(items, progress, watch, stop, part_rows=opening.part_rows)
+            drain(items, progress, watch, deadline, part_rows=opening.part_rows)
         except RuntimeError as error:  # others use the GPU too
             if opening.choice.gpu and machine.is_shortage(error):
                 raise EngineError(
@@ -252,38 +251,23 @@ def flow(
 
 
 def drain(
-    items: Iterator[Batch | Done],
-    progress: Progress,
-    watch: Watch,
-    stop: threading.Event | None,
-    *,
-    part_rows: int,
+    items: Iterator[Batch | Done], progress: Progress, watch: Watch, deadline: Deadline, *, part_rows: int
 ) -> None:
     """Run the flow to its end, or to where it has to stop: then raises Stopped."""
-    asked: float | None = None
     with closing(items):  # type: ignore[type-var]
         for item in items:
             if isinstance(item, Done):
                 progress.by_class.update(item.by_class)
-                left = 0
+                next_s = progress.seconds_for(min(part_rows, progress.rows_left))
+                goes_on = deadline.fits(next_s)
             else:
                 progress.add(item)
                 watch(progress)
-                left = item.part.rows - item.start - item.rows
-            if stop and stop.is_set() and progress.rows_left:
-                asked = asked or time.monotonic()
-                grace_s = asked + GRACE_S - time.monotonic()
-                if isinstance(item, Done) or progress.seconds_for(left) > grace_s:
-                    raise Stopped(f"stopped, {_so_far(progress)}")
-            if progress.finish_by and progress.rows_left:
-                next_part_s = progress.seconds_for(min(part_rows, progress.rows_left))
-                left_s = (progress.finish_by - datetime.now(UTC)).total_seconds()
-                if left_s <= 0 or (isinstance(item, Done) and next_part_s > left_s):
-                    raise Stopped(f"stopped for --finish-by {progress.finish_by:%H:%M}, {_so_far(progress)}")
+                left_s = progress.seconds_for(item.part.rows - item.start - item.rows)
+                goes_on = left_s <= deadline.grace_s
+            if progress.rows_left and not goes_on:
+                raise deadline.stopped(_so_far(progress))
 
 
 def _so_far(progress: Progress) -> str:
-    return (
-        f"{progress.rows_before + progress.rows_done} of {progress.rows} rows were through; "
-        "the same command goes on"
-    )
+    return f"{progress.rows_before + progress.rows_done} of {progress.rows} rows were through"

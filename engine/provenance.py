@@ -22,13 +22,9 @@ from engine.manifest import Manifest
 from engine.plans import Gpu
 from engine.records import Scorer
 from engine.runners import Choice
-from engine.settings import Settings, Shard
+from engine.settings import CPU_BATCH, CPU_PART_ROWS, GPU_BATCH, GPU_PART_ROWS, Settings, Shard
 from engine.storage.location import absolute
 
-CPU_BATCH = 8  # larger batches take more memory and are no faster
-CPU_PART_ROWS = 1024
-GPU_BATCH = 128  # or what the plans are made for
-GPU_PART_ROWS = 65_536
 PARTS_A_SHARD = 8  # about, if there are the rows
 
 PositiveInt = Annotated[int, Meta(ge=1)]

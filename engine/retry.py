@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
 from engine import bundle
 from engine.bundle import Bundle
+from engine.core.deadline import Deadline
 from engine.errors import UsageError
 from engine.job import Say, Watch
 from engine.ledger import Progress, Summary, summary_of
@@ -29,7 +29,7 @@ def retry(
     *,
     watch: Watch = lambda _: None,
     say: Say = lambda _: None,
-    stop: threading.Event | None = None,
+    deadline: Deadline | None = None,
 ) -> Summary:
     """Try the failed rows of the finished run in the folder `settings.manifest` again, with its options.
 
@@ -79,7 +79,7 @@ def retry(
         if manifest:
             parts = with_paths(parts, manifest.parts(options.part_rows, failed))
         sink = Sink(folder.files, layout, run.to_metadata(), scorer_of(choice), fold=True)
-        stages.run(parts, sink, progress, watch, stop)
+        stages.run(parts, sink, progress, watch, deadline or Deadline(settings.finish_by))
         return stages.close_ledger(folder, run, progress)
 
 
@@ -103,9 +103,13 @@ def as_in_run(settings: Settings, options: ResultOptions) -> tuple[Settings, Man
 
     Raises UsageError when what was given does not fit the run.
     """
-    limits = replace(settings.limits, max_pixels=options.max_pixels, max_file_size=options.max_file_size)
-    redaction, decoder = _same_redaction(settings, options), options.decoder or settings.decoder
-    settings = replace(settings, limits=limits, redaction=redaction, decoder=decoder)
+    settings = replace(
+        settings,
+        max_pixels=options.max_pixels,
+        max_file_size=options.max_file_size,
+        redaction=_same_redaction(settings, options),
+        decoder=options.decoder or settings.decoder,
+    )
     return settings, _paths_again(settings, options)
 
 

@@ -1,30 +1,31 @@
-"""What a run is asked to do: one frozen dataclass whose defaults the command line shows."""
+"""State what a run can be asked to do: the command line and `engine.screen` are made of it."""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import dataclass
-from datetime import datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
+from typing import Literal, get_args
 
-from engine.bundle import Decode
+from engine.core.option import number, option, options_of, size, whole
 from engine.errors import UsageError
-from engine.privacy import Redaction
-from engine.storage.location import Place, parse
+from engine.privacy import Redaction, read_salt
+from engine.storage.location import Place, Url, parse
 
 ALL_GPUS = "cuda:all"  # as a device: see `engine.fleet`
-_UNITS = {
-    "": 1,
-    "k": 10**3,
-    "m": 10**6,
-    "g": 10**9,
-    "t": 10**12,
-    "ki": 2**10,
-    "mi": 2**20,
-    "gi": 2**30,
-    "ti": 2**40,
-}
+Decode = Literal["exact", "fast"]  # JPEG in full, or near the size that is needed by a scaled DCT
+DECODES: tuple[Decode, ...] = get_args(Decode)
+RUNNERS = ("tensorrt", "torch", "onnx")
+PRECISIONS = ("fp32", "fp16", "int8")
+CPU_BATCH = 8  # larger batches take more memory and are no faster
+CPU_PART_ROWS = 1024
+GPU_BATCH = 128  # or what the plans are made for
+GPU_PART_ROWS = 65_536
+MAX_WORKERS = 1024
+_SCREENED, _RESULTS, _SPEED = "what is screened", "where the results go", "how fast"
+_ACTORS, _STRICT, _PRIVACY, _WATCHING = "on several actors", "how strict", "privacy", "watching"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,59 +62,11 @@ class Shard:
         return range(self.number - 1, count, self.of)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Options of `engine.run`. None means: as recorded by the run that is resumed, else chosen here."""
-
-    manifest: Place
-    output: Place = Path("results")
-    bundle: Path = Path("bundle")
-    device: str = "auto"
-    runner: str = "auto"
-    precision: str | None = None
-    decode: Decode | None = None  # as the bundle says; another is refused
-    batch_size: int | None = None
-    part_rows: int | None = None
-    path_column: str | None = None
-    column_prefix: str = ""
-    root: Place | None = None
-    workers: int | None = None
-    limits: Limits = Limits()
-    max_error_rate: float = 1.0
-    read_timeout_s: float = 60.0
-    finish_by: datetime | None = None  # with a time zone
-    only_errors: bool = False  # `manifest` is the results folder whose failed rows are tried again
-    overwrite: bool = False
-    overlap: bool = True
-    include_uids: bool = False  # DICOM's, in the results
-    redaction: Redaction | None = None
-    include: tuple[str, ...] = ()  # globs, of a folder or archive
-    exclude: tuple[str, ...] = ()
-    since: Place | None = None  # results whose rows need no second look
-    paths_from: Place | None = None  # the manifest of a redacted run whose failed rows are tried again
-    decoder: str = "auto"  # "cpu": every image gets libjpeg's strict look, also where there is a GPU
-    slots: int = 3  # batches in flight on the GPU
-    streams: int | None = None  # 1: members one after the other, 2: at once; None: whatever is faster
-    cuda_graph: bool | None = None  # None: as tuned for this machine, else yes
-    metrics_file: Path | None = None  # Prometheus text, written every few seconds
-    shard: Shard | None = None  # others do the other parts of the run, in the same folder
-    ray: str | None = None  # "local", "auto" or HOST:PORT: actors on Ray run the stages
-    actors: int | None = None  # of them on CPUs
-    part_timeout_s: float = 300.0  # without a finished batch, after which an actor counts as hanging
-
-
-def available_cpus() -> int:
-    """CPUs this process may use: its affinity, and the quota of its control group where there is one."""
-    cpus = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cpus if quota == "max" else max(1, min(cpus, round(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return cpus
-
-
-def parse_location(text: str) -> Place:
-    """A local path or a URL. Raises UsageError."""
+def parse_location(given: str | os.PathLike[str] | Url) -> Place:
+    """Return the local path or URL that is given. Raises UsageError."""
+    if isinstance(given, Url):
+        return given
+    text = os.fspath(given)
     try:
         return parse(text)
     except ValueError as error:
@@ -121,16 +74,8 @@ def parse_location(text: str) -> Place:
         raise UsageError(f"{text.partition('://')[0]}://...: {error}") from None
 
 
-def parse_bytes(text: str) -> int:
-    """'2GiB', '512M' or '4096' as bytes. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not found or found[2] not in _UNITS:
-        raise UsageError(f"{text!r} is not a size; give bytes or a number with a unit, such as 2GiB")
-    return int(float(found[1]) * _UNITS[found[2]])
-
-
 def parse_shard(text: str) -> Shard:
-    """'3/16'. Raises UsageError."""
+    """Return the shard that '3/16' names. Raises UsageError."""
     found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     shard = Shard(int(found[1]), int(found[2])) if found else None
     if shard is None or not 1 <= shard.number <= shard.of:
@@ -140,8 +85,10 @@ def parse_shard(text: str) -> Shard:
     return shard
 
 
-def parse_moment(text: str, now: datetime) -> datetime:
-    """'06:00' as the next one after `now`, local time, or an ISO 8601 date and time. Raises UsageError."""
+def parse_moment(given: str | datetime, now: datetime | None = None) -> datetime:
+    """Return the next '06:00' after `now`, local time, or an ISO 8601 date and time. Raises UsageError."""
+    text = given.isoformat() if isinstance(given, datetime) else given  # pandas' have methods of their own
+    now = now or datetime.now(UTC)
     example = "give a time such as 06:00 or 2031-05-17T06:00"
     try:
         if re.fullmatch(r"\d{1,2}:\d{2}(:\d{2})?", text):
@@ -156,3 +103,274 @@ def parse_moment(text: str, now: datetime) -> datetime:
     if moment <= now:
         raise UsageError(f"--finish-by {text} is in the past; {example}")
     return moment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of `engine.run`, each stated here and nowhere else: see `engine.core.option`.
+
+    None means: as recorded by the run that is resumed, else chosen when the run begins.
+    """
+
+    manifest: Place
+
+    bundle: Path = option(
+        _SCREENED,
+        "model folder (%(default)s)",
+        Path("bundle"),
+        short="-b",
+        first=True,
+        operating=True,
+        parse=Path,
+        metavar="BUNDLE",
+    )
+    path_column: str | None = option(
+        _SCREENED, "manifest column with the paths (path, else the first)", first=True, metavar="NAME"
+    )
+    root: Place | None = option(
+        _SCREENED,
+        "where relative paths start (the manifest's own folder)",
+        first=True,
+        parse=parse_location,
+        metavar="FOLDER",
+    )
+    include: tuple[str, ...] = option(
+        _SCREENED, "of a folder or archive: only these files", (), metavar="GLOB"
+    )
+    exclude: tuple[str, ...] = option(
+        _SCREENED, "of a folder or archive: not these files", (), metavar="GLOB"
+    )
+    since: Place | None = option(
+        _SCREENED,
+        "only what is new or changed since that run (all if the bundle is)",
+        first=True,
+        parse=parse_location,
+        metavar="RESULTS",
+    )
+    only_errors: bool = option(
+        _SCREENED,
+        "MANIFEST is a results folder: try its failed rows again",
+        False,
+        first=True,
+        operating=True,
+    )
+
+    output: Place = option(
+        _RESULTS,
+        "folder, or s3://, gs://, az:// (%(default)s)",
+        Path("results"),
+        short="-o",
+        first=True,
+        parse=parse_location,
+        metavar="RESULTS",
+    )
+    overwrite: bool = option(_RESULTS, "delete the run that RESULTS holds and start again", False, first=True)
+    part_rows: int | None = option(
+        _RESULTS,
+        f"rows a part, the unit of resume ({CPU_PART_ROWS} on a CPU, {GPU_PART_ROWS} on a GPU)",
+        parse=whole(1, 1_000_000),
+        metavar="N",
+    )
+    column_prefix: str = option(_RESULTS, "put before the names of manifest columns", "", metavar="TEXT")
+    include_uids: bool = option(_RESULTS, "DICOM's study, series and SOP UIDs as columns", False)
+
+    device: str = option(
+        _SPEED, "auto, cpu, cuda:N, or cuda:all: a process for each GPU (%(default)s)", "auto", first=True
+    )
+    shard: Shard | None = option(
+        _SPEED,
+        "every Nth part; other processes do the others, into RESULTS too",
+        parse=parse_shard,
+        keyword_type=str,
+        metavar="K/N",
+    )
+    runner: str = option(
+        _SPEED,
+        f"auto, {', '.join(RUNNERS)} (%(default)s)",
+        "auto",
+        keyword_type=Literal["auto", "tensorrt", "torch", "onnx"],
+    )
+    precision: str | None = option(
+        _SPEED,
+        "of the members (fp16 on a GPU, fp32 on a CPU; int8: on a CPU, by build_engines)",
+        choices=PRECISIONS,
+    )
+    workers: int | None = option(
+        _SPEED,
+        "CPU threads (as tuned; else all that this process may use)",
+        operating=True,
+        parse=whole(1, MAX_WORKERS),
+        metavar="N",
+    )
+    memory: int = option(
+        _SPEED,
+        f"for images in flight ({Limits.memory >> 30}GiB)",
+        Limits.memory,
+        first=True,
+        operating=True,
+        parse=size,
+        keyword_type=int | str,
+        metavar="SIZE",
+    )
+    batch_size: int | None = option(
+        _SPEED,
+        f"images a batch (as tuned; else {CPU_BATCH} on a CPU, {GPU_BATCH} or the plan's on a GPU)",
+        parse=whole(1, 4096),
+        metavar="N",
+    )
+    slots: int = option(
+        _SPEED, "batches on the GPU (%(default)s)", 3, operating=True, parse=whole(1, 16), metavar="N"
+    )
+    streams: int | None = option(
+        _SPEED,
+        "1: members in turn, 2: at once (the faster)",
+        operating=True,
+        parse=whole(1, 2),
+        metavar="N",
+    )
+    cuda_graph: bool | None = option(_SPEED, "replay each batch's step as one graph", operating=True)
+    serial: bool = option(
+        _SPEED, "one stage after the other; for checks, the results are the same", False, operating=True
+    )
+
+    ray: str | None = option(
+        _ACTORS,
+        "actors on Ray do it: one started here, or the cluster at HOST:PORT or auto",
+        operating=True,
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+    )
+    actors: int | None = option(
+        _ACTORS,
+        "with --ray: on CPUs (none beside GPUs, else as many as fit)",
+        operating=True,
+        parse=whole(1, MAX_WORKERS),
+        metavar="N",
+    )
+    part_timeout_s: float = option(
+        _ACTORS,
+        "with --ray: seconds without a finished batch after which an actor is replaced (%(default)g)",
+        300.0,
+        operating=True,
+        parse=number(0.1, 86_400),
+        metavar="S",
+    )
+
+    finish_by: datetime | None = option(  # with a time zone
+        _STRICT,
+        "stop at a clean point in time for 06:00, or an ISO date and time",
+        first=True,
+        operating=True,
+        parse=parse_moment,
+        keyword_type=datetime | str,
+        metavar="TIME",
+    )
+    max_error_rate: float = option(
+        _STRICT,
+        "share of failed rows that still counts as success (%(default)g)",
+        1.0,
+        first=True,
+        operating=True,
+        parse=number(0, 1),
+        metavar="F",
+    )
+    read_timeout_s: float = option(
+        _STRICT,
+        "seconds that reading one file may take (%(default)g)",
+        60.0,
+        operating=True,
+        parse=number(0.1, 86_400),
+        metavar="S",
+    )
+    max_pixels: int = option(
+        _STRICT, "of an image (%(default)s)", Limits.max_pixels, parse=whole(), metavar="N"
+    )
+    max_file_size: int = option(
+        _STRICT,
+        f"of an image ({Limits.max_file_size >> 20}MiB)",
+        Limits.max_file_size,
+        parse=size,
+        keyword_type=int | str,
+        metavar="SIZE",
+    )
+    decode: Decode | None = option(
+        _STRICT, "of JPEG, as the bundle was trained (its own); another is refused", choices=DECODES
+    )
+    decoder: str = option(
+        _STRICT,
+        "cpu: each image decoded strictly there, for a GPU too (%(default)s)",
+        "auto",
+        keyword_type=Literal["auto", "cpu"],
+        choices=("auto", "cpu"),
+    )
+
+    redact: bool = option(
+        _PRIVACY,
+        "a keyed hash in place of each path, no other manifest columns",
+        False,
+        first=True,
+        operating=True,
+    )
+    salt_file: Path | None = option(
+        _PRIVACY, "key of --redact's hashes (ENGINE_SALT)", operating=True, parse=Path, metavar="FILE"
+    )
+    keep: tuple[str, ...] = option(
+        _PRIVACY, "with --redact: a manifest column that stays", (), metavar="COLUMN"
+    )
+    paths_from: Place | None = option(
+        _PRIVACY,
+        "with --only-errors: manifest of a run with --redact, whose results name no path",
+        operating=True,
+        parse=parse_location,
+        metavar="MANIFEST",
+    )
+
+    dry_run: bool = option(
+        _WATCHING,
+        "only say what the run would do, as python -m engine.doctor",
+        False,
+        first=True,
+        operating=True,
+        in_python=False,
+    )
+    metrics_file: Path | None = option(
+        _WATCHING,
+        "Prometheus text, written anew every few seconds",
+        operating=True,
+        parse=Path,
+        metavar="FILE",
+    )
+    log_json: bool = option(
+        _WATCHING, "one JSON object a line on stderr", False, operating=True, in_python=False
+    )
+
+    redaction: Redaction | None = None  # made of `redact`, `salt_file` and `keep`: the salt is read once
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a salt that can't be read."""
+        if self.redact and self.redaction is None:
+            redaction = Redaction(read_salt(self.salt_file), tuple(sorted(set(self.keep))))
+            object.__setattr__(self, "redaction", redaction)
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(memory=self.memory, max_pixels=self.max_pixels, max_file_size=self.max_file_size)
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the stages work at the same time."""
+        return not self.serial
+
+
+OPTIONS = options_of(Settings)
+
+
+def available_cpus() -> int:
+    """CPUs this process may use: its affinity, and the quota of its control group where there is one."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cpus if quota == "max" else max(1, min(cpus, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cpus

@@ -31,18 +31,20 @@ from rich.console import Console
 
 from engine import bundle
 from engine.bundle import Bundle
-from engine.command import Parser, number
+from engine.cli.terminal import hush_libraries, run_command, stop_on_signal
+from engine.command import Parser
+from engine.core.deadline import Deadline
 from engine.core.json_records import from_builtins, to_builtins
+from engine.core.option import number
 from engine.core.tuning import Tuning
 from engine.errors import EngineError, Stopped, UsageError
 from engine.job import Say, check_paths, choice_of
 from engine.ledger import Progress
 from engine.manifest import Manifest, open_manifest
-from engine.options import OPTIONS
+from engine.options import add_options
 from engine.pipeline import Opening, Stages, meters_for
 from engine.provenance import RunRecord, defaults
 from engine.records import Part, Scorer
-from engine.run import answered, hush_libraries, stop_on_signal
 from engine.runners import Choice
 from engine.settings import Settings, available_cpus, parse_location
 from engine.sink import Layout, Sink
@@ -275,7 +277,7 @@ class Trials:
         parts = self._parts(self._run.result_options.part_rows)
         sink = Sink(self._folder, self._layout, self._run.to_metadata(), Scorer())
         with suppress(_Enough):
-            stages.run(parts, sink, progress, window, None)
+            stages.run(parts, sink, progress, window, Deadline())
         self._at += progress.rows_done + 8 * batch_size  # behind what was read ahead
         self.by_status += progress.by_status
         busiest = max(stages.meters.values(), key=lambda meter: meter.occupancy(progress.elapsed_s))
@@ -449,8 +451,7 @@ def option_parser() -> Parser:
         help="as engine.run",
     )
     add("--seconds", type=number(1, 86_400), default=60.0, metavar="S", help="to take for it (%(default)g)")
-    for name in ("device", "runner", "precision", "path_column", "root", "memory"):
-        OPTIONS[name].add_to(parser, more=False)
+    add_options(parser, "device", "runner", "precision", "path_column", "root", "memory")
     return parser
 
 
@@ -461,16 +462,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     def work() -> int:
         given: dict[str, Any] = vars(option_parser().parse_args(arguments))
-        seconds, memory = given.pop("seconds"), given.pop("memory")
-        settings = Settings(**given)
-        settings = replace(settings, limits=replace(settings.limits, memory=memory))
-        stop = stop_on_signal(console, None)
-        verdict, place = tune(settings, seconds=seconds, say=say, stop=stop)
+        seconds = given.pop("seconds")
+        stop = stop_on_signal(console).stop
+        verdict, place = tune(Settings(**given), seconds=seconds, say=say, stop=stop)
         say(f"kept for engine.run in {place}")
         print(verdict)
         return 0
 
-    return answered(console, work)
+    return run_command(work, console)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from engine import fleet
+from engine.core.deadline import Deadline
 from engine.errors import EngineError, ErrorRateError, UsageError
 from engine.job import Say, Watch
 from engine.ledger import Progress, Summary
@@ -34,20 +34,13 @@ FAR_S = 1e9  # a forecast beyond this is none
 
 
 def run(
-    settings: Settings,
-    arguments: Sequence[str],
-    *,
-    watch: Watch,
-    say: Say = lambda _: None,
-    stop: threading.Event | None = None,
+    settings: Settings, *, watch: Watch, say: Say = lambda _: None, deadline: Deadline | None = None
 ) -> Summary:
-    """Screen, or try failed rows again, as `settings` say. Raises ErrorRateError after too many errors.
-
-    `arguments` are the command line that `settings` are from.
-    """
+    """Screen, or try failed rows again, as `settings` say. Raises ErrorRateError after too many errors."""
+    deadline = deadline or Deadline(settings.finish_by)
     work: Callable[..., Summary] = retry if settings.only_errors else _on_ray() if settings.ray else screen
     if settings.device == ALL_GPUS:
-        work = partial(fleet.run, arguments)
+        work = fleet.run
     with ExitStack() as stack:
         seen = watch
         if settings.metrics_file:
@@ -57,8 +50,8 @@ def run(
                 metrics(progress)
                 watch(progress)
 
-        summary = work(settings, watch=seen, say=say, stop=stop)
-        _report(summary, say, stop)
+        summary = work(settings, watch=seen, say=say, deadline=deadline)
+        _report(summary, say, deadline)
         if summary.errors > settings.max_error_rate * summary.rows:
             raise ErrorRateError(
                 f"{summary.errors} of {summary.rows} rows failed, more than --max-error-rate allows", summary
@@ -66,7 +59,7 @@ def run(
     return summary
 
 
-def _report(summary: Summary, say: Say, stop: threading.Event | None) -> None:
+def _report(summary: Summary, say: Say, deadline: Deadline) -> None:
     """Write report.html. The run is finished: whatever goes wrong here is a line and no more."""
     try:
         files = open_folder(summary.output)
@@ -74,7 +67,7 @@ def _report(summary: Summary, say: Say, stop: threading.Event | None) -> None:
             return  # a shard that is not the last one, or it is there already
         from engine.report import write
 
-        write(summary.output, say=say, stop=stop)
+        write(summary.output, say=say, deadline=deadline)
     except Exception as error:
         why = " ".join(str(error).split()) or type(error).__name__
         say(f"{REPORT} is not written: {why}; python -m engine.report RESULTS tries again")

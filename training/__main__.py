@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import signal
@@ -17,13 +16,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from engine.bundle import DECODES
+from engine.cli.terminal import run_command
 from engine.command import Parser
-from engine.errors import EngineError
+from engine.errors import Stopped
+from engine.settings import DECODES
 from training.settings import Balance, Duplicates, Normalization, Options, Schedule, choices
 
 LEAST_COLUMNS = 100  # of the table at the end
-STOPPED = 5  # exit status: the same command with --resume goes on
 _EXAMPLES = """\
 examples:
   python -m training radiographs -o bundle
@@ -37,30 +36,23 @@ Research use only, not a medical device."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and report. Returns the exit status."""
-    try:
+
+    def work() -> int:
         options = _parse(arguments)
         from training.recipe import train  # seconds of imports: after --help and wrong arguments
 
         with _Steps() as steps:
             result = train(options, step=steps.step, note=steps.note)
-    except EngineError as error:
-        return _fail(str(error), error.exit_status)
-    except KeyboardInterrupt:
-        return _fail("stopped; no bundle was written; the same command with --resume goes on", STOPPED)
-    except Exception as error:
-        if os.environ.get("ENGINE_DEBUG"):
-            raise
-        return _fail(_unexpected(error), EngineError.exit_status)
-    if result.evaluation is None:
-        print("nothing was trained: --check-data")
-    else:
-        _show(result.evaluation, options)
-    return 0
+        if result.evaluation is None:
+            print("nothing was trained: --check-data")
+        else:
+            _show(result.evaluation, options)
+        return 0
 
-
-def _fail(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return status
+    stopped = "stopped; no bundle was written; the same command with --resume goes on"
+    return run_command(
+        work, interrupted=(stopped, Stopped.exit_status), of_system=_unexpected, unexpected=_unexpected
+    )
 
 
 def _unexpected(error: Exception) -> str:

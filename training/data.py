@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine.bundle import Decode
 from engine.preprocess.stage import load_pixels
 from engine.records import Header
+from engine.settings import Decode
 from training.listing import Labels, Listing, check_counts
 
 Pixels = npt.NDArray[np.uint8]

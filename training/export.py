@@ -26,7 +26,6 @@ from engine import bundle as bundles
 from engine.bundle import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Decode,
     FileEntry,
     InputEntry,
     MemberEntry,
@@ -37,6 +36,7 @@ from engine.errors import ParityError, UsageError
 from engine.labels import groups_of
 from engine.network import Network, folded
 from engine.runners.onnx import OnnxRunner
+from engine.settings import Decode
 from training.data import Pixels
 from training.features import infer
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from engine.bundle import Decode
 from engine.errors import UsageError
+from engine.settings import Decode
 
 Schedule = Literal["cosine", "plateau"]
 Balance = Literal["loss", "sampling"]

@@ -33,6 +33,7 @@ from PIL import Image
 from scipy import fft, ndimage
 from scipy.special import expit, ndtr, ndtri
 
+from engine.cli.terminal import run_command
 from engine.command import Parser
 from engine.errors import UsageError
 
@@ -529,18 +530,21 @@ def option_parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 0 when all is written, 2 with one line on stderr when it cannot be."""
-    try:
+
+    def work() -> int:
         given = option_parser().parse_args(arguments)
         shared = {"seed": given.seed, "size_range": tuple(given.size), "processes": given.processes}
-        if given.class_folders:
-            print(write_class_folders(given.out, per_class=given.count, **shared))
-        else:
-            balance: Balance = "balanced" if given.balanced else "natural"
-            print(write_archive(given.out, count=given.count, balance=balance, **shared))
-    except (UsageError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        try:
+            if given.class_folders:
+                print(write_class_folders(given.out, per_class=given.count, **shared))
+            else:
+                balance: Balance = "balanced" if given.balanced else "natural"
+                print(write_archive(given.out, count=given.count, balance=balance, **shared))
+        except (ValueError, OSError) as error:
+            raise UsageError(str(error)) from None
+        return 0
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from benchmarks.peers.job import MARK
 from benchmarks.tables import show_peers
 from engine import bundle
 from engine.errors import UsageError
-from engine.provenance import CPU_BATCH, versions
-from engine.settings import available_cpus
+from engine.provenance import versions
+from engine.settings import CPU_BATCH, available_cpus
 
 TIMEOUT_S = 900
 MISHAP_ROWS, MISHAP_CORRUPT = 32, 3

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from engine.bundle import Decode
 from engine.errors import EngineError, UsageError
+from engine.settings import Decode
 
 if TYPE_CHECKING:
     from engine.preprocess.codecs import Decoded

@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from engine.bundle import Decode
 from engine.overlap import Meter
 from engine.preprocess.decoder import CrashedError, Decoder
 from engine.reader import Reader
 from engine.records import Batch, Header, Part, Status
-from engine.settings import Limits, available_cpus
+from engine.settings import Decode, Limits, available_cpus
 from engine.storage.location import Place
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from engine.bundle import Bundle
+from engine.core.deadline import Deadline
 from engine.core.version import __version__
 from engine.errors import EngineError, ParityError, Stopped, UsageError
 from engine.job import Say
@@ -140,8 +140,8 @@ Then = Callable[[Hand, Any], None]
 class Crew:
     """All actors. Whatever they answer is handled in `turn`, in the driver's one thread."""
 
-    def __init__(self, settings: Settings, say: Say, stop: threading.Event | None) -> None:
-        self.settings, self.say, self._stop = settings, say, stop
+    def __init__(self, settings: Settings, say: Say, deadline: Deadline) -> None:
+        self.settings, self.say, self._deadline = settings, say, deadline
         self.slots: list[Slot] = []
         self.hands: list[Hand] = []  # that are not gone
         self.past: list[Hand] = []  # that are
@@ -169,8 +169,8 @@ class Crew:
             found = [hand for hand in self.hands if hand.hello]
             if found and time.monotonic() - began > GATHER_S:
                 break
-            if self._stop and self._stop.is_set():
-                raise Stopped("stopped before it began; the same command starts it")
+            if self._deadline.reached():
+                raise Stopped(f"{self._deadline.why} before it began; the same command starts it")
             self.remind()
             self.turn(0.2)
         first = max((hand for hand in self.hands if hand.hello), key=lambda hand: hand.slot.post.gpu)

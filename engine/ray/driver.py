@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+from engine.core.deadline import GRACE_S, Deadline
 from engine.core.json_records import to_builtins
 from engine.core.tuning import Settled, Tuning
 from engine.errors import EngineError, ParityError, Stopped
@@ -40,7 +39,7 @@ OPEN_S = 900.0  # that opening may take: a GPU is tuned, graphs are compiled
 STRIKES = 3  # actors that die over a part before it is looked into
 MOST_CRASHED = 16  # rows of a part; more, and it is not the rows' fault
 IN_STAGES = 32  # batches that are in an actor's stages at once, about
-GRACE_S, CHECK_S = 4.0, 2.5  # parts that end within are finished before a stop; and then the canaries
+CHECK_S = 2.5  # that the canaries may take before a stop
 WITNESSES = SHOWN = 8
 TOKEN = ".actors.tmp"
 
@@ -50,18 +49,19 @@ def screen(
     *,
     watch: Watch = lambda _: None,
     say: Say = lambda _: None,
-    stop: threading.Event | None = None,
+    deadline: Deadline | None = None,
     stages_of: type[Stages] | None = None,
 ) -> Summary:
     """As `engine.pipeline.screen`, by actors on the Ray that `settings.ray` names."""
-    crew = Crew(settings, say, stop)
+    deadline = deadline or Deadline(settings.finish_by)
+    crew = Crew(settings, say, deadline)
     with (
         closing(crew),
         prepare(settings, say, chosen=crew.assemble) as job,
         closing(crew),  # before the folder is unlocked
         token_of(job) as token,
     ):
-        return Run(crew, job, token, watch, stop, stages_of or Stages).screen()
+        return Run(crew, job, token, watch, deadline, stages_of or Stages).screen()
 
 
 @contextmanager
@@ -91,10 +91,10 @@ class Run:
         job: Job,
         token: tuple[str, str] | None,
         watch: Watch,
-        stop: threading.Event | None,
+        deadline: Deadline,
         stages_of: type[Stages],
     ) -> None:
-        self.crew, self.job, self._token, self._watch, self._stop_asked = crew, job, token, watch, stop
+        self.crew, self.job, self._token, self._watch, self._deadline = crew, job, token, watch, deadline
         self._stages_of = stages_of
         self._leaders: dict[Kind, Opened] = {}
         self._batch_sizes: dict[Kind, int] = {}
@@ -178,8 +178,8 @@ class Run:
                 if asked := next(there, None):
                     self._open(asked)
             self._turn()
-            if self._is_asked_to_stop:
-                raise Stopped("stopped before it began; the same command starts it")
+            if self._deadline.reached():
+                raise Stopped(f"{self._deadline.why} before it began; the same command starts it")
 
     def greeted(self, hand: Hand) -> None:
         """An actor is there, now or since before the run began."""
@@ -245,10 +245,6 @@ class Run:
             return ()
         files = [os.path.join(storage.root, path.partition("::")[0]) for path in paths]
         return tuple(filter(os.path.exists, files))
-
-    @property
-    def _is_asked_to_stop(self) -> bool:
-        return self._stop_asked is not None and self._stop_asked.is_set()
 
     def _turn(self) -> None:
         """What has come in meanwhile, and a look at those from whom nothing comes."""
@@ -318,12 +314,9 @@ class Run:
         return len(hand.parts) < min(MOST_PARTS, 2 + rows // self.job.part_rows)
 
     def _is_in_time(self, hand: Hand, part: Part) -> bool:
-        """For --finish-by."""
-        moment = self.progress.finish_by
-        if moment is None or not hand.rate:
-            return True
-        left_s = (moment - datetime.now(UTC)).total_seconds()
-        return (hand.rows_held + part.rows) / hand.rate < left_s - CHECK_S
+        """Whether an actor would end a part before the deadline, and the canaries after it."""
+        rows = hand.rows_held + part.rows
+        return not hand.rate or self._deadline.fits(rows / hand.rate + CHECK_S)
 
     def _done(self, hand: Hand, done: Done) -> None:
         index = done.index
@@ -475,13 +468,8 @@ class Run:
 
     def _heed(self, total: int) -> None:
         """Raises Stopped when it is time to."""
-        finish_by = self.progress.finish_by
-        if self._is_asked_to_stop:
-            self._stop(GRACE_S, "stopped")
-        if finish_by and len(self.done) < total:
-            left_s = (finish_by - datetime.now(UTC)).total_seconds()
-            if left_s <= 0 or self._is_too_late():
-                self._stop(0.0, f"stopped for --finish-by {finish_by:%H:%M}")
+        if self._deadline.reached() or (len(self.done) < total and self._is_too_late()):
+            self._stop(min(GRACE_S, self._deadline.grace_s))
 
     def _is_too_late(self) -> bool:
         """Whether everybody rests since no part would be done in time."""
@@ -490,7 +478,7 @@ class Run:
             return False
         return not any(self._is_in_time(hand, part) for hand in ready)
 
-    def _stop(self, grace_s: float, why: str) -> None:
+    def _stop(self, grace_s: float) -> None:
         answers = 0
 
         def stopped(hand: Hand, pulse: Pulse) -> None:
@@ -507,7 +495,7 @@ class Run:
         self._record(now=True)
         self._show()
         rows = self.progress.rows_before + sum(part.rows for part in self.done.values())
-        raise Stopped(f"{why}, {rows} of {self.progress.rows} rows were through; the same command goes on")
+        raise self._deadline.stopped(f"{rows} of {self.progress.rows} rows were through")
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class EnsembleScorer:
         triage = Triage.of(self._models)
         self._layout = Layout(self._models.classes, names, pa.schema([]), "", uids=False, triage=triage)
         limits = Limits(max_pixels=max_pixels)
-        settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, limits=limits)
+        settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, **vars(limits))
         self._max_pixels = max_pixels
         opening = Opening(
             *(settings, self._models, choice, lambda _: None, Path()),

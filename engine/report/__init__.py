@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import threading
 
+from engine.core.deadline import Deadline
 from engine.errors import EngineError, UsageError
 from engine.job import Say
 from engine.ledger import Success
@@ -25,7 +25,7 @@ def write(
     label_column: str | None = None,
     unfinished: bool = False,
     say: Say = lambda _: None,
-    stop: threading.Event | None = None,
+    deadline: Deadline | None = None,
 ) -> Place:
     """Make the page of the results in `place`, a run's or merged ones, and put it there; returns its place.
 
@@ -33,14 +33,14 @@ def write(
     get a picture. `label_column` has the true class (a column `label` is found by itself). `say` gets what
     had to be left out.
     Raises UsageError for an unfinished run (unless `unfinished`), thumbnails of a redacted one, and a label
-    column that is not there or names no class; EngineError when storage fails, and when `stop` is set.
+    column that is not there or names no class; EngineError when storage fails, and at `deadline`.
     """
     results = opened(place, unfinished=unfinished)
     if thumbnails and any(run.result_options.redacted_by for run in results.runs.values()):
         raise UsageError(f"results {place}: a run with --redact shows no pictures; leave --thumbnails out")
     try:
         html = render(
-            results, rows=rows, thumbnails=thumbnails, label_column=label_column, say=say, stop=stop
+            results, rows=rows, thumbnails=thumbnails, label_column=label_column, say=say, deadline=deadline
         )
         results.files.write(REPORT, lambda temporary: temporary.write_text(html, encoding="utf-8"))
     except OSError as error:
@@ -55,7 +55,7 @@ def render(
     thumbnails: int,
     label_column: str | None,
     say: Say,
-    stop: threading.Event | None,
+    deadline: Deadline | None,
 ) -> str:
     from markupsafe import Markup
 
@@ -65,7 +65,7 @@ def render(
     from engine.report.page import HERE, environment, printable
 
     shape = Shape.of(results, label_column)
-    tally = gather(results, shape, listed=rows, stop=stop)
+    tally = gather(results, shape, listed=rows, deadline=deadline)
     if label_column is not None and tally.rows and not tally.labelled.labels:
         raise UsageError(
             f"--label-column {label_column}: no value is a class; allowed: {', '.join(shape.classes)}"

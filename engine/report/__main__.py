@@ -7,9 +7,10 @@ from functools import partial
 
 from rich.console import Console
 
-from engine.command import Parser, whole
+from engine.cli.terminal import run_command
+from engine.command import Parser
+from engine.core.option import whole
 from engine.report import ROWS, write
-from engine.run import answered
 from engine.settings import parse_location
 
 MOST_ROWS, MOST_THUMBNAILS = 20_000, 5_000
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(write(given.pop("results"), say=say, **given))
         return 0
 
-    return answered(console, work)
+    return run_command(work, console)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from engine.core.deadline import Deadline
 from engine.errors import EngineError, UsageError
 from engine.labels import Names
 from engine.listing import PATH
@@ -279,12 +279,12 @@ class Tally:
         return found
 
 
-def gather(results: Results, shape: Shape, *, listed: int, stop: threading.Event | None = None) -> Tally:
-    """Read all rows once. Raises EngineError when `stop` is set, and for parts that can't be read."""
+def gather(results: Results, shape: Shape, *, listed: int, deadline: Deadline | None = None) -> Tally:
+    """Read all rows once. Raises EngineError when `deadline` is reached, and for parts that can't be read."""
     tally = Tally(shape, listed=listed)
     try:
         for table in results.tables(shape.columns, words=shape.words):
-            if stop and stop.is_set():
+            if deadline and deadline.reached():
                 raise EngineError("stopped")
             tally.add(table)
     except (OSError, pa.ArrowException, KeyError) as error:

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from engine.bundle import Bundle, Member
 from engine.errors import UsageError
+from engine.settings import RUNNERS
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from engine.plans import Gpu, Plan
-
-RUNNERS = ("tensorrt", "torch", "onnx")
-PRECISIONS = ("fp32", "fp16", "int8")
 
 
 class Runner(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from engine.command import Parser
-from engine.options import OPTIONS
+from engine.settings import OPTIONS
 from tests.helpers.commands import benchmark_names, check_lines, commands, parser_of
 from tests.helpers.processes import ROOT
 
@@ -63,7 +63,7 @@ def test_help_all_has_every_option(help_of: HelpOf) -> None:
         assert every == set(parser_of(command).names) | {"--help"}
         if command == "engine.run":
             assert "not a medical device" in texts["--help"]
-            assert {option.names[-1] for option in OPTIONS.values()} <= every
+            assert {option.flag for option in OPTIONS.values()} <= every
 
 
 def test_the_benchmarks_have_help_too(help_of: HelpOf) -> None:

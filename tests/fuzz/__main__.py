@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import record
-from engine.command import Parser, whole
+from engine.command import Parser
+from engine.core.option import whole
 from engine.errors import UsageError
 from engine.records import Status
 from tests.fuzz.mutations import mutate

@@ -33,7 +33,7 @@ def commands() -> list[str]:
 
 
 def parser_of(command: str) -> Parser:
-    module = {"engine.manifest": "engine.listing"}.get(command, command)
+    module = {"engine.manifest": "engine.listing", "engine.run": "engine.options"}.get(command, command)
     if (ROOT / module.replace(".", "/")).is_dir():
         module += ".__main__"
     parser = import_module(module).option_parser()

@@ -135,6 +135,18 @@ def test_finish_by_stops_at_the_border_of_a_part(
     assert len(parts(tmp_path / "out")) > found
 
 
+def test_finish_by_is_named_in_the_middle_of_a_part(start: Start, tmp_path: Path) -> None:
+    list_images(tmp_path, 100_000)
+    moment = datetime.now() + timedelta(seconds=5)
+    process = start("m.txt", "-o", "out", "--part-rows", "100000", "--finish-by", moment.isoformat())
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 5, errors
+    assert 0 <= (datetime.now() - moment).total_seconds() < 4
+    assert f"error: stopped for --finish-by {moment:%H:%M}, " in errors
+    assert "of 100000 rows were through; the same command goes on" in errors
+    assert not parts(tmp_path / "out")
+
+
 def with_mounts(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a shell script that may mount what no other process sees; status 77 where that isn't allowed."""
     run = subprocess.run(

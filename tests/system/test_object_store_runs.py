@@ -25,10 +25,10 @@ from gcp_storage_emulator.server import create_server
 import engine
 from engine.errors import EngineError, UsageError
 from engine.merge import merge
+from engine.options import settings_from
 from engine.pipeline import screen
 from engine.records import Batch, Status
 from engine.report import __main__ as report
-from engine.run import settings_from
 from engine.settings import Limits, parse_location
 from engine.storage import ReadError, Storage, common, objects
 from engine.storage.location import Url

@@ -2,8 +2,9 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from engine.core.option import parse_bytes
 from engine.errors import UsageError
-from engine.settings import parse_bytes, parse_moment, parse_shard
+from engine.settings import parse_moment, parse_shard
 
 NOON = datetime(2031, 5, 17, 12, 0).astimezone()
 

@@ -125,7 +125,9 @@ def test_the_deadline_stops_all(start: Start, tmp_path: Path) -> None:
     _, said = (process := start("m.txt", "--finish-by", moment.isoformat())).communicate(timeout=30)
     assert process.returncode == 5, said
     assert -3 < (datetime.now() - moment).total_seconds() < 9, "as soon as a part allows"
-    assert said.splitlines()[-1].endswith(" of 40000 rows are in finished parts; the same command goes on")
+    *_, last = said.splitlines()
+    assert last.startswith(f"error: stopped for --finish-by {moment:%H:%M}, "), last
+    assert last.endswith(" of 40000 rows are in finished parts; the same command goes on")
 
 
 def test_what_is_wrong_for_all_is_said_once(start: Start, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from engine.errors import Stopped
 from tests.helpers.hurt.sitecustomize import DEADLY
 from tests.helpers.images import write_images
 from tests.helpers.nodes import Nodes
@@ -190,6 +192,19 @@ def test_it_stops_cleanly_and_goes_on(start: Start, plain: Path) -> None:
     again = {path.name: path.stat().st_ino for path in parts(output)}
     assert {name: again[name] for name in kept} == kept, "what was finished is vouched for"
     check(output, plain)
+
+
+@pytest.mark.slow
+def test_finish_by_is_named_in_the_middle_of_parts(start: Start, plain: Path) -> None:
+    list_images(plain, 100_000, name="long.txt")
+    moment = datetime.now() + timedelta(seconds=20)
+    said = ended(
+        start("long.txt", "-o", "late", "--finish-by", moment.isoformat(), rows=50_000), Stopped.exit_status
+    )
+    assert 0 <= (datetime.now() - moment).total_seconds() < 10
+    assert f"error: stopped for --finish-by {moment:%H:%M}" in said
+    if "before it began" not in said:  # as on a machine that is busy
+        assert "of 100000 rows were through; the same command goes on" in said
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, cohen_kappa_score, roc_auc_score
 
 import engine
+from engine.core.deadline import Deadline
 from engine.errors import EngineError, UsageError
 from engine.merge import merge
 from engine.records import Scorer
@@ -391,7 +392,7 @@ def test_stopping_a_report(reported: Screen) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(EngineError, match="stopped"):
-        write(results, stop=stop)
+        write(results, deadline=Deadline(stop=stop))
 
 
 def test_long_results(reported: Screen) -> None:

@@ -1,0 +1,58 @@
+"""When a run has to stop: at the time of --finish-by, or because it is asked to."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import UTC, datetime
+
+from engine.errors import Stopped
+
+GRACE_S = 5.0  # a part that ends within is finished before the run stops
+GIVE_UP_S = 2 * GRACE_S  # after this long without a clean stop a command ends its process
+
+
+class Deadline:
+    """The end of a run, which every executor keeps by the same rule.
+
+    A part is begun only where it ends before `moment`. When `moment` has come or `stop` is set, a part that
+    was begun is finished if that takes no more than GRACE_S; then the run ends with `stopped`.
+    """
+
+    def __init__(self, moment: datetime | None = None, stop: threading.Event | None = None) -> None:
+        self.moment, self.stop = moment, stop or threading.Event()
+        self._asked: float | None = None  # when `stop` was first seen, on the monotonic clock
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until `moment`; infinite without one."""
+        return (self.moment - datetime.now(UTC)).total_seconds() if self.moment else float("inf")
+
+    def reached(self) -> bool:
+        """Return whether the run has to stop."""
+        if self._asked is None and self.stop.is_set():
+            self._asked = time.monotonic()
+        return self._asked is not None or self.left_s <= 0
+
+    def fits(self, seconds: float) -> bool:
+        """Return whether a part that takes `seconds` may be begun."""
+        return not self.reached() and (self.moment is None or seconds <= self.left_s)
+
+    @property
+    def grace_s(self) -> float:
+        """Seconds that a part in hand may still take; infinite as long as the run need not stop."""
+        if not self.reached():
+            return float("inf")
+        since = [time.monotonic() - self._asked] if self._asked is not None else []
+        return max(0.0, GRACE_S - max([*since, -self.left_s]))
+
+    @property
+    def why(self) -> str:
+        """The beginning of what is said of the stop."""
+        if self.moment is None or (self._asked is not None and self.left_s > 0):
+            return "stopped"
+        return f"stopped for --finish-by {self.moment.astimezone():%H:%M}"
+
+    def stopped(self, so_far: str) -> Stopped:
+        """Return the error that ends the run; `so_far` says how far it came."""
+        return Stopped(f"{self.why}, {so_far}; the same command goes on")
