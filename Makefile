@@ -97,10 +97,10 @@ $(BIN)/uv: constraints.txt
 	touch $@
 
 demo/images/normal: | .venv/training.stamp
-	$(BIN)/python -m training.synthetic demo/images --class-folders --count 150 --seed 1 --size 256 384
+	$(BIN)/python -m training.synthetic demo/images --class-folders --count 40 --seed 1 --size 256 384
 
 demo/labelled/normal: | .venv/training.stamp
-	$(BIN)/python -m training.synthetic demo/labelled --class-folders --count 60 --seed 4 --size 256 384
+	$(BIN)/python -m training.synthetic demo/labelled --class-folders --count 30 --seed 4 --size 256 384
 
 # the results of an older bundle go with it
 demo/bundle/ensemble.json: demo/images/normal demo/labelled/normal
@@ -119,4 +119,4 @@ demo/calibration/manifest.csv: | .venv/training.stamp
 	$(BIN)/python -m training.synthetic demo/calibration --count 400 --seed 3 --size 400 1400
 
 demo/archive/manifest.csv: | .venv/training.stamp
-	$(BIN)/python -m training.synthetic demo/archive --count 96 --seed 2 --size 400 1400
+	$(BIN)/python -m training.synthetic demo/archive --count 48 --seed 2 --size 400 1400

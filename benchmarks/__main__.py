@@ -14,12 +14,9 @@ from benchmarks.record import ROOT
 from engine.cli.terminal import run_command
 from engine.command import Parser
 from engine.errors import UsageError
+from engine.installed import install_command
 
-INSTALL = (
-    "pip install -c constraints.txt '.[training,dev]', or on a GPU machine "
-    "pip install -c constraints-gpu.txt -c constraints.txt '.[gpu,training,proof]' "
-    "--extra-index-url https://pypi.nvidia.com"
-)
+INSTALL = f"{install_command('training,dev')}, or on a GPU machine {install_command('gpu,training,proof')}"
 SECTIONS = ("members", "decode", "end to end", "peers", "tensorrt")
 SERIES = ("rows", "image_size", "batch_size", "threads", "part_size", "bad_files")
 Names = Any  # what argparse's add_subparsers gives

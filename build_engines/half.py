@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from engine.errors import EngineError, UsageError
+from engine.installed import install_command
 
 try:
     import onnx
@@ -12,7 +13,7 @@ try:
     from onnx import TensorProto
 except ImportError as error:
     raise UsageError(
-        f"ONNX can't be imported ({error}); install it with: pip install -c constraints.txt '.[int8]'"
+        f"ONNX can't be imported ({error}); install it with: {install_command('int8')}"
     ) from None
 
 _WEIGHTED = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
@@ -29,8 +30,7 @@ def half_graph(data: bytes) -> bytes:
         from onnxconverter_common import float16
     except ImportError as error:
         raise UsageError(
-            f"onnxconverter-common can't be imported ({error}); install it with: "
-            "pip install -c constraints.txt '.[build]'"
+            f"onnxconverter-common can't be imported ({error}); install it with: " + install_command("build")
         ) from None
     try:
         model = onnx.load_model_from_string(data)

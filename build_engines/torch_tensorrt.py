@@ -9,6 +9,7 @@ from build_engines.compiler import Compiled
 from build_engines.options import Options
 from engine.bundle import Bundle, Member
 from engine.errors import EngineError, UsageError
+from engine.installed import install_command
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -26,8 +27,7 @@ def compile_module(bundle: Bundle, member: Member, options: Options) -> Compiled
     except Exception as error:  # its libraries are loaded on import, and fail in many ways
         reason = " ".join(f"{error}".split())[:160]
         raise UsageError(
-            f"Torch-TensorRT can't be imported ({reason}); install it with: "
-            "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https://pypi.nvidia.com"
+            f"Torch-TensorRT can't be imported ({reason}); install it with: " + install_command("gpu")
         ) from None
     shape = (1, *bundle.size)
     start = time.perf_counter()

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import UsageError
+from engine.installed import install_command
 from engine.intervals import Floats
 
 OUTPUT = "distance"  # float32 [N], about 1 for images like those it was fitted to
 COMPONENTS = 128  # of the covariance that are kept apart; the rest have their mean variance
-INSTALL = "pip install -c constraints.txt onnx scikit-learn"
 _OPSET = 18
 _HEAD = {"Gemm", "MatMul", "Add", "Relu", "Identity", "Dropout"}  # what comes after the pooled features
 _BATCH = 16
@@ -44,13 +44,17 @@ class Gaussian:
         return found
 
 
+def _packages() -> str:
+    return install_command(packages="onnx scikit-learn")
+
+
 def check_installed() -> None:
     """Raises UsageError where what only calibrating needs is missing."""
     _onnx()
     try:
         import sklearn.covariance  # noqa: F401
     except ImportError:
-        raise UsageError(f"--ood needs scikit-learn; install it with: {INSTALL}") from None
+        raise UsageError(f"--ood needs scikit-learn; install it with: {_packages()}") from None
 
 
 def fit(features: Floats) -> Gaussian:
@@ -152,7 +156,7 @@ def _onnx() -> Any:
         import onnx.helper
         import onnx.numpy_helper
     except ImportError:
-        raise UsageError(f"--ood needs onnx; install it with: {INSTALL}") from None
+        raise UsageError(f"--ood needs onnx; install it with: {_packages()}") from None
     return onnx
 
 

@@ -118,7 +118,7 @@ def _ray(report: Report) -> None:
     try:
         report.line("Ray", cluster.outlook(report.settings))
     except UsageError as error:
-        mend = cluster.INSTALL if "install it" in str(error) else "ray start --head"
+        mend = installed.install_command("ray") if "install it" in str(error) else "ray start --head"
         report.problem(str(error), mend)
 
 
@@ -176,7 +176,7 @@ def _packages(report: Report) -> None:
     report.section("packages")
     by_extra = installed.packages()
     if not by_extra:
-        report.problem(f"{installed.PROJECT} is not installed", installed.command(installed.CORE))
+        report.problem(f"{installed.PROJECT} is not installed", installed.install_command(installed.CORE))
         return
     report.line("python", ".".join(map(str, sys.version_info[:3])))
     every = {package.name: package for extra in reversed(by_extra.values()) for package in extra}
@@ -193,7 +193,7 @@ def _packages(report: Report) -> None:
         if (extra in needed and problems) or wrong:
             about = f"extra {extra}" if extra else "packages"
             text = f"{about}: {', '.join(map(str, problems if extra in needed else wrong))}"
-            report.problem(text, installed.command(extra), grave=extra in needed)
+            report.problem(text, installed.install_command(extra), grave=extra in needed)
         if extra and not problems:
             complete.append(extra)
     rest = [extra for extra in by_extra if extra and extra not in complete]
@@ -204,9 +204,9 @@ def _packages(report: Report) -> None:
             import_module(module)
         except Exception as error:  # of a library that is broken, anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            report.problem(f"{module} can't be imported: {reason}", installed.command(installed.CORE))
+            report.problem(f"{module} can't be imported: {reason}", installed.install_command(installed.CORE))
     for clash in installed.clashes():
-        report.problem(clash, installed.command("gpu" if "gpu" in needed else installed.CORE))
+        report.problem(clash, installed.install_command("gpu" if "gpu" in needed else installed.CORE))
     if "gpu" in needed:
         _cuda(report, every)
 
@@ -215,7 +215,9 @@ def _cuda(report: Report, every: Iterable[str]) -> None:
     torch = machine.cuda_version()
     dali = next((found[1] for name in every if (found := re.match(r"nvidia-dali-cuda(\d\d)", name))), None)
     if torch and dali and torch.split(".")[0] != dali:
-        report.problem(f"PyTorch is built for CUDA {torch}, DALI for {dali}", installed.command("gpu"))
+        report.problem(
+            f"PyTorch is built for CUDA {torch}, DALI for {dali}", installed.install_command("gpu")
+        )
 
 
 def _models(report: Report) -> tuple[Bundle, Choice] | None:
@@ -246,7 +248,10 @@ def _models(report: Report) -> tuple[Bundle, Choice] | None:
         return None
     report.line("runs on", choice.reason)
     if _gpu_wanted(settings) and not choice.gpu:
-        report.problem(f"there is a GPU, and the run would be on the CPU ({choice.reason})", machine.INSTALL)
+        report.problem(
+            f"there is a GPU, and the run would be on the CPU ({choice.reason})",
+            installed.install_command("gpu"),
+        )
     tuned = advise(settings, models, choice, recorded=None)
     report.line("tuned", tuned.line or f"not yet; python -m engine.tune {where} --sample MANIFEST does")
     _plans(report, models, choice, where)

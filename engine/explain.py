@@ -34,7 +34,7 @@ from engine.command import Parser
 from engine.core.json_records import to_json
 from engine.core.option import whole
 from engine.errors import EngineError, UsageError
-from engine.installed import command
+from engine.installed import install_command
 from engine.job import Say
 from engine.log import Log
 from engine.manifest import Manifest
@@ -144,7 +144,9 @@ def explain(
 def _explainers(settings: Settings) -> Callable[[Bundle], Explainer]:
     """What opens the members. Raises UsageError for a package or device that is not here."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise UsageError(f"explanations need {', '.join(missing)}; install with: {command('explain')}")
+        raise UsageError(
+            f"explanations need {', '.join(missing)}; install with: {install_command('explain')}"
+        )
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see training/__init__.py
     import torch
 

@@ -1,4 +1,4 @@
-"""Whether the packages here fit what this project asks for, and each other: by their own metadata."""
+"""The command that installs an extra, and whether the installed packages fit, by their own metadata."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from engine.gpu.machine import INSTALL
 
 PROJECT = "bone-radiograph-screening"
 CORE = ""  # the extra of what is needed in any case
@@ -53,29 +51,27 @@ def installed(name: str) -> str | None:
         return None
 
 
-def command(extra: str) -> str:
-    """What installs an extra."""
-    if extra == "gpu":
-        return INSTALL
-    what = f"'.[{extra}]'" if extra else "."
-    return f"pip install -c constraints.txt {what}"
+def install_command(extras: str = CORE, *, packages: str = "") -> str:
+    """Return the command that installs the project with `extras`, such as "gpu,proof", or just `packages`."""
+    names = extras.split(",")
+    files = ["constraints-gpu.txt"] * ("gpu" in names) + ["constraints.txt"] * (names != ["gpu"])
+    constraints = " ".join(f"-c {file}" for file in files)
+    index = " --extra-index-url https://pypi.nvidia.com" if "gpu" in names else ""
+    what = packages or (f"'.[{extras}]'" if extras else ".")
+    return f"pip install {constraints} {what}{index}"
 
 
 def clashes() -> list[str]:
-    """Where an installed package that the project names asks for another version of one that is installed."""
-    names = {canonicalize_name(requirement.name) for _, requirement in _requirements()}
-    return [clash for name in sorted(names) for clash in _clashes_of(name)]
-
-
-def _clashes_of(name: str) -> Iterator[str]:
-    here = installed(name)
-    for text in (metadata.requires(name) or []) if here else []:
-        wanted = Requirement(text)
-        other = installed(wanted.name)
-        if other is None or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
-            continue
-        if not wanted.specifier.contains(other, prereleases=True):
-            yield f"{name} {here} asks for {wanted.name}{wanted.specifier}, here is {other}"
+    """Return a line for each package of the project that requires another version of an installed package."""
+    found = []
+    for name in sorted({canonicalize_name(requirement.name) for _, requirement in _requirements()}):
+        here = installed(name)
+        for wanted in map(Requirement, (metadata.requires(name) or []) if here else []):
+            applies = wanted.marker is None or wanted.marker.evaluate({"extra": CORE})
+            other = installed(wanted.name) if applies else None
+            if other and not wanted.specifier.contains(other, prereleases=True):
+                found.append(f"{name} {here} asks for {wanted.name}{wanted.specifier}, here is {other}")
+    return found
 
 
 def _requirements() -> Iterator[tuple[str, Requirement]]:
@@ -87,14 +83,9 @@ def _requirements() -> Iterator[tuple[str, Requirement]]:
         return
     extras = [CORE, *(metadata.metadata(PROJECT).get_all("Provides-Extra") or [])]
     for requirement in map(Requirement, lines):
-        if requirement.marker is None:
-            yield CORE, requirement
-            continue
-        for extra in extras:
-            if requirement.marker.evaluate({"extra": extra}):
-                yield extra, requirement
-                if extra == CORE:
-                    break
+        marker = requirement.marker
+        for extra in [extra for extra in extras if marker is None or marker.evaluate({"extra": extra})][:1]:
+            yield extra, requirement
 
 
 def _of_checkout() -> Iterator[tuple[str, Requirement]]:

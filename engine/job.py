@@ -153,24 +153,41 @@ def prepare(settings: Settings, say: Say, *, chosen: Chosen | None = None) -> It
             folder.give_turn()  # else when the run is begun: the others take its listing and tuning from it
         earlier = Earlier(settings.since) if settings.since else None
         manifest = _listed(settings, folder, earlier, models, choice, say)
-        layout = Layout.of(models, manifest, settings, with_triage=recorded is None or recorded.has_triage)
-        # a profile is for this machine
-        advice = Advice(settings) if chosen else advise(settings, models, choice, recorded=recorded)
-        if advice.settings != settings:
-            settings = advice.settings
-            choice = choice_of(settings, models)
-        since = f"{earlier.run_id} of {absolute(settings.manifest)}" if earlier else None
-        run = RunRecord.create(
-            *(settings, recorded, manifest, models, choice),
-            since=since,
-            profile=advice.recorded,
-            tuning=advice.tuning,
+        layout, advice, choice, run = describe(
+            *(settings, recorded, manifest, models, choice), earlier=earlier, tuned=chosen is None
         )
         lines = [choice.reason, *_about_triage(models, choice, run), *([advice.line] if advice.line else [])]
         if recorded is None and manifest.skipped:
             lines.append(in_words(manifest.rows, manifest.skipped))
         resumed = recorded is not None
-        yield Job(settings, models, choice, folder, manifest, layout, run, resumed, say, lines)
+        yield Job(advice.settings, models, choice, folder, manifest, layout, run, resumed, say, lines)
+
+
+def describe(
+    settings: Settings,
+    recorded: RunRecord | None,
+    manifest: Manifest,
+    models: Bundle,
+    choice: Choice,
+    *,
+    earlier: Earlier | None,
+    tuned: bool = True,
+) -> tuple[Layout, Advice, Choice, RunRecord]:
+    """Describe a run that begins, or goes on with a `recorded` one; writes nothing.
+
+    With `tuned`, this machine's profile adds to the settings. Raises UsageError.
+    """
+    layout = Layout.of(models, manifest, settings, with_triage=recorded is None or recorded.has_triage)
+    advice = advise(settings, models, choice, recorded=recorded) if tuned else Advice(settings)
+    if advice.settings != settings:
+        choice = choice_of(advice.settings, models)
+    run = RunRecord.create(
+        *(advice.settings, recorded, manifest, models, choice),
+        since=f"{earlier.run_id} of {absolute(settings.manifest)}" if earlier else None,
+        profile=advice.recorded,
+        tuning=advice.tuning,
+    )
+    return layout, advice, choice, run
 
 
 def _about_triage(models: Bundle, choice: Choice, run: RunRecord) -> Iterator[str]:

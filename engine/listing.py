@@ -11,15 +11,15 @@ import os
 import re
 import stat
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,6 +29,7 @@ from engine import header
 from engine.cli.terminal import run_command
 from engine.command import Parser
 from engine.errors import EngineError, UsageError
+from engine.overlap import ordered_map
 from engine.settings import parse_location
 from engine.storage import ReadError, Url, archive
 from engine.storage.location import HTTP_SCHEMES
@@ -49,8 +50,6 @@ AHEAD = 256  # files being looked at
 CHUNK = 65_536  # rows written at once
 _SKIPPED = "skipped"
 _FILE, _FOLDER, _LINK = "file", "folder", "link"
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Entry(NamedTuple):
@@ -76,7 +75,7 @@ class Listing:
         """
         look = partial(self._looked_at, str(folder))
         with ThreadPoolExecutor(THREADS) as pool:
-            for entry in _in_order(pool, look, self._files(folder, own)):
+            for entry in ordered_map(pool, look, self._files(folder, own), AHEAD):
                 if isinstance(entry, str):
                     self.skipped[entry] += 1
                 else:
@@ -182,17 +181,6 @@ def _marked(entry: os.DirEntry[str]) -> str:
     except OSError:
         mark = _FILE
     return f"{entry.name}\0{mark}"
-
-
-def _in_order(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """What `work` gives for each item, AHEAD of them at once."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= AHEAD:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def write(entries: Iterable[Entry], listing: Listing, target: Path) -> int:

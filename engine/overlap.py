@@ -1,16 +1,18 @@
-"""The one overlap primitive, and the meters that tell which stage limits a run."""
+"""Overlap of stages and of tasks, and the meters that tell which stage limits a run."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 WAKE_S = 1.0
 
 
@@ -143,3 +145,27 @@ def prefetch(source: Iterator[T], depth: int, meter: Meter | None = None) -> Ite
     finally:
         channel.close()
         thread.join()
+
+
+def ordered_map(
+    executor: Executor | None, work: Callable[[T], R], items: Iterable[T], depth: int
+) -> Iterator[R]:
+    """Yield `work(item)` of each item in order, with at most `depth` later items submitted to `executor`.
+
+    Without an executor each item is worked on when it is asked for: the serial twin. An error in `work` is
+    raised in its item's turn. When this iterator ends early, it cancels what has not begun and waits for the
+    rest.
+    """
+    if executor is None:
+        yield from map(work, items)
+        return
+    submitted: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            submitted.append(executor.submit(work, item))
+            if len(submitted) > depth:
+                yield submitted.popleft().result()
+        while submitted:
+            yield submitted.popleft().result()
+    finally:
+        wait([future for future in submitted if not future.cancel()])

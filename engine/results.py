@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from msgspec import Meta
 
 from engine.core.json_records import Count, Record, from_json, to_builtins
 from engine.errors import EngineError, UsageError
+from engine.installed import install_command
+from engine.overlap import ordered_map
 from engine.provenance import RunRecord
 from engine.run_folder import SUCCESS, RunFolder
 from engine.settings import parse_location
@@ -47,7 +48,7 @@ def read_results(
         import pandas  # noqa: F401 - to_pandas needs it
     except ImportError:
         raise UsageError(
-            "read_results needs pandas; install it with: pip install -c constraints.txt pandas; "
+            f"read_results needs pandas; install it with: {install_command(packages='pandas')}; "
             "open_results does without"
         ) from None
     dataset = open_results(path, unfinished=unfinished)
@@ -144,10 +145,8 @@ class Results:
             return self.files.read(name, partial(take, number))
 
         with ThreadPoolExecutor(PARTS_AHEAD) as threads:
-            first = deque(threads.submit(read, name, 0) for name in self.parts[:PARTS_AHEAD])
-            for index, name in enumerate(self.parts, PARTS_AHEAD):
-                groups, table = first.popleft().result()
-                first.extend(threads.submit(read, later, 0) for later in self.parts[index : index + 1])
+            first = ordered_map(threads, partial(read, number=0), self.parts, PARTS_AHEAD)
+            for name, (groups, table) in zip(self.parts, first, strict=True):
                 yield table
                 for number in range(1, groups):
                     yield read(name, number)[1]

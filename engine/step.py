@@ -1,17 +1,17 @@
-"""Members and ensemble on one batch. `enqueue` starts a batch, `stage` keeps several in flight, in order."""
+"""Members and ensemble on the CPU: several batches in flight, a thread for each, yielded in order."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
 from engine import ensemble
 from engine.bundle import Bundle
-from engine.overlap import Meter
+from engine.overlap import Meter, ordered_map
 from engine.records import Batch
 from engine.runners import Runner
 
@@ -25,25 +25,8 @@ class CpuStep:
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
         """Fill `members` and `probabilities`; the pixels are dropped."""
-        in_flight: deque[Future[Batch]] = deque()
-        try:
-            with meter.upstream(batches) as source:
-                for batch in source:
-                    in_flight.append(self.enqueue(batch, meter))
-                    if len(in_flight) > self._lanes + 1 or not self._lanes:
-                        yield in_flight.popleft().result()
-                while in_flight:
-                    yield in_flight.popleft().result()
-        finally:
-            wait([one for one in in_flight if not one.cancel()])  # where the consumer has stopped
-
-    def enqueue(self, batch: Batch, meter: Meter) -> Future[Batch]:
-        """Start a batch; the result is the same batch, scored."""
-        if self._pool:
-            return self._pool.submit(self._run, batch, meter)
-        done: Future[Batch] = Future()
-        done.set_result(self._run(batch, meter))
-        return done
+        with meter.upstream(batches) as source:
+            yield from ordered_map(self._pool, partial(self._run, meter=meter), source, self._lanes + 1)
 
     def _run(self, batch: Batch, meter: Meter) -> Batch:
         start = time.perf_counter()

@@ -26,29 +26,30 @@ from engine import installed
 from engine.bundle import Bundle
 from engine.errors import EngineError, NothingNew, Stopped, UsageError
 from engine.findings import Report, size
-from engine.job import Say, check_paths, list_new, manifest_of
+from engine.job import Say, check_paths, describe, list_new, manifest_of
 from engine.listing import in_words
 from engine.manifest import Manifest
 from engine.overlap import Meter
 from engine.pipeline import READ_THREADS
 from engine.provenance import RunRecord
 from engine.reader import Reader
-from engine.records import Batch, Header, Part, Scorer, Status
+from engine.records import Batch, Header, Part, Status
 from engine.run_folder import RunFolder
 from engine.runners import Choice
 from engine.settings import Settings
 from engine.since import Earlier
-from engine.sink import Layout, Sink, part_name
 from engine.storage import Storage
-from engine.storage.location import absolute
-from engine.store import LocalFolder
 from engine.tune import Trials, sample
-from engine.tuned import Knobs, advise, rate_of
+from engine.tuned import Knobs, rate_of
 
 LOOK_S = 4.0  # for files that are not there
 SAMPLE, SAMPLE_S = 200, 10.0  # files that are read, at most, and for how long
 MEASURE_S = 5.0
-WRITTEN_ROWS = 4096  # for the size of the results
+# sizes in a Parquet file of the sink, with random scores: measured by `test_the_bytes_of_results`
+BYTES_A_PART, BYTES_A_COLUMN = 7_700, 320  # footer and headers: of all, and of each column of scores
+BYTES_A_ROW = 24.0  # all columns but scores and those of the manifest
+BYTES_A_SCORE = 5.1
+MANIFEST_SHARE, MANIFEST_ROWS = 0.4, 4096  # compressed size of manifest columns, of their size in memory
 EXAMPLES = 3
 FAR = timedelta(days=3650)
 
@@ -101,8 +102,7 @@ def survey(report: Report, found: tuple[Bundle, Choice] | None, say: Say, stop: 
         try:
             sampled = _read(settings, manifest, stop)
         except UsageError as error:  # a package that reads these files is missing
-            extra = "dicom" if "pydicom" in str(error) else "remote"
-            report.problem(str(error), installed.command(extra))
+            report.problem(str(error), _mended(report, str(error)))
             return
         except EngineError as error:
             report.problem(str(error), f"python -m engine.run {where} --root FOLDER")
@@ -224,26 +224,24 @@ def _forecast(
     """Rate, hours, end; size of the results; what the output folder holds."""
     settings, (models, choice) = report.settings, found
     report.section("run")
+    earlier = Earlier(settings.since) if settings.since else None
+
+    def described(recorded: RunRecord | None) -> RunRecord:
+        return describe(settings, recorded, manifest, models, choice, earlier=earlier)[-1]
+
     try:
-        layout = Layout.of(models, manifest, settings)
+        run = described(None)
     except UsageError as error:
         where = report.place(settings.manifest, "MANIFEST")
         report.problem(str(error), f"python -m engine.run {where} --column-prefix manifest_")
         return
-    advice = advise(settings, models, choice, recorded=None)
-    since = _since(settings)
-
-    def describe(recorded: RunRecord | None) -> RunRecord:
-        return RunRecord.create(advice.settings, recorded, manifest, models, choice, since=since)
-
-    run = describe(None)
-    done = _output(report, describe)
+    done = _output(report, described)
     try:
         rate, source = _rate(settings, manifest, found, scratch, say, stop)
     except Stopped:
         raise
     except EngineError as error:
-        report.problem(str(error), installed.command("gpu" if choice.gpu else installed.CORE))
+        report.problem(str(error), installed.install_command("gpu" if choice.gpu else installed.CORE))
         return
     reading = sampled.rows / sampled.elapsed_s
     if reading < rate and sampled.elapsed_s > 1:  # not for threads that have only just begun
@@ -260,7 +258,7 @@ def _forecast(
         share = (deadline - datetime.now(UTC)) / took if took else 1.0
         text += f"; by {deadline.astimezone():%H:%M} {min(1.0, share):.0%} of it are done"
     report.line("ends", text)
-    total = int(_bytes_a_row(manifest, models, layout, run, scratch) * manifest.rows)
+    total = results_bytes(manifest, models, parts=run.part_count)
     report.line("results", f"about {size(total)}")
     if isinstance(settings.output, Path):
         parent = _existing(settings.output)
@@ -279,14 +277,10 @@ def _forecast(
             )
 
 
-def _since(settings: Settings) -> str | None:
-    return f"{Earlier(settings.since).run_id} of {absolute(settings.manifest)}" if settings.since else None
-
-
-def _output(report: Report, describe: Callable[[RunRecord | None], RunRecord]) -> int:
+def _output(report: Report, described: Callable[[RunRecord | None], RunRecord]) -> int:
     """Say what the output folder holds; return how many rows are done there already.
 
-    `describe` the run, which may go on with a recorded one.
+    `described` gives the run, which may go on with a recorded one.
     """
     settings = report.settings
     where = f"python -m engine.run {report.place(settings.manifest, 'MANIFEST')}"
@@ -301,7 +295,7 @@ def _output(report: Report, describe: Callable[[RunRecord | None], RunRecord]) -
             report.line("output", f"{settings.output}: the run there would be deleted")
             return 0
         finished = folder.finished(recorded, recorded.part_indices(settings.shard))
-        folder.check_same(recorded, describe(recorded))
+        folder.check_same(recorded, described(recorded))
     except (EngineError, OSError) as error:
         report.problem(str(error), f"{where} -o FOLDER")
         return 0
@@ -343,29 +337,13 @@ def _span(span: timedelta) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def _bytes_a_row(manifest: Manifest, models: Bundle, layout: Layout, run: RunRecord, scratch: Path) -> float:
-    """Of the manifest's first rows with random scores, as the run's own sink writes them."""
-    part = next(manifest.parts(WRITTEN_ROWS))
-    rng, rows, classes = np.random.default_rng(0), part.rows, len(models.classes)
-    scores = rng.dirichlet(np.ones(classes), (1 + len(models.members), rows)).astype(np.float32)
-    batch = Batch(
-        part,
-        0,
-        status=np.zeros(rows, np.uint8),
-        width=rng.integers(1000, 4000, rows, np.int32),
-        height=rng.integers(1000, 4000, rows, np.int32),
-        headers=[None] * rows,
-        index=np.arange(rows),
-        members=scores[1:],
-        probabilities=scores[0],
-        prediction=scores[0].argmax(axis=1),
-        confidence=scores[0].max(axis=1),
-    )
-    output = scratch / "written"
-    output.mkdir()
-    for _ in Sink(LocalFolder(output), layout, run.to_metadata(), Scorer()).stage([batch], Meter("write")):
-        pass
-    return (output / part_name(0)).stat().st_size / rows
+def results_bytes(manifest: Manifest, models: Bundle, *, parts: int) -> int:
+    """Estimate the size of the results; `manifest` columns by those of its first rows."""
+    part = next(manifest.parts(MANIFEST_ROWS))
+    columns = part.columns.nbytes + sum(len(path or "") for path in part.paths)
+    scores = (1 + len(models.members)) * len(models.classes)
+    row = BYTES_A_ROW + BYTES_A_SCORE * scores + MANIFEST_SHARE * columns / part.rows
+    return int((BYTES_A_PART + BYTES_A_COLUMN * scores) * parts + row * manifest.rows)
 
 
 def _existing(path: Path) -> Path:

@@ -29,7 +29,7 @@ from engine.gpu import machine
 from engine.gpu.choice import installed_version
 from engine.provenance import versions
 from engine.runners import Choice, choose
-from engine.runners.tensorrt import INSTALL
+from engine.runners.tensorrt import EXTRAS
 from engine.settings import available_cpus
 
 ABLATIONS = {
@@ -60,7 +60,7 @@ def _of_the_gpu_packages() -> dict[str, str]:
     for name in ("torch", "torchvision", "triton", "torch-tensorrt", "onnxruntime"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
-    found |= {name: here for name in INSTALL if (here := installed_version(name))}
+    found |= {name: here for name in EXTRAS if (here := installed_version(name))}
     return found
 
 

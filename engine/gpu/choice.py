@@ -9,9 +9,10 @@ from engine import plans
 from engine.bundle import Bundle
 from engine.errors import UsageError
 from engine.gpu import machine
+from engine.installed import install_command
 from engine.plans import Gpu, Passport, Plan
 from engine.runners import Choice
-from engine.runners.tensorrt import INSTALL
+from engine.runners.tensorrt import EXTRAS
 
 _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
@@ -65,7 +66,7 @@ def fitting_plans(
 def way_out(passport: Passport, bundle: Path, gpu: Gpu, precision: str, batch_size: int | None) -> str:
     """What to do about a plan that does not fit, in words that end in a command."""
     if installed_version(passport.backend) is None:
-        return f"install it with: {INSTALL[passport.backend]}"
+        return f"install it with: {install_command(EXTRAS[passport.backend])}"
     return passport.rebuild(bundle, precision=precision, batch_size=batch_size, capability=gpu.capability)
 
 

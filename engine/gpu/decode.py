@@ -187,6 +187,7 @@ class GpuPreprocess:
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
         """Fill `device_pixels` and `index`; what can't be decoded gets its status."""
+        # not `ordered_map`: this thread takes the output of a lane before it begins the lane again
         begun: deque[_Begun] = deque()
         with meter.upstream(batches) as source:
             for batch in source:

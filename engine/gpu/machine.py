@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import UsageError
+from engine.installed import install_command
 from engine.plans import Gpu
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-INSTALL = "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https://pypi.nvidia.com"
 MIN_DRIVER = 580  # its branch, for CUDA 13
 _CPU = "the CPU does it too: --device cpu"
 
@@ -89,10 +89,12 @@ def _torch(without: str) -> ModuleType:
         import torch
     except ImportError as error:
         raise UsageError(
-            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: {INSTALL}; {without}"
+            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: "
+            f"{install_command('gpu')}; {without}"
         ) from None
     if torch.version.cuda is None:
         raise UsageError(
-            f"this PyTorch ({torch.__version__}) is built without CUDA; install it with: {INSTALL}; {without}"
+            f"this PyTorch ({torch.__version__}) is built without CUDA; install it with: "
+            f"{install_command('gpu')}; {without}"
         )
     return torch

@@ -137,6 +137,7 @@ class GpuStep:
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
         """Fill the scores; the pixels are dropped. As many batches are in flight as there are slots."""
+        # not `ordered_map`: free slots limit the batches in flight, and no thread works on them
         in_flight: deque[InFlight] = deque()
         with meter.upstream(batches) as source:
             for batch in source:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import UsageError
 from engine.header.common import INT32_MAX, HeaderError, Limit, corrupt, truncated, unsupported
+from engine.installed import install_command
 from engine.records import Header, Status
 
 MODALITIES = ("CR", "DX", "RG", "RF", "XA", "MG", "PX", "IO", "OT", "SC", "BMD", "DXA")
@@ -145,7 +146,7 @@ def import_pydicom() -> None:
     except ImportError:
         raise UsageError(
             "there are DICOM files, and pydicom, which reads them, is missing; install it with: "
-            "pip install -c constraints.txt '.[dicom]'"
+            + install_command("dicom")
         ) from None
     config.settings.reading_validation_mode = config.IGNORE
     # its words may hold header values

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import UsageError
+from engine.installed import install_command
 
 if TYPE_CHECKING:
     from engine.preprocess.codecs.gray import Margins
@@ -34,9 +35,7 @@ def imported() -> Any:
         import nvidia.dali.fn
         import nvidia.dali.math
     except ImportError as error:
-        raise UsageError(
-            f"DALI can't be imported ({error}); install it with: pip install nvidia-dali-cuda130"
-        ) from None
+        raise UsageError(f"DALI can't be imported ({error}); install it with: {install_command()}") from None
     return nvidia.dali
 
 

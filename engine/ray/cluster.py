@@ -7,24 +7,25 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.errors import UsageError
 from engine.gpu import machine
+from engine.installed import install_command
 from engine.settings import Settings, available_cpus
 
-INSTALL = "pip install -c constraints.txt '.[ray]'"
 ANSWER_S = 5.0
 SHUTDOWN_S = 20.0
-HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))  # an empty frame, to be answered with one of its kind
+CHECK_S = 60.0  # for a process that imports Ray and asks for the cluster
+CHECK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
 STORE_BYTES = 256 << 20  # of a Ray started here: what is in it are the paths of a few parts
 
 
@@ -54,7 +55,7 @@ def library() -> Any:
         import ray
     except ImportError as error:
         raise UsageError(
-            f"--ray needs Ray, which can't be imported ({error}); install it with: {INSTALL}"
+            f"--ray needs Ray, which can't be imported ({error}); install it with: {install_command('ray')}"
         ) from None
     return ray
 
@@ -160,10 +161,10 @@ def _leave(ray: Any, scratch: str | None) -> None:
     leaving.join(SHUTDOWN_S)
     if not (leaving.is_alive() and scratch):
         return
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended
-            if scratch.encode() in (folder / "cmdline").read_bytes() and folder.name != str(os.getpid()):
-                os.kill(int(folder.name), signal.SIGKILL)
+    from ray._private import worker
+
+    if worker._global_node:  # the processes that `ray.init` started; Ray's workers end with them
+        worker._global_node.kill_all_processes(check_alive=False)
     leaving.join(SHUTDOWN_S)
 
 
@@ -188,7 +189,7 @@ def _join(ray: Any, address: str) -> None:
 
     try:
         found = canonicalize_bootstrap_address(address) or "nowhere:0"
-        _ask(found)  # Ray itself asks for many minutes
+        _check(found)
         ray.init(address=found, configure_logging=False, log_to_driver=False)
     except Exception as error:  # of many kinds
         reason = " ".join(str(error).split())[:200]
@@ -198,17 +199,19 @@ def _join(ray: Any, address: str) -> None:
         ) from None
 
 
-def _ask(address: str) -> None:
-    """Raises OSError where nothing answers, or something else than Ray, whose first words are HTTP/2's."""
+def _check(address: str) -> None:
+    """Raise OSError where nothing answers at `address`, or something else than Ray.
+
+    Ray's client asks in a process of its own: it can't be interrupted, and it writes to the standard error.
+    """
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), ANSWER_S) as connection:
-        if os.environ.get("RAY_USE_TLS", "0") != "0":
-            return
-        connection.sendall(HELLO + SETTINGS)
-        with connection.makefile("rb") as answers:
-            answer = answers.read(len(SETTINGS))
-    if answer[3:4] != SETTINGS[3:4]:
-        raise ConnectionError("what answers there is not Ray")
+    socket.create_connection((host, int(port)), ANSWER_S).close()
+    environment = os.environ | {"RAY_py_gcs_connect_timeout_s": f"{ANSWER_S:.0f}"}
+    check = [sys.executable, "-c", CHECK, address]
+    try:
+        subprocess.run(check, env=environment, capture_output=True, timeout=CHECK_S, check=True)
+    except subprocess.SubprocessError:
+        raise ConnectionError("what answers there is not Ray") from None
 
 
 def _hush() -> None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from engine.bundle import Bundle, Member
 from engine.distance import OUTPUT
 from engine.errors import UsageError
+from engine.installed import install_command
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,7 @@ try:
     import onnxruntime
 except ImportError as error:
     raise UsageError(
-        f"ONNX Runtime can't be imported ({error}); install it with: pip install onnxruntime"
+        f"ONNX Runtime can't be imported ({error}); install it with: {install_command()}"
     ) from None
 
 

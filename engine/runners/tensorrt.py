@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from engine.bundle import Bundle, Member
 from engine.errors import EngineError, UsageError
+from engine.installed import install_command
 from engine.plans import Plan
 
 if TYPE_CHECKING:
@@ -19,10 +20,7 @@ T = TypeVar("T")
 
 # TensorRT for RTX has a metapackage on top of its bindings, which can do without it
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
-INSTALL = {
-    "tensorrt": "pip install -c constraints-gpu.txt '.[gpu]' --extra-index-url https://pypi.nvidia.com",
-    "tensorrt_rtx": "pip install -c constraints.txt '.[build]'",
-}
+EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "build"}
 
 
 class Backend:
@@ -69,7 +67,8 @@ def _imported(name: str) -> Any:
             reason = reason or " ".join(f"{error}".split())[:160]
         else:
             return found
-    raise UsageError(f"{name} can't be imported ({reason}); install it with: {INSTALL[name]}") from None
+    command = install_command(EXTRAS[name])
+    raise UsageError(f"{name} can't be imported ({reason}); install it with: {command}") from None
 
 
 @cache

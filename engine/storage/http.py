@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from engine.errors import UsageError
+from engine.installed import install_command
 from engine.records import Status
 from engine.storage.common import CUT_SHORT, ReadError
 from engine.storage.location import Url
@@ -29,7 +30,7 @@ def _pool() -> urllib3.PoolManager:
     except ImportError:
         raise UsageError(
             "https:// needs the package urllib3, which is missing; install it with: "
-            "pip install -c constraints.txt '.[remote]'"
+            + install_command("remote")
         ) from None
     return urllib3.PoolManager(
         num_pools=64,

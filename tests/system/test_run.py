@@ -351,7 +351,7 @@ def test_what_is_not_installed_is_said_before_anything_is_written(
         check=False,
     )
     assert run.returncode == 2
-    assert "pip install nvidia-dali-cuda130" in run.stderr
+    assert "install it with: pip install -c constraints.txt ." in run.stderr
     assert run.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

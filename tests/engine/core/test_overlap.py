@@ -1,10 +1,11 @@
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 
-from engine.overlap import Meter, prefetch
+from engine.overlap import Meter, ordered_map, prefetch
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -72,3 +73,64 @@ def test_meters_tell_who_waits() -> None:
     assert meter.starved_s >= 0.1
     meter.add(1.0)
     assert meter.occupancy(2.0) == 0.5
+
+
+@pytest.fixture(params=[0, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[Executor | None]:
+    if not request.param:
+        yield None
+        return
+    with ThreadPoolExecutor(request.param) as pool:
+        yield pool
+
+
+def test_ordered_map_keeps_the_order(threads: Executor | None) -> None:
+    def work(item: int) -> int:
+        time.sleep(0.001 * (item % 3))
+        return 2 * item
+
+    assert list(ordered_map(threads, work, range(50), 4)) == list(range(0, 100, 2))
+
+
+def test_ordered_map_raises_an_error_in_its_turn(threads: Executor | None) -> None:
+    def work(item: int) -> int:
+        if item == 2:
+            raise OSError("gone")
+        return item
+
+    results = ordered_map(threads, work, range(9), 4)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(OSError, match="gone"):
+        next(results)
+
+
+def test_ordered_map_submits_no_more_than_its_depth() -> None:
+    pulled = []
+
+    def source() -> Iterator[int]:
+        for item in range(100):
+            pulled.append(item)
+            yield item
+
+    with ThreadPoolExecutor(2) as pool:
+        results = ordered_map(pool, abs, source(), 3)
+        assert next(results) == 0
+        time.sleep(0.05)
+        assert pulled == [0, 1, 2, 3]
+
+
+def test_closing_ordered_map_cancels_what_has_not_begun() -> None:
+    begun, ended = [], []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.05 if item else 0)
+        ended.append(item)
+        return item
+
+    with ThreadPoolExecutor(1) as pool:
+        results = ordered_map(pool, work, range(100), 10)
+        assert next(results) == 0
+        results.close()
+        assert begun == ended
+        assert len(begun) <= 2

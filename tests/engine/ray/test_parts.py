@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,16 +53,18 @@ def test_what_is_not_ray_is_not_waited_for() -> None:
     with socket.create_server(("", 0)) as server:
 
         def answer() -> None:
-            connection, _ = server.accept()
-            with connection:
-                connection.recv(1000)
-                connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+            with suppress(OSError):  # the server is shut down
+                while True:
+                    with server.accept()[0] as connection:
+                        connection.recv(1000)
+                        connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
 
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         settings = Settings(manifest=Path(), ray=f"localhost:{server.getsockname()[1]}")
         with pytest.raises(UsageError, match="what answers there is not Ray"), joined(settings):
             pass
+        server.shutdown(socket.SHUT_RDWR)
         thread.join()
 
 
