@@ -72,8 +72,8 @@ class ExplanationIndex(Record):
 
 
 def _short(value: object) -> str:
-    text = str(list(value) if isinstance(value, tuple) else value)
-    return f"{text[:12]}..." if len(text) == 64 else repr(value)  # a hash
+    shown = list(value) if isinstance(value, tuple) else value
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(shown)  # a hash
 
 
 class RunFolder:
