@@ -33,8 +33,8 @@ run: .venv/training.stamp demo/bundle/ensemble.json demo/archive/manifest.csv
 	  print("\nThe rows with the highest probability of osteoporosis, of", len(rows), "in demo/results:\n"); \
 	  print(rows[["row", "path", "label", "prediction", "p_osteoporosis", "triage"]].head(10).to_string(index=False))'
 
-# two workers; tests that share a server, a cluster or a module's fixtures stay in one
-IN_TWO := -n 2 --dist loadgroup
+# two workers; which tests stay together is in tests/conftest.py
+IN_TWO := -n 2 --dist loadscope --no-loadscope-reorder
 
 # make test-all: with the tests marked slow
 test: .venv/dev.stamp

@@ -28,13 +28,14 @@ from tests.helpers.processes import Command, Start, run_here, run_module, starti
 from tests.helpers.runs import SHARDED_PART_ROWS, SHARDED_ROWS, csv, list_images, local_rows, table
 from tests.helpers.servers import CREDENTIALS, Proxy
 
-# groups that take long begin first, so that no worker ends with one of them alone
-LONGEST = {
+# what shares a server or a cluster runs in one worker; those that take longest begin first
+TOGETHER = {
     "tests/training/test_training.py": 5,
-    "nodes": 4,
-    "moto": 3,
+    "tests/engine/ray/": 4,
+    "tests/system/test_object_store_runs.py tests/engine/storage/test_folders.py": 3,
     "tests/system/test_interruptions.py": 2,
     "tests/system/test_run.py": 1,
+    "tests/engine/executors/": 0,
 }
 
 
@@ -179,21 +180,26 @@ def local(images: Path, names: list[str], bundle: Path, tmp_path_factory: pytest
     return local_rows(folder / "results")
 
 
-def group_of(item: pytest.Item) -> str:
-    """What runs in one worker of pytest-xdist: tests that share a server, a cluster, a browser, a module."""
-    for fixture in ("nodes", "moto", "real_bundle", "whole"):
-        if fixture in getattr(item, "fixturenames", ()):
-            return fixture
-    return "browser" if item.get_closest_marker("browser") else item.nodeid.split("::")[0]
+def group_of(nodeid: str) -> str:
+    """What goes to one worker of pytest-xdist: a module, or modules that share what takes long to make."""
+    module = nodeid.partition("::")[0]
+    return next((group for group in TOGETHER if any(map(module.startswith, group.split()))), module)
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    item.add_marker(pytest.mark.xdist_group(group_of(item)))  # here, before pytest-xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`gpu` and `browser` tests skip where there is none; with REQUIRE_GPU=1, REQUIRE_BROWSER=1 they fail."""
-    items.sort(key=lambda item: LONGEST.get(group_of(item), 0), reverse=True)
+    items.sort(key=lambda item: TOGETHER.get(group_of(item.nodeid), 0), reverse=True)
     there = {
         "gpu": Path("/dev/nvidiactl").exists(),
         "browser": bool(shutil.which("chromium") and shutil.which("chromedriver")),
