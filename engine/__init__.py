@@ -30,7 +30,12 @@ __all__ = [
     "read_results",
     "screen",
 ]
-_ELSEWHERE = {"screen": "engine.api", "open_results": "engine.results", "read_results": "engine.results"}
+_ELSEWHERE = {
+    "ErrorRateError": "engine.runs.summary",
+    "open_results": "engine.results",
+    "read_results": "engine.results",
+    "screen": "engine.api",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ def launched_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the stand-in is for machines without a GPU")
 
-    class Launched(gpu.Fusion):
+    class Launched(gpu.FusedSoftmax):
         def enqueue(self, logits: torch.Tensor, packed: torch.Tensor) -> None:
             run, cuda = super().enqueue, _get_current_dispatch_mode()
             assert isinstance(cuda, StandIn)

@@ -22,7 +22,7 @@ def tiny_network(classes: int = 3, seed: int = 0, *, padding: int = 1, normaliza
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    return Network(base, models.head(16, classes), normalization).eval()
+    return Network(base, models.make_head(16, classes), normalization).eval()
 
 
 def random_pixels(count: int, size: tuple[int, int] = (16, 12), seed: int = 0) -> np.ndarray:

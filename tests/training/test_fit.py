@@ -133,7 +133,7 @@ def test_the_best_epoch_is_what_remains(tmp_path):
 
 def test_folding_is_exact():
     found, _, parts = blobs()
-    head, raw = models.head(16, 3).eval(), torch.from_numpy(found[0])
+    head, raw = models.make_head(16, 3).eval(), torch.from_numpy(found[0])
     mean, scale = heads.feature_statistics(raw[parts.train])
     with torch.inference_mode():
         expected = head((raw - mean) / scale)

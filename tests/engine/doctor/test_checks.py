@@ -40,7 +40,7 @@ from tests.helpers.profiles import profile_of
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured in this process need not be right."""
-    monkeypatch.setattr(manifest_checks, "MEASURE_S", 0.1)
+    monkeypatch.setattr(forecast, "MEASURE_S", 0.1)
 
 
 def lines_of(report: Diagnosis) -> dict[str, str]:
@@ -190,7 +190,7 @@ def test_no_path_is_shown_with_redact(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("ENGINE_SALT", "a salt of sixteen bytes and more")
-    monkeypatch.setattr(checks, "hush_libraries", lambda: None)  # for good, and of this process
+    monkeypatch.setattr(doctor, "hush_libraries", lambda: None)  # for good, and of this process
     secret = tmp_path / "DOE^JANE"
     manifest.parent.rename(secret)
     for place, status, command in (
@@ -305,7 +305,7 @@ def test_a_gpu_that_can_not_be_used(tmp_path: Path, bundle: Path, monkeypatch: p
 def test_wrong_usage(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(checks, "hush_libraries", lambda: None)
+    monkeypatch.setattr(doctor, "hush_libraries", lambda: None)
     monkeypatch.chdir(tmp_path)
     for arguments, words in (
         (["--batch-size", "0"], "whole number"),

@@ -151,7 +151,7 @@ def test_other_weights_in_the_head_give_other_maps() -> None:
     before = explained(ensemble_of(network, weights=(1.0,)), pixels, references)
     again = explained(ensemble_of(network, weights=(1.0,)), pixels, references)
     torch.manual_seed(99)
-    network.head = models.head(16, 3).eval()
+    network.head = models.make_head(16, 3).eval()
     after = explained(ensemble_of(decided(network), weights=(1.0,)), pixels, references)
     for one, two, other in zip(before, again, after, strict=True):
         np.testing.assert_array_equal(one.maps, two.maps)

@@ -126,12 +126,12 @@ def test_tuning_visits_one_candidate_after_the_other(tmp_path, bundle, monkeypat
     choice = RunnerChoice(runner="torch", device="cuda:0", precision="fp32", reason="stand-in", gpu=gpu)
     monkeypatch.setattr(search, "select_for_settings", lambda settings, models: choice)
     settings = Settings(manifest=archive, bundle=bundle, slots=1)
-    assert search.Knobs(cuda_graph=False) in search.candidates(choice, settings)
+    assert search.TunedOptions(cuda_graph=False) in search.candidates(choice, settings)
     manifest = open_manifest(archive, listing=tmp_path / "listing.parquet").only(())
     (tmp_path / "parts").mkdir()
     said = []
     with StandIn(3) as cuda:
-        monkeypatch.setattr(search, "Stages", stages_on(cuda))
+        monkeypatch.setattr(tune_trials, "Stages", stages_on(cuda))
         with tune_trials.Trials(
             settings,
             bundles.load_bundle(bundle),
@@ -142,7 +142,7 @@ def test_tuning_visits_one_candidate_after_the_other(tmp_path, bundle, monkeypat
             stop=Event(),
         ) as trials:
             for size in (4, 2):
-                assert trials.visit(search.Knobs(batch_size=size), 0) > 0
+                assert trials.visit(search.TunedOptions(batch_size=size), 0) > 0
     assert said[0].startswith("batch 4: ")
     assert trials.by_status.keys() == {"ok"}
     assert trials.by_status["ok"] >= 3 * (4 + 2)

@@ -30,7 +30,7 @@ def hurt() -> None:
     from engine.scoring.cpu import CpuScorer
     from engine.storage import local
 
-    read, enqueue, run, choose = local.read, OnnxRunner.enqueue, CpuScorer._run, actor.choose
+    read, enqueue, run, choose = local.read, OnnxRunner.enqueue, CpuScorer._run, actor.select_runner
     wrong = slow = False
 
     def deadly(place, admit):
@@ -60,7 +60,7 @@ def hurt() -> None:
         slow = happens("other")
         return replace(found, precision="slow") if slow else found
 
-    local.read, OnnxRunner.enqueue, CpuScorer._run, actor.choose = deadly, noisy, hanging, other
+    local.read, OnnxRunner.enqueue, CpuScorer._run, actor.select_runner = deadly, noisy, hanging, other
 
 
 if "HURT" in os.environ and any(argument.endswith("default_worker.py") for argument in sys.orig_argv):
