@@ -4,7 +4,7 @@
 FAULTS = """
 import os, signal, sys
 if "engine.preprocess.decoder" in sys.orig_argv:
-    from engine.preprocess import codecs
+    from engine.preprocess.codecs import decode as codecs
     decode = codecs.decode
     def faulty(image, header, **least):
         if b"CRASH" in image:

@@ -22,7 +22,7 @@ from engine.core.overlap import Meter
 from engine.core.records import Batch, Scorer
 from engine.core.settings import Settings
 from engine.doctor import __main__ as doctor
-from engine.doctor import checks, forecast, manifest_checks
+from engine.doctor import forecast, manifest_checks
 from engine.doctor.checks import diagnose
 from engine.doctor.diagnosis import Diagnosis
 from engine.doctor.show import show_diagnosis
@@ -175,11 +175,11 @@ def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp
         ({"device": "cuda:99"}, "GPU", "--device cpu"),
     ):
         report = asked(replace(good, **changes))
-        found = [problem for problem in report.problems if problem.grave and re.search(words, problem.text)]
+        found = [problem for problem in report.problems if problem.blocking and re.search(words, problem.text)]
         assert found, (words, report.problems)
-        assert command in found[0].mend
+        assert command in found[0].fix
         assert report.exit_status == 2
-        assert f"problem: {found[0].text}\n    {found[0].mend}\n" in shown(report)
+        assert f"problem: {found[0].text}\n    {found[0].fix}\n" in shown(report)
 
 
 def test_no_path_is_shown_with_redact(
@@ -262,11 +262,11 @@ def test_packages_are_held_against_the_metadata(
     report = asked(Settings(device="cpu", manifest=Path(), bundle=bundle), manifest=False)
     told = {problem.text: problem for problem in report.problems}
     here = extras.package_version("numpy")
-    assert told[f"packages: numpy {here} is none of >=99"].mend == "pip install -c constraints.txt ."
+    assert told[f"packages: numpy {here} is none of >=99"].fix == "pip install -c constraints.txt ."
     clash = f"old-friend 2.0 asks for rich<2, here is {extras.package_version('rich')}"
-    assert told[clash].grave
+    assert told[clash].blocking
     (gpu,) = (problem for text, problem in told.items() if text.startswith("extra gpu: pyarrow"))
-    assert not gpu.grave  # there is no GPU
+    assert not gpu.blocking  # there is no GPU
     assert lines_of(report)["extras"] == "complete: none; not complete: dicom, gpu"
     assert report.exit_status == 2
     assert any(text.startswith("imagecodecs can't be imported: ") for text in told)
@@ -294,7 +294,7 @@ def test_a_gpu_that_can_not_be_used(tmp_path: Path, bundle: Path, monkeypatch: p
         "cuda:0 NVIDIA H100 80GB HBM3, compute capability 9.0, 81559 MiB, driver 570.86"
     )
     assert lines_of(report)["runs on"].startswith("ONNX Runtime on the CPU: the GPU can't be used")
-    told = " ".join(problem.text for problem in report.problems if problem.grave)
+    told = " ".join(problem.text for problem in report.problems if problem.blocking)
     assert "driver is 570.86, needed is r580 or newer" in told
     assert "the run would be on the CPU" in told
     assert re.search(r"extra gpu: .*tensorrt-cu13 is missing", told)

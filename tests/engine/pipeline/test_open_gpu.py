@@ -42,9 +42,9 @@ pytestmark = pytest.mark.usefixtures("launched_fusion")
 def stages_on(cuda: StandIn, kind: type[Member] = Member, *, graphs: bool = True) -> type[Stages]:
     class StandInStages(Stages):
         def open(self, stack: ExitStack) -> None:
-            opening = self.opening
-            batch_size = opening.batch_size
-            models = opening.models
+            context = self.context
+            batch_size = context.batch_size
+            models = context.bundle
             members = [kind(OnnxRunner(member, models), cuda) for member in models.members]
             self.step = GpuScorer(
                 models, members, batch_size=batch_size, device="cpu", graphs=graphs, cuda=cuda
@@ -73,7 +73,7 @@ def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
     settings = {"manifest": archive, "bundle": bundle, "batch_size": 8, "part_rows": 16}
     screen_in_process(Settings(output=tmp_path / "cpu", **settings))
     with StandIn(5) as cuda:
-        summary = screen_in_process(Settings(output=tmp_path / "gpu", **settings), stages_of=stages_on(cuda))
+        summary = screen_in_process(Settings(output=tmp_path / "gpu", **settings), stages_type=stages_on(cuda))
     assert (summary.rows, summary.errors) == (47, 2)
     expected, found = read_frame(tmp_path / "cpu"), read_frame(tmp_path / "gpu")
     exact = ["row", "path", "status", "error", "width", "height", "prediction"]
@@ -106,12 +106,12 @@ def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
         class Tuned(stages_on(cuda)):
             def open(self, stack: ExitStack) -> None:
                 super().open(stack)
-                choice = replace(self.opening.choice, device="cuda:0")
-                opening = replace(self.opening, choice=choice)
-                self.preprocess, tuning = open_gpu._open_preprocess(stack, opening, Tuning())
+                choice = replace(self.context.choice, device="cuda:0")
+                context = replace(self.context, choice=choice)
+                self.preprocess, tuning = open_gpu._open_preprocess(stack, context, Tuning())
                 self.settled = replace(self.settled, tuning=tuning)
 
-        screen_in_process(Settings(output=tmp_path / "gpu", **settings), stages_of=Tuned)
+        screen_in_process(Settings(output=tmp_path / "gpu", **settings), stages_type=Tuned)
     tuned = json.loads((tmp_path / "gpu" / "_run.json").read_text())["tuning"]
     assert tuned["decoding"]["cpu_share"] == 1
     assert "decoding_tried" not in tuned
@@ -183,9 +183,9 @@ def test_memory_that_others_take_while_it_runs_is_one_line(tmp_path, bundle):
         class Crowded(stages):
             def open(self, stack: ExitStack) -> None:
                 super().open(stack)
-                self.opening = replace(self.opening, choice=replace(self.opening.choice, gpu=gpu))
+                self.context = replace(self.context, choice=replace(self.context.choice, gpu=gpu))
                 crowded.add("member1")
 
         settings = Settings(manifest=archive, bundle=bundle, output=tmp_path / "out", batch_size=8)
         with pytest.raises(EngineError, match="NVIDIA H100 ran out of memory; free some, and the same"):
-            screen_in_process(settings, stages_of=Crowded)
+            screen_in_process(settings, stages_type=Crowded)

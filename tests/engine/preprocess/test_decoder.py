@@ -100,7 +100,7 @@ def test_signals_for_the_engine_do_not_end_the_decoder(preprocess: Preprocess, t
     assert preprocess.decoder.crashes == 0
 
 
-@pytest.mark.parametrize("limit", ["RETIRE_BYTES", "RETIRE_FAILURES"])
+@pytest.mark.parametrize("limit", ["RECYCLE_BYTES", "RECYCLE_FAILURES"])
 def test_a_decoder_that_may_leak_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:

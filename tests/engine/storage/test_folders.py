@@ -25,13 +25,13 @@ from tests.helpers.servers import Proxy
 
 def test_locks_on_a_disk(tmp_path: Path) -> None:
     first, second = (NumberedLocks(tmp_path / "locks") for _ in range(2))
-    assert first.take(3)
-    assert not second.take(3)
-    assert second.take(4)
-    assert second.is_taken(3)
-    assert not second.is_taken(4)
+    assert first.acquire(3)
+    assert not second.acquire(3)
+    assert second.acquire(4)
+    assert second.is_locked(3)
+    assert not second.is_locked(4)
     first.close()
-    assert second.take(3)
+    assert second.acquire(3)
     second.close()
 
     shards = [LocalFolder(tmp_path / "out") for _ in range(2)]
@@ -39,9 +39,9 @@ def test_locks_on_a_disk(tmp_path: Path) -> None:
         folder.lock(shared=True)
     with pytest.raises(BlockingIOError):
         lock_file(tmp_path / "out" / ".lock")
-    shards[0].unlock(leave_no_trace=True)
+    shards[0].unlock(remove_created=True)
     assert (tmp_path / "out" / ".lock").exists(), "the other is still there"
-    shards[1].unlock(leave_no_trace=True)
+    shards[1].unlock(remove_created=True)
     assert not (tmp_path / "out" / ".lock").exists()
 
 
@@ -55,7 +55,7 @@ def test_a_turn_in_an_object_store_is_one_ones_at_a_time(proxy: Any, client: Any
         folder = ObjectFolder(Url("s3", "archive", "/turns"))
         folder.lock(shared=True)
         for _ in range(3):
-            while not folder.take_turn():
+            while not folder.acquire_run_lock():
                 time.sleep(0.002)
             with guard:
                 inside, entered = inside + 1, entered + 1
@@ -63,8 +63,8 @@ def test_a_turn_in_an_object_store_is_one_ones_at_a_time(proxy: Any, client: Any
             time.sleep(0.005)
             with guard:
                 inside -= 1
-            folder.give_turn()
-        folder.unlock(leave_no_trace=False)
+            folder.release_run_lock()
+        folder.unlock(remove_created=False)
 
     with ThreadPoolExecutor(5) as threads:
         list(threads.map(come_and_go, range(5)))
@@ -83,19 +83,19 @@ def test_who_is_drawing_a_ticket_is_waited_for(
     def interrupted() -> dict[str, int]:
         found = tickets()
         if not meanwhile:
-            meanwhile.append(two.take_turn())
+            meanwhile.append(two.acquire_run_lock())
         return found
 
     monkeypatch.setattr(one, "_tickets", interrupted)
-    got = [one.take_turn(), two.take_turn()]
+    got = [one.acquire_run_lock(), two.acquire_run_lock()]
     assert meanwhile == [False]
     assert sorted(got) == [False, True]
     winner, loser = (one, two) if got[0] else (two, one)
-    winner.give_turn()
-    assert loser.take_turn()
-    assert not winner.take_turn()
+    winner.release_run_lock()
+    assert loser.acquire_run_lock()
+    assert not winner.acquire_run_lock()
     for folder in (one, two):
-        folder.unlock(leave_no_trace=False)
+        folder.unlock(remove_created=False)
 
 
 def test_who_shares_an_object_store_keeps_out_who_does_not(
@@ -112,7 +112,7 @@ def test_who_shares_an_object_store_keeps_out_who_does_not(
     assert not one.is_claimed(7)
     one.release(7)
     assert two.claim(7)
-    one.unlock(leave_no_trace=False)
+    one.unlock(remove_created=False)
     monkeypatch.setattr("engine.storage.object_folder.LEASE_S", -1.0)  # as if `two` had been silent for long
     alone.lock()
     assert not alone.is_claimed(7)
@@ -120,7 +120,7 @@ def test_who_shares_an_object_store_keeps_out_who_does_not(
     with pytest.raises(BlockingIOError):
         one.lock(shared=True)
     for folder in (alone, two):
-        folder.unlock(leave_no_trace=False)
+        folder.unlock(remove_created=False)
     assert keys(client, "shared/") == []
 
 
@@ -136,11 +136,11 @@ def test_what_the_dead_have_left_in_an_object_store_is_swept(
     living.lock(shared=True)
     assert not living.is_claimed(1)
     assert living.claim(2)
-    living.sweep()
+    living.delete_leftovers()
     mine, claim = sorted(keys(client, "swept/"))
     assert (mine[:6], claim) == (".lock-", ".part-00002.lock")
     for folder in (living, dead):
-        folder.unlock(leave_no_trace=False)
+        folder.unlock(remove_created=False)
     assert keys(client, "swept/") == []
 
 
@@ -155,8 +155,8 @@ def test_who_was_killed_on_another_machine_is_found_out(
     )
     dead.lock(shared=True)
     assert dead.claim(1)
-    assert dead._sign
-    dead._sign.cease()
+    assert dead._lease
+    dead._lease.stop_renewing()
     monkeypatch.setattr("engine.storage.object_folder._boot_id", lambda: "another")
     for module in ("store", "run_folder"):
         monkeypatch.setattr(f"engine.{module}.STALE_S", 2.5)
@@ -165,12 +165,12 @@ def test_who_was_killed_on_another_machine_is_found_out(
         assert living.claimed({1, 2}) == set()
         assert living.files.claim(1)
         monkeypatch.setattr("engine.storage.object_folder.LEASE_S", 90.0)
-        again = alone._refuse_company  # as if the other came between the first look and the second
-        monkeypatch.setattr(alone, "_refuse_company", lambda *_, **but_for: but_for and again(*_, **but_for))
+        again = alone._refuse_other_holders  # as if the other came between the first look and the second
+        monkeypatch.setattr(alone, "_refuse_other_holders", lambda *_, **but_for: but_for and again(*_, **but_for))
         with pytest.raises(BlockingIOError):
             alone.lock()
         assert ".lock" not in keys(client, "elsewhere/")
-    dead.unlock(leave_no_trace=False)
+    dead.unlock(remove_created=False)
 
 
 @pytest.mark.parametrize("size", [1000, 12_000_000])
@@ -201,6 +201,6 @@ def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
         other.lock()
     monkeypatch.setattr("engine.storage.object_folder.LEASE_S", -1.0)
     other.lock()
-    other.unlock(leave_no_trace=True)
-    folder.unlock(leave_no_trace=True)
+    other.unlock(remove_created=True)
+    folder.unlock(remove_created=True)
     assert keys(client, "locked/") == []
