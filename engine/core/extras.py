@@ -90,7 +90,7 @@ def _requirements() -> Iterator[tuple[str, Requirement]]:
 
 def _checkout_requirements() -> Iterator[tuple[str, Requirement]]:
     try:
-        text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+        text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     except OSError:
         return
     project = tomllib.loads(text)["project"]

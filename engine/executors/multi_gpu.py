@@ -116,7 +116,7 @@ class GpuProcess:
 
     @classmethod
     def start(cls, command: list[str], device: str, shard: Shard) -> GpuProcess:
-        path = filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")))
+        path = filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,  # whose end is that of this process

@@ -43,7 +43,8 @@ def run_here(
 
     Not for what ends by a signal or by `--finish-by`.
     """
-    main = import_module(module).main
+    imported = import_module(module)
+    main = (import_module(f"{module}.__main__") if hasattr(imported, "__path__") else imported).main
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     last_resort = logging.lastResort
     out, err = io.StringIO(), io.StringIO()

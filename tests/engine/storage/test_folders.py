@@ -158,8 +158,8 @@ def test_who_was_killed_on_another_machine_is_found_out(
     assert dead._lease
     dead._lease.stop_renewing()
     monkeypatch.setattr("engine.storage.object_folder._boot_id", lambda: "another")
-    for module in ("store", "run_folder"):
-        monkeypatch.setattr(f"engine.{module}.STALE_S", 2.5)
+    for module in ("storage.object_folder", "runs.run_folder"):
+        monkeypatch.setattr(f"engine.{module}.LEASE_S", 2.5)
     with living:
         assert not living.files.claim(1)
         assert living.claimed({1, 2}) == set()
