@@ -17,7 +17,7 @@ MAX_MANIFEST = 16 << 30  # bytes
 
 def read(url: Url, admit: Callable[[int], None]) -> bytes:
     place = http if url.scheme in HTTP_SCHEMES else objects
-    return with_retries(lambda: b"".join(place.pieces(url, admit)))
+    return with_retries(lambda: b"".join(place.read_chunks(url, admit)))
 
 
 def open_random(text: str) -> tuple[Callable[[int, int], bytes], int, None, Callable[[], None]]:
@@ -70,7 +70,7 @@ def fetch_manifest(url: Url, folder: Path) -> Path:
 
     def copy() -> None:
         with target.open("wb") as opened:
-            for piece in place.pieces(url, admit):
+            for piece in place.read_chunks(url, admit):
                 opened.write(piece)
 
     try:

@@ -24,6 +24,7 @@ from build_engines.options import BuildOptions, parse_capabilities
 from build_engines.progress import NoProgress
 from engine.bundle import bundle as bundles
 from engine.bundle import plans
+from engine.bundle.plans import Layer
 from engine.core import hardware
 from engine.core.errors import EngineError, ParityError, UsageError
 from engine.core.hardware import Gpu
@@ -90,7 +91,7 @@ def test_each_member_has_a_plan_with_a_passport_that_is_true(built):
         assert passport.options["workspace"] == 1 << 30
         weighted = [one for one in passport.layers if one.type in ("CONVOLUTION", "MATRIX_MULTIPLY")]
         assert len(weighted) == {"resnet50": 53, "inception_v3": 94}[member.name] + 2
-        assert {one["input"] for one in weighted} == {"HALF"}
+        assert {one.input for one in weighted} == {"HALF"}
 
 
 def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
@@ -137,7 +138,7 @@ def test_the_doctor_says_which_plans_fit(built, monkeypatch):
     def told() -> tuple[dict[str, str], list[str]]:
         report = diagnose(settings, manifest=False, say=lambda _: None)
         lines = {label: text for _, lines in report.sections for label, text in lines}
-        return lines, [problem.mend for problem in report.problems if TARGET in problem.text]
+        return lines, [problem.fix for problem in report.problems if TARGET in problem.text]
 
     lines, commands = told()
     assert lines[f"plans/{TARGET}"].endswith("for compute capability 8.6, 8.9, no GPU here")
@@ -400,18 +401,16 @@ def test_the_gate_counts_clear_calls_only_and_refuses_what_is_no_number():
 
 
 def test_a_convolution_in_another_precision_is_refused():
-    wide = [{"name": "stem", "type": "CONVOLUTION", "input": "FLOAT"}]
+    wide = [Layer(name="stem", type="CONVOLUTION", input="FLOAT")]
     with pytest.raises(EngineError, match="stem would run in another precision"):
         compiler._refuse_float32(wide, "HALF")
     for kind, tensors in [("CaskConvolution", "Row major linear FP32"), ("gemm", "Float")]:
         with pytest.raises(EngineError, match="stem"):
-            compiler._refuse_float32_kernels(
-                [{"name": "stem", "type": kind, "input": tensors, "weights": "Float"}]
-            )
+            compiler._refuse_float32_kernels([Layer(name="stem", type=kind, input=tensors, weights="Float")])
     fine = [
-        {"name": "stem", "type": "CaskConvolution", "input": "Channel major FP16 format"},
-        {"name": "cast", "type": "Reformat", "input": "Row major linear FP32"},
-        {"name": "both", "type": "CaskConvolution", "input": "Row major linear FP32", "weights": "Half"},
+        Layer(name="stem", type="CaskConvolution", input="Channel major FP16 format"),
+        Layer(name="cast", type="Reformat", input="Row major linear FP32"),
+        Layer(name="both", type="CaskConvolution", input="Row major linear FP32", weights="Half"),
     ]
     compiler._refuse_float32_kernels(fine)
 

@@ -22,7 +22,7 @@ from engine.core.overlap import Meter
 from engine.core.records import Batch, Scorer
 from engine.core.settings import Settings
 from engine.doctor import __main__ as doctor
-from engine.doctor import forecast, manifest_checks
+from engine.doctor import forecast
 from engine.doctor.checks import diagnose
 from engine.doctor.diagnosis import Diagnosis
 from engine.doctor.show import show_diagnosis
@@ -175,7 +175,9 @@ def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp
         ({"device": "cuda:99"}, "GPU", "--device cpu"),
     ):
         report = asked(replace(good, **changes))
-        found = [problem for problem in report.problems if problem.blocking and re.search(words, problem.text)]
+        found = [
+            problem for problem in report.problems if problem.blocking and re.search(words, problem.text)
+        ]
         assert found, (words, report.problems)
         assert command in found[0].fix
         assert report.exit_status == 2

@@ -328,7 +328,7 @@ def test_what_can_not_be_explained_is_said_in_a_line(
     (run / "_run.json").write_text('{"run_id": 3, "result_options": {"bundle_sha256": []}}')
     assert "results" in refused("-b", bundle)
     monkeypatch.setattr(explain, "find_spec", lambda name: None if name == "captum" else object())
-    said = refused()
+    said = refused("-b", bundle)
     assert "explanations need captum; install with: pip install -c constraints.txt '.[explain]'" in said
 
 

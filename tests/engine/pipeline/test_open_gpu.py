@@ -73,7 +73,9 @@ def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
     settings = {"manifest": archive, "bundle": bundle, "batch_size": 8, "part_rows": 16}
     screen_in_process(Settings(output=tmp_path / "cpu", **settings))
     with StandIn(5) as cuda:
-        summary = screen_in_process(Settings(output=tmp_path / "gpu", **settings), stages_type=stages_on(cuda))
+        summary = screen_in_process(
+            Settings(output=tmp_path / "gpu", **settings), stages_type=stages_on(cuda)
+        )
     assert (summary.rows, summary.errors) == (47, 2)
     expected, found = read_frame(tmp_path / "cpu"), read_frame(tmp_path / "gpu")
     exact = ["row", "path", "status", "error", "width", "height", "prediction"]

@@ -328,7 +328,9 @@ def test_only_errors_writes_it_anew_and_overwrite_takes_it_along(
     (archive / "late.png").write_bytes((archive / image_names(1)[0]).read_bytes())
     engine.screen(results, only_errors=True)
     assert "failed 0" in page_of(results).section("Rows")
-    assert [one.written for one in engine.results.open_results_folder(results, unfinished=False).done] == wrote
+    assert [
+        one.written for one in engine.results.open_results_folder(results, unfinished=False).done
+    ] == wrote
     stop = threading.Event()
     with pytest.raises(engine.Stopped):
         engine.screen(

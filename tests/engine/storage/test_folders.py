@@ -166,7 +166,9 @@ def test_who_was_killed_on_another_machine_is_found_out(
         assert living.files.claim(1)
         monkeypatch.setattr("engine.storage.object_folder.LEASE_S", 90.0)
         again = alone._refuse_other_holders  # as if the other came between the first look and the second
-        monkeypatch.setattr(alone, "_refuse_other_holders", lambda *_, **but_for: but_for and again(*_, **but_for))
+        monkeypatch.setattr(
+            alone, "_refuse_other_holders", lambda *_, **but_for: but_for and again(*_, **but_for)
+        )
         with pytest.raises(BlockingIOError):
             alone.lock()
         assert ".lock" not in keys(client, "elsewhere/")
