@@ -55,7 +55,10 @@ def verdict_text(facts: dict[str, Any]) -> list[str]:
     """Two or three sentences: how it fared, whether averaging helped, what spoils the figures."""
     test = facts["voters"]["ensemble"]["test"]
     accuracy, f1 = test["accuracy"], test["macro_f1"]
-    first = f"On {format_count(test['images'])} test images the ensemble is right for {format_percent(accuracy['value'])}"
+    first = (
+        f"On {format_count(test['images'])} test images the ensemble is right for "
+        f"{format_percent(accuracy['value'])}"
+    )
     if accuracy["low"] is not None:
         first += f" (95 % interval {format_percent(accuracy['low'])} to {format_percent(accuracy['high'])})"
     first += f"; its macro-F1 is {format_number(f1['value'])}{_interval_text(f1)}."
@@ -90,7 +93,8 @@ def list_caveats(facts: dict[str, Any]) -> list[str]:
         found.append("the bases are random, so the figures say nothing about radiographs")
     if data["across"]["groups"]:
         found.append(
-            f"the split leaks ({format_count(data['across']['images'])} images have a copy, or the same patient, on "
+            f"the split leaks ({format_count(data['across']['images'])} images have a copy, or the "
+            "same patient, on "
             "another side), so these figures are too good"
         )
     if data["shortcuts"]["suspicious"]:
@@ -142,9 +146,13 @@ def _copies_finding(data: dict[str, Any]) -> str:
         return f"No image has a copy among the images used. {treatment}"
     identical = "none of them are identical files"
     if exact["groups"]:
-        identical = f"{format_count(exact['images'])} of them are identical files ({count_noun(exact['groups'], 'group')})"
+        identical = (
+            f"{format_count(exact['images'])} of them are identical files "
+            f"({count_noun(exact['groups'], 'group')})"
+        )
     return (
-        f"{format_count(near['images'])} images are in {count_noun(near['groups'], 'group')} of copies, identical or "
+        f"{format_count(near['images'])} images are in {count_noun(near['groups'], 'group')} of "
+        "copies, identical or "
         f"changed a little; {identical}. {treatment}"
     )
 
@@ -154,8 +162,10 @@ def _conflicts_finding(data: dict[str, Any]) -> str:
     if not exact["groups"] and not near["groups"]:
         return "No two copies of an image have different labels."
     return (
-        f"{count_noun(exact['groups'], 'group')} of identical files ({format_count(exact['images'])} images) with "
-        f"several labels; {format_count(near['groups'])} if near copies count. No voter can be right on all of them."
+        f"{count_noun(exact['groups'], 'group')} of identical files ({format_count(exact['images'])} "
+        "images) with "
+        f"several labels; {format_count(near['groups'])} if near copies count. No voter can be right "
+        "on all of them."
     )
 
 
@@ -171,7 +181,8 @@ def _split_finding(data: dict[str, Any]) -> str:
         return f"{origin} No group of copies or images of one patient is on more than one side. {patients}"
     return (
         f"{origin} It leaks: copies, or images of one patient, are on more than one side "
-        f"({count_noun(across['groups'], 'group')}, {format_count(across['images'])} images), so the figures are too "
+        f"({count_noun(across['groups'], 'group')}, {format_count(across['images'])} images), so the "
+        "figures are too "
         f"good. {patients}"
     )
 

@@ -228,11 +228,11 @@ def _parse(path: Path, raw: bytes) -> Bundle:
 def update_bundle(
     bundle: Bundle, points: OperatingPoints, distances: Mapping[str, bytes] | None = None
 ) -> Bundle:
-    """Put operating points, and their temperature, into ensemble.json, atomically; return the bundle of then.
+    """Write operating points and their temperature into ensemble.json, atomically; return the new bundle.
 
-    `distances` are what `engine.calibrate.out_of_distribution.distance_subgraph` gives, by member; without, the members have none any more.
-    A bundle that was trained before there were groups gets them. Raises UsageError, and nothing is written,
-    when the file is not the one that was loaded.
+    `distances` holds the bytes of `distance_subgraph` by member; without it, the members lose theirs. A bundle
+    that was trained before there were groups gets them. Raises UsageError, and writes nothing, when the file is
+    not the one that was loaded.
     """
     file = bundle.path / DESCRIPTION_FILE
     raw = file.read_bytes()

@@ -38,7 +38,8 @@ def format_points(points: OperatingPoints) -> Iterator[str]:
     )
     temperature = points.temperature
     yield (
-        f"temperature {temperature.value:.3g}{_format_interval(temperature.interval)}, negative log-likelihood "
+        f"temperature {temperature.value:.3g}{_format_interval(temperature.interval)}, negative "
+        "log-likelihood "
         f"{temperature.nll.before:.4f} without, {temperature.nll.after:.4f} with it"
     )
     low, high = points.rule_out, points.refer
@@ -180,7 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         bundle.update_bundle(found.bundle, found.points, found.distances)
         say(
-            f"written to {models.path / bundle.DESCRIPTION_FILE}; runs that were begun before can't go on with it"
+            f"written to {models.path / bundle.DESCRIPTION_FILE}; runs that were begun before can't "
+            "go on with it"
         )
         if profile.profiles_folder(models.path).is_dir():
             say(f"for its tuning: python -m engine.tune {models.path} --sample MANIFEST")

@@ -151,7 +151,8 @@ def _parse_labels(table: pa.Table, column: str | None, models: Bundle, say: OnMe
         texts = [_class_folder_of(path or "", names) for path in table.column(PATH_COLUMN).to_pylist()]
         if not any(texts):
             raise UsageError(
-                f"no column {LABEL_COLUMN!r}, and no folder is named like {' or '.join(models.classes)}: give a CSV "
+                f"no column {LABEL_COLUMN!r}, and no folder is named like "
+                f"{' or '.join(models.classes)}: give a CSV "
                 "with path and label, or --label-column"
             )
         say("labels: by the names of the folders")

@@ -35,7 +35,10 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Of features [F]: d(x)^2 = sum of inverse_variances * (components . (x - mean))^2, plus rest * what remains."""
+    """A normal distribution of features [F].
+
+    d(x)^2 = sum of inverse_variances * (components . (x - mean))^2, plus rest * the squared remainder.
+    """
 
     mean: Floats  # [F]
     components: Floats  # [F, K], orthonormal

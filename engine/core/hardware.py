@@ -36,7 +36,8 @@ def require_gpu(index: int = 0, *, without: str = _CPU_HINT) -> Gpu:
     except (RuntimeError, AssertionError) as error:  # no driver, one that is too old, no device
         reason = " ".join(str(error).split(". ")[0].split())[:200]
         raise UsageError(
-            f"no GPU: {reason} (driver: {driver_version() or 'none'}, needed: r{MIN_DRIVER} or newer); {without}"
+            f"no GPU: {reason} (driver: {driver_version() or 'none'}, needed: r{MIN_DRIVER} or "
+            f"newer); {without}"
         ) from None
     count = cuda.device_count()
     if index >= count:

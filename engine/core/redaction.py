@@ -43,7 +43,8 @@ def read_salt(file: Path | None) -> bytes:
         salt, source = os.environ.get(_SALT_VARIABLE, "").strip().encode(), _SALT_VARIABLE
         if not salt:
             raise UsageError(
-                f"--redact needs a salt: --salt-file FILE, or {_SALT_VARIABLE} in the environment; keep it, since "
+                f"--redact needs a salt: --salt-file FILE, or {_SALT_VARIABLE} in the environment; "
+                "keep it, since "
                 "only with it are two runs' names the same"
             )
     else:

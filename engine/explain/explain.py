@@ -1,7 +1,7 @@
-"""`python -m engine.explain RESULTS --top 50`: pictures of what moved the scores of some rows of a run.
+"""Draw which image regions moved the scores of some rows of a run.
 
-What the maps are, and why these: engine/explain/integrated_gradients.py. The rows' images are read, decoded and resized again as
-in the run; a row whose probabilities come out otherwise than they are in the results is not explained.
+`integrated_gradients.py` describes the maps. The images of the rows are read, decoded and resized again as in
+the run; a row whose probabilities differ from those in the results is not explained.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def explain(
 ) -> ExplainResult:
     """Write PNGs and `index.json` for rows of the finished run in the folder `settings.manifest`.
 
-    They go to its folder `explanations`, or to `output`, and replace those of an earlier call. Of `settings`
-    only bundle, device ("cpu", "cuda:N"), workers, and what a redacted run needs matter. `say` gets a line
-    for each row that can't be explained, `on_progress` the rows done and those there are. Raises UsageError for
-    results, rows, class, bundle or output that won't do; EngineError when storage fails, or when no row could
-    be explained: then nothing is written.
+    The files go to its folder `explanations`, or to `output`, and replace those of an earlier call. Of `settings`
+    only bundle, device ("cpu", "cuda:N"), workers and the options of a redacted run are used. `say` gets a line
+    for each row that cannot be explained, `on_progress` the rows done and their total. Raises UsageError for
+    wrong results, rows, class, bundle or output; EngineError when storage fails or no row could be explained:
+    then nothing is written.
     """
     open_explainer = _explainer_factory(settings)
     run = ExplainedRun.of(settings, asked.of_class)

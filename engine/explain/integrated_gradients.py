@@ -152,7 +152,7 @@ class Explainer:
         return gradients
 
     def _fuse(self, pooled: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """As `engine.scoring.ensemble.combine_logits`, so that it can be differentiated: [M, n, C] and [n, C]."""
+        """Combine logits as `combine_logits` does, but differentiably: [M, n, C] and [n, C]."""
         bundle = self._bundle
         members = torch.stack(
             [

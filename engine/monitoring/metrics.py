@@ -52,7 +52,7 @@ def _format_time(seconds: float) -> str:
 
 
 class JsonProgress:
-    """The progress of a run on the log, an object every few seconds; see `engine.monitoring.progress_bar.ProgressBar`."""
+    """Write the progress of a run to the log, a JSON object every few seconds."""
 
     def __init__(self, log: RedactingLog) -> None:
         self._log, self._shown = log, -math.inf

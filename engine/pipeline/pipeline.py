@@ -24,9 +24,9 @@ def screen_in_process(
 ) -> Summary:
     """Screen a manifest as `settings` say; the same settings go on where an earlier run stopped.
 
-    `on_progress` is called after each batch, `say` with lines for people. At `deadline` the run ends within seconds
-    with `Stopped`; without one it is that of `settings`.
-    `stages_type` replaces the stages, for benchmarks and for calibration.
+    `on_progress` is called after each batch, `say` with lines for people. At `deadline`, by default that of
+    `settings`, the run ends within seconds with `Stopped`. `stages_type` replaces the stages, for benchmarks and
+    for calibration.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     with prepare_run(settings, say) as job, (stages_type or Stages)(StageContext.of(job)) as stages:

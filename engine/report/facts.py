@@ -200,7 +200,8 @@ def _disagreement(totals: ReportTotals) -> dict[str, Any] | None:
     shown = padded.reshape(bars_shown, joined).sum(axis=1)
     top = bars_shown * joined * step
     titles = [
-        f"{place * joined * step:.3f} to {(place + 1) * joined * step:.3f} bits: {count_noun(int(found), 'row')}"
+        f"{place * joined * step:.3f} to {(place + 1) * joined * step:.3f} bits: "
+        f"{count_noun(int(found), 'row')}"
         for place, found in enumerate(shown)
     ]
     ticks = {0.0: "0", 0.5: f"{top / 2:.2g}", 1.0: f"{top:.2g} bits"}
@@ -335,9 +336,15 @@ def throughput(began: datetime, done: Iterable[PartInfo]) -> dict[str, Any] | No
     rows = np.cumsum([found for _, found in written])
     rate = _format_rate(rows[-1] / clock[-1])
     pauses = int(stopped.sum())
-    text = f"{count_noun(int(rows[-1]), 'row')} in {format_duration(clock[-1])}, start-up included: {rate} a second"
+    text = (
+        f"{count_noun(int(rows[-1]), 'row')} in {format_duration(clock[-1])}, start-up included: {rate} a "
+        "second"
+    )
     if pauses:
-        text += f"; {count_noun(pauses, 'pause')} of {format_duration(float(gaps[stopped].sum()))} in all left out"
+        text += (
+            f"; {count_noun(pauses, 'pause')} of {format_duration(float(gaps[stopped].sum()))} in all "
+            "left out"
+        )
     if len(written) < CHART_PARTS:
         return {"text": f"{text}.", "chart": None}
     edges = np.linspace(0, clock[-1], min(60, len(written)) + 1)

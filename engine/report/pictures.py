@@ -110,7 +110,8 @@ def read_explanations(results: ResultsFolder, *, say: OnMessage) -> tuple[str, l
                 if left < 0:
                     rest = len(index.rows) - place
                     say(
-                        f"the first {place} explanations are on the page, {rest} more in {EXPLANATIONS_FOLDER}/"
+                        f"the first {place} explanations are on the page, {rest} more in "
+                        f"{EXPLANATIONS_FOLDER}/"
                     )
                     return index.method, found
                 voters[voter] = _read_overlay(data)

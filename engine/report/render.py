@@ -103,6 +103,7 @@ def _read_success(results: ResultsFolder) -> Success | None:
         return None
     except ValueError as error:
         raise UsageError(
-            f"results {results.place}: {SUCCESS_FILE} can't be read: {error}; delete it and give the run's own "
+            f"results {results.place}: {SUCCESS_FILE} can't be read: {error}; delete it and give the "
+            "run's own "
             "command again"
         ) from None

@@ -129,7 +129,8 @@ def write_changed(manifest: Manifest, earlier: PreviousRun, options: ScoreOption
         _column_type(columns, SIZE_COLUMN)
     ):
         raise UsageError(
-            f"manifest {manifest.source}: --since needs columns {SIZE_COLUMN} and {MODIFIED_COLUMN}; make the list with "
+            f"manifest {manifest.source}: --since needs columns {SIZE_COLUMN} and {MODIFIED_COLUMN}; "
+            "make the list with "
             "python -m engine.manifest"
         )
     known, rows = earlier.keys(options), 0

@@ -150,7 +150,8 @@ def prepare_run(
         folder.acquire_run_lock(say)
         recorded = None if settings.overwrite else folder.recorded()
         if recorded:
-            folder.release_run_lock()  # else when the run is begun: the others take its listing and tuning from it
+            # for a new run `begin` releases it: other shards use the listing and the tuning of the first
+            folder.release_run_lock()
         earlier = PreviousRun(settings.since) if settings.since else None
         manifest = _open_frozen_manifest(settings, folder, earlier, bundle, choice, say)
         layout, advice, choice, run = describe(

@@ -84,11 +84,11 @@ def _largest_difference(canaries: Canaries, step: Scorer, batch_size: int) -> fl
 
 
 class CanaryMonitor:
-    """A step through which the canaries pass now and then, between the images and in their order.
+    """A scorer that inserts rounds of canaries between the batches of images.
 
-    `rounds` counts how often they have come through well, `on_round_passed` is called with it each time. What comes
-    out before a round ends was scored between two good ones. `stage` and `check` raise ParityError when a
-    round does not end well.
+    `rounds` counts the rounds that passed; `on_round_passed` is called with it each time. Every batch that comes
+    out before a round ends was scored between two rounds that passed. `stage` and `check` raise ParityError when
+    a round fails.
     """
 
     def __init__(self, step: Scorer, canaries: Canaries, batch_size: int) -> None:

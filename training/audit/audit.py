@@ -64,7 +64,8 @@ def check_given_split(given: Sequence[str | None] | None, found: ImageGroups, *,
         exact, _ = _count_spanning(found.exact, sides)
         near, _ = _count_spanning(found.near, sides)
         raise UsageError(
-            f"the given split leaks: {images} of {len(sides)} images are in {_count_groups(groups)} on more than "
+            f"the given split leaks: {images} of {len(sides)} images are in {_count_groups(groups)} "
+            "on more than "
             f"one side ({exact} with identical files, {near} with copies of any kind, {groups - near} by "
             "patient alone); mend it, or go on with --allow-leak"
         )
@@ -190,13 +191,15 @@ def describe_findings(findings: dict[str, Any]) -> list[str]:
     if findings["near"]["groups"]:
         identical = _count_groups(findings["exact"]["groups"])
         lines.append(
-            f"{findings['near']['images']} images are in {_count_groups(findings['near']['groups'])} of copies, "
+            f"{findings['near']['images']} images are in {_count_groups(findings['near']['groups'])} "
+            "of copies, "
             f"identical or changed; {identical} of identical files"
         )
     if findings["near_conflicts"]["groups"]:
         identical = _count_groups(findings["conflicts"]["groups"])
         lines.append(
-            f"warning: {_count_groups(findings['near_conflicts']['groups'])} of copies with contradicting labels; "
+            f"warning: {_count_groups(findings['near_conflicts']['groups'])} of copies with "
+            "contradicting labels; "
             f"{identical} of identical files"
         )
     if findings["dropped"]:
