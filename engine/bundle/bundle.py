@@ -230,9 +230,9 @@ def update_bundle(
 ) -> Bundle:
     """Write operating points and their temperature into ensemble.json, atomically; return the new bundle.
 
-    `distances` holds the bytes of `distance_subgraph` by member; without it, the members lose theirs. A bundle
-    that was trained before there were groups gets them. Raises UsageError, and writes nothing, when the file is
-    not the one that was loaded.
+    `distances` holds the bytes of `distance_subgraph` by member; without it, the members lose theirs. A
+    bundle that was trained before there were groups gets them. Raises UsageError, and writes nothing, when
+    the file is not the one that was loaded.
     """
     file = bundle.path / DESCRIPTION_FILE
     raw = file.read_bytes()

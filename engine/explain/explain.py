@@ -53,10 +53,10 @@ def explain(
 ) -> ExplainResult:
     """Write PNGs and `index.json` for rows of the finished run in the folder `settings.manifest`.
 
-    The files go to its folder `explanations`, or to `output`, and replace those of an earlier call. Of `settings`
-    only bundle, device ("cpu", "cuda:N"), workers and the options of a redacted run are used. `say` gets a line
-    for each row that cannot be explained, `on_progress` the rows done and their total. Raises UsageError for
-    wrong results, rows, class, bundle or output; EngineError when storage fails or no row could be explained:
+    The files go to its folder `explanations`, or to `output`, and replace those of an earlier call. Of
+    `settings` only bundle, device ("cpu", "cuda:N"), workers and the options of a redacted run are used.
+    `say` gets a line for each row that cannot be explained, `on_progress` the rows done and their total. Raises UsageError
+    for wrong results, rows, class, bundle or output; EngineError when storage fails or no row could be explained:
     then nothing is written.
     """
     open_explainer = _explainer_factory(settings)

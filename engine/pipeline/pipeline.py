@@ -25,8 +25,8 @@ def screen_in_process(
     """Screen a manifest as `settings` say; the same settings go on where an earlier run stopped.
 
     `on_progress` is called after each batch, `say` with lines for people. At `deadline`, by default that of
-    `settings`, the run ends within seconds with `Stopped`. `stages_type` replaces the stages, for benchmarks and
-    for calibration.
+    `settings`, the run ends within seconds with `Stopped`. `stages_type` replaces the stages, for benchmarks
+    and for calibration.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     with prepare_run(settings, say) as job, (stages_type or Stages)(StageContext.of(job)) as stages:

@@ -27,7 +27,8 @@ class Runner(Protocol):
     def enqueue(self, pixels: Any, logits: Any, stream: Any) -> npt.NDArray[np.float32] | None:
         """uint8 [N, 1, H, W] to float32 [N, C], into the buffer given.
 
-        Returns the distances [N] of the features to those of the calibration images, if the graph computes them.
+        Returns the distances [N] of the features to those of the calibration images, if the graph computes
+        them.
 
         On a GPU both are tensors there, and the work is done in the order of the CUDA stream. On the CPU both
         are NumPy arrays, `stream` is None, the work is done on return, and any thread may call.

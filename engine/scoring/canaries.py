@@ -86,9 +86,9 @@ def _largest_difference(canaries: Canaries, step: Scorer, batch_size: int) -> fl
 class CanaryMonitor:
     """A scorer that inserts rounds of canaries between the batches of images.
 
-    `rounds` counts the rounds that passed; `on_round_passed` is called with it each time. Every batch that comes
-    out before a round ends was scored between two rounds that passed. `stage` and `check` raise ParityError when
-    a round fails.
+    `rounds` counts the rounds that passed; `on_round_passed` is called with it each time. Every batch that
+    comes out before a round ends was scored between two rounds that passed. `stage` and `check` raise
+    ParityError when a round fails.
     """
 
     def __init__(self, step: Scorer, canaries: Canaries, batch_size: int) -> None:
