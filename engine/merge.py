@@ -165,7 +165,7 @@ def _merged_schema(found: Sequence[ResultsFolder]) -> pa.Schema:
 
 
 def _rank_runs(runs: dict[str, RunRecord]) -> dict[str, int]:
-    """The runs by id, the one that was begun last with the highest number."""
+    """Rank the runs by id; the run that began last gets the highest rank."""
     order = sorted(runs, key=lambda run_id: runs[run_id].began)
     return {run_id: age for age, run_id in enumerate(order)}
 
@@ -183,7 +183,7 @@ def _read_tables(source: ResultsFolder, wanted: Sequence[str] | None = None) -> 
 def _choose_rows(
     found: Sequence[ResultsFolder], ages: dict[str, int], scratch: Path
 ) -> npt.NDArray[np.bool_]:
-    """For every row of all folders, in order, whether it stays; on the disk."""
+    """Decide for every row of all folders, in order, whether it stays; the result is on the disk."""
     total = sum(one.rows for one in found)
     buckets = min(MAX_BUCKETS, 1 + total // BUCKET_ROWS)
     with ExitStack() as stack:
@@ -222,7 +222,7 @@ def _index_entries(source: ResultsFolder, table: pa.Table, ages: dict[str, int],
 
 
 def _image_key(root: str, path: str | None) -> bytes:
-    """Of an image's place; a row without path is like no other."""
+    """Return the key of an image's location; a row without path gets a unique key."""
     if not path:
         return os.urandom(16)
     place = path if is_url(path) else os.path.join(root, path)
@@ -248,7 +248,7 @@ def _copy_rows(
 
 
 def _cast_column(table: pa.Table, field: pa.Field[Any]) -> Any:
-    """The column of that name, cast; nulls where there is none."""
+    """Return the column of that name, cast; nulls where it is missing."""
     if field.name not in table.column_names:
         nulls: pa.Array[Any] = pa.nulls(table.num_rows, field.type)
         return nulls
@@ -263,7 +263,7 @@ def _cast_column(table: pa.Table, field: pa.Field[Any]) -> Any:
 
 
 def _rechunk(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `rows`, the last one shorter."""
+    """Yield the same rows in tables of `rows`, the last one shorter."""
     held: list[pa.Table] = []
     for table in tables:
         held.append(table)

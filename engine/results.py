@@ -38,7 +38,7 @@ PARTS_AHEAD = 4
 def read_results(
     path: str | os.PathLike[str], *, columns: Sequence[str] | None = None, unfinished: bool = False
 ) -> pd.DataFrame:
-    """The rows of a results folder, a local one or in an object store, in manifest order.
+    """Return the rows of a results folder, a local one or in an object store, in manifest order.
 
     `columns` names those that are wanted. `frame.attrs["provenance"]` is what `_run.json` says: run id,
     bundle, plans, weights, versions, machine, options (for merged results, `_merged.json`: each run's).
@@ -66,7 +66,8 @@ def read_results(
 
 
 def open_results(path: str | os.PathLike[str], *, unfinished: bool = False) -> ds.Dataset:
-    """The same rows as an Arrow dataset, of which nothing is read yet: to filter, or more than memory holds.
+    """Open the same rows as an Arrow dataset without reading them: to filter, or for more rows than fit in
+    memory.
 
     Its provenance is JSON in `dataset.schema.metadata[b"engine"]`. Raises as `read_results` does.
     """
@@ -116,7 +117,7 @@ class ResultsFolder:
 
     @property
     def runs(self) -> dict[str, RunRecord]:
-        """The runs that rows are from, by id."""
+        """Return the records of the runs that the rows come from, by id."""
         return self.run.runs if isinstance(self.run, MergedRecord) else {self.run.run_id: self.run}
 
     @property

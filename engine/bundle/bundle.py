@@ -164,7 +164,7 @@ class Bundle:
 
     @property
     def target(self) -> str:
-        """The class whose probability ranks rows."""
+        """Return the class whose probability ranks rows."""
         return self.operating_points.target if self.operating_points else self.classes[-1]
 
 

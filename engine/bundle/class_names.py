@@ -35,7 +35,7 @@ class ClassNames:
         return cls(classes, digits=set(VOCABULARY) <= {label_key(name) for name in classes})
 
     def find(self, name: str) -> int | None:
-        """The class's position, None for a name that stands for none."""
+        """Return the position of the class that a label names, None for an unknown label."""
         if name in self.classes:  # there may be another that differs in case alone
             return self.classes.index(name)
         position = self._known.get(label_key(name))
@@ -44,13 +44,13 @@ class ClassNames:
         return position
 
     def error_for(self, label: str) -> str:
-        """What is wrong with a label that stands for no class."""
+        """Describe the error in a label that names no class."""
         near = difflib.get_close_matches(label.casefold(), self.classes, 1)
         hint = f"; {near[0]}?" if near else ""
         return f"label {label[:80]!r} is none of {', '.join(self.classes)}{hint}"
 
     def aliases_used(self) -> list[str]:
-        """The aliases that were used, for people."""
+        """Return the aliases that were used, for people."""
         return [f"{name} as {self.classes[self._known[label_key(name)]]}" for name in sorted(self.aliases)]
 
 
@@ -59,7 +59,7 @@ def label_key(name: str) -> str:
 
 
 def class_groups(classes: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The groups of classes that these allow, by name."""
+    """Return the groups of classes that these allow, by name."""
     by_key = {label_key(name): name for name in classes}
     return {
         group: tuple(by_key[name] for name in names)

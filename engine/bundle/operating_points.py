@@ -170,7 +170,7 @@ class OperatingPoints(Record):
 
     @property
     def distances(self) -> Mapping[str, float]:
-        """By member: of its features, beyond which a row is abstained from; empty where none are known."""
+        """Return the distance limit of each member's features; empty where the bundle has none."""
         return self.abstain.distance.above if self.abstain.distance else {}
 
     def check_bundle(self, classes: Sequence[str], members: Sequence[str], temperature: float) -> None:

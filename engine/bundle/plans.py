@@ -63,7 +63,7 @@ class Parity(Record):
 
     @classmethod
     def pending(cls, limit: float, agreement_limit: float) -> Parity:
-        """Of a plan that has not been compared yet: never passed."""
+        """Return the parity of a plan that has not been compared yet; it has not passed."""
         return cls(
             executed=False,
             images=0,
@@ -142,7 +142,7 @@ class Passport(Record):
         batch_size: int | None = None,
         capability: str | None = None,
     ) -> str:
-        """What to do about a plan that does not fit a run of `precision` and `batch_size` on this GPU."""
+        """Return the command that rebuilds a plan for `precision` and `batch_size` on this GPU."""
         hopeless = self.backend == "tensorrt_rtx" and capability not in (None, *RTX_CAPABILITIES)
         target = "tensorrt" if hopeless else self.backend
         words = ["python -m build_engines", shlex.quote(str(bundle)), "--target", target]
@@ -185,7 +185,9 @@ class Passport(Record):
 
 
 def _accepts_version(built: str, here: str) -> bool:
-    """Whether a version-compatible plan that `built` made runs under `here`: the same or a later minor."""
+    """Return whether a version-compatible plan that `built` made runs under `here`: the same or a
+    later minor.
+    """
     old, new = ([int(part) for part in version.split(".")[:2]] for version in (built, here))
     return old[0] == new[0] and old[1] <= new[1]
 
@@ -202,11 +204,11 @@ class Plan:
     passport: Passport
 
     def with_facts(self, **changed: Any) -> Plan:
-        """The same plan; `changed` fields of its passport."""
+        """Return the same plan with `changed` fields in its passport."""
         return replace(self, passport=structs.replace(self.passport, **changed))
 
     def read(self) -> bytes:
-        """The plan, if its bytes are those the passport names. Raises UsageError."""
+        """Read the plan and check its hash against the passport. Raises UsageError."""
         try:
             data = self.path.read_bytes()
         except OSError as error:
@@ -220,7 +222,7 @@ class Plan:
         return data
 
     def usable(self, bundle: Path) -> bytes:
-        """As `read`; the error says how to build it again."""
+        """Read the plan as `read` does; an error names the command that rebuilds it."""
         try:
             return self.read()
         except UsageError as error:
@@ -233,7 +235,7 @@ def write_passport(folder: Path, passport: Passport) -> None:
 
 
 def load_plan(path: Path) -> Plan:
-    """A passport and where its plan is. Raises UsageError, one line, for one that makes no sense."""
+    """Read a passport and locate its plan. Raises UsageError for an invalid passport."""
     try:
         passport = from_json(path.read_bytes(), Passport)
     except OSError as error:
@@ -244,7 +246,7 @@ def load_plan(path: Path) -> Plan:
 
 
 def list_targets(bundle: Bundle) -> Iterator[tuple[str, list[Path]]]:
-    """The targets of a bundle that have a passport for every member, newest first."""
+    """List the targets of a bundle that have a passport for every member, newest first."""
     folder = bundle.path / PLANS_FOLDER
     if not folder.is_dir():
         return
@@ -256,7 +258,7 @@ def list_targets(bundle: Bundle) -> Iterator[tuple[str, list[Path]]]:
 
 
 def load_int8_graphs(bundle: Bundle) -> tuple[Plan, ...]:
-    """The INT8 graph of each member, for the CPU. Raises UsageError with the command that builds them."""
+    """Return the INT8 graph of each member. Raises UsageError with the command that builds them."""
     build = f"python -m build_engines {shlex.quote(str(bundle.path))} --target onnx --precision int8"
     folder = bundle.path / PLANS_FOLDER / INT8_TARGET
     paths = [folder / f"{member.name}.json" for member in bundle.members]

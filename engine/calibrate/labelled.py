@@ -71,7 +71,7 @@ def _is_results_folder(place: Location) -> bool:
 def _read_labelled_scores(
     results: ResultsFolder, models: Bundle, columns: LabelColumns, say: OnMessage
 ) -> tuple[LabelledScores, Labels, LabelledData]:
-    """What was scored and has a label, the numbers of these rows, and `data` of the operating points."""
+    """Return the scored rows that have a label, their numbers, and `data` of the operating points."""
     if not results.parts:
         raise UsageError(f"results {results.place}: they have no rows")
     before = models.operating_points
@@ -123,13 +123,13 @@ def _read_labelled_scores(
 
 
 def _hash_before_calibration(run: RunRecord) -> str:
-    """The hash of a run's bundle before it was calibrated, which changes no member and no weight."""
+    """Return the hash of a run's bundle before it was calibrated, which changes no member and no weight."""
     points = run.operating_points
     return str(points["data"]["bundle_sha256"]) if points else run.result_options.bundle_sha256
 
 
 def _find_columns(there: list[str], prefix: str, columns: LabelColumns) -> tuple[str | None, str | None]:
-    """Of the label, and of what makes a group."""
+    """Find the columns of the label and of the group."""
     return (
         _find_column(there, prefix, columns.label, LABEL_COLUMN, "--label-column"),
         _find_column(there, prefix, columns.group, PATIENT_COLUMN, "--group-column"),
@@ -137,7 +137,7 @@ def _find_columns(there: list[str], prefix: str, columns: LabelColumns) -> tuple
 
 
 def _find_column(there: list[str], prefix: str, asked: str | None, usual: str, option: str) -> str | None:
-    """The column of that name, with the prefix that the run gave it or without."""
+    """Find the column of that name, with or without the run's column prefix."""
     found = next((name for name in (asked or usual, prefix + (asked or usual)) if name in there), None)
     if asked and not found:
         raise UsageError(f"{option} {asked}: no such column; there are {', '.join(there[:20])}")
@@ -172,13 +172,13 @@ def _parse_labels(table: pa.Table, column: str | None, models: Bundle, say: OnMe
 
 
 def _class_folder_of(path: str, names: ClassNames) -> str:
-    """The deepest folder with a class's name."""
+    """Return the deepest folder that has a class's name."""
     folders = PurePosixPath(path.replace("::", "/")).parts[:-1]
     return next((name for name in reversed(folders) if names.find(name) is not None), "")
 
 
 def _number_groups(column: pa.ChunkedArray[Any]) -> Labels:
-    """The same number for the same text; rows without are by themselves."""
+    """Number the rows by text: equal texts get the same number, rows without text one each."""
     cells = ["" if cell is None else str(cell).strip() for cell in column.to_pylist()]
     numbers: dict[str, int] = {}
     return np.array(

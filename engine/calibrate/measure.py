@@ -170,7 +170,8 @@ class _PixelCapture:
 def _measure_distances(
     models: Bundle, pixels: Pixels, groups: Labels, asked: CalibrationOptions
 ) -> tuple[DistanceLimits, dict[str, bytes]]:
-    """The limits that the share `asked.quantile` of images [N, 1, H, W] keeps, and each member's nodes.
+    """Return the limits that the share `asked.quantile` of images [N, 1, H, W] keeps, and each member's
+    nodes.
 
     An image is judged by what was fitted to the images of other folds, and by the member for which it is the
     oddest: the share holds for all members together.

@@ -46,7 +46,7 @@ class Gaussian:
     rest: float
 
     def distances(self, features: Floats) -> Floats:
-        """Of [N, F]."""
+        """Return the distances [N] of features [N, F]."""
         apart = features - self.mean
         along = apart @ self.components
         left = (apart**2).sum(axis=1) - (along**2).sum(axis=1)
@@ -68,7 +68,7 @@ def check_installed() -> None:
 
 
 def fit_gaussian(features: Floats) -> Gaussian:
-    """To features [N, F]. Raises UsageError where they are all the same."""
+    """Fit a distribution to features [N, F]. Raises UsageError where they are all equal."""
     from sklearn.covariance import ledoit_wolf_shrinkage
 
     count, width = features.shape
@@ -122,7 +122,7 @@ def extract_features(graph: bytes, pixels: npt.NDArray[np.uint8], *, threads: in
 
 
 def distance_subgraph(graph: bytes, gaussian: Gaussian) -> bytes:
-    """What gives a member's `graph`, put behind it, the output `distance`."""
+    """Return the bytes that, appended to a member's `graph`, add the output `distance`."""
     onnx = _import_onnx()
     node, constant = onnx.helper.make_node, onnx.numpy_helper.from_array
     constants = {
@@ -173,7 +173,7 @@ def _import_onnx() -> Any:
 
 
 def _find_pooled_features(graph: bytes) -> str:
-    """The tensor [N, F] that the head begins with. Raises UsageError for a graph that has none."""
+    """Find the tensor [N, F] that the head starts from. Raises UsageError where there is none."""
     model = _import_onnx().load_from_string(graph)
     opset = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0)
     if opset < _OPSET:

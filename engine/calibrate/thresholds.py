@@ -68,7 +68,8 @@ class LabelledScores:
 
 
 def fit_temperature(probabilities: Floats, labels: Labels) -> float:
-    """The temperature that gives `labels` [N] the highest likelihood under averaged `probabilities` [N, C].
+    """Return the temperature that gives `labels` [N] the highest likelihood under averaged `probabilities`
+    [N, C].
 
     One scalar on their logarithms (Guo et al. 2017, "On calibration of modern neural networks"), from LOWEST
     to HIGHEST. Images that are separated without error, or are too few, drive it to one of these ends.
@@ -177,7 +178,7 @@ def _zone_counts(zone: npt.NDArray[np.int8], positive: Bools) -> Zones:
 def _disagreement_limit(
     sample: LabelledScores, weights: Sequence[float], quantile: float
 ) -> DisagreementLimit:
-    """The quantile of the members' disagreement; with one member there is none."""
+    """Return the quantile of the members' disagreement, None for a single member."""
     apart = disagreement(sample.members, weights)
     above = float(np.quantile(apart, quantile)) if len(weights) > 1 else None
     return DisagreementLimit(quantile=quantile, above=above)
@@ -202,12 +203,12 @@ def check_counts(positive: Bools, groups: Labels, asked: CalibrationOptions) -> 
 
 
 def min_images(asked_for: float) -> int:
-    """How many images are needed: with fewer, not even all of them would show the share at LEVEL."""
+    """Return how many images are needed to show the share at LEVEL at all."""
     return math.ceil(math.log(1 - LEVEL) / math.log(asked_for))
 
 
 def _fit_bounded_temperature(mean: Floats, labels: Labels) -> tuple[float, bool]:
-    """As fitted; 1 where the likelihood has no maximum: all images told apart, or the limits reached."""
+    """Fit the temperature; return 1 where the likelihood has no maximum within the limits."""
     fitted = fit_temperature(mean, labels)
     erred = bool((mean.argmax(axis=1) != labels).any())
     settled = erred and MIN_TEMPERATURE * 1.01 < fitted < MAX_TEMPERATURE / 1.01
@@ -228,7 +229,7 @@ def fit_thresholds(scores: Floats, positive: Bools, asked: CalibrationOptions) -
 def _threshold_pairs(
     scores: Floats, positive: Bools, times: npt.NDArray[np.floating], asked: CalibrationOptions
 ) -> tuple[Floats, Floats, Bools]:
-    """The thresholds [b] of resamples that hold images `times` [b, N], some of them of each side."""
+    """Return the thresholds [b] of resamples that hold each image `times` [b, N]."""
     low = _weighted_quantile(scores[positive], times[:, positive], 1 - asked.sensitivity, beyond=True)
     high = _weighted_quantile(scores[~positive], times[:, ~positive], asked.specificity, beyond=False)
     crossed = low > high
@@ -239,7 +240,7 @@ def _threshold_pairs(
 def _weighted_quantile(
     scores: Floats, times: npt.NDArray[np.floating], part: float, *, beyond: bool
 ) -> Floats:
-    """The first score at which more than (`beyond`), or as much as, `part` of all is at or below it."""
+    """Return the first score with more than (`beyond`), or at least, `part` of all weight at or below it."""
     order = scores.argsort(kind="stable")
     counts = times[:, order].cumsum(axis=1)
     limit = counts[:, -1:] * part
@@ -260,7 +261,7 @@ def _threshold_intervals(
 
 
 def _temperature_interval(mean: Floats, sample: LabelledScores, seed: int) -> Ends:
-    """By the same bootstrap: the best temperature of a grid, and of the parabola through its neighbours."""
+    """Bootstrap the temperature: take the best of a grid and the parabola through its neighbours."""
     grid = np.linspace(math.log(MIN_TEMPERATURE), math.log(MAX_TEMPERATURE), _GRID)
     logs = _log_probabilities(mean)
     losses = np.stack(
@@ -280,7 +281,7 @@ def _temperature_interval(mean: Floats, sample: LabelledScores, seed: int) -> En
 def _cross_fit(
     sample: LabelledScores, weights: Sequence[float], target: int, asked: CalibrationOptions
 ) -> Mapping[str, Bools]:
-    """What temperatures and thresholds say [N] that were found without the image's own fold."""
+    """Apply to each image [N] the temperature and thresholds that were fitted without its fold."""
     positive = sample.labels == target
     called = {name: np.zeros(len(positive), np.bool_) for name in ("rule_out", "refer")}
     for held in split_folds(positive, sample.groups, asked.seed):
@@ -309,7 +310,7 @@ def split_folds(positive: Bools, groups: Labels, seed: int) -> Iterator[Bools]:
 
 
 def _rates(called: Bools, positive: Bools, groups: Labels) -> Rates:
-    """Of a test that calls some images [N] positive."""
+    """Compute the rates of a test that calls some images [N] positive."""
     right = called == positive
 
     def among(mask: Bools) -> Proportion:

@@ -41,7 +41,7 @@ class RedactingLog:
         return len(text)
 
     def event(self, event: str, **fields: Any) -> None:
-        """One JSON object; `fields` name no path."""
+        """Write one JSON object; `fields` contain no path."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._put(json.dumps({"time": time, "event": event, **fields}, allow_nan=False) + "\n")
         self.flush()
@@ -59,7 +59,7 @@ class RedactingLog:
 
 
 def named_locations(settings: Settings) -> list[tuple[str, str]]:
-    """What the user named, as it may turn up on the log."""
+    """Return every form in which the user's locations may appear in the log."""
     named = {
         "MANIFEST": settings.manifest,
         "ROOT": settings.root or settings.manifest.parent,

@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
             self.add("--help-all", action=_HelpAllAction, nargs=0, dest=nothing, default=nothing, help=text)
 
     def add(self, *names: str, help: str, more: bool = False, group: Any = None, **rest: Any) -> None:  # noqa: A002
-        """As `add_argument`, to one of the parser's groups where it is named."""
+        """Add an argument as `add_argument` does, to one of the parser's groups if it is named."""
         self.names += [name for name in names if name.startswith("--")]
         if not more:
             (group or self).add_argument(*names, help=help, **rest)

@@ -25,7 +25,7 @@ class Deadline:
 
     @property
     def left_s(self) -> float:
-        """Seconds until `moment`; infinite without one."""
+        """Return the seconds until `moment`; infinite without one."""
         return (self.moment - datetime.now(UTC)).total_seconds() if self.moment else float("inf")
 
     def reached(self) -> bool:
@@ -40,7 +40,7 @@ class Deadline:
 
     @property
     def grace_s(self) -> float:
-        """Seconds that a part in hand may still take; infinite as long as the run need not stop."""
+        """Return the seconds that the current part may still take; infinite unless the run has to stop."""
         if not self.reached():
             return float("inf")
         since = [time.monotonic() - self._asked] if self._asked is not None else []
@@ -48,7 +48,7 @@ class Deadline:
 
     @property
     def why(self) -> str:
-        """The beginning of what is said of the stop."""
+        """Return the beginning of the message about the stop."""
         if self.moment is None or (self._asked is not None and self.left_s > 0):
             return "stopped"
         return f"stopped for --finish-by {self.moment.astimezone():%H:%M}"

@@ -34,7 +34,7 @@ class Package:
 
 
 def list_packages() -> dict[str, list[Package]]:
-    """What the project requires, by extra, with what is installed."""
+    """List the required packages by extra, with the installed versions."""
     found = defaultdict[str, list[Package]](list)
     for extra, requirement in _requirements():
         version = package_version(requirement.name)
@@ -75,7 +75,7 @@ def find_conflicts() -> list[str]:
 
 
 def _requirements() -> Iterator[tuple[str, Requirement]]:
-    """Each requirement with its extra: of the distribution, or of pyproject.toml in a bare checkout."""
+    """Yield each requirement with its extra, from the distribution or from pyproject.toml."""
     try:
         lines = metadata.requires(PROJECT) or []
     except metadata.PackageNotFoundError:

@@ -53,7 +53,7 @@ def require_gpu(index: int = 0, *, without: str = _CPU_HINT) -> Gpu:
 
 
 def count_gpus() -> int:
-    """How many GPUs are visible. Raises UsageError for none."""
+    """Count the visible GPUs. Raises UsageError for none."""
     count = int(_import_torch(_CPU_HINT).cuda.device_count())
     if not count:
         require_gpu()  # says why
@@ -61,17 +61,17 @@ def count_gpus() -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether what failed is out of memory."""
+    """Return whether an error means that memory ran out."""
     return bool(_OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"))
 
 
 def has_gpu() -> bool:
-    """Whether there is a GPU at all: cheap, without importing anything."""
+    """Return whether the machine has an NVIDIA GPU, without importing anything."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
 
 
 def cuda_version() -> str | None:
-    """The CUDA release that PyTorch here is built for, None without PyTorch."""
+    """Return the CUDA release that PyTorch is built for, None without PyTorch."""
     try:
         import torch
     except ImportError:
@@ -80,7 +80,7 @@ def cuda_version() -> str | None:
 
 
 def driver_version() -> str | None:
-    """The version of NVIDIA's kernel driver, None without it."""
+    """Return the version of NVIDIA's kernel driver, None without it."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
@@ -110,7 +110,7 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can still be had, by the kernel and by the control group."""
+    """Return the bytes still available by the kernel and by the control group."""
     free = _read_meminfo("MemAvailable")
     with suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
@@ -134,7 +134,7 @@ class Gpu(Record):
 
 
 def has_vnni() -> bool:
-    """Whether products of 8-bit numbers can be summed here without overflow: on x86 only with VNNI."""
+    """Return whether products of 8-bit numbers can be summed here without overflow: on x86 only with VNNI."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     try:
@@ -145,7 +145,7 @@ def has_vnni() -> bool:
 
 
 def processor_name() -> str:
-    """The processor's marketing name where Linux tells it."""
+    """Return the processor's marketing name where Linux tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

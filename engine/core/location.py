@@ -37,7 +37,7 @@ class Url:
 
     @property
     def whole(self) -> str:
-        """With the query: for requests, never for a text that anybody reads."""
+        """Return the URL with its query, for requests only; never write it to a text."""
         return f"{self}{self.query}"
 
     @property
@@ -54,7 +54,7 @@ class Url:
         return Url(self.scheme, self.host, posixpath.dirname(self.path))
 
     def __truediv__(self, name: str) -> Url:
-        """What a relative path names below this place; "." and ".." mean what they mean in a folder.
+        """Resolve a relative path below this location; "." and ".." work as in a folder.
 
         Behind "::" is the name of an archive's member, which is taken as it stands.
         """
@@ -75,7 +75,7 @@ def is_url(text: str) -> bool:
 
 
 def parse(text: str) -> Location:
-    """A local path, or the URL that `text` is. Raises ValueError that says what is wrong, without `text`."""
+    """Parse a local path or a URL. Raises ValueError, whose text does not contain `text`."""
     found = _SCHEME.match(text)
     if not found:
         return Path(text)

@@ -60,7 +60,7 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """The long flag: the field's name without its unit."""
+        """Return the long flag: the field's name without its unit."""
         return "--" + self.name.removesuffix("_s").replace("_", "-")
 
     @property
@@ -163,7 +163,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _plain(kind: Any) -> Any:
-    """The class behind a type; str for a Literal, whose values are all texts."""
+    """Return the class behind a type; str for a Literal."""
     origin = typing.get_origin(kind)
     return str if origin is typing.Literal else origin or kind
 

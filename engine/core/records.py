@@ -128,7 +128,7 @@ class Part:
         return len(self.paths)
 
     def slice(self, start: int, stop: int) -> Part:
-        """Some of its rows, by position."""
+        """Return some of the part's rows, by position."""
         rows = slice(start, stop)
         return Part(self.index, self.row[rows], self.paths[rows], self.columns.slice(start, stop - start))
 

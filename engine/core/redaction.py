@@ -38,7 +38,7 @@ class Redaction:
 
 
 def read_salt(file: Path | None) -> bytes:
-    """The salt from `file`, else from ENGINE_SALT, without white space around it. Raises UsageError."""
+    """Read the salt from `file`, else from ENGINE_SALT, and strip white space. Raises UsageError."""
     if file is None:
         salt, source = os.environ.get(_SALT_VARIABLE, "").strip().encode(), _SALT_VARIABLE
         if not salt:
@@ -62,7 +62,7 @@ def read_salt(file: Path | None) -> bytes:
 
 
 def redact_line(text: str, known: Iterable[tuple[str, str]] = ()) -> str:
-    """A line of the log without paths: `known` ones by what stands for them, others as [path]."""
+    """Replace the paths in a line of the log: `known` ones by their names, others by [path]."""
     for path, word in sorted(known, key=lambda pair: -len(pair[0])):
         if len(path) > 2:  # "a" is a word
             text = re.sub(rf"(?<!\w){re.escape(path)}(?!\w)", word, text)

@@ -38,12 +38,12 @@ class Limits:
 
     @property
     def encoded_bytes(self) -> int:
-        """Bytes of files that are read ahead."""
+        """Return the bytes of files that are read ahead."""
         return self.memory // 4
 
     @property
     def decoding_bytes(self) -> int:
-        """Bytes that decoding may take for images that are decoded together; a single one may take more."""
+        """Return the bytes that images decoded together may take; a single image may take more."""
         return self.memory // 2
 
 
@@ -359,7 +359,7 @@ class Settings:
 
     @property
     def overlap(self) -> bool:
-        """Whether the stages work at the same time."""
+        """Return whether the stages work at the same time."""
         return not self.serial
 
 

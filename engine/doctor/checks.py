@@ -48,7 +48,8 @@ MODEL_MEMORY_FACTOR = 3  # times the size of their float32 graphs, while they ru
 def diagnose(
     settings: Settings, *, manifest: bool, say: OnMessage, stop: threading.Event | None = None
 ) -> Diagnosis:
-    """What a run by `settings` would do here; without `manifest`, what any run would. `say` gets progress.
+    """Check what a run with `settings` would do here; without `manifest`, what any run would do. `say`
+    gets progress.
 
     Raises UsageError for settings with `only_errors`.
     """
@@ -64,7 +65,7 @@ def diagnose(
 
 
 def _first_process_settings(settings: Settings) -> Settings:
-    """Of all that `--device cuda:all` starts, the first."""
+    """Return the settings of the first process that `--device cuda:all` starts."""
     if settings.device != ALL_GPUS:
         return settings
     first = replace(settings, device="cuda:0")
@@ -105,7 +106,7 @@ def _check_machine(report: Diagnosis) -> None:
 
 
 def _check_ray(report: Diagnosis) -> None:
-    """What --ray would start."""
+    """Describe what --ray would start."""
     from engine.ray import cluster
 
     try:
@@ -128,7 +129,7 @@ def _estimate_model_bytes(bundle: Path) -> int:
 
 
 def _query_gpus() -> list[str]:
-    """As NVIDIA's driver sees them."""
+    """List the GPUs that NVIDIA's driver reports."""
     if not hardware.has_gpu():
         return []
     query = ["nvidia-smi", "--query-gpu=index,name,compute_cap,memory.total,driver_version"]
@@ -148,7 +149,7 @@ def _query_gpus() -> list[str]:
 
 
 def _check_packages(report: Diagnosis) -> None:
-    """What has to fit for a run here is a problem when it does not; of the rest it is said."""
+    """Check the packages: report a misfit as a problem if the run needs it, else as a fact."""
     report.section("packages")
     by_extra = extras.list_packages()
     if not by_extra:
@@ -195,7 +196,7 @@ def _check_cuda(report: Diagnosis, every: Iterable[str]) -> None:
 
 
 def _check_bundle(report: Diagnosis) -> tuple[Bundle, RunnerChoice] | None:
-    """The bundle, what would run it, and which of its plans fit."""
+    """Check the bundle, select its runner and find the plans that fit."""
     settings = report.settings
     report.section("bundle")
     where = report.place(settings.bundle, "BUNDLE")

@@ -45,12 +45,12 @@ class Diagnosis:
         return redact_line(text, named_locations(self.settings)) if self.settings.redaction else text
 
     def place(self, place: object, word: str) -> str:
-        """For a command."""
+        """Quote a location for a command."""
         return word if self.settings.redaction else shlex.quote(str(place))
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people."""
+    """Format a number of bytes."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" or count >= 10 else f"{count:.1f} {unit}"

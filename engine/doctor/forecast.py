@@ -170,7 +170,7 @@ def results_bytes(manifest: Manifest, bundle: Bundle, *, parts: int) -> int:
 
 
 def _nearest_folder(path: Path) -> Path:
-    """The folder, or the nearest above that is there."""
+    """Return the folder, or the nearest existing one above it."""
     place = path.absolute()
     while not place.exists():
         place = place.parent

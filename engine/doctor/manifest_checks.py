@@ -88,7 +88,7 @@ def _open_manifest(
 
 
 def _fix_command(report: Diagnosis, error: str) -> str:
-    """The command for a manifest that can't be opened."""
+    """Return the command that fixes a manifest that cannot be opened."""
     where = report.place(report.settings.manifest, "MANIFEST")
     _, installs, command = error.partition("install it with: ")
     if installs:
@@ -141,7 +141,7 @@ def _first_paths(manifest: Manifest, count: int) -> Iterator[list[str | None]]:
 
 
 def _read_sample(settings: Settings, manifest: Manifest, stop: threading.Event) -> FileSample:
-    """A sample of the files by the run's reader. Raises UsageError and EngineError, as a run would."""
+    """Read a sample of the files with the run's reader. Raises UsageError and EngineError, as a run would."""
     paths = sample_paths(manifest)[:SAMPLE_ROWS]
     reader = Reader(
         manifest.root,

@@ -17,7 +17,7 @@ from engine.doctor.diagnosis import Diagnosis
 
 
 def show_diagnosis(report: Diagnosis, console: Console) -> None:
-    """A few short tables, and the problems with their commands unbroken, to be copied."""
+    """Print short tables, then the problems with their commands on one line each."""
     width = max((len(label) for _, lines in report.sections for label, _ in lines), default=0)
     narrow, say = console.width < 3 * width, partial(console.print, soft_wrap=True)
     for title, lines in report.sections:

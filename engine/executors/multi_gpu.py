@@ -160,7 +160,7 @@ class GpuProcess:
 
     @property
     def has_stopped(self) -> bool:
-        """As for `finish_by`."""
+        """Return whether the process stopped early, as at `finish_by`."""
         return self.process.poll() == Stopped.exit_status
 
     @property
@@ -243,7 +243,7 @@ class GpuProcesses:
             progress.meters[name] = Meter(name, busy_s=busy * progress.elapsed_s)
 
     def _indices(self, run: RunRecord) -> list[int]:
-        """Of the parts that are this machine's."""
+        """Return the indices of this machine's parts."""
         return sorted(index for shard in self._shards for index in run.part_indices(shard))
 
     def end(self) -> None:

@@ -55,9 +55,9 @@ def explain(
 
     The files go to its folder `explanations`, or to `output`, and replace those of an earlier call. Of
     `settings` only bundle, device ("cpu", "cuda:N"), workers and the options of a redacted run are used.
-    `say` gets a line for each row that cannot be explained, `on_progress` the rows done and their total. Raises UsageError
-    for wrong results, rows, class, bundle or output; EngineError when storage fails or no row could be explained:
-    then nothing is written.
+    `say` gets a line for each row that cannot be explained, `on_progress` the rows done and their total.
+    Raises UsageError for wrong results, rows, class, bundle or output; EngineError when storage fails or
+    no row could be explained: then nothing is written.
     """
     open_explainer = _explainer_factory(settings)
     run = ExplainedRun.of(settings, asked.of_class)
@@ -79,7 +79,7 @@ def explain(
 
 
 def _explainer_factory(settings: Settings) -> Callable[[Bundle], Explainer]:
-    """What opens the members. Raises UsageError for a package or device that is not here."""
+    """Return a function that opens the members. Raises UsageError for a missing package or device."""
     if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
         raise UsageError(
             f"explanations need {', '.join(missing)}; install with: {install_command('explain')}"

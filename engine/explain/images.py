@@ -75,7 +75,7 @@ class RereadImages:
                     yield numbers[batch.index[same]], batch.pixels[same], seen.only(same)
 
     def _same(self, batch: Batch, numbers: Rows, seen: FeatureMaps, say: OnMessage) -> npt.NDArray[np.bool_]:
-        """Which images of a batch have the size and the probabilities that the results give them."""
+        """Return which images of a batch have the size and the probabilities stored in the results."""
         stored = batch.part.columns.take(batch.start + batch.index)
         bundle = self._run.bundle
         shape = (len(bundle.members), len(bundle.classes), len(batch.index))
@@ -94,7 +94,7 @@ class RereadImages:
 def choose_references(
     run: ExplainedRun, images: RereadImages, rows: Sequence[int]
 ) -> tuple[FeatureMaps, ReferenceImages]:
-    """What is typical: rows of the run, else the bundle's canaries."""
+    """Choose typical images: rows of the run, else the bundle's canaries."""
     from engine.explain.integrated_gradients import FeatureMaps
 
     found = list(images.seen(rows, lambda _: None)) if rows else []

@@ -82,7 +82,7 @@ class FeatureMaps:
         return cls(tuple(map(torch.cat, maps)), tuple(map(torch.cat, pooled)))
 
     def only(self, which: npt.NDArray[np.bool_]) -> FeatureMaps:
-        """The images that `which` [n] marks."""
+        """Return the images that `which` [n] marks."""
         kept = torch.from_numpy(which)
         return FeatureMaps(tuple(one[kept] for one in self.maps), tuple(one[kept] for one in self.pooled))
 
@@ -101,7 +101,7 @@ class Explainer:
 
     @classmethod
     def of(cls, bundle: Bundle, device: str = "cpu") -> Explainer:
-        """From the bundle's weights."""
+        """Load the explainer from the bundle's weights."""
         return cls(bundle, [network.load_member(member, bundle) for member in bundle.members], device)
 
     @torch.no_grad()
@@ -113,12 +113,12 @@ class Explainer:
 
     @torch.no_grad()
     def probabilities(self, seen: FeatureMaps) -> tuple[Floats, Floats]:
-        """Of each member [M, n, C] and of the ensemble [n, C]."""
+        """Compute the probabilities of each member [M, n, C] and of the ensemble [n, C]."""
         members, ensemble = self._fuse(seen.pooled)
         return members.cpu().numpy(), ensemble.cpu().numpy()
 
     def set_references(self, references: FeatureMaps) -> None:
-        """What is typical: images that the others are compared with."""
+        """Set the typical images that the others are compared with."""
         self._references = references
 
     def explain(self, seen: FeatureMaps, index: int) -> list[Explanation]:
@@ -246,7 +246,8 @@ class PooledMember:
 
 
 def _interpolation_weights(centres: Tensor, side: int) -> Tensor:
-    """What each of `side` pixels gets of the cells around `centres` [h]: [side, h], 1 in all of each cell.
+    """Compute the weights [side, h] of the cells with `centres` [h] for each of `side` pixels; each cell
+    sums to 1.
 
     A Gaussian of half a cell: straight interpolation would draw a grid of ridges.
     """
@@ -258,7 +259,7 @@ def _interpolation_weights(centres: Tensor, side: int) -> Tensor:
 
 
 def _cell_centres(base: nn.Module, name: str, size: tuple[int, int], cells: tuple[int, int]) -> list[Tensor]:
-    """Where the cells of the feature maps that layer `name` gives look: [h] and [w], in pixels.
+    """Locate the centres of the cells of layer `name`'s feature maps: [h] and [w], in pixels.
 
     They do not divide the picture evenly: at 224 x 224 those of ResNet50 look at 0, 32 ... 192, half a cell
     up and left of that, and those of InceptionV3, which hardly pads, at 47, 70, 102, 133 and 161. Found by

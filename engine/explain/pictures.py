@@ -64,7 +64,7 @@ class PictureFolder:
         return len(self._found)
 
     def add(self, row: int, gray: Pixels, explanation: Explanation, about: ReferenceImages) -> None:
-        """A picture of each member's share and of all together, in colours of one scale."""
+        """Write a picture of each member's share and of their sum, in colours of one scale."""
         from engine.explain.drawing import Caption, draw_explanation
 
         if not self._found:
@@ -91,7 +91,7 @@ class PictureFolder:
         )
 
     def _texts(self, explanation: Explanation, about: ReferenceImages) -> dict[str, str]:
-        """What stands over the picture of each voter."""
+        """Return the captions above the pictures of the models."""
         change = 100 * (explanation.probability - explanation.typical)
         others = f"{len(about.rows)} rows of the run" if about.rows else "the bundle's canaries"
         typical = f"{format_percent(explanation.typical)}, the mean of {others}"

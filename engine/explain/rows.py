@@ -88,7 +88,7 @@ class ExplainedRun:
 
     @property
     def name(self) -> str:
-        """Of the class."""
+        """Return the name of the class."""
         return self.bundle.classes[self.index]
 
     @property
@@ -107,7 +107,7 @@ class ExplainedRun:
         return [f"{member.name}_p_{name}" for member in self.bundle.members for name in self.bundle.classes]
 
     def choose(self, asked: RowSelection, say: OnMessage) -> tuple[list[int], list[int]]:
-        """The rows to be explained, in the order asked for, and those that stand for what is typical."""
+        """Choose the rows to explain, in the order given, and the reference rows."""
         best, abstained, named = TopK(asked.top), list[int](), dict[int, str]()
         spread = EvenSample(sum(part.by_status.get("ok", 0) for part in self.parts.values()))
         probability = f"p_{self.name}"
@@ -151,7 +151,7 @@ class ExplainedRun:
             raise UsageError(f"results {self.folder.path}: no column {missing[0]!r}{hint}")
 
     def parts_of(self, rows: Iterable[int]) -> Iterator[Part]:
-        """Some rows, with their paths and the members' probabilities."""
+        """Read some rows with their paths and the members' probabilities."""
         wanted = {
             index: pc.is_in(pc.field("row"), pa.array(list(group), pa.int64()))
             for index, group in groupby(sorted(rows), lambda row: row // self.part_rows)

@@ -89,7 +89,7 @@ class DicomLayout(NamedTuple):
 
     @property
     def offsets(self) -> tuple[Any, Any] | None:
-        """The extended offset table and its lengths, where the file has them."""
+        """Return the extended offset table and its lengths, where the file has them."""
         found = self.dataset.get("ExtendedOffsetTable"), self.dataset.get("ExtendedOffsetTableLengths")
         return found if all(found) else None
 
@@ -99,7 +99,7 @@ def matches(data: bytes) -> bool:
 
 
 def begins_without_preamble(start: bytes) -> bool:
-    """Whether bytes begin with an element as a file without preamble does: of group 2 or 8, and short."""
+    """Return whether the bytes begin with a short element of group 2 or 8, as DICOM without preamble does."""
     order = {b"\x02\0": "<", b"\x08\0": "<", b"\0\x08": ">"}.get(start[:2])
     if order is None or len(start) < 8:
         return False
@@ -112,7 +112,7 @@ def begins_without_preamble(start: bytes) -> bool:
 
 
 def lacks_preamble(data: bytes) -> bool:
-    """Whether the bytes are DICOM without preamble: an element of group 2 or 8 first, an image behind it."""
+    """Return whether the bytes are DICOM without preamble: an element of group 2 or 8 first, pixels later."""
     if not begins_without_preamble(data):
         return False
     import_pydicom()
@@ -200,7 +200,7 @@ class _PixelElement(NamedTuple):
 
 
 def _read(data: bytes) -> tuple[Any, _PixelElement | None, DicomLayout]:
-    """The elements that matter, and where the pixel data begin, None where there are none."""
+    """Read the elements that are used and find where the pixel data begin, None without any."""
     from pydicom.datadict import tag_for_keyword
     from pydicom.filereader import read_dataset
 
@@ -252,7 +252,7 @@ def _at_pixels(tag: int, vr: str | None, length: int) -> bool:
 
 
 def _guess_syntax(data: bytes, start: int) -> str:
-    """The transfer syntax of a data set that names none, by its first element."""
+    """Guess the transfer syntax of a data set that names none, by its first element."""
     group, vr = data[start : start + 2], data[start + 4 : start + 6]
     if not vr.isalpha() or not vr.isupper():
         return _IMPLICIT
@@ -260,7 +260,7 @@ def _guess_syntax(data: bytes, start: int) -> str:
 
 
 def inflate_deflated(data: bytes, start: int, most: int) -> tuple[bytes, bool]:
-    """The deflated bytes from `start` on, at most `most` of them, and whether these are all."""
+    """Inflate at most `most` bytes from `start` on; return them and whether they are all."""
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         found = inflate.decompress(memoryview(data)[start:], most)
@@ -308,7 +308,7 @@ def _read_sample_layout(dataset: Any, photometric: str, layout: DicomLayout) -> 
 
 
 def _check_palette(dataset: Any, big_endian: bool) -> None:
-    """A palette in segments, PS3.3 C.7.9.2, may not grow beyond what a palette has, nor repeat itself."""
+    """Check that a segmented palette (PS3.3 C.7.9.2) does not grow beyond its descriptor or repeat itself."""
     refusal = unsupported(f"DICOM palette in segments that repeat, or of more than {MAX_PALETTE} entries")
     for colour in ("Red", "Green", "Blue"):
         stored = dataset.get(f"Segmented{colour}PaletteColorLookupTableData") or b""

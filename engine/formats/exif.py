@@ -8,7 +8,7 @@ _ORIENTATION = 0x0112
 
 
 def orientation(block: bytes) -> int:
-    """1 to 8; 1 where there is none or the block makes no sense. "Exif\\0\\0" before it is allowed."""
+    """Return the orientation, 1 to 8; 1 where the block is invalid. "Exif\\0\\0" may come before it."""
     block = block.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     if order is None:

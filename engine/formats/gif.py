@@ -74,7 +74,7 @@ def _palette_bytes(packed: int) -> int:
 
 
 def _blocks_end(data: bytes, position: int, blocks: int) -> tuple[int, int]:
-    """The byte after the data blocks that start at `position`, and the blocks seen so far."""
+    """Return the byte after the data blocks that start at `position`, and the blocks seen so far."""
     while blocks < MAX_BLOCKS:
         if position >= len(data):
             raise truncated(f"GIF ends at byte {len(data)} inside its blocks")

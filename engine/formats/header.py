@@ -39,7 +39,7 @@ _OTHER_SIGNATURES = ((b"%PDF", "a PDF file"), (b"PK\x03\x04", "a ZIP file"), (b"
 
 
 def parse_header(data: bytes, max_pixels: int) -> Header:
-    """The header of an encoded image, its format decided by content.
+    """Parse the header of an encoded image; its content decides the format.
 
     Raises HeaderError: TOO_LARGE (before any other verdict on an image whose size is known), UNSUPPORTED,
     TRUNCATED (the end is missing), CORRUPT or, for a DICOM file that is no radiograph, SKIPPED.
@@ -79,7 +79,7 @@ SIGNATURE_BYTES = 132  # bytes of a file that may_be_image wants
 
 
 def may_be_image(start: bytes) -> bool:
-    """Whether a file that begins so has one of the formats here, or may be DICOM without preamble."""
+    """Return whether a file that begins so may be an image in a supported format."""
     return any(module.matches(start) for module in _FORMATS.values()) or dicom.begins_without_preamble(start)
 
 

@@ -96,7 +96,7 @@ def _check_scans(data: bytes, marker: int, channels: int, start: int) -> None:
 
 
 def looks_damaged(data: bytes) -> bool:
-    """Whether the entropy-coded part of a JPEG that `parse` took looks damaged.
+    """Return whether the entropy-coded part of a JPEG that `parse` took looks damaged.
 
     For decoders that give no warnings. Looks for markers that don't belong there, restart markers out of turn
     or in a wrong number, and long runs of zeros. Sound files may look damaged, damaged ones sound.
@@ -135,7 +135,9 @@ def looks_damaged(data: bytes) -> bool:
 
 
 def _before_scan(data: bytes) -> tuple[int, int | None, int]:
-    """The restart interval, the restart markers that one scan over all has, and where its data start."""
+    """Return the restart interval, the expected number of restart markers, and where the scan's data
+    start.
+    """
     position, interval, units = 2, 0, 0
     while True:
         while data[position + 1] == 0xFF:

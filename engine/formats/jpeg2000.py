@@ -111,7 +111,7 @@ def _image_header(data: bytes, start: int, end: int, limit: SizeLimit) -> int:
 def _read_siz(
     data: bytes, start: int, end: int, colour: int, limit: SizeLimit
 ) -> tuple[_Size, Jpeg2000Layout]:
-    """The codestream's first segment, where the size is."""
+    """Read the codestream's SIZ segment, which holds the size."""
     if data[start : start + 4] != _START:
         if start + 4 > len(data):
             raise truncated(f"JPEG 2000 ends at byte {len(data)} without a codestream")

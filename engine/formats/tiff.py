@@ -64,7 +64,7 @@ class TiffLayout(NamedTuple):
 
     @property
     def stride(self) -> int:
-        """Bytes of a stored row of a piece."""
+        """Return the bytes of a stored row of a piece."""
         return (self.piece_width * (1 if self.planar else self.channels) * self.bits + 7) // 8
 
 
@@ -105,7 +105,7 @@ def parse(data: bytes, limit: SizeLimit) -> Header:
 
 
 def _directory(data: bytes, order: str, *, big: bool) -> tuple[Tags, bool]:
-    """The values of the tags that matter in the first directory, and whether another one follows."""
+    """Read the used tags of the first directory, and whether another directory follows."""
     (position,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
     if position >= len(data):
         raise truncated(f"TIFF ends at byte {len(data)}, its directory is at {position}")

@@ -19,7 +19,7 @@ from engine.storage.errors import ReadError
 
 
 def option_parser() -> Parser:
-    """Of `python -m engine.manifest`."""
+    """Build the parser of `python -m engine.manifest`."""
     parser = Parser(
         "python -m engine.manifest",
         "FOLDER [-o MANIFEST] [option ...]",

@@ -113,7 +113,7 @@ class FileLister:
         return _FILE if self.matches_globs(path) else "excluded"
 
     def _entry_of(self, folder: str, path: str) -> ListedFile | str:
-        """An entry, or why there is none."""
+        """Return the entry of a file, or the reason why it is left out."""
         # names that are not UTF-8 can't be stored; their row will say that no such file exists
         name, whole = path.encode("utf-8", "replace").decode(), os.path.join(folder, path)
         try:
@@ -140,7 +140,7 @@ class FileLister:
                 yield ListedFile(name.encode("utf-8", "replace").decode(), size, modified)
 
     def matches_globs(self, path: str) -> bool:
-        """Whether the globs let it through."""
+        """Return whether the globs include a file."""
         return (not self.include or self._included.match_file(path)) and not self._excluded.match_file(path)
 
     def __post_init__(self) -> None:
@@ -167,7 +167,7 @@ def _modified_time(info: os.stat_result) -> datetime:
 
 
 def _sort_key(entry: os.DirEntry[str]) -> str:
-    """Its name and, behind a NUL, which no name has and which sorts first, what it is."""
+    """Return name, NUL and kind as a sort key; no name contains NUL."""
     try:
         mark = _FOLDER if entry.is_dir(follow_symlinks=False) else _LINK if entry.is_symlink() else _FILE
     except OSError:
@@ -187,7 +187,7 @@ def write_list(entries: Iterable[ListedFile], listing: FileLister, target: Path)
 
 
 def read_skipped(listing: Path) -> dict[str, int]:
-    """What the list in this file left out, by reason."""
+    """Read from a list's metadata how many files it left out, by reason."""
     metadata = pq.read_metadata(listing).metadata or {}
     return dict(json.loads(metadata.get(_SKIPPED.encode(), b"{}")))
 

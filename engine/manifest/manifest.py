@@ -47,11 +47,11 @@ class Manifest:
 
     @property
     def schema(self) -> pa.Schema:
-        """Of `tables`: all columns."""
+        """Return the schema of `tables`, with all columns."""
         return self._rows.schema
 
     def tables(self) -> Iterator[pa.Table]:
-        """All rows in order, some at a time."""
+        """Yield all rows in order, a table at a time."""
         return self._rows.tables()
 
     def copy_to(self, target: Path) -> int:
@@ -170,7 +170,7 @@ def open_manifest(
 
 
 def _open_remote(url: Url, **options: Any) -> Manifest:
-    """A manifest that is fetched first; the copy goes when the manifest does."""
+    """Fetch and open a remote manifest; the copy is deleted with the manifest."""
     from engine.storage import remote
 
     scratch = _TemporaryFolder()
@@ -202,7 +202,7 @@ def _error_text(error: Exception) -> str:
 
 
 def needs_listing(source: Path) -> bool:
-    """Whether it is a folder or an archive. Raises OSError."""
+    """Return whether it is a folder or an archive. Raises OSError."""
     return source.is_dir() or is_archive(source)
 
 

@@ -75,7 +75,7 @@ class ParquetSource:
 
 
 def _without_string_views(kind: pa.DataType) -> pa.DataType:
-    """The same type with strings in place of string views, which much of Arrow can't work with."""
+    """Replace string views in a type by strings, since much of Arrow does not support views."""
     if pa.types.is_list(kind):
         return pa.list_(kind.value_field.with_type(_without_string_views(kind.value_type)))
     return pa.string() if pa.types.is_string_view(kind) else kind
@@ -127,7 +127,7 @@ class _CsvSource:
         self.sha256 = _sha256(source)
 
     def _check_quotes(self) -> None:
-        """A quote that is never closed would swallow all rows behind it."""
+        """Refuse a quote that is never closed; it would swallow all rows after it."""
         with self._source.open("rb") as opened:
             odd = sum(block.count(b'"') for block in iter(lambda: opened.read(READ_BLOCK), b"")) % 2
         if not odd:

@@ -27,7 +27,7 @@ MAX_FORECAST_S = 1e9  # a forecast beyond this is none
 
 
 def progress_snapshot(progress: Progress) -> dict[str, Any]:
-    """A run's progress as JSON has it; null where there is no forecast yet."""
+    """Return a run's progress as JSON values; null where there is no forecast yet."""
     left_s = progress.seconds_for(progress.rows_left)
     known = left_s < MAX_FORECAST_S
     deadline = progress.finish_by
@@ -120,7 +120,7 @@ class MetricsFile:
             temporary.write_bytes(text)
 
     def collect(self) -> Iterator[Metric]:
-        """What prometheus_client asks for."""
+        """Yield the metrics that prometheus_client asks for."""
         yield self._gauge("running", "1 while the run is at work.", int(self._exit_status is None))
         yield self._gauge("started_timestamp_seconds", "When it was started.", self._began)
         yield self._gauge("updated_timestamp_seconds", "When this was written.", time.time())

@@ -76,7 +76,7 @@ class ProgressBar:
 
 
 def _forecast(progress: Progress) -> str:
-    """Whether the run will be done by its deadline."""
+    """Describe whether the run will finish by its deadline."""
     moment = progress.finish_by
     if not moment:
         return ""

@@ -27,17 +27,17 @@ DecodesOnGpu = Callable[[bytes, Header], bool]
 class PixelStage(Protocol):
     @property
     def crashes(self) -> int:
-        """How often a decoder had to be started anew."""
+        """Return how often a decoder had to be started anew."""
         ...
 
     @property
     def refusals(self) -> int:
-        """How many images the GPU's decoder refused, so that the CPU had to look."""
+        """Return how many images the GPU's decoder refused and the CPU decoded."""
         ...
 
     @property
     def on_gpu(self) -> DecodesOnGpu | None:
-        """Which images are decoded on the GPU; None where none is."""
+        """Return the function that tells which images the GPU decodes, None if it decodes none."""
         ...
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]: ...

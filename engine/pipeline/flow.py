@@ -24,7 +24,7 @@ def chain_stages(
     *,
     overlap: bool,
 ) -> Iterator[Batch | PartInfo]:
-    """The stages in a row. Without `overlap` each waits for the next, and the results are the same.
+    """Chain the stages. Without `overlap` each waits for the next, and the results are the same.
 
     Reader and step work ahead in threads of their own; only preprocess needs one from here.
     """

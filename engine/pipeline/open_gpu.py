@@ -68,7 +68,7 @@ def _batch_too_large_error(context: StageContext) -> EngineError:
 
 
 def _open_scorer_in_memory(stack: ExitStack, context: StageContext) -> tuple[GpuScorer, Settled] | None:
-    """The step, or None when PyTorch or, in its own words, TensorRT is short of memory."""
+    """Open the scorer; return None when PyTorch or TensorRT runs out of memory."""
     try:
         return _open_scorer(stack, context)
     except (RuntimeError, EngineError) as error:
@@ -151,7 +151,10 @@ def _make_scorer(stack: ExitStack, context: StageContext, runners: Sequence[Runn
 
 
 def check_canaries(bundle: Bundle, step: GpuScorer) -> float:
-    """The largest difference in probability from the bundle's canaries. Raises ParityError: see `check`."""
+    """Return the largest difference in probability from the bundle's canaries.
+
+    Raises ParityError: see `check`.
+    """
     return verify_canaries(Canaries.of(bundle), step, step.batch_size)
 
 

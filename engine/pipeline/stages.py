@@ -109,6 +109,6 @@ class Stages:
 
 
 def make_meters(workers: int, *, gpu: bool = False) -> dict[str, Meter]:
-    """One meter a stage, with as many lanes as the stage has threads; a GPU counts as one."""
+    """Make one meter for each stage, with the number of its threads; a GPU counts as one."""
     lanes = {"read": min(READ_THREADS, workers), "preprocess": 1, "members": 1 if gpu else workers}
     return {name: Meter(name, lanes.get(name, 1)) for name in STAGES}

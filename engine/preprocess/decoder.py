@@ -159,7 +159,7 @@ class DecoderProcess:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """The process: serve until the engine closes its end, or is gone."""
+    """Serve requests until the engine closes its end of the socket or dies."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the engine says when to stop
         signal.signal(ignored, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -228,7 +228,7 @@ def _serve(
 
 
 def _decode_one(image: bytes, header: Header, least: tuple[int, int] | None) -> DecodedImage | str:
-    """The image, or one line that says why not."""
+    """Decode the image; return it, or one line that says why it failed."""
     from engine.preprocess.codecs.decode import decode
 
     try:

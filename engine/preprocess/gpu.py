@@ -37,7 +37,7 @@ class DecodeOptions(DecodeTuning):
     """Where images are decoded, and how."""
 
     def on_gpu(self, data: bytes, header: Header) -> bool:
-        """Whether DALI decodes the image: a function of its bytes alone."""
+        """Return whether DALI decodes the image: a function of its bytes alone."""
         if header.format == "dicom":
             return self.cpu_share < 1 and gpu_dicom.can_decode(header)
         if header.format != "jpeg" or header.layout.channels == 4:
@@ -181,7 +181,7 @@ class GpuPreprocess:
 
     @property
     def crashes(self) -> int:
-        """How often the decoder process had to be started anew."""
+        """Return how often the decoder process had to be started anew."""
         return self._cpu.crashes
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:

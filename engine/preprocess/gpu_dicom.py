@@ -27,7 +27,7 @@ FILES_AT_ONCE = 16  # files whose stored values are held together
 
 
 def can_decode(header: Header) -> bool:
-    """Whether a DICOM file is tried here: by its header alone."""
+    """Return whether a DICOM file is tried here, by its header alone."""
     layout: DicomLayout = header.layout
     return layout.channels == 1 and (layout.compression == "JPEG 2000" or layout.syntax in LOSSLESS_JPEG)
 
@@ -104,7 +104,9 @@ class DicomPipeline:
         return found
 
     def _shown(self, image: Any, header: Header) -> tuple[Any, list[str]] | None:
-        """The 8-bit image [H, W, 1] as it is seen, where it lies, and flags. None where it is another."""
+        """Return the displayed 8-bit image [H, W, 1] on its device and its flags, None where the CPU
+        has to decode it.
+        """
         inverted = header.photometric == "MONOCHROME1"
         if not self._on_gpu:
             samples = np.asarray(image)
@@ -137,7 +139,7 @@ class DicomPipeline:
 
 
 def _first_frame(data: bytes, header: Header) -> npt.NDArray[np.uint8]:
-    """The first frame, encoded. Raises where it is not there or of another size than the data set says."""
+    """Return the encoded first frame. Raises where it is missing or its size differs from the data set's."""
     from pydicom.encaps import get_frame
 
     layout: DicomLayout = header.layout

@@ -29,7 +29,7 @@ RateFunction = Callable[[DecodeOptions], float]  # images/s with these settings
 def tune_decoding(
     sample: Sequence[Batch], rate: RateFunction
 ) -> tuple[DecodeOptions, tuple[DecodeTrial, ...]]:
-    """The fastest settings for `sample`, and every setting that was tried, with its rate in images/s.
+    """Find the fastest settings for `sample`; return them and each tried setting with its images/s.
 
     One knob after the other, each from where the last one ended.
     """

@@ -53,7 +53,7 @@ def build(nodes: Callable[[], Any], *, batch_size: int, threads: int, device_id:
 
 
 def resize_nodes(gray: Any, height: int, width: int, device: Literal["cpu", "gpu"]) -> Any:
-    """The resize as nodes: from gray uint8 [h, w, 1] to uint8 [1, H, W] on `device`."""
+    """Build the resize as DALI nodes: gray uint8 [h, w, 1] to uint8 [1, H, W] on `device`."""
     from nvidia.dali import fn, types
 
     small = _resize(gray, height, width, types.UINT8)
@@ -103,7 +103,7 @@ class ResizePipeline:
         self._pipeline = build(self._nodes, batch_size=batch_size, threads=threads, device_id=None)
 
     def _nodes(self) -> Any:
-        """The images, and apart from them their outermost rows and columns, each from its region."""
+        """Build nodes for the images and, separately, for their outermost rows and columns."""
         from nvidia.dali import fn, types
 
         height, width = self.size
@@ -123,7 +123,7 @@ class ResizePipeline:
         )
 
     def run(self, images: Sequence[Pixels], margins: Sequence[Margins] | None = None) -> Pixels:
-        """1 to `batch_size` gray images [h, w], each less its margins, to uint8 [N, 1, H, W]."""
+        """Resize 1 to `batch_size` gray images [h, w], each without its margins, to uint8 [N, 1, H, W]."""
         margins = margins or [((0, 0), (0, 0))] * len(images)
         beyond = np.array(margins, np.float32)  # [N, axis, end]
         lengths = np.array([image.shape for image in images], np.float32)  # [N, axis]
@@ -151,7 +151,7 @@ class ResizePipeline:
 
 
 def _border_shares(beyond: Floats, lengths: Floats, size: tuple[int, int]) -> Floats:
-    """What share w the repeated border has in the first and last line, [N, axis, end].
+    """Return the share of the repeated border in the first and last line, [N, axis, end].
 
     Lines `beyond` the picture are no border yet: with d of them n = floor(s / 2 - d + 1/2), and
     w = n (s - n - 2 d) / (2 s^2).
@@ -162,7 +162,7 @@ def _border_shares(beyond: Floats, lengths: Floats, size: tuple[int, int]) -> Fl
 
 
 def _remove_border(small: Pixels, rows: Floats, columns: Floats, share: Floats) -> None:
-    """In place: `small` [N, H, W], by its image's outermost rows [N, 2, W] and columns [N, H, 2]."""
+    """Correct `small` [N, H, W] in place with its outermost rows [N, 2, W] and columns [N, H, 2]."""
     ends = [0, -1]
     w = share[:, 0, :, None]
     outer_rows = (small[:, ends] - w * rows) * (1 + w / (1 - w))
@@ -175,6 +175,6 @@ def _remove_border(small: Pixels, rows: Floats, columns: Floats, share: Floats) 
 
 
 def _round_half_up(levels: Floats) -> Pixels:
-    """As DALI does, halves up."""
+    """Round halves up, as DALI does."""
     rounded: Pixels = np.clip(np.floor(levels + 0.5), 0, 255).astype(np.uint8)
     return rounded

@@ -34,7 +34,7 @@ class Preprocess:
 
     @property
     def crashes(self) -> int:
-        """How often the decoder had to be started anew."""
+        """Return how often the decoder had to be started anew."""
         return self.decoder.crashes
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:

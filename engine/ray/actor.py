@@ -317,7 +317,7 @@ class Actor:
         return TimedReader(context.reader(self._stages.preprocess.on_gpu), self._clock)
 
     def _work(self) -> None:
-        """The thread: what is in the inbox, in turn; parts that follow each other as one stream."""
+        """Process the inbox in order; consecutive parts form one stream."""
         self._next: Part | _Task | None = None
         while True:
             item = self._next or self._inbox.get()
@@ -402,7 +402,7 @@ class Actor:
             by_status.update(found)
 
     def _can_finish(self, rate: float) -> bool:
-        """Whether one of the parts that have begun will be done before this has to stop."""
+        """Return whether a part in progress will be done before the actor has to stop."""
         assert self._stop_by is not None
         rows = (self._stop_by - time.monotonic()) * rate
         with self._lock:

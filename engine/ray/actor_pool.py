@@ -110,7 +110,7 @@ class ActorHandle:
 
     @property
     def pid(self) -> int:
-        """Of its process, on its host."""
+        """Return the process id on the actor's host."""
         assert self.hello
         return self.hello.pid
 
@@ -268,7 +268,7 @@ class ActorPool:
         return "its machine is gone" if "its node has died" in str(error) else "its process has died"
 
     def _on_error(self, actor: ActorHandle, error: Any) -> None:
-        """Its code has raised something."""
+        """Handle an exception that the actor's code raised."""
         cause = error.cause
         where = f"{actor.host}: " if len(self.hosts) > 1 else ""
         if isinstance(cause, Stopped):
@@ -334,7 +334,10 @@ class ActorPool:
         slot.start_at = time.monotonic() + REMIND_S
 
     def refuse_actor(self, actor: ActorHandle, why: str) -> None:
-        """Its scores are wrong: no actor takes its place. Raises ParityError when no other is left."""
+        """Remove an actor with wrong scores, without replacement.
+
+        Raises ParityError when no other is left.
+        """
         self.refused.append(f"{actor.host}, {actor.kind.device}: {why}")
         self.say(f"an actor on {actor.host} ({actor.kind.device}) is refused: {why}")
         self._remove_actor(actor, counts_as_failure=False)
@@ -342,7 +345,7 @@ class ActorPool:
             raise ParityError(f"no actor is left: {why}")
 
     def dismiss_actor(self, actor: ActorHandle, why: str) -> None:
-        """It is of no use."""
+        """Remove an actor that is of no use."""
         self.say(f"an actor on {actor.host} is not used: {why}")
         self._remove_actor(actor, counts_as_failure=False)
         if not self.actors:

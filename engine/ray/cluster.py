@@ -62,7 +62,7 @@ def import_ray() -> Any:
 
 
 def plan_actors(nodes: Sequence[Node], settings: Settings) -> list[ActorResources]:
-    """One actor for each GPU; `settings.actors` on CPUs beside them, or without a GPU as many as fit.
+    """Plan one actor for each GPU and `settings.actors` on CPUs; without a GPU, as many as fit.
 
     Where the user names no `workers`, the actors fill their machines.
     """
@@ -103,7 +103,7 @@ def local_node() -> Node:
 
 
 def describe_actors(settings: Settings) -> str:
-    """What a run by these settings would start. Raises UsageError."""
+    """Describe the actors that these settings would start. Raises UsageError."""
     version = import_ray().__version__
     if settings.ray == "local":
         placements, where = plan_actors([local_node()], settings), "a Ray of its own on this machine"

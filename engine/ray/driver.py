@@ -60,7 +60,7 @@ def screen_on_ray(
     deadline: Deadline | None = None,
     stages_type: type[Stages] | None = None,
 ) -> Summary:
-    """As `engine.pipeline.pipeline.screen_in_process`, by actors on the Ray that `settings.ray` names."""
+    """Screen as `screen_in_process` does, with actors on the Ray that `settings.ray` names."""
     deadline = deadline or Deadline(settings.finish_by)
     pool = ActorPool(settings, say, deadline)
     with (
@@ -74,7 +74,7 @@ def screen_on_ray(
 
 @contextmanager
 def write_token(job: PreparedRun) -> Iterator[tuple[str, str] | None]:
-    """A file in a local results folder by which actors know it again."""
+    """Write a file to a local results folder by which actors recognize the folder."""
     if not isinstance(job.folder.path, Path):
         yield None
         return
@@ -162,7 +162,7 @@ class RayRun:
         return self.job.manifest.parts(self.job.part_rows, wanted)
 
     def _settle_options(self) -> None:
-        """One actor of each kind settles what is tuned; the run's options say which kinds there are."""
+        """Let one actor of each group tune its options, and record them in the run."""
         job, settings = self.job, self.job.settings
         recorded = None if settings.overwrite else job.folder.recorded()
         choices = {actor.kind: actor.hello.choice for actor in self.pool.actors if actor.hello}
@@ -196,7 +196,7 @@ class RayRun:
                 raise Stopped(f"{self._deadline.why} before it began; the same command starts it")
 
     def on_actor_started(self, actor: ActorHandle) -> None:
-        """An actor is there, now or since before the run began."""
+        """Take note of an actor that has started, now or before the run began."""
         if not self.pool.begun or not actor.hello:
             return
         if actor.kind not in self._batch_sizes:
@@ -250,7 +250,7 @@ class RayRun:
 
     @cached_property
     def _checked_files(self) -> tuple[str, ...]:
-        """Some of the local files that the manifest names and that are there."""
+        """List some local files of the manifest that exist."""
         manifest = self.job.manifest
         column = next(manifest.tables()).column(manifest.path_column).slice(0, CHECKED_FILES)
         paths = [str(path) for path in column.to_pylist() if path]
@@ -261,7 +261,7 @@ class RayRun:
         return tuple(filter(os.path.exists, files))
 
     def _handle_answers(self) -> None:
-        """What has come in meanwhile, and a look at those from whom nothing comes."""
+        """Handle the answers that have arrived and check the actors that send none."""
         self.pool.handle_answers(POLL_S)
         now = time.monotonic()
         for actor in list(self.pool.actors):
@@ -310,7 +310,9 @@ class RayRun:
             self.pool.call(actor, "take", part, then=done, group=PARTS_GROUP)
 
     def _choose_actor_for(self, part: Part) -> ActorHandle | None:
-        """Who does it soonest, if anybody is to have it now. One that may end its actor goes to it alone."""
+        """Choose the actor that finishes a part soonest, if any should get it now; a suspected part
+        goes alone.
+        """
         alone, ready = self._is_suspected(part), self.pool.ready
         free = [
             actor for actor in ready if self._has_room(actor, alone=alone) and self._is_in_time(actor, part)
@@ -318,7 +320,7 @@ class RayRun:
         return choose_actor(free, ready, part.rows, self.part_queue.left * self.job.part_rows)
 
     def _is_suspected(self, part: Part) -> bool:
-        """Whether an actor that had it has died: the next has it alone, so that the culprit is known."""
+        """Return whether an actor died with this part; the next actor then gets it alone."""
         return self._failures[part.index] > 0 or part.index in self._crashed
 
     def _has_room(self, actor: ActorHandle, *, alone: bool) -> bool:
@@ -330,7 +332,7 @@ class RayRun:
         return len(actor.parts) < min(MAX_PARTS_HELD, 2 + rows // self.job.part_rows)
 
     def _is_in_time(self, actor: ActorHandle, part: Part) -> bool:
-        """Whether an actor would end a part before the deadline, and the canaries after it."""
+        """Return whether an actor can finish a part, and the canaries after it, before the deadline."""
         rows = actor.rows_held + part.rows
         return not actor.rate or self._deadline.fits(rows / actor.rate + CHECK_S)
 
@@ -352,7 +354,7 @@ class RayRun:
         self.part_queue.again(index)
 
     def on_actor_lost(self, actor: ActorHandle, *, counts_as_failure: bool) -> None:
-        """An actor is gone: what it had, and what nobody vouches for, is done again."""
+        """Assign the parts of a lost actor again, and those that no canaries confirmed."""
         for search in self._searches:
             if search.actor is actor:
                 search.on_actor_lost()
@@ -404,7 +406,7 @@ class RayRun:
     # canaries
 
     def _poll_heartbeats(self) -> None:
-        """How far the actors are, and whether they hang."""
+        """Ask the actors for their progress and detect those that hang."""
         now, limit_s = time.monotonic(), self.job.settings.part_timeout_s
         for actor in self.pool.ready:
             if not actor.awaiting_heartbeat and now - actor.heartbeat_asked_at > HEARTBEAT_S:
@@ -423,7 +425,7 @@ class RayRun:
             self.pool.replace_actor(actor, f"no finished batch for {limit_s:g} s (--part-timeout)")
 
     def _confirm(self, actor: ActorHandle, rounds: int) -> None:
-        """The canaries came well through an actor: what it wrote before that counts."""
+        """Count what an actor wrote before its canaries passed."""
         known = self._actors.get(actor.name)
         if rounds <= (known.rounds if known else 0):
             return
@@ -437,7 +439,7 @@ class RayRun:
         }
 
     def _check_all(self) -> None:
-        """All parts are there: the canaries once more, through those who have written since the last time."""
+        """Check the canaries once more in each actor that has written since its last round."""
         for actor in self.pool.ready:
             if self._unconfirmed.get(actor.name) and not actor.checking:
                 actor.checking = True
@@ -458,7 +460,7 @@ class RayRun:
         return [actor.heartbeat for actor in (*self.pool.actors, *self.pool.lost_actors) if actor.heartbeat]
 
     def _meters(self) -> dict[str, Meter]:
-        """The stages of all actors together."""
+        """Sum the stage meters of all actors."""
         meters: dict[str, Meter] = {}
         for actor in (*self.pool.actors, *self.pool.lost_actors):
             for name, (lanes, busy_s, starved_s, blocked_s) in (
@@ -494,7 +496,7 @@ class RayRun:
             self._stop(min(GRACE_S, self._deadline.grace_s))
 
     def _is_too_late(self) -> bool:
-        """Whether everybody rests since no part would be done in time."""
+        """Return whether all actors idle because no part would be done in time."""
         part, ready = self.part_queue.peek(), self.pool.ready
         if part is None or not ready or self._searches or any(actor.parts for actor in self.pool.actors):
             return False
@@ -531,7 +533,7 @@ class ActorLoad:
 def choose_actor(
     free: Sequence[ActorHandle], ready: Sequence[ActorHandle], rows: int, left: int
 ) -> ActorHandle | None:
-    """Which of the actors that are `free` gets a part of `rows`, if any should, of `left` not given out."""
+    """Choose which of the `free` actors gets a part of `rows`, if any, of `left` unassigned rows."""
     loads = {actor: ActorLoad(actor.rows_held, actor.rate) for actor in ready} if free else {}
     for actor in sorted(free, key=lambda actor: (len(actor.parts), loads[actor].rows)):
         others = [load for other, load in loads.items() if other is not actor]
@@ -541,7 +543,8 @@ def choose_actor(
 
 
 def others_finish_first(rows: int, mine: ActorLoad, others: Sequence[ActorLoad], left: int) -> bool:
-    """Whether `others` would be done with all that is `left` (rows not given out, a part's `rows` among them)
+    """Return whether `others` would be done with all that is `left` (rows not given out, a part's `rows`
+    among them)
     before the actor with the load `mine` was done with that one part."""
     rates = [other.rate for other in others if other.rate]
     if not rates or not mine.rate:

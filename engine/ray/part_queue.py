@@ -28,7 +28,10 @@ class PartQueue:
         self.left = len(wanted)  # parts that have not been taken
 
     def peek(self) -> Part | None:
-        """The next part; None when there is none at the moment. Raises what reading the manifest raised."""
+        """Return the next part without taking it, None if there is none now.
+
+        Raises errors of the manifest.
+        """
         if self._next is None and not self._passing and self._again:
             wanted, self._again = self._again, set()
             self._passing = True
@@ -42,7 +45,7 @@ class PartQueue:
         return self._next
 
     def take(self) -> None:
-        """The part that `peek` gave is given out."""
+        """Remove the part that `peek` returned."""
         self._next = None
         self.left -= 1
 

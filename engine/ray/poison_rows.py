@@ -43,7 +43,7 @@ class PoisonRowSearch:
             self.actor = None
 
     def on_actor_lost(self) -> None:
-        """The actor is gone."""
+        """Narrow the search after the actor died."""
         self.actor = None
         start, stop = self._pieces[0]
         if stop - start > 1:

@@ -90,18 +90,18 @@ class _ReadScheduler:
 
     @property
     def _wanted_threads(self) -> int:
-        """How many threads are worth it."""
+        """Return how many threads the latency of the storage justifies."""
         if self._remote or not self._reader.ahead:
             return self._max_jobs
         return min(self._max_jobs, 1 + int(self._latency_s / LATENCY_PER_THREAD_S))
 
     @property
     def ahead(self) -> int:
-        """How many jobs may be in flight beyond the one that is handed on next."""
+        """Return how many jobs may be in flight beyond the one that is delivered next."""
         return 1 + self._wanted_threads if self._reader.ahead else 0
 
     def _switch_to_remote(self) -> None:
-        """From here on a job is one file, and as many are in flight as two batches have."""
+        """Make each file a separate job, with as many in flight as two batches have files."""
         fewest, most = REMOTE_FILES_IN_FLIGHT
         self._remote = True
         self._meter.lanes = self._max_jobs = max(fewest, min(2 * self._reader.batch_size, most))
@@ -139,7 +139,7 @@ class _ReadScheduler:
                 self._jobs.put(self._waiting.popleft())
 
     def _next(self) -> ReadJob | None:
-        """What the calling thread reads next without a rest; None where it may have one."""
+        """Return the next job for the calling thread, None if it may wait."""
         with self._changed:
             if self._waiting and self._reading <= self._wanted_threads:
                 return self._waiting.popleft()
@@ -159,7 +159,7 @@ class _ReadScheduler:
                 yield from self._deliver(job)
 
     def drain_parked(self) -> Iterator[Batch]:
-        """What was set aside, as it comes."""
+        """Yield the parked batches as they finish."""
         while self._parked:
             self._wait(self._parked[0])
             yield from self._finished_parked()
@@ -170,7 +170,7 @@ class _ReadScheduler:
             yield from self._deliver(job)
 
     def _deliver(self, job: ReadJob) -> Iterator[Batch]:
-        """The batch of `job` if that was all of it that was left to be read."""
+        """Return the batch of `job` if nothing of it is left to read."""
         self._meter.add(job.busy_s)
         self._latency_s += (job.busy_s / job.files - self._latency_s) / 16
         pieces = job.pieces

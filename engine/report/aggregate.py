@@ -82,7 +82,7 @@ class ReportSchema:
 
     @property
     def scores(self) -> list[str]:
-        """The target first."""
+        """Return the columns of the scores, the target's first."""
         return sorted((*self.groups, *self.classes), key=lambda name: name != self.target)
 
     @property
@@ -163,12 +163,12 @@ class ReportTotals:
         return math.log2(max(2, len(self.shape.members)))
 
     def listed(self) -> list[dict[str, Any]]:
-        """The rows of both lists, each once, the riskiest first."""
+        """Return the rows of both lists, each once, the riskiest first."""
         found = {row["row"]: row for top in (self.risk, self.abstaining) for row in top.rows()}
         return sorted(found.values(), key=lambda row: -row[f"p_{self.shape.target}"])
 
     def add(self, table: pa.Table) -> None:
-        """Any number of rows, in order."""
+        """Add any number of rows, in order."""
         self.rows += table.num_rows
         status = _count_values(table, "status")
         self.by_status.update(status)
@@ -251,7 +251,7 @@ class ReportTotals:
                     self.abstain_reasons.update(_count_list_words(chosen.column("abstain_reasons")))
 
     def _truth(self, table: pa.Table, scored: pa.Table) -> Counts | None:
-        """The class [n] that each scored row's label names, -1 where it names none."""
+        """Return the class [n] that each scored row's label names, -1 where it names none."""
         label = self.shape.label
         if label is None or label not in table.column_names:
             return None
@@ -268,7 +268,7 @@ class ReportTotals:
         return places if same else self._places(cast(Any, _to_words(scored.column(label))))
 
     def _places(self, words: Any) -> Counts:
-        """The class [n] that each word stands for; -1 for none."""
+        """Return the class [n] that each word stands for; -1 for none."""
         encoded = words.dictionary_encode()
         found_as = [
             -1 if word is None or (place := self.names.find(word)) is None else place
@@ -311,7 +311,7 @@ def _count_list_words(lists: Any) -> dict[str, int]:
 
 
 def _to_words(column: Any) -> Any:
-    """As text; None where that can't be had of this type."""
+    """Cast to text; return None for a type that cannot be cast."""
     try:
         return column.cast(pa.string()).combine_chunks()
     except pa.ArrowException:

@@ -46,7 +46,7 @@ _STYLE = {
 
 
 def plot_svg(name: str, label: str, draw: Callable[[Figure], None], *, height: float = 3.0) -> Markup:
-    """What `draw` puts on a figure 3.4 inches wide, as SVG to stand inside a page."""
+    """Draw a figure 3.4 inches wide with `draw` and return it as SVG for a page."""
     written = io.BytesIO()
     with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]):
         drawn = Figure(figsize=(3.4, height))
@@ -56,7 +56,7 @@ def plot_svg(name: str, label: str, draw: Callable[[Figure], None], *, height: f
 
 
 def _inline_svg(svg: bytes, name: str, label: str) -> Markup:
-    """No size, font, style sheet or namespace of its own, ids that no other plot has, the page's colours."""
+    """Remove size, fonts, style sheet and namespace, make ids unique and use the page's colours."""
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):

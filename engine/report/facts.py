@@ -89,7 +89,7 @@ def _format_time(when: str | datetime) -> str:
 
 
 def shorten(text: str | None) -> str | None:
-    """Its middle is left out where it is too long for a page."""
+    """Replace the middle of a text that is too long for a page."""
     if text is None or len(text) <= MAX_TEXT:
         return text
     return f"{text[: MAX_TEXT // 2]} … {text[-MAX_TEXT // 3 :]}"
@@ -112,7 +112,7 @@ def _percentages(counts: Mapping[str, int], whole: int) -> list[dict[str, Any]]:
 
 
 def _statuses(totals: ReportTotals, *, hide: bool) -> list[dict[str, Any]]:
-    """Each status but `ok`, the commonest first, with its commonest reasons."""
+    """List each status but `ok`, the commonest first, with its commonest reasons."""
     found = []
     for one in _percentages(dict(totals.by_status.most_common()), totals.rows):
         if one["name"] == Status.OK.label:
@@ -133,12 +133,12 @@ def _statuses(totals: ReportTotals, *, hide: bool) -> list[dict[str, Any]]:
 
 
 def display_word(word: str) -> str:
-    """A value of the results as people say it."""
+    """Return a value of the results in words for people."""
     return word.replace("_", " ")
 
 
 def _points(run: RunRecord) -> dict[str, Any]:
-    """The thresholds of the bundle's operating points, where it has some."""
+    """Return the thresholds of the bundle's operating points, if it has any."""
     points = run.operating_points or {}
     rule_out, refer = (
         (points.get(name) or {}).get(side) for name, side in (("rule_out", "below"), ("refer", "above"))
@@ -173,7 +173,7 @@ def _chart(name: str, totals: ReportTotals, points: Mapping[str, Any]) -> dict[s
 
 
 def _agreement(shape: ReportSchema, totals: ReportTotals) -> list[dict[str, Any]]:
-    """Of each pair of members: how often both name the same class, and which they name."""
+    """Count for each pair of members how often both name the same class, and which classes they name."""
     show = len(shape.classes) <= MAX_MATRIX_CLASSES
     return [
         {
@@ -187,7 +187,7 @@ def _agreement(shape: ReportSchema, totals: ReportTotals) -> list[dict[str, Any]
 
 
 def _disagreement(totals: ReportTotals) -> dict[str, Any] | None:
-    """Its histogram, cut where nearly all rows are below."""
+    """Draw the histogram of disagreement, cut where nearly all rows are below."""
     if totals.disagreement is None:
         return None
     counts = totals.disagreement
@@ -361,7 +361,7 @@ def throughput(began: datetime, done: Iterable[PartInfo]) -> dict[str, Any] | No
 
 
 def _stages(last: LastStart) -> dict[str, Any] | None:
-    """Where the time of the last start went, and which stage limited it."""
+    """Return how the last start spent its time and which stage limited it."""
     if not last.stages:
         return None
     stages = last.stages
@@ -390,7 +390,7 @@ def _stages(last: LastStart) -> dict[str, Any] | None:
 
 
 def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
-    """What `_run.json` says, as names and values; of a redacted run nothing that could be a path."""
+    """Return names and values of `_run.json`, for a redacted run without anything that could be a path."""
     options = {
         name: value
         for name, value in to_builtins(run.result_options).items()
@@ -422,7 +422,7 @@ def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
 
 
 def _round_digits(value: Any) -> Any:
-    """To three digits."""
+    """Round to three digits."""
     if isinstance(value, list):
         return [_round_digits(one) for one in value]
     return float(f"{value:.3g}") if isinstance(value, float) else value

@@ -56,14 +56,14 @@ def printable(value: Any) -> Any:
 
 
 def format_number(value: float | None, digits: int = 3, signed: bool = False) -> str:
-    """A number with a true minus; a dash for None."""
+    """Format a number with a true minus sign; None becomes a dash."""
     if value is None:
         return DASH
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}".replace("-", MINUS)
 
 
 def format_interval(found: Mapping[str, Any], digits: int = 3, signed: bool = False) -> str:
-    """The interval of a figure; a dash if there is none."""
+    """Format the interval of a figure; a missing one becomes a dash."""
     if found["low"] is None:
         return DASH
     low, high = format_number(found["low"], digits, signed), format_number(found["high"], digits, signed)
@@ -84,12 +84,12 @@ def count_noun(number: int, noun: str) -> str:
 
 
 def row_share(row: Sequence[int], place: int) -> float:
-    """What part of a confusion matrix's row a cell is: 0 to 1."""
+    """Return the share of a confusion matrix's row that a cell has, 0 to 1."""
     return round(row[place] / max(sum(row), 1), 3)
 
 
 def format_option(value: Any) -> str:
-    """An option, or whatever else JSON holds."""
+    """Format an option or any other JSON value."""
     if value is None:
         return DASH
     if isinstance(value, bool):

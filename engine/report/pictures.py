@@ -54,7 +54,7 @@ def _data_url(kind: str, data: bytes) -> str:
 def read_thumbnails(
     results: ResultsFolder, rows: Iterable[Mapping[str, Any]], *, say: OnMessage
 ) -> dict[int, Picture]:
-    """Of those `rows` of the results whose images can be read, by their number; `say` what is missing."""
+    """Read thumbnails of `rows` by their number; `say` names the images that cannot be read."""
     by_root: dict[str, list[Mapping[str, Any]]] = {}
     most = 0
     for row in rows:
@@ -88,7 +88,7 @@ def read_thumbnails(
 
 
 def read_explanations(results: ResultsFolder, *, say: OnMessage) -> tuple[str, list[ExplainedRow]]:
-    """The method and the overlays of the folder `explanations`; nothing where there are none of this run."""
+    """Read the method and the overlays of the folder `explanations`, if they belong to this run."""
     if isinstance(results.run, MergedRecord):  # rows have other numbers
         return "", []
     folder = open_folder(results.place / EXPLANATIONS_FOLDER)
@@ -125,7 +125,7 @@ def read_explanations(results: ResultsFolder, *, say: OnMessage) -> tuple[str, l
 
 
 def _encode_jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Of [1, H, W]."""
+    """Encode [1, H, W] as JPEG."""
     gray = np.ascontiguousarray(pixels.transpose(1, 2, 0))
     return bytes(simplejpeg.encode_jpeg(gray, 85, colorspace="GRAY", colorsubsampling="Gray"))
 

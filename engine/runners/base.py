@@ -60,15 +60,15 @@ class RunnerChoice:
 
     @property
     def kind(self) -> str:
-        """The device without its number: "cpu" or "cuda"."""
+        """Return the device without its number: "cpu" or "cuda"."""
         return self.device.partition(":")[0]
 
     @property
     def index(self) -> int:
-        """The number of the GPU."""
+        """Return the number of the GPU."""
         return int(self.device.split(":")[1])
 
     @property
     def gives_distances(self) -> bool:
-        """Whether it tells what is out of distribution: only the float32 graphs on the CPU do."""
+        """Return whether the runner computes distances: only the float32 graphs on the CPU do."""
         return self.device == "cpu" and not self.plans

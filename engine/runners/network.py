@@ -43,7 +43,7 @@ class Network(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def planes(self, gray: Tensor) -> Tensor:
-        """What the first layer sees, float32 [N, 3, H, W]; `gray` is uint8 or float, 0 to 255."""
+        """Return the input of the first layer, float32 [N, 3, H, W]; `gray` is uint8 or float, 0 to 255."""
         planes = (gray.to(torch.float32) / 255).repeat(1, 3, 1, 1)
         if self.normalization != "none":
             planes = (planes - self.mean) / self.std
@@ -71,7 +71,7 @@ class OneChannel(nn.Module):
         self.base, self.head = base, head
 
     def planes(self, gray: Tensor) -> Tensor:
-        """What the first layer sees, float32 [N, 1, H, W]."""
+        """Return the input of the first layer, float32 [N, 1, H, W]."""
         return gray.to(torch.float32) / 255
 
     def forward(self, gray: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def load_for_inference(
     dtype: torch.dtype,
     layout: torch.memory_format = torch.channels_last,
 ) -> InferenceNetwork:
-    """A member of a bundle, fused, on the CPU. Raises UsageError."""
+    """Load a member of a bundle on the CPU with fused layers. Raises UsageError."""
     network = fuse_batch_norms(fold_channels(load_member(member, bundle)))
     return InferenceNetwork(network, dtype, layout).eval().to(memory_format=layout)
 
@@ -165,7 +165,10 @@ def make_head(features: int, classes: int) -> nn.Sequential:
 
 
 def load_member(member: Member, bundle: Bundle) -> Network:
-    """A member of a bundle on the CPU, in evaluation mode. Raises UsageError when its weights do not fit."""
+    """Load a member of a bundle on the CPU in evaluation mode.
+
+    Raises UsageError when its weights do not fit.
+    """
     if "safetensors" not in member.files:
         raise UsageError(f"bundle {bundle.path}: {member.name}: --runner torch needs its safetensors")
     model = build_architecture(member.architecture)

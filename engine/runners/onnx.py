@@ -23,7 +23,7 @@ except ImportError as error:
 
 
 def create_session(graph: bytes, providers: list[Any], *, threads: int = 1) -> onnxruntime.InferenceSession:
-    """From bytes: what was hashed is what runs, and no external data file can be pulled in."""
+    """Create a session from bytes, so that the hashed bytes run and no external file is loaded."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -48,7 +48,7 @@ class _OnnxSession:
         self._check(bundle)
 
     def _check(self, bundle: Bundle) -> None:
-        """A second output may be the distance of the features, float32 [N]."""
+        """Check inputs and outputs; a second output may be the distance of the features, float32 [N]."""
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         found = [(value.type, list(value.shape)[1:]) for value in (*inputs, *outputs)]
         height, width = bundle.size

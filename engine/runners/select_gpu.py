@@ -24,7 +24,7 @@ _DISTRIBUTIONS = {
 def select_on_gpu(
     runner: str, index: int, bundle: Bundle, precision: str | None, batch_size: int | None
 ) -> RunnerChoice:
-    """The choice for GPU number `index`. Raises UsageError when what was asked for can't be had there."""
+    """Select the runner on GPU number `index`. Raises UsageError when the request cannot be met there."""
     gpu = hardware.require_gpu(index)
     precision = precision or "fp16"
     if precision == "int8":
@@ -48,7 +48,7 @@ def select_on_gpu(
 def find_fitting_plans(
     bundle: Bundle, gpu: Gpu, precision: str, batch_size: int | None
 ) -> tuple[tuple[Plan, ...], str]:
-    """The newest target whose plans all fit, or none and one line that says why."""
+    """Find the newest target whose plans all fit, or return one line that says why none does."""
     reason = f"the bundle has no plans; build them with: python -m build_engines {bundle.path}"
     for target, paths in plans.list_targets(bundle):
         try:
@@ -67,7 +67,7 @@ def find_fitting_plans(
 
 
 def fix_hint(passport: Passport, bundle: Path, gpu: Gpu, precision: str, batch_size: int | None) -> str:
-    """What to do about a plan that does not fit, in words that end in a command."""
+    """Return what to do about a plan that does not fit, ending in a command."""
     if tensorrt_version(passport.backend) is None:
         return f"install it with: {install_command(EXTRAS[passport.backend])}"
     return passport.rebuild(bundle, precision=precision, batch_size=batch_size, capability=gpu.capability)
@@ -89,7 +89,7 @@ def plan_mismatch(
 
 
 def tensorrt_version(backend: str) -> str | None:
-    """Of TensorRT or TensorRT for RTX, without importing it."""
+    """Return the installed version of TensorRT or TensorRT for RTX, without importing it."""
     for name in _DISTRIBUTIONS[backend]:
         try:
             return version(name)

@@ -43,7 +43,7 @@ class TensorRTBackend:
 
     @cached_property
     def runtime(self) -> trt.Runtime:
-        """One for all engines, which it has to outlive."""
+        """Return the one TensorRT runtime, which has to outlive all engines."""
         return self.checked(self.trt.Runtime(self.logger), "starting the runtime")
 
     def checked(self, result: T | None, what: str) -> T:
@@ -73,7 +73,7 @@ def _import_backend(name: str) -> Any:
 
 @cache
 def _make_logger(module: Any) -> Any:
-    """The one logger of the process: a subclass of TensorRT's own class, which exists once it is imported."""
+    """Make the process's one logger, a subclass of TensorRT's logger class."""
 
     class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -93,7 +93,7 @@ def _make_logger(module: Any) -> Any:
 
 
 def deserialize_engine(backend: TensorRTBackend, plan: bytes, *, version_compatible: bool) -> trt.ICudaEngine:
-    """The engine of a serialized plan on the current GPU. Raises EngineError.
+    """Deserialize a plan on the current GPU. Raises EngineError.
 
     A version-compatible plan brings a small runtime of its own, code for the host, which has to be allowed.
     """
@@ -102,7 +102,7 @@ def deserialize_engine(backend: TensorRTBackend, plan: bytes, *, version_compati
 
 
 def tensor_names(backend: TensorRTBackend, engine: trt.ICudaEngine) -> tuple[str, str]:
-    """The names of the one input and the one output, which are whatever the graph's author chose."""
+    """Return the names of the one input and the one output, which the graph's author chose."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     mode = backend.trt.TensorIOMode
     inputs = [name for name in names if engine.get_tensor_mode(name) == mode.INPUT]
@@ -185,7 +185,7 @@ class TensorRTRunner:
         return self._engine.create_execution_context(config)
 
     def _profile(self, batch_size: int) -> int:
-        """The profile with the smallest largest batch that takes `batch_size`."""
+        """Return the profile with the smallest maximum batch that takes `batch_size`."""
         limits = [
             (int(self._engine.get_tensor_profile_shape(self._input, index)[2][0]), index)
             for index in range(self._engine.num_optimization_profiles)

@@ -17,7 +17,7 @@ from engine.runs.run_record import ResultOptions, RunRecord
 
 
 def load_run_bundle(settings: Settings, folder: RunFolder, run: RunRecord) -> Bundle:
-    """The bundle of a run, from where it is now. Raises UsageError when it is another."""
+    """Load the bundle of a run from its present location. Raises UsageError for another bundle."""
     bundle = bundles.load_bundle(settings.bundle)
     if bundle.sha256 != run.result_options.bundle_sha256:
         raise UsageError(f"bundle {settings.bundle}: it is not the one that {folder.path / RUN_FILE} names")
@@ -25,7 +25,7 @@ def load_run_bundle(settings: Settings, folder: RunFolder, run: RunRecord) -> Bu
 
 
 def read_finished_parts(folder: RunFolder, run: RunRecord) -> dict[int, PartInfo]:
-    """The parts of a finished run. Raises UsageError for one that is not finished."""
+    """Read the parts of a finished run. Raises UsageError for an unfinished one."""
     if len(folder.finished(run)) < run.part_count:
         raise UsageError(f"results {folder.path}: the run is not finished; give its own command again")
     return folder.complete(run)
@@ -58,7 +58,7 @@ def _check_redaction(settings: Settings, options: ResultOptions) -> Redaction | 
 
 
 def _manifest_with_paths(settings: Settings, options: ResultOptions) -> Manifest | None:
-    """The manifest of a redacted run, whose results don't hold its paths."""
+    """Open the manifest of a redacted run, whose results do not hold its paths."""
     if not settings.redaction:
         return None
     if not settings.paths_from:

@@ -85,11 +85,11 @@ class PreviousRun:
             raise UsageError(f"--since {results}: its paths are hashed, so nothing can be compared")
 
     def changed_option(self, options: ScoreOptions) -> str | None:
-        """What makes its scores worthless beside those of a run with `options`, if anything does."""
+        """Name the option that makes these scores incomparable with those of `options`, None if none does."""
         return ScoreOptions.of_run(self.options).changed_option(options)
 
     def keys(self, options: ScoreOptions) -> Keys:
-        """Of the rows that need no second look, sorted; 16 bytes each.
+        """Return the sorted keys, 16 bytes each, of the rows that need not be screened again.
 
         What this run left out because of one before it counts too, while that one is still there.
         """
@@ -166,7 +166,7 @@ def _image_keys(root: str, *columns: pa.ChunkedArray[Any]) -> Keys:
 
 
 def _hash_rows(root: str, rows: Iterable[tuple[str | None, int | None, int | None]]) -> Iterator[bytes]:
-    """A row without path, size or time is like no other."""
+    """Hash rows by path, size and time; a row that lacks one of them gets a unique hash."""
     for number, (path, size, time) in enumerate(rows):
         if path is None or size is None or time is None:
             text = f"{number} {os.urandom(8).hex()}"

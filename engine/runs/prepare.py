@@ -67,7 +67,7 @@ class PreparedRun:
 
     @property
     def indices(self) -> Sequence[int]:
-        """Of the parts that are its to do."""
+        """Return the indices of the parts that this process has to do."""
         return self.run.part_indices(self.settings.shard)
 
     @property
@@ -79,7 +79,7 @@ class PreparedRun:
         return self.run.result_options.part_rows
 
     def progress(self) -> Progress:
-        """At the start: what earlier starts have finished."""
+        """Return the progress at the start, with what earlier starts have finished."""
         rows = self.run.shard_rows(self.settings.shard)
         progress = Progress(rows, finish_by=self.settings.finish_by)
         for part in self.done.values():
@@ -88,7 +88,9 @@ class PreparedRun:
         return progress
 
     def parts(self, progress: Progress) -> Iterator[Part]:
-        """Those that are not on disk yet, in order; of a shard, those that nobody else has in hand."""
+        """Yield the parts that are not on disk yet, in order; for a shard, those that no other process
+        has claimed.
+        """
         todo = set(self.indices) - set(self.done)
         return self._claimed(todo, progress) if self.settings.shard else self._of_manifest(todo)
 
@@ -96,7 +98,7 @@ class PreparedRun:
         return self.manifest.parts(self.part_rows, indices)
 
     def _claimed(self, todo: set[int], progress: Progress) -> Iterator[Part]:
-        """The same shard may have been started twice: what the other has in hand is asked for again at last.
+        """Yield the parts as they are claimed; parts that a twin shard holds come last.
 
         What the other does leaves `progress`.
         """
@@ -122,7 +124,7 @@ class PreparedRun:
         return Sink(self.folder.files, self.layout, self.run.to_metadata(), by, written=written)
 
     def summary(self) -> Summary:
-        """Of a run that was finished already."""
+        """Return the summary of a run that was finished already."""
         shard = self.settings.shard
         if shard:
             self.say(f"{self.folder.path} is finished already")
@@ -192,7 +194,7 @@ def describe(
 
 
 def _triage_lines(bundle: Bundle, choice: RunnerChoice, run: RunRecord) -> Iterator[str]:
-    """What the rows are sorted by, and what is not looked at."""
+    """Describe how rows are sorted and what is not checked."""
     if bundle.operating_points:
         measured = bundle.operating_points.data.precision
         other = f"; this run is in {choice.precision}" if choice.precision != measured else ""
@@ -209,7 +211,7 @@ def _open_frozen_manifest(
     choice: RunnerChoice,
     say: OnMessage,
 ) -> Manifest:
-    """The manifest; a folder's listing is frozen at the first start."""
+    """Open the manifest; the listing of a folder is frozen at the first start."""
     listing = folder.listing()
     if earlier and not listing.exists():
         list_incremental(settings, earlier, bundle, choice, listing, say)
@@ -219,7 +221,7 @@ def _open_frozen_manifest(
 
 
 def select_for_settings(settings: Settings, bundle: Bundle) -> RunnerChoice:
-    """What runs the members. Raises UsageError for what can't be had here, or not of this bundle."""
+    """Select the runner for the settings. Raises UsageError for what this machine or bundle lacks."""
     _check_decode(settings, bundle)
     return select_runner(
         settings.runner,
@@ -275,7 +277,7 @@ def _check_decode(settings: Settings, bundle: Bundle) -> None:
 
 
 def check_inputs(settings: Settings) -> None:
-    """A wrong manifest or root must not leave an output folder behind."""
+    """Check manifest and root before an output folder is created."""
     manifest, root = settings.manifest, settings.root
     if settings.redaction and settings.since:
         raise UsageError("--since with --redact: the list of what is new would put paths into the results")

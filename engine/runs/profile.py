@@ -83,17 +83,17 @@ class TunedOptions(Record, omit_defaults=True):
 
     @property
     def named(self) -> dict[str, Any]:
-        """Those that are not None."""
+        """Return the options that are not None."""
         return dict(to_builtins(self))
 
     @property
     def for_gpu(self) -> dict[str, Any]:
-        """What goes into the tuning that a run on a GPU records."""
+        """Return the tuning that a run on a GPU records."""
         return {name: self.named[name] for name in ("compiled", "decoding") if name in self.named}
 
     @property
     def for_cpu(self) -> bool:
-        """Whether a run on the CPU can take them."""
+        """Return whether a run on the CPU can use these options."""
         sizes = (None, *CPU_BATCHES)
         return self.named.keys() <= {"batch_size", "workers"} and self.batch_size in sizes
 
@@ -132,7 +132,7 @@ class Machine(Record):
 
     @property
     def key(self) -> str:
-        """A hash of all of it, which names the profile's file."""
+        """Return the hash of all fields, which names the profile's file."""
         return hashlib.sha256(json.dumps(to_builtins(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -230,7 +230,7 @@ class AppliedProfile:
 def apply_profile(
     settings: Settings, bundle: Bundle, choice: RunnerChoice, *, recorded: RunRecord | None
 ) -> AppliedProfile:
-    """The profile that fits machine and bundle, where the user named nothing.
+    """Apply the profile that fits machine and bundle, where the user named nothing.
 
     `choice` is what runs the members by `settings` alone. A run that is resumed keeps the result options that
     are `recorded` for it. A profile that does not fit or can't be read is ignored, with a line.

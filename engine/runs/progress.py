@@ -49,7 +49,7 @@ class Progress:
         return self.rows - self.rows_before - self.rows_done
 
     def seconds_for(self, rows: int) -> float:
-        """How long `rows` more rows take at the rate so far; infinite before there is one."""
+        """Return the seconds for `rows` more rows at the present rate; infinite before there is one."""
         return rows / self.rate if self.rate else float("inf")
 
     def share_by(self, moment: datetime) -> float:

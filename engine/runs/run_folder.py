@@ -97,7 +97,7 @@ class RunFolder:
 
     @classmethod
     def existing(cls, path: Path | Url) -> Self:
-        """A folder that holds a run. Raises UsageError for any other."""
+        """Open a folder that holds a run. Raises UsageError for any other."""
         folder = cls(path, overwrite=False)
         if not folder.files.exists(RUN_FILE):
             raise UsageError(f"results {path}: no {RUN_FILE} there; give the output folder of a run")
@@ -170,7 +170,7 @@ class RunFolder:
             self.files.delete(name)
 
     def listing(self) -> Path:
-        """Where a folder's listing is, or can be written for `store_listing`."""
+        """Return the path of a folder's listing, where it is or can be written for `store_listing`."""
         return self.files.local(LISTING_FILE)
 
     def store_listing(self) -> None:
@@ -229,7 +229,7 @@ class RunFolder:
             )
 
     def mark_unfinished(self) -> None:
-        """The run is not finished, or not any more."""
+        """Delete the marks of a finished run."""
         for name in (SUCCESS_FILE, REPORT_FILE):
             self.files.delete(name)
 
@@ -248,7 +248,7 @@ class RunFolder:
         return list_parts(self.files)
 
     def finished(self, run: RunRecord, wanted: Container[int] | None = None) -> dict[int, PartInfo]:
-        """The parts on disk, each where the manifest has it; only `wanted` ones, if given.
+        """Return the parts on disk by index, each checked against the manifest; only `wanted` ones, if given.
 
         A part by an actor on Ray counts once the canaries have come well through the actor after it. Raises
         EngineError that names the wrong one.
@@ -260,7 +260,7 @@ class RunFolder:
         return parts
 
     def has(self, index: int, run: RunRecord) -> bool:
-        """Whether this part is on disk, without a look at the others. Raises EngineError if it is wrong."""
+        """Return whether this part is on disk. Raises EngineError if it is wrong."""
         if not self.files.exists(part_name(index)):
             return False
         part = read_part(self.files, run.run_id, index)
@@ -268,7 +268,7 @@ class RunFolder:
         return True
 
     def claimed(self, indices: set[int]) -> set[int]:
-        """Those that another process has in hand.
+        """Return the parts that another process has claimed.
 
         In an object store a killed one on another machine seems to live for a while, which is waited for.
         """
@@ -297,7 +297,7 @@ class RunFolder:
         self._write(ACTORS_FILE, to_json(ActorsRecord(run_id=run.run_id, actors=dict(actors))))
 
     def complete(self, run: RunRecord, parts: dict[int, PartInfo] | None = None) -> dict[int, PartInfo]:
-        """All parts of the run; their footers have to add up to the manifest. Raises EngineError.
+        """Return all parts of the run; their footers have to add up to the manifest. Raises EngineError.
 
         `parts`: as `finished` gives them, where that was called just now.
         """
@@ -333,7 +333,7 @@ def clear_explanations(folder: Folder) -> None:
 
 
 def is_confirmed(part: PartInfo, actors: Mapping[str, ActorRecord]) -> bool:
-    """Whether it is by a process of its own, or by an actor that was right after it too."""
+    """Return whether a process wrote the part, or an actor whose canaries passed after it."""
     actor = part.by.actor
     return actor is None or (actor in actors and part.by.round < actors[actor].rounds)
 
@@ -343,5 +343,5 @@ def _describe_shards(count: int | None) -> str:
 
 
 def recorded_bundle_path(results: Path | Url) -> Path:
-    """Where the bundle of the run in `results` was. Raises UsageError when there is no run."""
+    """Return the recorded path of a run's bundle. Raises UsageError when there is no run."""
     return Path(RunFolder.existing(results).run().bundle or Settings.bundle)

@@ -228,7 +228,7 @@ class RunRecord(Record):
 
     @property
     def has_triage(self) -> bool:
-        """Whether its results have the columns on triage, which older versions did not write."""
+        """Return whether the results have triage columns, which older versions did not write."""
         return self.operating_points is not UNSET
 
     @property
@@ -270,7 +270,7 @@ def _part_rows(
 
 
 def _out_of_distribution(bundle: Bundle, choice: RunnerChoice) -> str | None:
-    """Whether that is looked at, where the bundle has limits for it."""
+    """Describe whether images out of distribution are detected, None for a bundle without limits."""
     if bundle.operating_points is None or not bundle.operating_points.distances:
         return None
     return "looked at" if choice.gives_distances else f"not looked at: {choice.runner} in {choice.precision}"
@@ -295,7 +295,7 @@ def scorer_of(choice: RunnerChoice) -> Scorer:
 
 
 def library_versions() -> dict[str, str]:
-    """Of the engine and of what decides the pixels and the files."""
+    """Return the versions of the engine and of the libraries that decide pixels and files."""
     found = {"engine": __version__, "python": platform.python_version()}
     for package in ("nvidia-dali-cuda130", "imagecodecs", "simplejpeg", "numpy", "pyarrow", "pydicom"):
         try:

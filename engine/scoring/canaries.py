@@ -44,7 +44,7 @@ class Canaries:
         return len(self.pixels)
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All of them, as the stage before the members would hand them on."""
+        """Yield all canaries as batches from the preprocess stage."""
         part = Part(-1, np.arange(self.rows), [None] * self.rows, pa.table({}))
         for start in range(0, self.rows, size):
             pixels = np.ascontiguousarray(self.pixels[start : start + size])
@@ -54,7 +54,10 @@ class Canaries:
             yield Batch(part, start, status, none, none, index=np.arange(rows), pixels=pixels)
 
     def difference(self, scored: Batch) -> float:
-        """The largest from the reference, in probability. Raises ParityError where there is no score."""
+        """Return the largest difference in probability from the reference.
+
+        Raises ParityError for a missing score.
+        """
         if scored.errors or scored.probabilities is None:
             raise ParityError("a canary of the bundle has no score: a member gave what is not a number")
         rows = self.expected[scored.start : scored.start + scored.rows]
@@ -62,7 +65,7 @@ class Canaries:
 
 
 def score_canaries(canaries: Canaries, step: Scorer, batch_size: int) -> npt.NDArray[np.float32]:
-    """What the canaries get, float32 [N, C]: the reference where another precision's is of no use."""
+    """Score the canaries; return float32 [N, C], the reference where another precision cannot be compared."""
     scored = step.stage(canaries.batches(batch_size), Meter("canaries"))
     return np.concatenate([batch.probabilities for batch in scored if batch.probabilities is not None])
 
@@ -99,7 +102,7 @@ class CanaryMonitor:
         self.on_round_passed: Callable[[int], None] = lambda rounds: None
 
     def check(self) -> None:
-        """A round by itself; while nothing else is in the step."""
+        """Run a round by itself, while no batch is in the scorer."""
         if self.rounds:
             self._expect(_largest_difference(self._canaries, self._step, self._batch_size))
         else:

@@ -78,7 +78,7 @@ def combine_logits(
 
 
 def average_members(members: Floats, weights: Sequence[float]) -> Floats:
-    """The members' probabilities [M, N, C] to their weighted mean [N, C]."""
+    """Average the members' probabilities [M, N, C] with their weights; return [N, C]."""
     probabilities = np.zeros(members.shape[1:], np.float32)
     for weight, member in zip(weights, members, strict=True):
         probabilities += np.float32(weight) * member
@@ -95,7 +95,9 @@ def apply_temperature(probabilities: Floats, temperature: float) -> Floats:
 
 
 def entropy(probabilities: Floats) -> Floats:
-    """Of each row of [..., C], in bits (Shannon 1948, "A mathematical theory of communication")."""
+    """Compute the entropy of each row of [..., C] in bits (Shannon 1948, "A mathematical theory of
+    communication").
+    """
     logs = np.log2(np.maximum(probabilities, np.finfo(np.float32).tiny))
     return np.asarray(np.maximum(-(probabilities * logs).sum(axis=-1), 0), np.float32)
 

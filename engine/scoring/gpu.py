@@ -182,7 +182,7 @@ class GpuScorer:
         return batch
 
     def seconds_a_batch(self, at_least_s: float = TIMED_S) -> float:
-        """Seconds of one step, from replays back to back on the device."""
+        """Measure the seconds of one step from consecutive replays on the device."""
         slot, start, end = self._ring.slots[0], *(self._cuda.Event(enable_timing=True) for _ in range(2))
         batches, began = 0, time.perf_counter()
         start.record(self._main)

@@ -51,11 +51,11 @@ class SlotRing:
         return len(self._free)
 
     def take(self) -> Slot:
-        """A slot whose last results have been read."""
+        """Return a slot whose last results have been read."""
         return self._free.popleft()
 
     def release(self, slot: Slot) -> None:
-        """The caller has waited for `slot.done` and read what it wants."""
+        """Return a slot to the ring after `slot.done` was waited for and its results were read."""
         assert slot not in self._free, "a slot is given back once"
         slot.held.clear()
         self._free.append(slot)

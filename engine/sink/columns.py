@@ -68,7 +68,7 @@ class ResultSchema:
         with_triage: bool,
         redaction: Redaction | None,
     ) -> ResultSchema:
-        """As a part of a run on disk has it; its manifest columns have their prefix already."""
+        """Return the schema of a part on disk; its manifest columns have their prefix already."""
         names = tuple(member.name for member in bundle.members)
         triage = Triage.of(bundle) if with_triage else None
         bare = cls(bundle.classes, names, pa.schema([]), "", uids, redaction, triage)
@@ -82,7 +82,7 @@ class ResultSchema:
         return pa.schema([*self._head(), *kept, *self._tail()])
 
     def paths(self, paths: list[str | None]) -> list[str | None]:
-        """As the results name them."""
+        """Return the paths as the results name them."""
         name = self.redaction.name if self.redaction else None
         return [path and name(path) for path in paths] if name else paths
 

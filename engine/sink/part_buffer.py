@@ -75,7 +75,7 @@ class PartBuffer:
         return pa.table(columns, schema=layout.schema)
 
     def _words(self, place: int) -> pa.Array[Any]:
-        """One of the words that DICOM files have, null where there is none."""
+        """Return one DICOM text per row, null where there is none."""
         words = [
             self.dicom.get(row, ("",) * (1 + len(UID_COLUMNS)))[place] or None
             for row in range(self.part.rows)

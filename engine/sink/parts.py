@@ -58,7 +58,7 @@ def read_failed_rows(folder: Folder, indices: Iterable[int], columns: Sequence[s
 
 
 def read_rows(folder: Folder, wanted: Mapping[int, pc.Expression], columns: Sequence[str]) -> Iterator[Part]:
-    """The rows of finished parts that fit an expression for each, with `columns` of the results."""
+    """Yield the rows of finished parts that match an expression for each, with `columns` of the results."""
     for index, which in wanted.items():
         names = list(dict.fromkeys(["row", PATH_COLUMN, "status", *columns]))
         table = folder.read(part_name(index), partial(_read_table, columns=names)).filter(which)
@@ -71,19 +71,22 @@ def _read_table(file: pa.NativeFile, columns: list[str] | None = None) -> pa.Tab
 
 
 def list_parts(folder: Folder) -> set[int]:
-    """The parts on disk, by their names."""
+    """List the parts on disk by their names."""
     return {int(found[1]) for found in map(_PART_NAME.fullmatch, folder.names()) if found}
 
 
 def read_parts(folder: Folder, run_id: str, wanted: Container[int] | None = None) -> dict[int, PartInfo]:
-    """The parts on disk, by index, only `wanted` ones if given. Raises as `finished_part` does."""
+    """Read the footers of the parts on disk, by index, only `wanted` ones if given.
+
+    Raises as `read_part` does.
+    """
     there = [index for index in list_parts(folder) if wanted is None or index in wanted]
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:  # in an object store each takes its round trips
         return {done.index: done for done in threads.map(partial(read_part, folder, run_id), there)}
 
 
 def read_part(folder: Folder, run_id: str, index: int) -> PartInfo:
-    """A part on disk. Its footer has to be whole, of this run, and add up; raises EngineError otherwise."""
+    """Read the footer of a part. Raises EngineError if it is cut, of another run, or does not add up."""
     name = part_name(index)
     try:
         return _parse_footer(index, folder.read(name, pq.read_metadata), run_id)
@@ -128,7 +131,7 @@ def _parse_footer(index: int, footer: pq.FileMetaData, run_id: str) -> PartInfo:
 
 
 def _column_statistics(footer: pq.FileMetaData, column: str) -> list[Any]:
-    """Of each row group."""
+    """Return the statistics of a column, one for each row group."""
     names = [footer.row_group(0).column(place).path_in_schema for place in range(footer.num_columns)]
     place = names.index(column)
     return [footer.row_group(group).column(place).statistics for group in range(footer.num_row_groups)]

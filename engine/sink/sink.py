@@ -65,7 +65,7 @@ class Sink:
 
     @nvtx.annotate("write")  # type: ignore[untyped-decorator,unused-ignore]
     def _write(self, part: PartBuffer) -> PartInfo:
-        """The one place that commits a part."""
+        """Write a part; no other function commits one."""
         index = part.part.index
         name = part_name(index)
         try:

@@ -21,7 +21,9 @@ ABSTAIN_REASONS = ("gray_zone", "disagreement", "image_flags", "out_of_distribut
 
 
 def assign_zones(scores: Floats, rule_out: float, refer: float) -> npt.NDArray[np.int8]:
-    """Positions [N] in ZONES of the target's probabilities [N]; what equals a threshold is between."""
+    """Return positions [N] in ZONES of the target's probabilities [N]; a score equal to a threshold is
+    between.
+    """
     above, below = scores > np.float32(refer), scores < np.float32(rule_out)
     return np.asarray(1 + above.astype(np.int8) - below.astype(np.int8), np.int8)
 

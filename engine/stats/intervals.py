@@ -35,7 +35,7 @@ class Proportion(Record):
 
 
 def proportion(hits: npt.NDArray[np.bool_], groups: Labels) -> Proportion:
-    """How often `hits` [N] is true, with the interval of Clopper and Pearson (1934) at LEVEL.
+    """Return how often `hits` [N] is true, with the interval of Clopper and Pearson (1934) at LEVEL.
 
     Where several images are of one group [N], it is that of the effective number of images (Korn and Graubard
     1998, "Confidence intervals for proportions with small expected number of positive counts").
@@ -54,7 +54,7 @@ def proportion(hits: npt.NDArray[np.bool_], groups: Labels) -> Proportion:
 
 
 def _effective_size(hits: npt.NDArray[np.bool_], value: float, groups: Labels) -> float:
-    """How many independent images tell as much."""
+    """Return the number of independent images with the same information."""
     _, group = np.unique(groups, return_inverse=True)
     clusters = int(group.max()) + 1
     if clusters == len(hits):
@@ -83,6 +83,6 @@ def cluster_bootstrap(groups: Labels, *, seed: int, resamples: int) -> Iterator[
 
 
 def percentile_interval(drawn: Floats) -> tuple[float, float]:
-    """The ends of the percentile interval of resamples [B]."""
+    """Return the ends of the percentile interval of resamples [B]."""
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -69,7 +69,7 @@ def compare(
     seed: int,
     resamples: int = 1000,
 ) -> dict[str, Any]:
-    """How much better the ensemble is than a member, both [N, C]: a paired bootstrap over groups."""
+    """Compare the ensemble with a member, both [N, C], by a paired bootstrap over groups."""
     names = [str(one) for one in range(ensemble.shape[1])]
     voters = (ensemble, member)
     point: list[dict[str, Any]] = [point_metrics(each, labels, classes=names) for each in voters]
@@ -86,7 +86,7 @@ def compare(
 def point_metrics(
     probabilities: Floats, labels: Labels, *, classes: Sequence[str]
 ) -> dict[str, float | None]:
-    """The figures of the paper, balanced accuracy and kappa, without intervals.
+    """Compute the figures of the paper, balanced accuracy and kappa, without intervals.
 
     A class that is never predicted has a precision of 0, as in scikit-learn; AUC needs every class, and
     kappa two of them.
@@ -175,12 +175,12 @@ def _per_class_metrics(
 
 
 def _auc(positive: npt.NDArray[np.bool_], scores: Floats) -> float | None:
-    """One class against the rest; None without images of either."""
+    """Compute the AUC of one class against the rest; None without images of either."""
     return float(roc_auc_score(positive, scores)) if 0 < positive.sum() < len(positive) else None
 
 
 def _roc_curve(positive: npt.NDArray[np.bool_], scores: Floats) -> dict[str, list[float]]:
-    """At most CURVE_POINTS corners of the curve, from (0, 0) to (1, 1); none where it is undefined."""
+    """Return at most CURVE_POINTS corners of the curve, from (0, 0) to (1, 1); none where it is undefined."""
     if not 0 < positive.sum() < len(positive):
         return {"fpr": [], "tpr": []}
     fpr, tpr, _ = roc_curve(positive, scores)
@@ -207,7 +207,7 @@ def _to_python(value: float | None) -> float | None:
 def _bootstrap_metrics(
     probabilities: Floats, labels: Labels, groups: Labels, *, seed: int, resamples: int
 ) -> dict[str, Floats]:
-    """All figures of each resample, [B] or [B, C] by name; NaN where one is undefined.
+    """Compute all figures of each resample, [B] or [B, C] by name; NaN where one is undefined.
 
     A resample that has lost a class has no macro figures. One group alone has no resamples.
     """

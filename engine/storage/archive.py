@@ -80,7 +80,7 @@ _REFUSED = {
 
 
 def read(path: str, admit: Callable[[int], None], alive: OnAlive = lambda: None) -> bytes:
-    """The bytes of a member, else of the plain file `path`. Any thread may call.
+    """Return the bytes of a member, else of the plain file `path`. Any thread may call.
 
     The archive is what is left of the last `.zip::` or `.tar::` where there is such a file; only where there
     is none, a file that has the whole name is looked for. `admit` gets the member's size unpacked. `alive` is
@@ -100,7 +100,7 @@ def read(path: str, admit: Callable[[int], None], alive: OnAlive = lambda: None)
 
 
 def exists(path: str) -> bool:
-    """Whether the archive is there, or a plain file of that name."""
+    """Return whether the archive is there, or a plain file of that name."""
     return any(map(_is_there, (path, *(file for file, _ in _archive_prefixes(path)))))
 
 
@@ -113,7 +113,7 @@ def _is_there(file: str) -> bool:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is an archive: by its content, or by its name where that is no help."""
+    """Return whether a file is an archive, by its content, else by its name."""
     with path.open("rb") as opened:
         start = opened.read(SIGNATURE_BYTES)
     return archive_kind(start) != "" or path.suffix.lower() in (".zip", ".tar")
@@ -248,7 +248,7 @@ class Archive:
         return ArchiveMember(member.name, damaged, 0, 0)
 
     def read(self, name: str, admit: Callable[[int], None]) -> bytes:
-        """The bytes of the last member of that name. Raises ReadError, OSError."""
+        """Return the bytes of the last member of that name. Raises ReadError, OSError."""
         if self._state and _file_state(os.stat(self._path)) != self._state:
             raise ReadError(Status.UNREADABLE, "the archive changed during the run")
         member = self._find(name)
@@ -273,7 +273,7 @@ class Archive:
         return data
 
     def may_be_image(self, member: ArchiveMember) -> bool:
-        """Whether its first bytes are an image's; also where they can't be had."""
+        """Return whether the first bytes are an image's, or cannot be read."""
         if member.kind in _REFUSED:
             return member.kind not in (LINK, SPECIAL)
         try:
@@ -293,7 +293,7 @@ class Archive:
         raise ReadError(*self.trouble)
 
     def _data_offset(self, member: ArchiveMember) -> int:
-        """Where a .zip's member begins behind its local header."""
+        """Return where the data of a zip member begin, behind its local header."""
         header = self._pread(30, member.offset)
         if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
             raise ReadError(Status.CORRUPT, f"no member at byte {member.offset} of the archive")
@@ -336,7 +336,7 @@ def _without_dot_slash(name: str) -> str:
 
 
 def _open(path: str) -> tuple[Pread, int, tuple[int, int] | None, Callable[[], None]]:
-    """What reads an archive, its length, its state, where that can change, and what closes it.
+    """Return a reader of an archive, its length, its state if that can change, and its close function.
 
     Raises OSError, ReadError.
     """
@@ -357,7 +357,7 @@ def _file_state(info: os.stat_result) -> tuple[int, int]:
 
 
 def archive_kind(start: bytes) -> str:
-    """What the first bytes of a file say: zip, tar, compressed or nothing."""
+    """Name what the first bytes of a file say: zip, tar, compressed or nothing."""
     if start.startswith(_ZIP_STARTS):
         return "zip"
     if start[257:262] == b"ustar":
@@ -366,7 +366,7 @@ def archive_kind(start: bytes) -> str:
 
 
 def _inflate(data: bytes, size: int) -> bytes:
-    """At most `size` bytes, and one more if there are more."""
+    """Inflate at most `size` bytes, and one more if there are more."""
     try:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
     except zlib.error as error:
@@ -513,7 +513,7 @@ class _ArchiveCache:
             return self._look(path) or self._add(path, alive, None)
 
     def index(self, path: str, see: Callable[[Archive, int, ArchiveMember], None]) -> Archive:
-        """The same, anew, showing each member to `see`."""
+        """Build the same index anew and pass each member to `see`."""
         with self._turn(lambda: None):
             return self._add(path, lambda: None, see)
 

@@ -31,7 +31,7 @@ class ReadError(Exception):
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """What `action` gives, tried again after growing, random pauses while its failure may pass."""
+    """Call `action` and return its result; retry temporary failures after growing, random pauses."""
     for attempt in range(ATTEMPTS - 1):
         try:
             return action()

@@ -30,7 +30,7 @@ class StoreError(OSError):
 
 
 def error_text(error: OSError) -> str:
-    """One line, without the place."""
+    """Describe an error in one line, without the location."""
     if isinstance(error, StoreError) or not error.errno:
         return " ".join(str(error.strerror or error).split())[:200]
     return os.strerror(error.errno)
@@ -49,7 +49,7 @@ class Folder(Protocol):
     def exists(self, name: str) -> bool: ...
 
     def read(self, name: str, take: Callable[[pa.NativeFile], T]) -> T:
-        """What `take` makes of a file. Raises FileNotFoundError."""
+        """Return what `take` makes of a file. Raises FileNotFoundError."""
         ...
 
     def write(self, name: str, write_to: Callable[[Path], object]) -> None:
@@ -61,7 +61,7 @@ class Folder(Protocol):
         ...
 
     def local(self, name: str) -> Path:
-        """A file's place on this machine, for those that need one; `keep` takes what was written there."""
+        """Return a path on this machine for a file; `keep` stores what was written there."""
         ...
 
     def keep(self, name: str) -> None: ...
@@ -80,7 +80,7 @@ class Folder(Protocol):
     def unlock(self, *, remove_created: bool) -> None: ...
 
     def acquire_run_lock(self) -> bool:
-        """One at a time of those that share the folder has the turn. False while another has it."""
+        """Acquire the run lock of the folder; return False while another process has it."""
         ...
 
     def release_run_lock(self) -> None: ...
@@ -92,5 +92,5 @@ class Folder(Protocol):
     def release(self, index: int) -> None: ...
 
     def is_claimed(self, index: int) -> bool:
-        """Whether another has this part in hand."""
+        """Return whether another process has claimed this part."""
         ...

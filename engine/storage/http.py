@@ -42,7 +42,7 @@ def _pool() -> urllib3.PoolManager:
 
 
 def read_chunks(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes of one file. Raises ReadError; its text has nothing of the URL."""
+    """Yield the bytes of one file. Raises ReadError; its text contains nothing of the URL."""
     response = _open("GET", url)
     whole = False
     try:
@@ -57,7 +57,7 @@ def read_chunks(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
 
 
 def exists(url: Url) -> bool:
-    """By a GET that is broken off: a presigned URL does not allow HEAD."""
+    """Check with a cancelled GET whether a file exists: a presigned URL does not allow HEAD."""
     response = _open("GET", url)
     response.close()
     return response.status == 200

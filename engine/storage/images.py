@@ -26,13 +26,13 @@ class ImageStorage:
         self._base = root if isinstance(root, Url) else None
 
     def any_remote(self, paths: Iterable[str | None]) -> bool:
-        """Whether one of the paths is not a local file's."""
+        """Return whether one of the paths is not local."""
         return self._base is not None or any(path and "://" in path for path in paths)
 
     def read(
         self, path: str | None, admit: Callable[[int], None], alive: Callable[[], None] = lambda: None
     ) -> bytes:
-        """The bytes of one file. `admit` gets their number beforehand and may wait, or raise ReadError.
+        """Read one file. `admit` gets its size beforehand and may wait, or raise ReadError.
 
         It is called again, with more, where a server doesn't say how many will come. `alive` is called now
         and then while something other than this file takes long: an archive's index.
@@ -52,7 +52,7 @@ class ImageStorage:
         return local.read(place, admit)
 
     def exists(self, path: str) -> bool:
-        """Whether the place answers and has the file, or the archive that it is in."""
+        """Return whether the location answers and has the file, or the archive that contains it."""
         place = self._place(path)
         if "::" in path:
             from engine.storage import archive
@@ -77,7 +77,7 @@ class ImageStorage:
         return None if os.path.exists(self.root) else ReadError(Status.MISSING, "it went away")
 
     def where(self, path: str) -> str:
-        """The place of `path` for people: the root, or the bucket or host of a URL."""
+        """Return the location of `path` for messages: the root, or the bucket or host of a URL."""
         try:
             place = self._place(path)
         except ReadError:

@@ -24,7 +24,10 @@ def read(path: str, admit: Callable[[int], None]) -> bytes:
 
 
 def open_file(path: str) -> tuple[int, os.stat_result]:
-    """An open descriptor and what it leads to. Raises OSError, and ReadError for what is no regular file."""
+    """Open a file; return the descriptor and its status.
+
+    Raises OSError, and ReadError for no regular file.
+    """
     try:
         # O_NONBLOCK: opening a FIFO that nobody writes to must not hang
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

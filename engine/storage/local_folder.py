@@ -50,7 +50,7 @@ class LocalFolder:
         return self.location / name
 
     def keep(self, name: str) -> None:
-        """It is there."""
+        """Keep the file, which is in place already."""
 
     def lock(self, *, shared: bool = False) -> None:
         self._created = not self.location.exists()

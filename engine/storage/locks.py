@@ -63,7 +63,7 @@ class NumberedLocks:
         self._ask(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, number)
 
     def is_locked(self, number: int) -> bool:
-        """Whether another holds it."""
+        """Return whether another process holds it."""
         kind: int = _FLOCK.unpack(self._ask(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, number))[0]
         return kind != fcntl.F_UNLCK
 

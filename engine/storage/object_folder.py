@@ -109,7 +109,7 @@ class ObjectFolder:
         lease.keep_renewing()
 
     def delete_leftovers(self) -> None:
-        """An upload that was cut off is not there; leases and claims of the dead are."""
+        """Delete leases and claims of ended processes; cut uploads leave nothing."""
         for name in self.names():
             lease = name.startswith(f"{LOCK_FILE}-")
             if (lease or _CLAIM_NAME.fullmatch(name)) and not self._read_live_lease(
@@ -159,7 +159,7 @@ class ObjectFolder:
             self._lease.renew(ticket=None)
 
     def _tickets(self) -> dict[str, int]:
-        """Of all that are drawing one, or hold one, by their leases."""
+        """Read the tickets in all leases, drawn or being drawn."""
         leases = [name for name in self.names() if name.startswith(f"{LOCK_FILE}-")]
         tickets = {name: self._ticket_of(name) for name in leases}
         return {name: ticket for name, ticket in tickets.items() if ticket is not None}
@@ -191,7 +191,7 @@ class ObjectFolder:
         return owner != (self._lease and self._lease.name) and self._read_live_lease(owner) is not None
 
     def _owner(self, claim: str) -> str | None:
-        """The lease that a claim names."""
+        """Return the lease that a claim names."""
         try:
             owner = self.read(claim, lambda opened: opened.read()).decode()
         except (FileNotFoundError, UnicodeDecodeError):
@@ -202,7 +202,7 @@ class ObjectFolder:
         self._call(name, lambda files, path: _upload(files, path, data))
 
     def _read_live_lease(self, lease: str | None) -> dict[str, Any] | None:
-        """What the owner of a lease says, None if it is gone."""
+        """Read a lease, None if its owner is gone."""
         if lease is None:
             return None
         try:
@@ -280,7 +280,7 @@ def _claim_name(index: int) -> str:
 
 
 def _upload(files: fs.FileSystem, path: str, data: bytes) -> None:
-    """One write and one close: pyarrow completes what it can when a stream is dropped half-way.
+    """Upload with one write and one close: pyarrow would complete a stream that is dropped half-way.
 
     With all bytes handed over at once an upload that fails has failed pieces, and these are never completed.
     """
@@ -300,7 +300,7 @@ def _boot_id() -> str:
 
 
 def _process_start(pid: object) -> str | None:
-    """When the process `pid` began, in ticks; None where there is none."""
+    """Return when the process `pid` began, in ticks; None where there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -60,7 +60,7 @@ _ERROR_KINDS: tuple[tuple[str, Status, str, bool, bool], ...] = (
 
 
 def read_chunks(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes of one object: most come in one piece. Raises ReadError.
+    """Yield the bytes of one object, mostly in one chunk. Raises ReadError.
 
     It takes a HEAD and a GET: pyarrow gives no way to get the size with the bytes.
     """
@@ -78,7 +78,7 @@ def read_chunks(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
 
 
 def open_object(url: Url) -> tuple[Any, int]:
-    """An object as a file, and its length. Raises ReadError."""
+    """Open an object as a file; return it and its length. Raises ReadError."""
     with translate_errors():
         file = filesystem(url).open_input_file(path_of(url))
         return file, int(file.size())
@@ -107,7 +107,7 @@ def exists(url: Url) -> bool:
 
 
 def modified_ns(url: Url) -> int | None:
-    """When an object was written, in nanoseconds since 1970, where the storage tells. Raises ReadError."""
+    """Return when an object was written, in ns since 1970, if the storage knows. Raises ReadError."""
     with translate_errors():
         found = filesystem(url).get_file_info(path_of(url)).mtime_ns
         return None if found is None else int(found)
@@ -124,13 +124,13 @@ def probe(url: Url) -> None:
 
 
 def path_of(url: Url) -> str:
-    """As pyarrow's file systems name it: bucket or container, then the key."""
+    """Return the path for pyarrow's file systems: bucket or container, then the key."""
     bucket = url.host.partition("@")[0]
     return f"{bucket}/{url.path[1:]}" if url.path[1:] else bucket
 
 
 def filesystem(url: Url) -> fs.FileSystem:
-    """One for each bucket or account, made at its first use."""
+    """Return the file system of a bucket or account, made at its first use."""
     with _filesystem_lock:
         try:
             if url.scheme == "s3":
@@ -200,12 +200,14 @@ def translate_errors() -> Iterator[None]:
 
 
 def is_storage_error(error: OSError) -> bool:
-    """Not of what was read from it, such as a Parquet file that is no good."""
+    """Return whether an error comes from the storage and not from the content, such as bad Parquet."""
     return isinstance(error, FileNotFoundError) or _ERROR_SOURCE.search(str(error)) is not None
 
 
 def to_read_error(error: Exception) -> ReadError:
-    """Its text depends on what happened alone: pyarrow's has keys, request ids and times in it."""
+    """Translate an error; the text depends on the kind of error alone, since pyarrow's has keys and
+    times in it.
+    """
     if isinstance(error, FileNotFoundError):
         return ReadError(Status.MISSING, "no such object")
     if not isinstance(error, OSError):

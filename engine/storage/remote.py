@@ -21,7 +21,7 @@ def read(url: Url, admit: Callable[[int], None]) -> bytes:
 
 
 def open_random(text: str) -> tuple[Callable[[int, int], bytes], int, None, Callable[[], None]]:
-    """What reads bytes from any place of an object in any thread, its length, and what closes it.
+    """Return a thread-safe random reader of an object, its length and its close function.
 
     Raises FileNotFoundError, ReadError.
     """
@@ -57,7 +57,7 @@ def _parse_url(text: str) -> Url:
 
 
 def fetch_manifest(url: Url, folder: Path) -> Path:
-    """The file at `url`, copied into `folder` with its name and, where it is known, its time of change.
+    """Copy the file at `url` into `folder` with its name and, if known, its time of change.
 
     Raises UsageError.
     """
@@ -84,7 +84,7 @@ def fetch_manifest(url: Url, folder: Path) -> Path:
 
 
 def exists(url: Url) -> bool:
-    """One attempt: it is asked of several files that were there a moment ago."""
+    """Check once whether a file exists; the caller checks several files that existed a moment ago."""
     try:
         return http.exists(url) if url.scheme in HTTP_SCHEMES else objects.exists(url)
     except ReadError:

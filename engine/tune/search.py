@@ -75,12 +75,12 @@ class SearchResult:
 
     @property
     def gain(self) -> float:
-        """Of the best over the defaults: 0.04 is 4 %."""
+        """Return the gain of the best over the defaults: 0.04 is 4 %."""
         return statistics.median(self.pairs) - 1 if self.pairs else 0.0
 
     @property
     def knobs(self) -> TunedOptions:
-        """The best where it is clearly faster, else the defaults."""
+        """Return the best options where they are clearly faster, else the defaults."""
         slower = sum(ratio <= 1 for ratio in self.pairs)
         clearly = len(self.pairs) >= PAIRS and 1 + self.gain >= MIN_SPEEDUP and slower <= len(self.pairs) / 4
         return self.best if clearly else TunedOptions()
@@ -97,7 +97,7 @@ def search(
     rows_of: Callable[[TunedOptions], int],
     clock: Callable[[], float] = time.monotonic,
 ) -> SearchResult:
-    """The fastest of `others`, candidates beside the defaults that differ in one knob each.
+    """Find the fastest of `others`, candidates that differ from the defaults in one option each.
 
     `rows_of`: how many images the shortest visit of a candidate takes. Raises UsageError when there is
     too little time for any.
@@ -148,7 +148,7 @@ def search(
 
 
 def _combine_gains(ratios: dict[TunedOptions, float]) -> TunedOptions | None:
-    """Each knob where it gained most, together, if there are several that gained."""
+    """Combine the best value of each option, if several options gained."""
     best: dict[str, Any] = {}
     for knobs in sorted((one for one in ratios if ratios[one] > 1), key=lambda one: ratios[one]):
         best |= knobs.named
@@ -156,7 +156,7 @@ def _combine_gains(ratios: dict[TunedOptions, float]) -> TunedOptions | None:
 
 
 def candidates(choice: RunnerChoice, settings: Settings) -> list[TunedOptions]:
-    """What is tried beside the defaults: one knob each, of those that the user has not named."""
+    """List the candidates: one option changed each, of those that the user has not named."""
     cpus = available_cpus()
     batch = default_sizes(choice)[0]
     if choice.gpu:

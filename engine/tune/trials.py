@@ -107,7 +107,7 @@ class Trials:
         self._opened = {}
 
     def rows_of(self, knobs: TunedOptions) -> int:
-        """The images of the shortest visit that tells something."""
+        """Return the number of images of the shortest useful measurement."""
         return (WARM_CYCLES + 1) * self._lanes(knobs) * self._batch(knobs)
 
     def _lanes(self, knobs: TunedOptions) -> int:
@@ -142,7 +142,9 @@ class Trials:
             yield Part(index, np.arange(index * rows, (index + 1) * rows), paths, pa.table({}))
 
     def _stages(self, knobs: TunedOptions) -> Stages:
-        """Of a number of workers, for batches up to the largest; on a GPU of one candidate at a time."""
+        """Open stages with a number of workers, for batches up to the largest; on a GPU for one
+        candidate at a time.
+        """
         gpu = self._choice.gpu is not None
         key = knobs if gpu else knobs.workers
         if key not in self._opened:

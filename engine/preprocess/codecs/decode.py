@@ -35,7 +35,7 @@ class DecodedImage:
 
 
 def decode(data: bytes, header: Header, *, least: tuple[int, int] | None = None) -> DecodedImage:
-    """An encoded image and its header (`engine.formats.header.parse_header`) as it should be seen.
+    """Decode an image with its header (`engine.formats.header.parse_header`) to gray, as it is displayed.
 
     With `least`, the height and width that it is needed at, gray and colour JPEG is decoded at the smallest
     of 1/1, 1/2, 1/4 and 1/8 of its size that is no smaller.

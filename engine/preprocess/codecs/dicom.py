@@ -32,7 +32,7 @@ def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:
 
 
 def _read_stored(data: bytes, header: Header, layout: DicomLayout) -> tuple[Samples, str]:
-    """The first frame as it is stored, [H, W] or [H, W, 3], unsigned, and its photometric interpretation."""
+    """Read the first frame as stored, [H, W] or [H, W, 3], unsigned, and its photometric interpretation."""
     start, end = layout.span
     if layout.deflated:
         data, _ = inflate_deflated(data, layout.deflated, end)

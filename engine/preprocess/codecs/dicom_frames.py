@@ -47,7 +47,7 @@ def decode_frame(frame: bytes, runner: Any) -> Samples:
 
 
 def _decode_jpeg(frame: bytes, runner: Any, shape: Shape) -> Samples:
-    """All JPEG processes; what 8-bit ones decode only with a warning is damaged."""
+    """Decode any JPEG process; an 8-bit frame that decodes only with a warning is damaged."""
     marker, precision, *size = jpeg.frame_header(frame)
     if tuple(size) != shape:
         raise ValueError("the frame's size is not the header's")

@@ -64,7 +64,7 @@ def display_samples(samples: Samples, layout: DicomLayout, *, inverted: bool) ->
 
 
 def _numbers(dtype: npt.DTypeLike, layout: DicomLayout) -> Values:
-    """What each content of a sample's cell stands for, by BitsStored, HighBit and PixelRepresentation."""
+    """Return the value of each possible cell content, by BitsStored, HighBit and PixelRepresentation."""
     bits = int(layout.dataset.BitsStored)
     cells = np.arange(1 << 8 * np.dtype(dtype).itemsize)
     numbers = cells >> layout.shift & (1 << bits) - 1
@@ -114,7 +114,7 @@ def _white(declared: int, largest: int) -> int:
 def _percentiles(
     counts: npt.NDArray[np.int64], values: Values, dtype: npt.DTypeLike, layout: DicomLayout
 ) -> Values:
-    """The window that the pixels themselves suggest; padding is left out, unless there is nothing else."""
+    """Derive a window from the pixels themselves, without padding unless there is nothing else."""
     wanted = counts * ~_padding(dtype, layout)
     counts = wanted if wanted.any() else counts
     order = np.argsort(values, kind="stable")
@@ -124,7 +124,7 @@ def _percentiles(
 
 
 def _padding(dtype: npt.DTypeLike, layout: DicomLayout) -> npt.NDArray[np.bool_]:
-    """Which contents of a cell are padding: PS3.3 C.7.5.1.1.2."""
+    """Return which contents of a cell are padding: PS3.3 C.7.5.1.1.2."""
     numbers, bits = _numbers(dtype, layout), int(layout.dataset.BitsStored)
     ends = [_first_number(layout.dataset, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     if ends[0] is None:
@@ -160,7 +160,7 @@ def apply_stored_lut(values: Values, descriptor: Any, stored: Any, dataset: Any)
 
 
 def _first_number(dataset: Any, keyword: str) -> float | None:
-    """The first value of a number, None where there is no finite one."""
+    """Return the first value of a number, None where there is no finite one."""
     value = dataset.get(keyword)
     if isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue":
         value = value[0] if len(value) else None

@@ -61,7 +61,7 @@ def to_gray(samples: Samples, *, white: int | None = None) -> Gray:
 
 
 def white_of(samples: Samples) -> int:
-    """The sample value that means white: 255, 1023, 4095, 16383 or 65535."""
+    """Return the sample value that means white: 255, 1023, 4095, 16383 or 65535."""
     if samples.dtype == np.uint8:
         return 255
     largest = int(samples.max())
@@ -71,7 +71,7 @@ def white_of(samples: Samples) -> int:
 
 
 def declared_white(bits: int) -> int | None:
-    """What `to_gray` takes as white for samples of `bits` bits: 16 say nothing, significant bits decide."""
+    """Return the white value for samples of `bits` bits; for 16, the significant bits decide."""
     return (1 << bits) - 1 if bits < 16 else None
 
 

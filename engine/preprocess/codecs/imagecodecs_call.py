@@ -11,7 +11,7 @@ logging.getLogger("imagecodecs").setLevel(logging.CRITICAL)
 
 
 def call_codec(decoder: Callable[..., Any], data: bytes, *arguments: Any, **options: Any) -> Any:
-    """What `decoder` gives. Raises ValueError when it refuses the bytes.
+    """Call `decoder` and return its result. Raises ValueError when it refuses the bytes.
 
     The decoder's own words are dropped: some come from buffers that nobody filled, as text that differs from
     call to call or isn't text at all.

@@ -50,7 +50,7 @@ def decode(data: bytes, header: Header, least: tuple[int, int] | None) -> tuple[
 
 
 def choose_scale(header: Header, least: tuple[int, int]) -> int:
-    """How much smaller than stored, 1, 2, 4 or 8 times, a JPEG may be if upright it needs `least` pixels.
+    """Choose the reduction, 1, 2, 4 or 8, for a JPEG that must have `least` pixels when upright.
 
     CMYK is not scaled: its gray is no sum of its channels.
     """

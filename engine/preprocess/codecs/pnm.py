@@ -32,7 +32,7 @@ def decode(data: bytes, header: Header) -> Gray:
 
 
 def _read_bitmap(data: bytes, layout: PnmLayout, height: int, width: int) -> Gray:
-    """1 is black."""
+    """Read a bitmap, in which 1 is black."""
     if not layout.plain:
         packed = np.frombuffer(data, np.uint8, (width + 7) // 8 * height, layout.start)
         return np.unpackbits(packed.reshape(height, -1), axis=1)[:, :width]

@@ -35,7 +35,7 @@ def decode(data: bytes, header: Header) -> Gray:
 
 
 def _read_samples(data: bytes, layout: TiffLayout) -> Samples:
-    """All pieces, [H, W, channels]."""
+    """Read all pieces, [H, W, channels]."""
     samples = np.empty(
         (layout.height, layout.width, layout.channels), np.uint8 if layout.bits <= 8 else np.uint16
     )
@@ -69,7 +69,7 @@ def _decode_piece(stored: bytes, layout: TiffLayout, rows: int) -> Samples:
 
 
 def _decompress(stored: bytes, layout: TiffLayout, size: int) -> bytes:
-    """The first `size` bytes of a piece. Raises ValueError when there are fewer or a checksum is wrong."""
+    """Decompress `size` bytes of a piece. Raises ValueError for fewer bytes or a wrong checksum."""
     if layout.compression == "deflate":
         inflate = zlib.decompressobj()
         try:
@@ -91,7 +91,7 @@ def _decompress(stored: bytes, layout: TiffLayout, size: int) -> bytes:
 
 
 def _wrap_lzw(lzw: bytes, size: int) -> bytes:
-    """A gray TIFF of one row of `size` bytes around compressed ones."""
+    """Wrap LZW bytes in a gray TIFF with one row of `size` bytes."""
     tags = {256: size, 257: 1, 258: 8, 259: 5, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(lzw)}
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     directory = struct.pack("<H", len(tags)) + entries + bytes(4)
