@@ -194,7 +194,9 @@ def _choose_rows(
                 _spill_to_buckets(_index_entries(source, table, ages, place), files)
                 place += table.num_rows
         if place != total:
-            raise EngineError(f"{place} rows in the parts, {total} in their footers; a run goes on there")
+            raise EngineError(
+                f"{place} rows in the parts, {total} in their footers; a run is still writing there"
+            )
         kept = np.memmap(scratch / "kept", np.bool_, "w+", shape=(max(1, total),))
         for file in files:
             file.seek(0)

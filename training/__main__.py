@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _show(result.evaluation, options)
         return 0
 
-    stopped = "stopped; no bundle was written; the same command with --resume goes on"
+    stopped = "stopped; no bundle was written; run the same command with --resume to continue"
     return run_command(
         work,
         interrupted=(stopped, Stopped.exit_status),
@@ -64,7 +64,7 @@ def _describe_unexpected(error: Exception) -> str:
         return f"out of memory: {text[:100]}; try a smaller --batch-size, then --resume"
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}; once that is mended, the same command with --resume goes on"
+        return f"{where}{error.strerror}; fix this, then run the same command with --resume to continue"
     return f"{type(error).__name__}: {text}; with ENGINE_DEBUG=1 it comes with its traceback"
 
 
@@ -208,7 +208,7 @@ def _add_recipe(parser: Parser) -> None:
 def _add_run(parser: Parser) -> None:
     add = _option_adder(parser, "run")
     add("--device", "auto, cpu, cuda or cuda:N", metavar="D")
-    add("--resume", "go on with the training that was interrupted", action="store_true")
+    add("--resume", "continue an interrupted training", action="store_true")
     add("--overwrite", "replace a bundle that is there, and an unfinished training", action="store_true")
 
 

@@ -67,7 +67,8 @@ class TrainingState:
         if recorded is None or recorded.get("finished") or self._options.resume or self._options.overwrite:
             return
         raise UsageError(
-            f"{self.folder} holds an unfinished training: go on with --resume, or start anew with --overwrite"
+            f"{self.folder} holds an unfinished training: continue with --resume, or start again "
+            "with --overwrite"
         )
 
     def begin(self, data_sha256: str) -> None:
@@ -85,7 +86,8 @@ class TrainingState:
                 changed.append("images, labels or patients have changed")
             if changed:
                 raise UsageError(
-                    f"{self.folder} holds another training: {'; '.join(changed)}; start anew with --overwrite"
+                    f"{self.folder} holds another training: {'; '.join(changed)}; "
+                    "start again with --overwrite"
                 )
             return
         shutil.rmtree(self.work, ignore_errors=True)

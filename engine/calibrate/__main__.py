@@ -181,8 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         bundle.update_bundle(found.bundle, found.points, found.distances)
         say(
-            f"written to {models.path / bundle.DESCRIPTION_FILE}; runs that were begun before can't "
-            "go on with it"
+            f"written to {models.path / bundle.DESCRIPTION_FILE}; runs that began earlier "
+            "cannot continue with it"
         )
         if profile.profiles_folder(models.path).is_dir():
             say(f"for its tuning: python -m engine.tune {models.path} --sample MANIFEST")

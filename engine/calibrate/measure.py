@@ -104,8 +104,8 @@ def calibrate_bundle(
                 )
             except Stopped:
                 raise Stopped(
-                    "stopped, and nothing was written; what takes long is better screened by engine.run "
-                    "first, which goes on where it was stopped: --on RESULTS"
+                    "stopped, and nothing was written; for many images, screen them first with engine.run, "
+                    "which can be resumed, and give --on RESULTS"
                 ) from None
             sample, rows, data = _read_labelled_scores(
                 open_results_folder(output, unfinished=False), models, columns, say

@@ -76,7 +76,9 @@ def stop_on_signal(console: Console, deadline: Deadline | None = None) -> Deadli
     def give_up() -> None:
         end.reached()
         console.show_cursor(True)
-        console.print(f"error: {end.why} while storage or a stage hangs; the same command goes on")
+        console.print(
+            f"error: {end.why} while storage or a stage hangs; run the same command again to continue"
+        )
         os._exit(Stopped.exit_status)
 
     def handle(number: int, frame: FrameType | None) -> None:

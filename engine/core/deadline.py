@@ -55,4 +55,4 @@ class Deadline:
 
     def stopped(self, so_far: str) -> Stopped:
         """Return the error that ends the run; `so_far` says how far it came."""
-        return Stopped(f"{self.why}, {so_far}; the same command goes on")
+        return Stopped(f"{self.why}, {so_far}; run the same command again to continue")

@@ -33,6 +33,6 @@ class NothingNew(EngineError):  # noqa: N818 - not a failure
 
 
 class Stopped(EngineError):  # noqa: N818 - not a failure
-    """The run was asked to stop; the same command goes on."""
+    """The run was asked to stop; run the same command again to continue."""
 
     exit_status = 5

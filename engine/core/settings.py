@@ -313,7 +313,7 @@ class Settings:
         operating=True,
     )
     salt_file: Path | None = option(
-        _PRIVACY, "key of --redact's hashes (ENGINE_SALT)", operating=True, parse=Path, metavar="FILE"
+        _PRIVACY, "key of the hashes of --redact (ENGINE_SALT)", operating=True, parse=Path, metavar="FILE"
     )
     keep: tuple[str, ...] = option(
         _PRIVACY, "with --redact: a manifest column that stays", (), metavar="COLUMN"
@@ -336,7 +336,7 @@ class Settings:
     )
     metrics_file: Path | None = option(
         _WATCHING,
-        "Prometheus text, written anew every few seconds",
+        "Prometheus metrics, rewritten every few seconds",
         operating=True,
         parse=Path,
         metavar="FILE",

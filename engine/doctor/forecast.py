@@ -124,7 +124,7 @@ def _check_output(report: Diagnosis, described: Callable[[RunRecord | None], Run
         return 0
     done = sum(part.rows for part in finished.values())
     rows = recorded.shard_rows(settings.shard)
-    state = "finished" if folder.is_marked_finished() else f"{done} of {rows} rows done, it goes on there"
+    state = "finished" if folder.is_marked_finished() else f"{done} of {rows} rows done; it continues there"
     report.line("output", f"{settings.output}: {state}")
     return done
 

@@ -294,7 +294,7 @@ class GpuProcesses:
                 ", ..." if len(left) > MAX_NAMED_PARTS else ""
             )
             missing = f"{len(left)} parts are missing ({named}); " if left else ""
-            text += f"; {missing}the same command goes on"
+            text += f"; {missing}run the same command again to continue"
         error = EngineError(text)
         error.exit_status = status
         return error

@@ -47,9 +47,7 @@ def retry_failed_rows(
             batch_size=options.batch_size,
         )
         if choice.plan_hashes != options.plans:
-            raise UsageError(
-                f"bundle {settings.bundle}: its plans were built anew since that run; run it again"
-            )
+            raise UsageError(f"bundle {settings.bundle}: its plans were rebuilt after that run; run it again")
         done = read_finished_parts(folder, run)
         failed = {index: part.errors for index, part in done.items() if part.errors}
         progress = Progress(sum(failed.values()), finish_by=settings.finish_by)

@@ -84,7 +84,7 @@ def _settings_from(given: dict[str, Any]) -> tuple[Settings, RowSelection]:
     if top is None and not rows and not abstained:
         top = DEFAULT_TOP
     if not given["redact"] and (option := next((one for one in _REDACTION_OPTIONS if given[one]), None)):
-        raise UsageError(f"--{option.replace('_', '-')} is of use with --redact only")
+        raise UsageError(f"--{option.replace('_', '-')} works only with --redact")
     settings = Settings(
         manifest=given["manifest"],
         bundle=given["bundle"] or recorded_bundle_path(given["manifest"]),

@@ -91,7 +91,8 @@ class Stages:
         except RuntimeError as error:  # others use the GPU too
             if context.choice.gpu and hardware.is_out_of_memory(error):
                 raise EngineError(
-                    f"{context.choice.gpu.name} ran out of memory; free some, and the same command goes on"
+                    f"{context.choice.gpu.name} ran out of memory; free some memory, then run "
+                    "the same command again to continue"
                 ) from None
             raise
 

@@ -349,7 +349,7 @@ class ActorPool:
         self.say(f"an actor on {actor.host} is not used: {why}")
         self._remove_actor(actor, counts_as_failure=False)
         if not self.actors:
-            raise EngineError(f"no actor is left: {why}; the same command goes on where there are others")
+            raise EngineError(f"no actor is left: {why}; run the same command again where there are others")
 
     def _remove_actor(self, actor: ActorHandle, *, counts_as_failure: bool) -> None:
         actor.gone, actor.ready = True, False

@@ -371,8 +371,8 @@ class RayRun:
         if part is not None and self._failures[part.index] >= MAX_PART_FAILURES:
             if part.index in self._crashed:
                 raise EngineError(
-                    f"part {part.index} (from row {part.row[0]}) ends one actor after the other, and no row "
-                    "of it does alone; the same command goes on"
+                    f"part {part.index} (from row {part.row[0]}) kills every actor that gets it, although no "
+                    "single row of it does; run the same command again to continue"
                 )
             self.part_queue.take()
             self.pool.say(
@@ -394,8 +394,8 @@ class RayRun:
                 self.pool.say(f"part {search.index}: {found}")
                 if many > MAX_POISON_ROWS:
                     raise EngineError(
-                        f"part {search.index}: {many} rows end the process that scores them, so something "
-                        "else is wrong; the same command goes on when it is mended"
+                        f"part {search.index}: {many} rows crash the process that scores them, so the cause "
+                        "is not the images; fix it and run the same command again"
                     )
                 self.part_queue.again(search.index)
             elif search.actor is None:

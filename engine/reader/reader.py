@@ -230,7 +230,7 @@ class _ReadScheduler:
         if self._hung > MAX_HUNG_READS:
             raise EngineError(
                 f"the storage of the images does not answer: {self._hung} reads hang for longer than "
-                f"{timeout_s:g} s; the same command goes on when it answers again"
+                f"{timeout_s:g} s; run the same command again when it answers"
             )
         self._add_thread()
         self._jobs.put(job)
@@ -281,7 +281,11 @@ class _ReadScheduler:
     ) -> tuple[bytes, Header | None, ReadError | HeaderError | None]:
         data = b""
         if job.batch.start + job.position in job.batch.part.crashed:
-            return data, None, ReadError(Status.CRASHED, "it ends the process that scores it, alone too")
+            return (
+                data,
+                None,
+                ReadError(Status.CRASHED, "scoring this image crashes the worker process, even on its own"),
+            )
         try:
             data = self._read(job, attempt)
             return data, header.check(data, self._reader.limits.max_pixels), None
@@ -346,14 +350,13 @@ class _ReadScheduler:
                 return
             raise EngineError(
                 f"the images have disappeared: {self._storage.where(path)} or a folder below it went away "
-                "during the run; the same command goes on when it is back"
+                "during the run; run the same command again when it is back"
             )
         trouble = self._storage.trouble(path, patient=not error.transient)
         self._denied += error.denied
         if trouble and not self._recently_read and (not trouble.denied or self._denied >= RECENT_FILES):
             raise EngineError(
-                f"images at {self._storage.where(path)}: {trouble}; "
-                "the same command goes on when that is mended"
+                f"images at {self._storage.where(path)}: {trouble}; fix this and run the same command again"
             )
 
     def close(self) -> None:

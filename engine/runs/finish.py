@@ -66,10 +66,13 @@ def _shard_state(
     shard: Shard, own: Sequence[int], held: set[int], done: set[int], there: int, count: int
 ) -> str:
     if left := len(set(own) - done - held):
-        raise Stopped(f"shard {shard}: {left} of its {len(own)} parts are missing; the same command goes on")
+        raise Stopped(
+            f"shard {shard}: {left} of its {len(own)} parts are missing; "
+            "run the same command again to continue"
+        )
     if there == count:
         return f"shard {shard} is done, and with it all {count} parts of the run"
     state = f"is done: {len(done)} of {count} parts"
     if others := len(held - done):
-        state = f"leaves {others} of its {len(own)} parts to another process, which has them in hand"
+        state = f"leaves {others} of its {len(own)} parts to another process, which is processing them"
     return f"shard {shard} {state}; {there} of {count} parts of the run are there"

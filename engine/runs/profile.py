@@ -248,7 +248,7 @@ def apply_profile(
             return AppliedProfile(settings, line if others else None)
         knobs = _read_profile(path, machine).knobs
         if not choice.gpu and not knobs.for_cpu:
-            raise ValueError("it has entries for a GPU, and there is none")
+            raise ValueError("it has entries for a GPU, but this machine has none")
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return AppliedProfile(settings, f"{folder.name}/{path.name} is ignored: {reason}")

@@ -51,7 +51,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
         settings = _take_from_run(settings)
     _check_ray(settings)
     if not settings.redact and (settings.keep or settings.salt_file):
-        raise UsageError(f"{'--keep' if settings.keep else '--salt-file'} is of use with --redact only")
+        raise UsageError(f"{'--keep' if settings.keep else '--salt-file'} works only with --redact")
     if settings.paths_from and not (settings.redact and settings.only_errors):
         raise UsageError("--paths-from is for --only-errors of a run with --redact; give all three")
     return settings
@@ -71,7 +71,7 @@ def _check_ray(settings: Settings) -> None:
     address = settings.ray
     if address is None:
         if settings.actors:
-            raise UsageError("--actors is of use with --ray only")
+            raise UsageError("--actors works only with --ray")
         return
     if not re.fullmatch(r"local|auto|[\w.-]+:\d{1,5}", address):
         raise UsageError(

@@ -99,7 +99,7 @@ class Sink:
         except OSError as error:
             raise EngineError(
                 f"{self._folder.location / name}: {error_text(error)}; "
-                "the parts that are written are whole, and the same command goes on"
+                "the written parts are complete; run the same command again to continue"
             ) from None
         self._written(index)
         return done

@@ -143,7 +143,7 @@ def test_finish_by_is_named_in_the_middle_of_a_part(start: Start, tmp_path: Path
     assert process.returncode == 5, errors
     assert 0 <= (datetime.now() - moment).total_seconds() < 4
     assert f"error: stopped for --finish-by {moment:%H:%M}, " in errors
-    assert "of 100000 rows were through; the same command goes on" in errors
+    assert "of 100000 rows were through; run the same command again to continue" in errors
     assert not parts(tmp_path / "out")
 
 
@@ -178,7 +178,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(bundle: Path, tmp_path
     run = with_mounts(script, tmp_path)
     _, second = run.stdout.split("status 1\n", 1)
     assert "No space left on device" in run.stderr
-    assert "the same command goes on" in run.stderr
+    assert "run the same command again to continue" in run.stderr
     assert "Traceback" not in run.stderr
     assert "part-00000.parquet" in second
     assert ".tmp" not in second

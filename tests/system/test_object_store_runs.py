@@ -172,7 +172,7 @@ def test_an_archive_that_refuses_all_is_no_archive_of_unreadable_images(
         run = engine_run("m.csv", "-b", bundle)
         assert run.returncode == 1
         assert run.stderr.splitlines()[-1] == (
-            f"error: images at s3://archive: {complaint}; the same command goes on when that is mended"
+            f"error: images at s3://archive: {complaint}; fix this and run the same command again"
         )
     assert not list(tmp_path.glob("*/part-*"))
 
@@ -407,7 +407,9 @@ def test_what_a_web_server_may_do(images: Path, monkeypatch: pytest.MonkeyPatch)
     with web_server({"big": bytes(5 << 20), "a.png": files["none"]}) as (address, _):
         found = read([f"{address}/chunked/big"], max_file_size=3 << 20)
         assert statuses(found) == [Status.TOO_LARGE]
-    with pytest.raises(EngineError, match="the server does not answer; the same command goes on"):
+    with pytest.raises(
+        EngineError, match="the server does not answer; run the same command again to continue"
+    ):
         read([f"{address}/a.png?signature=secret"] * 3)
 
 

@@ -306,7 +306,7 @@ def test_a_signal_stops_the_run_and_the_same_command_goes_on(
     process.send_signal(signal_number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 5, errors
-    assert "the same command goes on" in errors
+    assert "run the same command again to continue" in errors
     assert not (tmp_path / "out" / "_SUCCESS").exists()
     assert len(list((tmp_path / "out").glob("part-*.parquet"))) < 60
     run = engine_run("m.txt", "-b", bundle, "-o", "out", "--part-rows", "100")

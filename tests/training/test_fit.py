@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     fit_stripes(tmp_path, epochs=1)
     for content in (b"", b"nonsense", (tmp_path / "whole.pt").read_bytes()[:3000]):
         (tmp_path / "whole.pt").write_bytes(content)
-        with pytest.raises(EngineError, match="can't be read; start anew with --overwrite"):
+        with pytest.raises(EngineError, match="can't be read; start again with --overwrite"):
             fit_stripes(tmp_path, epochs=2)
 
 

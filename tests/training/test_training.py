@@ -209,7 +209,7 @@ def test_the_whole_network_is_trained_stopped_and_gone_on_with(
     process.send_signal(signal.SIGINT)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 5, log
-    assert log.rstrip().endswith("the same command with --resume goes on")
+    assert log.rstrip().endswith("run the same command with --resume to continue")
     assert not (tmp_path / "b").exists()
     assert "--resume" in one_line(training_process(*whole, "-o", "b"), 2)
     assert "seed was 3, is 4" in one_line(training_process(*whole[:-1], "4", "-o", "b", "--resume"), 2)

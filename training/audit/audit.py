@@ -67,7 +67,7 @@ def check_given_split(given: Sequence[str | None] | None, found: ImageGroups, *,
             f"the given split leaks: {images} of {len(sides)} images are in {_count_groups(groups)} "
             "on more than "
             f"one side ({exact} with identical files, {near} with copies of any kind, {groups - near} by "
-            "patient alone); mend it, or go on with --allow-leak"
+            "patient alone); fix the split, or continue with --allow-leak"
         )
 
 

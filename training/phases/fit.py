@@ -190,7 +190,7 @@ class _FitState:
             self.best = kept["best"]
             return FitResult([Epoch(**epoch) for epoch in kept["history"]])
         except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError):
-            raise EngineError(f"checkpoint {path} can't be read; start anew with --overwrite") from None
+            raise EngineError(f"checkpoint {path} can't be read; start again with --overwrite") from None
 
     def _parts(self) -> dict[str, Any]:
         return {

@@ -22,7 +22,9 @@ def test_without_a_moment_only_the_event_ends_a_run() -> None:
     assert deadline.reached()
     assert not deadline.fits(0)
     assert GRACE_S - 1 < deadline.grace_s <= GRACE_S
-    assert str(deadline.stopped("1 of 2 rows")) == "stopped, 1 of 2 rows; the same command goes on"
+    assert (
+        str(deadline.stopped("1 of 2 rows")) == "stopped, 1 of 2 rows; run the same command again to continue"
+    )
     assert deadline.stopped("").exit_status == 5
 
 

@@ -96,7 +96,7 @@ def test_a_process_that_dies_costs_its_parts_and_the_same_command_goes_on(
     missing = -(-ROWS // PART_ROWS) - len(parts(tmp_path / "out"))
     assert last.startswith("error: cpu (shard 2/2): it was ended by SIGKILL; "), last
     assert f"; {missing} parts are missing (part-0" in last
-    assert last.endswith("the same command goes on")
+    assert last.endswith("run the same command again to continue")
     process = start("m.txt")
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
@@ -115,7 +115,7 @@ def test_the_processes_end_with_the_command(start: Start, tmp_path: Path, number
     assert gone(started)
     if number == signal.SIGTERM:
         assert process.returncode == 5, said
-        assert " of 40000 rows are in finished parts; the same command goes on" in said
+        assert " of 40000 rows are in finished parts; run the same command again to continue" in said
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
@@ -127,7 +127,7 @@ def test_the_deadline_stops_all(start: Start, tmp_path: Path) -> None:
     assert -3 < (datetime.now() - moment).total_seconds() < 9, "as soon as a part allows"
     *_, last = said.splitlines()
     assert last.startswith(f"error: stopped for --finish-by {moment:%H:%M}, "), last
-    assert last.endswith(" of 40000 rows are in finished parts; the same command goes on")
+    assert last.endswith(" of 40000 rows are in finished parts; run the same command again to continue")
 
 
 def test_what_is_wrong_for_all_is_said_once(start: Start, tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def test_what_can_not_be_explained_is_said_in_a_line(
     assert "not the one that" in refused("-b", bundle)
     assert "allowed: cpu, cuda:N" in refused("--device", "gpu")
     assert "it holds something else" in refused("-o", run)
-    assert "of use with --redact only" in refused("--paths-from", "m.csv")
+    assert "works only with --redact" in refused("--paths-from", "m.csv")
     (run / "_SUCCESS").unlink()
     (run / "part-00001.parquet").unlink()
     assert "the run is not finished" in refused()

@@ -185,7 +185,7 @@ def test_it_stops_cleanly_and_goes_on(start: Start, plain: Path) -> None:
     wait_for_parts(process, output, 10)
     os.killpg(process.pid, signal.SIGINT)
     said = ended(process, status=5)
-    assert "the same command goes on" in said
+    assert "run the same command again to continue" in said
     kept = {path.name: path.stat().st_ino for path in parts(output)}
     process = start("m.txt", "-o", output)
     ended(process)
@@ -204,7 +204,7 @@ def test_finish_by_is_named_in_the_middle_of_parts(start: Start, plain: Path) ->
     assert 0 <= (datetime.now() - moment).total_seconds() < 10
     assert f"error: stopped for --finish-by {moment:%H:%M}" in said
     if "before it began" not in said:  # as on a machine that is busy
-        assert "of 100000 rows were through; the same command goes on" in said
+        assert "of 100000 rows were through; run the same command again to continue" in said
 
 
 @pytest.mark.slow
