@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Every step from a graph to a running engine, all in one, so that the stubs are known to let good code pass.
 GOOD = """
-def build(backend: Backend, graph: bytes) -> bytes:
+def build(backend: TensorRTBackend, graph: bytes) -> bytes:
     api, checked = backend.trt, backend.checked
     builder = api.Builder(backend.logger)
     network = checked(builder.create_network(flags(backend)), "creating the network")
@@ -45,7 +45,7 @@ def build(backend: Backend, graph: bytes) -> bytes:
     return bytes(checked(builder.build_serialized_network(network, config), "building the plan"))
 
 
-def monitor(backend: Backend) -> trt.IProgressMonitor:
+def monitor(backend: TensorRTBackend) -> trt.IProgressMonitor:
     if TYPE_CHECKING:
         import tensorrt as trt
     else:
@@ -65,7 +65,7 @@ def monitor(backend: Backend) -> trt.IProgressMonitor:
     return Monitor()
 
 
-def flags(backend: Backend) -> int:
+def flags(backend: TensorRTBackend) -> int:
     return 1 << int(backend.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
@@ -73,7 +73,7 @@ def min_shape() -> list[int]:
     return [2, 1, 8, 8]
 
 
-def run(backend: Backend, plan: bytes, stream: int, address: int) -> tuple[str, tuple[int, ...]]:
+def run(backend: TensorRTBackend, plan: bytes, stream: int, address: int) -> tuple[str, tuple[int, ...]]:
     api = backend.trt
     engine: trt.ICudaEngine | None = api.Runtime(backend.logger).deserialize_cuda_engine(plan)
     assert engine is not None
@@ -90,23 +90,23 @@ def run(backend: Backend, plan: bytes, stream: int, address: int) -> tuple[str, 
 """
 
 FP16 = """
-def flag(backend: Backend, config: trt.IBuilderConfig) -> None:
+def flag(backend: TensorRTBackend, config: trt.IBuilderConfig) -> None:
     config.set_flag(backend.trt.BuilderFlag.FP16)
 """
 
 FP16_BY_NAME = """
-def flag(backend: Backend) -> object:
+def flag(backend: TensorRTBackend) -> object:
     api = backend.trt
     return api.BuilderFlag.FP16
 """
 
 NO_SUCH_CLASS = """
-def builder(backend: Backend) -> object:
+def builder(backend: TensorRTBackend) -> object:
     return backend.trt.Bilder
 """
 
 MISSPELT_METHOD = """
-def profile(backend: Backend) -> object:
+def profile(backend: TensorRTBackend) -> object:
     return backend.trt.Builder(backend.logger).create_optimisation_profile()
 """
 

@@ -267,4 +267,4 @@ def test_a_machine_that_sees_other_folders_is_refused(opened, tmp_path: Path) ->
 def test_images_that_only_the_driver_sees_are_no_missing_rows(opened, tmp_path: Path) -> None:
     actor, work, *_ = opened
     with pytest.raises(UsageError, match=r"nowhere\.png is there for the driver"):
-        actor.open(replace(work, witnesses=(str(tmp_path / "nowhere.png"),)))
+        actor.open(replace(work, checked_files=(str(tmp_path / "nowhere.png"),)))
