@@ -1,4 +1,4 @@
-"""Run one shard of a run on one GPU; started by the executor of several GPUs, and ends with it."""
+"""Run one shard of a run on one GPU. `engine.executors.multi_gpu` starts this process, which ends with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.core.deadline import Deadline
 
 
 def exit_with_parent() -> None:
-    os.read(0, 1)  # until the parent closes its end, or is gone
+    os.read(0, 1)  # returns when the parent closes the pipe or ends
     os.kill(os.getpid(), signal.SIGTERM)
 
 

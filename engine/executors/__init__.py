@@ -1,1 +1,1 @@
-"""Run the pipeline in one process, on all GPUs of this machine, on Ray, or again for failed rows."""
+"""Run the pipeline in one process, on all GPUs of this machine or on Ray, or retry failed rows."""

@@ -1,4 +1,4 @@
-"""Choose the executor that the settings ask for, run it and write the report."""
+"""Choose the executor for the settings, run it and write the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def launch_run(
     say: OnMessage = lambda _: None,
     deadline: Deadline | None = None,
 ) -> Summary:
-    """Screen, or try failed rows again, as `settings` say. Raises ErrorRateError after too many errors."""
+    """Screen or retry failed rows with `settings`. Raises ErrorRateError after too many errors."""
     deadline = deadline or Deadline(settings.finish_by)
     work: Callable[..., Summary] = (
         retry_failed_rows
@@ -55,11 +55,11 @@ def launch_run(
 
 
 def _write_report(summary: Summary, say: OnMessage, deadline: Deadline) -> None:
-    """Write report.html. The run is finished: whatever goes wrong here is a line and no more."""
+    """Write report.html. An error is only reported with `say`, because the run is already finished."""
     try:
         files = open_folder(summary.output)
         if not files.exists(SUCCESS_FILE) or files.exists(REPORT_FILE):
-            return  # a shard that is not the last one, or it is there already
+            return  # other shards are unfinished, or the report exists
         from engine.report.render import write_report
 
         write_report(summary.output, say=say, deadline=deadline)

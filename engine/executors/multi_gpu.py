@@ -1,7 +1,7 @@
-"""`--device cuda:all`: a process for each GPU of this machine, each with a shard of the run, seen as one run.
+"""Run one process for each GPU of this machine (`--device cuda:all`), each with a shard of the run.
 
-A process is `python -m engine.gpu_worker`: `engine.run` that also ends when its parent does. It reports its
-progress in JSON lines (`--log-json`).
+A process is `python -m engine.gpu_worker`: `engine.run` that also ends when its parent ends. It reports
+its progress in JSON lines (`--log-json`).
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from engine.runs.summary import StageTimes, Success, Summary, summarise_run
 from engine.sink.parts import part_name
 
 POLL_S = 0.2
-KILL_AFTER_S = 20.0  # after which a process that was told to end is killed
-MAX_NAMED_PARTS = 5  # missing parts
+KILL_AFTER_S = 20.0  # from the signal to end until a process is killed
+MAX_NAMED_PARTS = 5  # missing parts listed in an error
 _STATUSES_BY_SEVERITY = (0, 5, 1, 4, 2, 130)  # exit statuses
 Command = Callable[[str, Shard], list[str]]  # for a device and a shard
 
 
 def list_devices() -> list[str]:
-    """Raises UsageError when there is no GPU."""
+    """Return the names of all GPUs. Raises UsageError when there is none."""
     return [f"cuda:{index}" for index in range(hardware.count_gpus())]
 
 
@@ -58,8 +58,8 @@ def run_on_all_gpus(
 ) -> Summary:
     """Screen on all GPUs.
 
-    A process that dies costs its own parts: the others go on, and then an EngineError says what is missing,
-    with the gravest exit status. Raises Stopped at `deadline`.
+    When one dies, the others finish their parts; then an EngineError lists the missing parts and has the
+    most severe exit status. Raises Stopped at `deadline`.
     """
     devices = list_devices()
     shards = local_shards(settings, len(devices))
@@ -73,7 +73,7 @@ def run_on_all_gpus(
 
 
 def local_shards(settings: Settings, devices: int) -> list[Shard]:
-    """Machine K of N has its share of the shards that the run is cut into already, else one for each GPU."""
+    """Return the shards of this machine: its share of the run's existing shards, else one for each GPU."""
     here = settings.shard or Shard(1, 1)
     folder = RunFolder(settings.output, overwrite=False)
     run = folder.recorded()
@@ -84,25 +84,27 @@ def local_shards(settings: Settings, devices: int) -> list[Shard]:
 
 
 def _child_command(settings: Settings, devices: int, device: str, shard: Shard) -> list[str]:
-    """Return the command that does one shard of what `settings` ask for."""
+    """Return the command that screens one shard with `settings`."""
     own = replace(
         settings,
         device=device,
         shard=shard,
         workers=max(1, (settings.workers or available_cpus()) // devices),
         memory=settings.memory // devices,
-        max_error_rate=1.0,  # of the whole
+        max_error_rate=1.0,  # the parent checks the rate of the whole run
         finish_by=None,
         metrics_file=None,
         log_json=True,
     )
-    moment = settings.finish_by.isoformat() if settings.finish_by else ""  # it may be over when it is read
+    moment = (
+        settings.finish_by.isoformat() if settings.finish_by else ""
+    )  # may be past when the child parses it
     return [sys.executable, "-m", "engine.gpu_worker", moment, *command_line(own)]
 
 
 @dataclass(eq=False)
 class GpuProcess:
-    """A process on one device. What it has told last of its progress is kept."""
+    """A process on one device, with the progress that it reported last."""
 
     device: str
     shard: Shard
@@ -119,24 +121,24 @@ class GpuProcess:
         path = filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")))
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # whose end is that of this process
+            stdin=subprocess.PIPE,  # closes when this process ends
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
-            start_new_session=True,  # signals are for this process, which passes them on
+            start_new_session=True,  # this process forwards signals
         )
         return cls(device, shard, process)
 
     def tell(self, events: queue.SimpleQueue[tuple[GpuProcess, dict[str, Any] | None]]) -> None:
-        """Put what it says into `events`, and None when it has ended."""
+        """Put the events of the process into `events`, and None when it has ended."""
         assert self.process.stderr
         with self.process.stderr as said:
             for line in said:
                 try:
                     event = json.loads(line)
                     assert isinstance(event["event"], str)
-                except (ValueError, KeyError, TypeError, AssertionError):  # a library's last words
+                except (ValueError, KeyError, TypeError, AssertionError):  # output of a library
                     event = {"event": "words", "message": line.strip()[:200]}
                 events.put((self, event))
         self.process.wait()
@@ -165,7 +167,7 @@ class GpuProcess:
 
     @property
     def problem(self) -> str:
-        """Why it did not end well."""
+        """Return why the process failed."""
         status = self.process.poll() or 0
         if status < 0:
             return f"it was ended by {signal.Signals(-status).name}"
@@ -191,7 +193,7 @@ class GpuProcesses:
         self.progress = Progress(0, finish_by=settings.finish_by)
 
     def screen(self, devices: Sequence[str], on_progress: OnProgress) -> None:
-        """Keep each device busy with a shard until all are done, or the deadline is reached."""
+        """Run a shard on each device until all are done or the deadline is reached."""
         running = {self._start(device) for device in devices[: len(self._waiting)]}
         while running:
             with suppress(queue.Empty):
@@ -205,7 +207,7 @@ class GpuProcesses:
             if self._deadline.reached() and not self._stopped:
                 self._stopped = True
                 self._waiting.clear()
-                if self._deadline.left_s > 0:  # they know --finish-by, and a second signal means "at once"
+                if self._deadline.left_s > 0:  # a second signal would stop them at once
                     for child in running:
                         child.process.send_signal(signal.SIGTERM)
 
@@ -225,7 +227,7 @@ class GpuProcesses:
         elif event.get("level") == "error" or event["event"] == "words":
             child.error = event["message"]
         elif event["event"] == "message" and not self._stopped and event["message"] not in self._said:
-            self._said.add(event["message"])  # most of them say the same
+            self._said.add(event["message"])  # most processes send the same message
             self._say(event["message"])
 
     def _sum_progress(self, elapsed_s: float) -> None:
@@ -247,7 +249,7 @@ class GpuProcesses:
         return sorted(index for shard in self._shards for index in run.part_indices(shard))
 
     def end(self) -> None:
-        """Whatever has not ended by itself has to."""
+        """End the processes that still run."""
         for child in self._children:
             with suppress(OSError):
                 child.process.stdin.close()  # type: ignore[union-attr]
@@ -301,7 +303,7 @@ class GpuProcesses:
 
 
 def _with_stages(summary: Summary, children: Sequence[GpuProcess]) -> Summary:
-    """Add where the time went: seconds of all processes, and their mean occupancy."""
+    """Add the stage times: the seconds of all processes and their mean occupancy."""
     starts = [child.summary.last_start for child in children if child.summary]
     stages = [start.stages for start in starts if start.stages]
     if not stages:

@@ -1,4 +1,4 @@
-"""The failed rows of a finished run once more; each part takes in its new rows."""
+"""Retry the failed rows of a finished run and merge the new rows into their parts."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def retry_failed_rows(
     say: OnMessage = lambda _: None,
     deadline: Deadline | None = None,
 ) -> Summary:
-    """Try the failed rows of the finished run in the folder `settings.manifest` again, with its options.
+    """Retry the failed rows of the finished run in the folder `settings.manifest`, with its options.
 
-    Each part takes in its new rows at once, so a stop loses nothing. `settings.bundle` says where the run's
-    bundle is now. Raises UsageError when the folder holds no finished run or the bundle is another.
+    The new rows of each part are written immediately, so a stop loses no results. `settings.bundle` is the
+    current path of the run's bundle. Raises UsageError when the folder holds no finished run or the bundle
+    differs.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(RunFolder.existing(settings.manifest))

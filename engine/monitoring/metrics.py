@@ -1,4 +1,4 @@
-"""A run while it is at work, for machines: Prometheus text in a file, JSON lines on the log."""
+"""Export the progress of a run as Prometheus text in a file and as JSON lines in the log."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
 WRITE_EVERY_S = 5.0
-MAX_FORECAST_S = 1e9  # a forecast beyond this is none
+MAX_FORECAST_S = 1e9  # a longer forecast is not reported
 
 
 def progress_snapshot(progress: Progress) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _format_time(seconds: float) -> str:
 
 
 class JsonProgress:
-    """Write the progress of a run to the log, a JSON object every few seconds."""
+    """Writes the progress of a run to the log, as a JSON object every few seconds."""
 
     def __init__(self, log: RedactingLog) -> None:
         self._log, self._shown = log, -math.inf
@@ -73,7 +73,7 @@ class MetricsFile:
     """Writes `file` every few seconds as Prometheus text, for the textfile collector of node_exporter.
 
     The label `run` is the file's name without its suffix, so that several runs can be watched at once.
-    Raises UsageError on entry when the file can't be written; a failure later leaves the file as it was.
+    Raises UsageError on entry when the file can't be written; a later failure leaves the file unchanged.
     """
 
     def __init__(self, file: Path) -> None:
@@ -120,7 +120,7 @@ class MetricsFile:
             temporary.write_bytes(text)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics that prometheus_client asks for."""
+        """Yield the metrics for prometheus_client."""
         yield self._gauge("running", "1 while the run is at work.", int(self._exit_status is None))
         yield self._gauge("started_timestamp_seconds", "When it was started.", self._began)
         yield self._gauge("updated_timestamp_seconds", "When this was written.", time.time())

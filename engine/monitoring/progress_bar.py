@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, a table at the end."""
+"""Show a run to the user: a bar on a terminal, plain lines elsewhere, a table at the end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BAR_EVERY_S = 0.1
 
 
 class ProgressBar:
-    """Call it with the run's progress as often as you like; it shows it as often as is useful."""
+    """Shows the progress it is called with, at a limited rate."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._shown = time.monotonic()
         self._task: TaskID | None = None
-        self.bar: Bar | None = None  # on a terminal
+        self.bar: Bar | None = None  # set on a terminal only
         if console.is_terminal:
             self.bar = Bar(
                 BarColumn(None),
@@ -93,7 +93,7 @@ def _format_clock(seconds: float) -> str:
 
 
 def show_summary(console: Console, summary: Summary) -> None:
-    """Counts that add up, the classes, the rate, and where the time went."""
+    """Print the row counts, the classes, the rate and the time of each stage."""
     counts = Table(box=None, show_header=False, pad_edge=False)
     counts.add_column(justify="left")
     counts.add_column(justify="right")

@@ -1,4 +1,4 @@
-"""Describe what the stages of a run need to be opened."""
+"""The settings and resources with which the stages of a run are opened."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DecodesOnGpu = Callable[[bytes, Header], bool]
 class PixelStage(Protocol):
     @property
     def crashes(self) -> int:
-        """Return how often a decoder had to be started anew."""
+        """Return how often a decoder was restarted."""
         ...
 
     @property
@@ -49,20 +49,20 @@ class ReadStage(Protocol):
 
 @dataclass(frozen=True)
 class StageContext:
-    """What stages are opened with."""
+    """Settings and resources with which the stages are opened."""
 
     settings: Settings
     bundle: Bundle
     choice: RunnerChoice
     say: OnMessage
-    root: Location  # of relative paths
+    root: Location  # base of relative paths
     _: KW_ONLY
     batch_size: int
     part_rows: int = 0
-    rows: int = 0  # of the run: a long one is worth tuning
-    tuning: Tuning = field(default_factory=Tuning)  # what is known already
+    rows: int = 0  # of the run; only long runs are tuned
+    tuning: Tuning = field(default_factory=Tuning)  # options that are settled already
     resumed: bool
-    manifest: Manifest | None = None  # None for a retry, which has been tuned
+    manifest: Manifest | None = None  # None for a retry, whose options are settled
 
     @classmethod
     def of(cls, job: PreparedRun) -> Self:

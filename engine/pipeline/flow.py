@@ -24,9 +24,9 @@ def chain_stages(
     *,
     overlap: bool,
 ) -> Iterator[Batch | PartInfo]:
-    """Chain the stages. Without `overlap` each waits for the next, and the results are the same.
+    """Chain the stages. Without `overlap` they run serially; the results are the same.
 
-    Reader and step work ahead in threads of their own; only preprocess needs one from here.
+    The reader and the scorer start their own threads; this function adds one for preprocessing.
     """
     batches = reader.stage(parts, meters["read"])
     pixels = preprocess.stage(batches, meters["preprocess"])
@@ -42,7 +42,7 @@ def run_until_stopped(
     *,
     part_rows: int,
 ) -> None:
-    """Run the flow to its end, or to where it has to stop: then raises Stopped."""
+    """Run the flow to its end. Raises Stopped when the run has to stop earlier."""
     with closing(items):  # type: ignore[type-var]
         for item in items:
             if isinstance(item, PartInfo):

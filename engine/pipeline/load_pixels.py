@@ -21,11 +21,11 @@ from engine.reader.reader import Reader
 
 @dataclass(frozen=True)
 class LoadedPixels:
-    """Pixels of the files that decoded, and why the others did not."""
+    """Pixels of the decoded files, and the errors of the others."""
 
     pixels: npt.NDArray[np.uint8]  # [k, 1, H, W]
     index: npt.NDArray[np.int64]  # [k], positions in the list of paths
-    headers: list[Header]  # [k], what the files say of themselves
+    headers: list[Header]  # [k], metadata of the files
     failures: list[tuple[int, str, str]]  # position, status, one-line error
 
 
@@ -39,9 +39,9 @@ def load_pixels(
     threads: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> LoadedPixels:
-    """Read and preprocess files as screening does. All pixels are held at once: for training and checks.
+    """Read and preprocess files as screening does, for training and checks. All pixels are held in memory.
 
-    `progress` gets the number of files just done.
+    `progress` is called with the number of files just processed.
     """
     limits = limits or Limits()
     threads = threads or available_cpus()
@@ -64,7 +64,7 @@ def load_pixels(
             ]
             progress(batch.rows)
     found = np.concatenate(index)
-    order = np.argsort(found)  # slow files come late
+    order = np.argsort(found)  # files may finish out of order
     known = [header for position in order if (header := headers[position]) is not None]
     assert len(known) == len(found), "what has pixels has a header"
     return LoadedPixels(np.concatenate(pixels)[order], found[order], known, sorted(failures))

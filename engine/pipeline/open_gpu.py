@@ -1,4 +1,4 @@
-"""The stages of a run on a GPU, opened: decoding, members, slots; tuned, checked on the bundle's canaries."""
+"""Open the stages of a run on a GPU, tune their options and check them on the bundle's canaries."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 
 def open_gpu(stack: ExitStack, context: StageContext) -> tuple[GpuPreprocess, GpuScorer, Settled]:
-    """Open, tune and check the stages; of the tuning, what `context` knows already is kept.
+    """Open, tune and check the stages. Options that `context.tuning` holds already are kept.
 
-    Graphs are captured before DALI starts. Out of memory halves the batch once, unless the run is resumed.
+    Graphs are captured before DALI starts. When memory runs out, the batch is halved once, unless the run is
+    resumed.
     Raises ParityError when the canaries differ from their reference.
     """
     torch.cuda.set_device(context.choice.index)
@@ -53,7 +54,7 @@ def open_gpu(stack: ExitStack, context: StageContext) -> tuple[GpuPreprocess, Gp
     try:
         preprocess, tuning = _open_preprocess(stack, context, settled.tuning)
         return preprocess, step, replace(settled, tuning=tuning)
-    except RuntimeError as error:  # as DALI says it
+    except RuntimeError as error:  # DALI raises it when memory runs out
         if not hardware.is_out_of_memory(error):
             raise
         raise _batch_too_large_error(context) from None
@@ -74,13 +75,13 @@ def _open_scorer_in_memory(stack: ExitStack, context: StageContext) -> tuple[Gpu
     except (RuntimeError, EngineError) as error:
         if not hardware.is_out_of_memory(error):
             raise
-    gc.collect()  # what the failed step held
+    gc.collect()  # frees the memory of the failed scorer
     torch.cuda.empty_cache()
     return None
 
 
 def _check_triton() -> None:
-    """Triton compiles its launcher when it first runs. Raises UsageError where it can't."""
+    """Compile Triton's launcher, as its first use does. Raises UsageError when this fails."""
     import triton
 
     try:
@@ -94,7 +95,7 @@ def _check_triton() -> None:
 
 
 def _open_scorer(stack: ExitStack, context: StageContext) -> tuple[GpuScorer, Settled]:
-    """Members and slots: as recorded, else compiled or not, at once or in turn, whatever is faster."""
+    """Open the members and slots with the recorded or else the faster options (compiled, concurrent)."""
     from engine.pipeline.context import open_runners, versions_of
 
     tuned = context.tuning
@@ -111,11 +112,11 @@ def _open_scorer(stack: ExitStack, context: StageContext) -> tuple[GpuScorer, Se
 
 
 def _tune_compiling(context: StageContext) -> Tuning:
-    """Time the members compiled and not."""
+    """Time the members with and without compilation and return the faster option."""
     eager_ms, compiled_ms = _time_batch(context, compiled=False), None
     try:
         compiled_ms = _time_batch(context, compiled=True)
-    except Exception as error:  # whatever the compiler raises: eager works
+    except Exception as error:  # the compiler raises many types; eager mode still works
         if hardware.is_out_of_memory(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
@@ -125,7 +126,7 @@ def _tune_compiling(context: StageContext) -> Tuning:
 
 
 def _time_batch(context: StageContext, *, compiled: bool) -> float:
-    """Milliseconds of a batch."""
+    """Return the time of a batch in milliseconds."""
     from engine.pipeline.context import open_runners
 
     with ExitStack() as trial:
@@ -144,7 +145,7 @@ def _make_scorer(stack: ExitStack, context: StageContext, runners: Sequence[Runn
         slots=settings.slots if settings.overlap else 1,
         concurrent=recorded if settings.streams is None else settings.streams > 1,
         graphs=settings.cuda_graph is not False
-        and choice.runner != "onnx",  # ONNX Runtime has a stream of its own
+        and choice.runner != "onnx",  # ONNX Runtime uses its own stream
     )
     stack.callback(step.close)
     return step
@@ -153,13 +154,13 @@ def _make_scorer(stack: ExitStack, context: StageContext, runners: Sequence[Runn
 def check_canaries(bundle: Bundle, step: GpuScorer) -> float:
     """Return the largest difference in probability from the bundle's canaries.
 
-    Raises ParityError: see `check`.
+    Raises ParityError when it exceeds the tolerance.
     """
     return verify_canaries(Canaries.of(bundle), step, step.batch_size)
 
 
 def _open_preprocess(stack: ExitStack, context: StageContext, tuned: Tuning) -> tuple[GpuPreprocess, Tuning]:
-    """Decoding on both sides: as recorded, else tuned when the run is long enough."""
+    """Open decoding on CPU and GPU with the recorded options; else tune if the run is long enough."""
     bundle, threads, batch_size = context.bundle, context.workers, context.batch_size
     cpu = stack.enter_context(
         Preprocess(

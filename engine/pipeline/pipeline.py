@@ -1,4 +1,4 @@
-"""The only module that knows all stages: wires them, overlaps them, stops them."""
+"""Wire, overlap and stop all stages of a run in one process."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def screen_in_process(
     deadline: Deadline | None = None,
     stages_type: Callable[[StageContext], Stages] | None = None,
 ) -> Summary:
-    """Screen a manifest as `settings` say; the same settings go on where an earlier run stopped.
+    """Screen a manifest with `settings`. The same settings resume a run that was stopped.
 
-    `on_progress` is called after each batch, `say` with lines for people. At `deadline`, by default that of
-    `settings`, the run ends within seconds with `Stopped`. `stages_type` replaces the stages, for benchmarks
-    and for calibration.
+    `on_progress` is called after each batch, `say` with messages for the user. Raises Stopped within seconds
+    of `deadline`, by default that of `settings`. `stages_type` replaces the stages, for benchmarks and
+    calibration.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
     with prepare_run(settings, say) as job, (stages_type or Stages)(StageContext.of(job)) as stages:

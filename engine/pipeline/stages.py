@@ -30,7 +30,7 @@ STAGES = ("read", "preprocess", "members", "write")
 
 
 class Stages:
-    """The stages of one run, opened: decoder process, members and lanes."""
+    """The opened stages of one run: decoder process, members and threads."""
 
     def __init__(self, context: StageContext) -> None:
         self.context = context
@@ -47,7 +47,7 @@ class Stages:
     step: Scorer
 
     def open(self, stack: ExitStack) -> None:
-        """Set `preprocess`, `step` and `settled`; what has to be closed goes to `stack`."""
+        """Set `preprocess`, `step` and `settled`; resources to close are pushed on `stack`."""
         if self.context.choice.device != "cpu":
             from engine.pipeline.open_gpu import open_gpu
 
@@ -55,7 +55,7 @@ class Stages:
             self.context = replace(self.context, batch_size=self.settled.batch_size)
             return
         settings, bundle, workers = self.context.settings, self.context.bundle, self.context.workers
-        # first, so that it starts while the members load
+        # opened first, so that it starts while the members load
         preprocess = Preprocess(
             size=bundle.size,
             batch_size=self.context.batch_size,
@@ -88,7 +88,7 @@ class Stages:
         progress.started, progress.meters = time.monotonic(), self.meters
         try:
             run_until_stopped(items, progress, on_progress, deadline, part_rows=context.part_rows)
-        except RuntimeError as error:  # others use the GPU too
+        except RuntimeError as error:  # other processes may use the GPU too
             if context.choice.gpu and hardware.is_out_of_memory(error):
                 raise EngineError(
                     f"{context.choice.gpu.name} ran out of memory; free some memory, then run "
