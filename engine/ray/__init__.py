@@ -1,4 +1,4 @@
-"""A run on many GPUs and machines: Ray places actors, each with the stages of `engine.pipeline.pipeline`.
+"""Run on many GPUs and machines with Ray actors, each of which has the stages of `engine.pipeline.stages`.
 
 Inside this package `ray` is the library. `EnsembleScorer` is for pipelines of Ray Data.
 """

@@ -1,6 +1,6 @@
-"""The actor: bundle, plans and stages in a process of its own. It takes parts and writes them itself.
+"""The Ray actor: a process with bundle, plans and stages that scores parts and writes their files.
 
-One thread does all the work, fed by an inbox, so that the stages don't run empty between two parts.
+One thread processes an inbox of parts, so that the stages don't run empty between two parts.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from engine.sink.sink import Sink
 from engine.storage.folders import error_text
 from engine.storage.open_folder import open_folder
 
-NEXT_PART_WAIT_S = 0.05  # for the next part, before the stages are let run empty
+NEXT_PART_WAIT_S = 0.05  # for the next part, before the stages are drained
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ActorConfig:
-    """What an actor is made with."""
+    """The arguments of an actor."""
 
     name: str
     settings: Settings  # all paths absolute
@@ -59,7 +59,7 @@ class ActorConfig:
 
 @dataclass(frozen=True)
 class ActorInfo:
-    """What an actor is."""
+    """The process, bundle and versions of an actor."""
 
     host: str
     pid: int
@@ -70,24 +70,24 @@ class ActorInfo:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What an actor opens its stages for."""
+    """The properties of a run for which an actor opens its stages."""
 
-    batch_size: int  # of this actor's kind
+    batch_size: int  # of this actor's group
     part_rows: int
     rows: int  # of the run
     tuning: Tuning
     layout: ResultSchema
     root: Location
-    resumed: bool  # keep what is tuned
+    resumed: bool  # keep the tuned options
     stages_type: type[Stages]
-    token: tuple[str, str] | None  # name and content of a file in the results folder, to know it by
-    checked_files: tuple[str, ...]  # files that the driver sees
-    expected: npt.NDArray[np.float32] | None  # scores of canaries where the bundle's can't be held against
+    token: tuple[str, str] | None  # name and content of a file in the results folder
+    checked_files: tuple[str, ...]  # files that exist for the driver
+    expected: npt.NDArray[np.float32] | None  # canary scores that replace the bundle's
 
 
 @dataclass(frozen=True)
 class OpenedStages:
-    """What `Actor.open` has settled."""
+    """The results of `Actor.open`."""
 
     settled: Settled
     expected: npt.NDArray[np.float32] | None
@@ -96,20 +96,20 @@ class OpenedStages:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """How an actor is at the moment."""
+    """The current progress of an actor."""
 
-    rounds: int  # that canaries came through well
-    idle_s: float  # since anything came out of the stages that should have
-    in_progress: dict[int, dict[str, int]]  # rows by status, of parts that are not done
-    meters: dict[str, tuple[int, float, float, float]]  # lanes, and seconds busy, starved, blocked
+    rounds: int  # canary checks passed
+    idle_s: float  # time without output from busy stages
+    in_progress: dict[int, dict[str, int]]  # rows by status, of unfinished parts
+    meters: dict[str, tuple[int, float, float, float]]  # threads; seconds busy, starved, blocked
     crashes: int
     refusals: int
 
 
 class IdleClock:
-    """How long nothing has come out of the stages, while something should.
+    """Measures the time for which busy stages have given no output.
 
-    The wait for the reader does not count: it gives up by itself.
+    The wait for the reader does not count, because the reader has its own timeout.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ class IdleClock:
 
 @dataclass
 class TimedReader:
-    """A reader that tells the clock when it is waited for."""
+    """A reader that pauses the clock while the stages wait for it."""
 
     reader: Reader
     clock: IdleClock
@@ -147,7 +147,7 @@ class TimedReader:
 
 @dataclass
 class _Task:
-    """Something other than a part for the thread to do."""
+    """A call, other than a part, in the inbox of the thread."""
 
     work: Callable[[], Any]
     result: Future[Any]
@@ -161,7 +161,7 @@ class _PartInProgress:
 
 
 class Actor:
-    """What runs in Ray's worker process; its methods are called over there by `crew.Crew`."""
+    """Runs in Ray's worker process; `ActorPool` calls its methods remotely."""
 
     def __init__(self, config: ActorConfig) -> None:
         self._config, self._settings = config, replace(config.settings, workers=config.resources.workers)
@@ -175,12 +175,12 @@ class Actor:
         threading.Thread(target=self._work, name="actor", daemon=True).start()
 
     def hello(self) -> ActorInfo:
-        """Raises UsageError where the bundle, or what should run it, is not to be had."""
+        """Return the actor's info. Raises UsageError when the bundle or its runner is not available."""
         settings, gpu = self._settings, self._config.resources.gpu
         self._bundle = bundle.load_bundle(settings.bundle)
         self._choice = select_runner(
             settings.runner,
-            "cuda:0" if gpu else "cpu",  # Ray shows each actor its own GPU only
+            "cuda:0" if gpu else "cpu",  # each Ray actor sees only its own GPU
             self._bundle,
             precision=settings.precision,
             batch_size=settings.batch_size,
@@ -189,11 +189,11 @@ class Actor:
         return ActorInfo(platform.node(), os.getpid(), self._choice, self._bundle.sha256, found)
 
     def open(self, work: RunSpec) -> OpenedStages:
-        """Open the stages; the canaries have to come through them well. Raises EngineError."""
+        """Open the stages and check the canaries. Raises EngineError when either fails."""
         return self._do(partial(self._open, work))
 
     def begin(self, provenance: bytes) -> None:
-        """Parts may come, whose footers are to hold `provenance`."""
+        """Prepare to take parts; `provenance` is written to their footers."""
         by = structs.replace(
             scorer_of(self._choice), actor=self._config.name, round=self._canary_monitor.rounds
         )
@@ -204,7 +204,7 @@ class Actor:
         self._sink.by = structs.replace(self._sink.by, round=rounds)
 
     def take(self, part: Part) -> PartInfo:
-        """Score a part and write it. Several may be taken at once."""
+        """Score a part and write it. Several calls may run at once."""
         with self._lock:
             if self._error:
                 raise self._error
@@ -218,18 +218,18 @@ class Actor:
         return in_progress.result.result()
 
     def check(self) -> Heartbeat:
-        """Let the canaries through once more, after the parts that were taken. Raises ParityError."""
+        """Check the canaries after the parts taken so far. Raises ParityError when they differ."""
         self._do(lambda: self._canary_monitor.check())
         return self.heartbeat()
 
     def stop(self, grace_s: float) -> Heartbeat:
-        """Finish the parts that can be within `grace_s`, drop the others, and check."""
+        """Finish the parts that fit into `grace_s`, drop the others and check the canaries."""
         with self._lock:
             self._stop_by = time.monotonic() + grace_s
         return self.check()
 
     def probe(self, part: Part, start: int, stop: int) -> None:
-        """Score some rows of a part, by position, for nothing but to see whether this process lives."""
+        """Score rows [start, stop) of a part and drop the scores, to test whether this process survives."""
 
         def score() -> None:
             batches = self._stages.preprocess.stage(
@@ -284,7 +284,7 @@ class Actor:
         self._stages = self._opened.enter_context(work.stages_type(context))
         batch_size = self._stages.settled.batch_size
         canaries, expected = Canaries.of(self._bundle), work.expected
-        if self._choice.precision == "int8":  # whose scores are far from float32's
+        if self._choice.precision == "int8":  # its scores differ from those of float32
             if expected is None:
                 expected = score_canaries(canaries, self._stages.step, batch_size)
             canaries = replace(canaries, expected=expected)
@@ -293,7 +293,7 @@ class Actor:
         return OpenedStages(self._stages.settled, expected, lines)
 
     def _see_the_same(self, work: RunSpec) -> None:
-        """Raises UsageError where this machine sees other folders than the driver's."""
+        """Raise UsageError when the folders of this machine differ from the driver's."""
         if work.token:
             name, content = work.token
             folder = open_folder(self._settings.output)
@@ -336,7 +336,7 @@ class Actor:
                 self._clock.busy = bool(self._taken)
 
     def _fail(self, error: BaseException, item: Part | _Task) -> None:
-        """Nothing more is scored: whatever comes gets this error."""
+        """Fail the item and all later ones with this error."""
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             error = EngineError(f"{where}{error_text(error)}")
@@ -352,7 +352,7 @@ class Actor:
             future.set_exception(error)
 
     def _parts(self, first: Part) -> Iterator[Part]:
-        """Parts as long as they come without a pause."""
+        """Yield the parts that follow each other without a pause."""
         part: Part | _Task = first
         while isinstance(part, Part):
             if self._stop_by is not None:

@@ -1,4 +1,4 @@
-"""The actors as the driver sees them: started, called, given up, replaced."""
+"""Start, call, dismiss and replace the actors of a run, in the driver."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from engine.runs.run_record import HardwareGroup, library_versions
 PARTS_GROUP, HEARTBEAT_GROUP = (
     "parts",
     "heartbeat",
-)  # concurrency groups: what may be asked of an actor while it is at work
-MAX_PARTS_HELD = 24  # that an actor may hold
-START_TIMEOUT_S = 20.0  # for actors that the cluster has no room for as yet
+)  # concurrency groups: calls that run while an actor scores
+MAX_PARTS_HELD = 24  # per actor
+START_TIMEOUT_S = 20.0  # for actors that wait for resources of the cluster
 REMIND_S = 30.0
 MAX_ACTOR_RESTARTS, MAX_TOTAL_RESTARTS = (
     3,
     10,
-)  # actors in a row that die before they take a part: then a pause, then an end
+)  # consecutive actors that die before they take a part, until a pause and until the run fails
 
 
 @dataclass(frozen=True)
 class ActorGroup:
-    """Actors that give the same scores, bit for bit, and are given the same batches."""
+    """Actors with bit-identical scores and the same batch size."""
 
     runner: str
     device: str
@@ -69,34 +69,34 @@ class ActorGroup:
 
 @dataclass(eq=False)
 class Placement:
-    """A place for an actor, and those after it."""
+    """The resources for an actor and its replacements."""
 
     resources: ActorResources
-    failures: int = 0  # actors in a row that died before they took a part
-    start_at: float | None = None  # when the next is started, after such failures
+    failures: int = 0  # consecutive actors that died before they took a part
+    start_at: float | None = None  # start time of the next actor after such failures
 
 
 @dataclass(eq=False)
 class ActorHandle:
-    """One actor."""
+    """The driver's state of one actor."""
 
     name: str
     slot: Placement
     handle: Any
-    late: bool = False  # it was started when the run had begun
+    late: bool = False  # it was started after the run began
     hello: ActorInfo | None = None
-    opening: float | None = None  # when it was asked to open its stages
+    opening: float | None = None  # time of the call that opens its stages
     opened: bool = False
-    ready: bool = False  # to take parts
+    ready: bool = False  # it can take parts
     gone: bool = False
-    awaiting_heartbeat: bool = False  # a heartbeat was asked for and has not come
-    heartbeat_asked_at: float = 0.0  # when the last one was asked for
-    overdue: bool = False  # at the last look
-    checking: bool = False  # the canaries were asked for
+    awaiting_heartbeat: bool = False  # a heartbeat request is pending
+    heartbeat_asked_at: float = 0.0  # time of the last request
+    overdue: bool = False  # at the last poll
+    checking: bool = False  # a canary check is pending
     heartbeat: Heartbeat | None = None
-    began: float | None = None  # when it got its first part
-    parts: dict[int, int] = field(default_factory=dict)  # rows of those it has and has not done
-    alone: bool = False  # with a part that is suspected
+    began: float | None = None  # time of its first part
+    parts: dict[int, int] = field(default_factory=dict)  # rows of its unfinished parts
+    alone: bool = False  # it has a suspected part and no other
     rows_done: int = 0
 
     @property
@@ -116,24 +116,24 @@ class ActorHandle:
 
     @property
     def in_progress(self) -> int:
-        """Rows of parts that it has begun and not done."""
+        """Return the processed rows of its unfinished parts."""
         found = self.heartbeat.in_progress if self.heartbeat else {}
         return sum(sum(found[index].values()) for index in self.parts if index in found)
 
     @property
     def rows_held(self) -> int:
-        """Rows that it has to do still."""
+        """Return the number of its unprocessed rows."""
         return sum(self.parts.values()) - self.in_progress
 
     @property
     def rate(self) -> float | None:
-        """Rows per second; None before there are any."""
+        """Return the rows per second, None before the first ones."""
         rows = self.rows_done + self.in_progress
         return rows / (time.monotonic() - self.began) if self.began and rows else None
 
 
 class ActorListener(Protocol):
-    """Who has to know what becomes of actors."""
+    """Receives the events of actors."""
 
     def on_actor_started(self, actor: ActorHandle) -> None: ...
 
@@ -144,24 +144,24 @@ OnResult = Callable[[ActorHandle, Any], None]
 
 
 class ActorPool:
-    """All actors. Whatever they answer is handled in `handle_answers`, in the driver's one thread."""
+    """All actors. `handle_answers` handles their answers in the driver's only thread."""
 
     def __init__(self, settings: Settings, say: OnMessage, deadline: Deadline) -> None:
         self.settings, self.say, self._deadline = settings, say, deadline
         self.slots: list[Placement] = []
-        self.actors: list[ActorHandle] = []  # that are not gone
-        self.lost_actors: list[ActorHandle] = []  # that are
+        self.actors: list[ActorHandle] = []  # those that are alive
+        self.lost_actors: list[ActorHandle] = []  # those that ended
         self.refused: list[str] = []
         self.owner: ActorListener | None = None
-        self.begun = False  # the run: who comes now and is of no use doesn't end it
+        self.begun = False  # the run has begun: an unusable new actor doesn't end it
         self._waiting: dict[Any, tuple[ActorHandle, OnResult]] = {}
         self._stack = ExitStack()
         self._last_report = time.monotonic()
 
     def start_actors(self, bundle: Bundle) -> RunnerChoice:
-        """Start the actors, wait until they are there, and tell what runs the members: a GPU where one is.
+        """Start the actors, wait for them and return the runner of the members (on a GPU if any).
 
-        Raises UsageError when one of them can't run this bundle as asked.
+        Raises UsageError when an actor can't run this bundle with the settings.
         """
         self._bundle = bundle
         cluster = self._stack.enter_context(connect_cluster(self.settings))
@@ -204,7 +204,7 @@ class ActorPool:
         return [actor for actor in self.actors if actor.ready]
 
     def report_waiting(self) -> None:
-        """Say so while there is nothing but waiting."""
+        """Report that the run waits for actors."""
         if not self.ready and time.monotonic() - self._last_report > REMIND_S:
             self._last_report = time.monotonic()
             self.say("waiting for the cluster to have room for an actor")
@@ -226,14 +226,14 @@ class ActorPool:
     def call(
         self, actor: ActorHandle, method: str, *arguments: Any, then: OnResult, group: str | None = None
     ) -> None:
-        """Ask an actor for something; `then` gets its answer, unless the actor is gone by then."""
+        """Call a method of an actor; `then` gets the answer, unless the actor has ended."""
         bound = getattr(actor.handle, method)
         if group:
             bound = bound.options(concurrency_group=group)
         self._waiting[bound.remote(*arguments)] = actor, then
 
     def handle_answers(self, wait_s: float) -> None:
-        """Handle the answers that are there, or come within `wait_s`. Raises EngineError to end the run."""
+        """Handle the answers that arrive within `wait_s`. Raises EngineError to end the run."""
         for slot in self.slots:
             if slot.start_at and time.monotonic() > slot.start_at:
                 slot.start_at = None
@@ -261,7 +261,7 @@ class ActorPool:
             then(actor, answer)
 
     def _describe_error(self, error: Any) -> str:
-        """Why an actor does not answer, in a few words."""
+        """Return a short reason why an actor does not answer."""
         died = isinstance(error, self.ray.exceptions.RayActorError)
         if not died or error.actor_init_failed:
             return _last_line(error)
@@ -277,13 +277,13 @@ class ActorPool:
             self.refuse_actor(actor, str(cause))
         elif isinstance(cause, EngineError):
             self._dismiss_or_raise(actor, type(cause)(f"{where}{cause}"))
-        elif actor.ready:  # a GPU that is broken, say
+        elif actor.ready:  # for example a broken GPU
             self.replace_actor(actor, _last_line(error))
         else:
             raise RuntimeError(f"{where}{_last_line(error)}")
 
     def _dismiss_or_raise(self, actor: ActorHandle, error: EngineError) -> None:
-        """Raises `error`, but for an actor that came later and has not done anything yet."""
+        """Dismiss an actor that started late and is not ready; for any other actor raise `error`."""
         if actor.ready or not actor.late:
             raise error
         self.dismiss_actor(actor, str(error))
@@ -296,7 +296,7 @@ class ActorPool:
             self.owner.on_actor_started(actor)
 
     def _find_mismatch(self, hello: ActorInfo) -> str | None:
-        """Why an actor's scores would not be those of the others."""
+        """Return why an actor's scores would differ from the others', None if they would not."""
         if hello.bundle_sha256 != self._bundle.sha256:
             return (
                 f"bundle {self.settings.bundle}: another one on {hello.host}; give the same to all machines"
@@ -311,9 +311,9 @@ class ActorPool:
         return None
 
     def replace_actor(self, actor: ActorHandle, why: str) -> None:
-        """Give an actor up, whatever it is doing, and put another in its place.
+        """Kill an actor and start another in its place.
 
-        Raises EngineError when no actor lives long enough to take a part.
+        Raises EngineError when too many consecutive actors die before they take a part.
         """
         if actor.gone:
             return
@@ -345,7 +345,7 @@ class ActorPool:
             raise ParityError(f"no actor is left: {why}")
 
     def dismiss_actor(self, actor: ActorHandle, why: str) -> None:
-        """Remove an actor that is of no use."""
+        """Remove an unusable actor."""
         self.say(f"an actor on {actor.host} is not used: {why}")
         self._remove_actor(actor, counts_as_failure=False)
         if not self.actors:

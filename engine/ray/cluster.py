@@ -1,4 +1,4 @@
-"""Ray itself: started here or joined, what it has room for, and its words kept off the log."""
+"""Start or join Ray, plan actors for its resources and keep its messages out of the log."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ CONNECT_TIMEOUT_S = 5.0
 SHUTDOWN_S = 20.0
 CHECK_S = 60.0  # for a process that imports Ray and asks for the cluster
 CHECK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
-STORE_BYTES = 256 << 20  # of a Ray started here: what is in it are the paths of a few parts
+STORE_BYTES = 256 << 20  # of a Ray started here: it only holds the paths of a few parts
 
 
 @dataclass(frozen=True)
 class Node:
-    """What a machine of the cluster has."""
+    """The resources of a machine of the cluster."""
 
     cpus: int
     gpus: int
@@ -40,7 +40,7 @@ class Node:
 
 @dataclass(frozen=True)
 class ActorResources:
-    """What one actor gets: a GPU or none, and this many CPU threads."""
+    """The resources of one actor: a GPU or none, and CPU threads."""
 
     gpu: bool
     workers: int
@@ -51,7 +51,7 @@ class ActorResources:
 
 
 def import_ray() -> Any:
-    """Ray. Raises UsageError where it is not installed."""
+    """Return the module `ray`. Raises UsageError when it is not installed."""
     try:
         import ray
     except ImportError as error:
@@ -64,7 +64,7 @@ def import_ray() -> Any:
 def plan_actors(nodes: Sequence[Node], settings: Settings) -> list[ActorResources]:
     """Plan one actor for each GPU and `settings.actors` on CPUs; without a GPU, as many as fit.
 
-    Where the user names no `workers`, the actors fill their machines.
+    Without `settings.workers` the actors use all CPUs of their machines.
     """
     gpus = 0 if settings.device == "cpu" else sum(node.gpus for node in nodes)
     shared = settings.actors and gpus and all(node.gpus for node in nodes)
@@ -85,7 +85,7 @@ def plan_actors(nodes: Sequence[Node], settings: Settings) -> list[ActorResource
 
 
 def _threads_per_actor(cpus: Sequence[int], actors: int | None) -> int:
-    """Threads an actor, so that as many as are wanted fit; without a number, one a machine does."""
+    """Return the most threads with which `actors` fit; without a number, those of the smallest machine."""
     if not actors:
         return max(1, min((count for count in cpus if count > 0), default=1))
     most = max([1, *cpus])
@@ -93,7 +93,7 @@ def _threads_per_actor(cpus: Sequence[int], actors: int | None) -> int:
 
 
 def local_node() -> Node:
-    """This machine."""
+    """Return the resources of this machine."""
     gpus = 0
     if hardware.has_gpu():
         import torch
@@ -103,7 +103,7 @@ def local_node() -> Node:
 
 
 def describe_actors(settings: Settings) -> str:
-    """Describe the actors that these settings would start. Raises UsageError."""
+    """Describe the actors that these settings would start. Raises UsageError when Ray is missing or none fits."""
     version = import_ray().__version__
     if settings.ray == "local":
         placements, where = plan_actors([local_node()], settings), "a Ray of its own on this machine"
@@ -116,7 +116,7 @@ def describe_actors(settings: Settings) -> str:
 
 
 class Cluster:
-    """A Ray that this process is connected to."""
+    """The Ray cluster that this process is connected to."""
 
     def __init__(self, ray: Any) -> None:
         self.ray = ray
@@ -128,9 +128,9 @@ class Cluster:
 
 @contextmanager
 def connect_cluster(settings: Settings) -> Iterator[Cluster]:
-    """Start or join Ray; one that was started here ends with this. Raises UsageError.
+    """Start or join Ray; a Ray started here ends with this context. Raises UsageError when it fails.
 
-    Where the process is connected to a Ray already, that is used and left as it is.
+    An existing connection of this process is used and left open.
     """
     ray = import_ray()
     if ray.is_initialized():
@@ -148,7 +148,7 @@ def connect_cluster(settings: Settings) -> Iterator[Cluster]:
         yield Cluster(ray)
     finally:
         _leave(ray, scratch)
-        for _ in range(5 if scratch else 0):  # Ray's processes write until they have ended
+        for _ in range(5 if scratch else 0):  # Ray's processes write files until they end
             shutil.rmtree(str(scratch), ignore_errors=True)
             if not os.path.exists(str(scratch)):
                 break
@@ -156,7 +156,7 @@ def connect_cluster(settings: Settings) -> Iterator[Cluster]:
 
 
 def _leave(ray: Any, scratch: str | None) -> None:
-    """End the connection; a Ray started here that does not end by itself is killed."""
+    """Disconnect; kill a Ray started here that does not end in time."""
     leaving = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
     leaving.start()
     leaving.join(SHUTDOWN_S)
@@ -164,7 +164,7 @@ def _leave(ray: Any, scratch: str | None) -> None:
         return
     from ray._private import worker
 
-    if worker._global_node:  # the processes that `ray.init` started; Ray's workers end with them
+    if worker._global_node:  # processes started by `ray.init`; workers end with them
         worker._global_node.kill_all_processes(check_alive=False)
     leaving.join(SHUTDOWN_S)
 
@@ -174,7 +174,7 @@ def _start(ray: Any, settings: Settings, scratch: str) -> None:
     placements = plan_actors([machine_here], settings)
     ray.init(
         address="local",
-        # more than there are where the user names more: they are for placing actors only
+        # may exceed the real number when the user sets more: Ray only uses it to place actors
         num_cpus=max(machine_here.cpus, sum(post.workers for post in placements)),
         num_gpus=machine_here.gpus,
         object_store_memory=STORE_BYTES,
@@ -192,7 +192,7 @@ def _join(ray: Any, address: str) -> None:
         found = canonicalize_bootstrap_address(address) or "nowhere:0"
         _check(found)
         ray.init(address=found, configure_logging=False, log_to_driver=False)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # Ray raises many types
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"--ray {address}: no cluster can be joined there ({reason}); allowed: the address HOST:PORT "
@@ -201,9 +201,9 @@ def _join(ray: Any, address: str) -> None:
 
 
 def _check(address: str) -> None:
-    """Raise OSError where nothing answers at `address`, or something else than Ray.
+    """Raise OSError when no Ray answers at `address`.
 
-    Ray's client asks in a process of its own: it can't be interrupted, and it writes to the standard error.
+    Ray's client runs in a separate process: it can't be interrupted, and it writes to standard error.
     """
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
@@ -216,8 +216,8 @@ def _check(address: str) -> None:
 
 
 def _silence_ray() -> None:
-    """Ray's words about single processes are not for people: what matters of them is said in a line."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of a run is reported to anyone
+    """Disable Ray's messages about single processes; the engine reports the relevant ones itself."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage report is sent
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     from ray._private import worker
@@ -227,7 +227,7 @@ def _silence_ray() -> None:
 
 @contextmanager
 def _keep_signal_handlers() -> Iterator[None]:
-    """Ray takes SIGTERM for itself; the run's own way of stopping stays."""
+    """Restore the signal handlers of the run, because Ray replaces that of SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

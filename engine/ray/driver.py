@@ -1,4 +1,4 @@
-"""A run on Ray: which actor gets which part, what is done again, when it is over."""
+"""Run on Ray: assign parts to actors, repeat lost parts and finish the run."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from engine.storage.images import ImageStorage
 
 POLL_S = 0.2
 HEARTBEAT_S = 1.0
-RECORD_S = 5.0  # between two looks at which actors were right
-OPEN_TIMEOUT_S = 900.0  # that opening may take: a GPU is tuned, graphs are compiled
-MAX_PART_FAILURES = 3  # actors that die over a part before it is looked into
-MAX_POISON_ROWS = 16  # rows of a part; more, and it is not the rows' fault
-BATCHES_IN_STAGES = 32  # batches that are in an actor's stages at once, about
-CHECK_S = 2.5  # that the canaries may take before a stop
+RECORD_S = 5.0  # between two records of the changes in a run
+OPEN_TIMEOUT_S = 900.0  # for opening an actor, which may tune a GPU and compile graphs
+MAX_PART_FAILURES = 3  # actors that die with a part before its poison rows are searched
+MAX_POISON_ROWS = 16  # per part; with more, the rows are not the cause
+BATCHES_IN_STAGES = 32  # approximate number of batches in an actor's stages
+CHECK_S = 2.5  # for the canary check before a stop
 CHECKED_FILES = MAX_SHOWN_ROWS = 8
 TOKEN_FILE = ".actors.tmp"
 
@@ -74,7 +74,7 @@ def screen_on_ray(
 
 @contextmanager
 def write_token(job: PreparedRun) -> Iterator[tuple[str, str] | None]:
-    """Write a file to a local results folder by which actors recognize the folder."""
+    """Write a file to a local results folder, by which actors recognize the folder."""
     if not isinstance(job.folder.path, Path):
         yield None
         return
@@ -89,8 +89,8 @@ def write_token(job: PreparedRun) -> Iterator[tuple[str, str] | None]:
 class RayRun:
     """One run, from the opening of the actors to `_SUCCESS`.
 
-    A part is done when it is written, and done for good when the canaries have come well through its actor
-    after that. If the actor dies before, the part is given out again.
+    A part is done when it is written, and confirmed when its actor passes a later canary check. If the actor
+    dies before that, the part is assigned again.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class RayRun:
         self._stages_of = stages_type
         self._leaders: dict[ActorGroup, OpenedStages] = {}
         self._batch_sizes: dict[ActorGroup, int] = {}
-        self.done: dict[int, PartInfo] = {}  # by this start
-        self._unconfirmed: dict[str, set[int]] = {}  # parts that are done, by the actor's name
+        self.done: dict[int, PartInfo] = {}  # parts done since this start
+        self._unconfirmed: dict[str, set[int]] = {}  # done parts, by the actor's name
         self._actors: dict[str, ActorRecord] = {}
         self._recorded, self._changed = time.monotonic(), False
         self._failures: Counter[int] = Counter()
-        self._crashed: dict[int, frozenset[int]] = {}  # positions, of parts that were looked into
+        self._crashed: dict[int, frozenset[int]] = {}  # row positions by part, found by the search
         self._searches: list[PoisonRowSearch] = []
-        self.parts_again = 0  # parts that were given out once more
+        self.parts_again = 0  # parts that were assigned again
 
     def screen(self) -> Summary:
         job, pool = self.job, self.pool
@@ -129,7 +129,7 @@ class RayRun:
         if job.is_finished:
             return job.summary()
         self.progress = job.progress()
-        self._by_status = self.progress.by_status.copy()  # of parts that are done
+        self._by_status = self.progress.by_status.copy()  # of done parts
         self._actors = job.folder.actors(job.run)
         self.part_queue = PartQueue(self._parts_of, set(range(job.run.part_count)) - set(job.done))
         pool.begun = True
@@ -182,7 +182,7 @@ class RayRun:
                 job.run = job.run.with_options(part_rows=part_rows)
 
     def _open_leader(self, kind: ActorGroup) -> None:
-        """Open one actor of a kind; another when it is lost. Raises ParityError when all are refused."""
+        """Open one actor of a group, or another if it is lost. Raises ParityError when all are refused."""
         asked: ActorHandle | None = None
         while kind not in self._leaders:
             if not any(actor.slot.resources.gpu == (kind.gpu is not None) for actor in self.pool.actors):
@@ -196,7 +196,7 @@ class RayRun:
                 raise Stopped(f"{self._deadline.why} before it began; the same command starts it")
 
     def on_actor_started(self, actor: ActorHandle) -> None:
-        """Take note of an actor that has started, now or before the run began."""
+        """Open, begin or dismiss an actor that started after the run began; ignore one that started before."""
         if not self.pool.begun or not actor.hello:
             return
         if actor.kind not in self._batch_sizes:
@@ -235,7 +235,7 @@ class RayRun:
             self._batch_sizes[kind] = opened.settled.batch_size
             job.start_messages += opened.lines
             settled = opened.settled
-            if kind.device != job.run.result_options.device:  # only the versions are of interest
+            if kind.device != job.run.result_options.device:  # only its versions are recorded
                 known = job.run.result_options.batch_size, job.run.tuning
                 settled = Settled(*known, settled.versions)
             job.run = job.run.with_settled(settled)
@@ -270,7 +270,7 @@ class RayRun:
         self.pool.report_waiting()
 
     def _work(self) -> dict[int, PartInfo]:
-        """Until each part is done for good; returns what their footers say."""
+        """Assign parts until each is confirmed; return the contents of their footers."""
         total = self.job.run.part_count - len(self.job.done)
         while True:
             while len(self.done) < total or any(self._unconfirmed.values()):
@@ -285,7 +285,7 @@ class RayRun:
                 self._check_stop(total)
             self._record(now=True)
             parts = self.job.folder.finished(self.job.run)
-            # an actor that was given up may have written one after the actor that did it again
+            # a lost actor may have written a part after the actor that repeated it
             if not (overwritten := self.done.keys() - parts.keys()):
                 return parts
             for index in overwritten:
@@ -310,8 +310,9 @@ class RayRun:
             self.pool.call(actor, "take", part, then=done, group=PARTS_GROUP)
 
     def _choose_actor_for(self, part: Part) -> ActorHandle | None:
-        """Choose the actor that finishes a part soonest, if any should get it now; a suspected part
-        goes alone.
+        """Choose the actor that finishes a part soonest, None if none should get it now.
+
+        An actor gets no other part together with a suspected one.
         """
         alone, ready = self._is_suspected(part), self.pool.ready
         free = [
@@ -366,7 +367,7 @@ class RayRun:
             self._repeat_part(index)
 
     def _search_poison_rows(self) -> None:
-        """Look into parts that actors have died over; each needs an actor that does nothing else."""
+        """Search the parts that ended actors for poison rows; each search needs an actor without parts."""
         part = self.part_queue.peek()
         if part is not None and self._failures[part.index] >= MAX_PART_FAILURES:
             if part.index in self._crashed:
@@ -413,7 +414,7 @@ class RayRun:
                 actor.awaiting_heartbeat, actor.heartbeat_asked_at = True, now
                 self.pool.call(actor, "heartbeat", then=self._on_heartbeat, group=HEARTBEAT_GROUP)
             overdue = actor.awaiting_heartbeat and now - actor.heartbeat_asked_at > limit_s
-            if overdue and actor.overdue:  # not at the first look: this process may have been paused
+            if overdue and actor.overdue:  # twice in a row, as this process may have been paused
                 self.pool.replace_actor(actor, f"no answer for {limit_s:g} s (--part-timeout)")
             actor.overdue = overdue
 
@@ -439,7 +440,7 @@ class RayRun:
         }
 
     def _check_all(self) -> None:
-        """Check the canaries once more in each actor that has written since its last round."""
+        """Check the canaries in each actor that has written parts since its last check."""
         for actor in self.pool.ready:
             if self._unconfirmed.get(actor.name) and not actor.checking:
                 actor.checking = True
@@ -454,7 +455,7 @@ class RayRun:
             self.job.folder.record_actors(self.job.run, self._actors)
             self._recorded, self._changed = time.monotonic(), False
 
-    # what people see
+    # progress
 
     def _heartbeats(self) -> list[Heartbeat]:
         return [actor.heartbeat for actor in (*self.pool.actors, *self.pool.lost_actors) if actor.heartbeat]
@@ -491,7 +492,7 @@ class RayRun:
     # stopping
 
     def _check_stop(self, total: int) -> None:
-        """Raises Stopped when it is time to."""
+        """Raise Stopped when the run has to stop."""
         if self._deadline.reached() or (len(self.done) < total and self._is_too_late()):
             self._stop(min(GRACE_S, self._deadline.grace_s))
 
@@ -524,10 +525,10 @@ class RayRun:
 
 @dataclass(frozen=True)
 class ActorLoad:
-    """What an actor has to do still, and how fast it is."""
+    """The remaining rows and the rate of an actor."""
 
     rows: int
-    rate: float | None  # rows per second; None: not known yet
+    rate: float | None  # rows per second; None if unknown
 
 
 def choose_actor(
@@ -543,9 +544,10 @@ def choose_actor(
 
 
 def others_finish_first(rows: int, mine: ActorLoad, others: Sequence[ActorLoad], left: int) -> bool:
-    """Return whether `others` would be done with all that is `left` (rows not given out, a part's `rows`
-    among them)
-    before the actor with the load `mine` was done with that one part."""
+    """Tell whether `others` finish all `left` rows before an actor with the load `mine` finishes one part.
+
+    `left` counts the unassigned rows, including the `rows` of that part.
+    """
     rates = [other.rate for other in others if other.rate]
     if not rates or not mine.rate:
         return False

@@ -1,4 +1,4 @@
-"""The parts that are to be given out: streamed from the manifest, and again those that were lost."""
+"""A queue of unassigned parts: those streamed from the manifest, and lost parts again."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import suppress
 
 from engine.core.records import Part
 
-PARTS_AHEAD = 2  # parts that are read and not yet given out
+PARTS_AHEAD = 2  # parts that are read and not yet assigned
 POLL_S = 0.2
 
 
 class PartQueue:
-    """Reads the manifest in a thread, so that the driver never waits for it, and holds a few parts only.
+    """Reads the manifest in a thread, so that the driver never waits for it, and holds only a few parts.
 
-    What is lost is read again in a further pass. `parts_of` gives the parts of some indices, in order.
+    Lost parts are read again in a further pass. `parts_of` returns the parts of given indices, in order.
     """
 
     def __init__(self, parts_of: Callable[[set[int]], Iterator[Part]], wanted: set[int]) -> None:
@@ -63,7 +63,7 @@ class PartQueue:
                 if self._closed:
                     return
             self._put(None)
-        except BaseException as error:  # handed to the driver, which raises it
+        except BaseException as error:  # `peek` raises it in the driver
             self._put(error)
 
     def _put(self, item: Part | BaseException | None) -> None:

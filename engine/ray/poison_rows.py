@@ -1,4 +1,4 @@
-"""A part that has ended its actor again and again: which of its rows does?"""
+"""Search the rows of a part that repeatedly end its actor."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any
 from engine.core.records import Part
 from engine.ray.actor_pool import ActorHandle, ActorPool
 
-TRIES_PER_ROW = 2  # of a single row, as it may have died of something else
+TRIES_PER_ROW = 2  # an actor may die for another reason
 
 
 class PoisonRowSearch:
-    """Scores a part's rows for nothing, a batch at a time, on an actor that does nothing else.
+    """Scores a part's rows by batches on an actor without other parts and discards the scores.
 
-    A batch that ends the actor is tried row by row on the next one. `crashed`: positions that end it alone.
+    The rows of a batch that ends the actor are tried singly on the next one. `crashed` holds the positions of
+    single rows that end it.
     """
 
     def __init__(self, pool: ActorPool, part: Part, batch_size: int) -> None:
         self.index, self.crashed = part.index, set[int]()
         self.actor: ActorHandle | None = None
         self._pool = pool
-        self._part: Any = pool.ray.put(part)  # handed over once
+        self._part: Any = pool.ray.put(part)  # stored once for all calls
         starts = range(0, part.rows, batch_size)
         self._pieces = deque((start, min(start + batch_size, part.rows)) for start in starts)
-        self._tries = 0  # the single row that is first
+        self._tries = 0  # of the first row, when it is tried singly
 
     @property
     def is_done(self) -> bool:

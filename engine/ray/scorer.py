@@ -1,4 +1,4 @@
-"""For Ray Data: the engine's pixels, members and ensemble on the blocks of a dataset."""
+"""Score the blocks of a Ray Data dataset with the engine's preprocessing, members and ensemble."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from engine.sink.columns import ResultSchema
 from engine.sink.part_buffer import PartBuffer
 from engine.sink.triage import Triage
 
-# columns of the results that say nothing of the scores
+# columns of the results that don't depend on the scores
 _LEFT_OUT = ("row", PATH_COLUMN, "flags", "width", "height", "bits", "photometric")
 
 
 class EnsembleScorer:
-    """Scores blocks of images, for `Dataset.map_batches`:
+    """Scores blocks of images for `Dataset.map_batches`.
 
         dataset.map_batches(
             EnsembleScorer, fn_constructor_kwargs={"bundle": "bundle"}, concurrency=2, batch_format="numpy"
         )
 
     A block has a column `bytes` with encoded images, or `pixels`, uint8 [N, 1, H, W] of the bundle's size.
-    Its other columns are kept. Added are, as `engine.run` has them: `status`, `error`, `prediction`, `triage`
-    ("" where there is none), `confidence`, `p_<class>`, `<member>_p_<class>`, `p_<group>`, `entropy`,
-    `member_disagreement`, float32 (NaN when not ok), `abstain` (False when not known) and `abstain_reasons`,
-    joined by commas. The rows keep their order, and a bad image costs its own row only.
+    Its other columns are kept. Added columns are those of `engine.run`: `status`, `error`, `prediction`,
+    `triage` ("" without one), `confidence`, `p_<class>`, `<member>_p_<class>`, `p_<group>`, `entropy`,
+    `member_disagreement`, float32 (NaN when not ok), `abstain` (False when unknown) and `abstain_reasons`,
+    joined by commas. The rows keep their order, and a bad image fails only its own row.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class EnsembleScorer:
         workers: int | None = None,
         max_pixels: int = Limits().max_pixels,
     ) -> None:
-        """Raises UsageError as `engine.run` does: for a bundle that is wrong, or what can't be had here."""
+        """Open the stages. Raises UsageError for a wrong bundle or an unavailable runner or device."""
         self._bundle = bundles.load_bundle(Path(bundle))
         choice = select_runner(runner, device, self._bundle, precision=precision, batch_size=batch_size)
         names = tuple(member.name for member in self._bundle.members)
@@ -71,10 +71,10 @@ class EnsembleScorer:
         )
         self._stack = ExitStack()
         self._stages = self._stack.enter_context(Stages(context))
-        self._batch_size = self._stages.settled.batch_size  # halved where a GPU's memory is short
+        self._batch_size = self._stages.settled.batch_size  # may be halved for lack of GPU memory
 
     def __call__(self, block: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises UsageError for a block that has neither images nor pixels of the right shape."""
+        """Score a block. Raises UsageError when it has neither images nor pixels of the right shape."""
         if "pixels" in block:
             batches = self._of_pixels(np.asarray(block["pixels"]))
         elif "bytes" in block:
@@ -87,7 +87,7 @@ class EnsembleScorer:
         return kept | self._columns(rows, scored)
 
     def close(self) -> None:
-        """End the decoder and the members; what is scored afterwards fails."""
+        """Close the decoder and the members; later calls fail."""
         self._stack.close()
 
     def _of_bytes(self, images: Sequence[Any]) -> list[Batch]:
@@ -99,7 +99,7 @@ class EnsembleScorer:
         return list(self._stages.preprocess.stage(batches, Meter("preprocess")))
 
     def _look_at(self, batch: Batch, position: int, image: Any) -> None:
-        """Keep an image, or fail, as the reader does with what is in a file."""
+        """Add an image or its failure to the batch, as the reader does for a file."""
         data = b"" if image is None else bytes(image)
         try:
             found = header.check(data, self._max_pixels)
@@ -132,7 +132,7 @@ class EnsembleScorer:
 
 
 def _without_nulls(column: pa.ChunkedArray[Any]) -> npt.NDArray[Any]:
-    """Return NaN, False or an empty text for null; a list of texts is joined by commas."""
+    """Return a column with NaN, False or "" in place of null; lists of texts are joined by commas."""
     if pa.types.is_floating(column.type):
         return column.to_numpy()
     if pa.types.is_boolean(column.type):
