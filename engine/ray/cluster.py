@@ -103,7 +103,7 @@ def local_node() -> Node:
 
 
 def describe_actors(settings: Settings) -> str:
-    """Describe the actors that these settings would start. Raises UsageError when Ray is missing or none fits."""
+    """Describe the actors of these settings. Raises UsageError when Ray is missing or none fits."""
     version = import_ray().__version__
     if settings.ray == "local":
         placements, where = plan_actors([local_node()], settings), "a Ray of its own on this machine"

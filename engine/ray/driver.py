@@ -196,7 +196,7 @@ class RayRun:
                 raise Stopped(f"{self._deadline.why} before it began; the same command starts it")
 
     def on_actor_started(self, actor: ActorHandle) -> None:
-        """Open, begin or dismiss an actor that started after the run began; ignore one that started before."""
+        """Open, begin or dismiss an actor that started after the run began; ignore an earlier one."""
         if not self.pool.begun or not actor.hello:
             return
         if actor.kind not in self._batch_sizes:
@@ -544,7 +544,7 @@ def choose_actor(
 
 
 def others_finish_first(rows: int, mine: ActorLoad, others: Sequence[ActorLoad], left: int) -> bool:
-    """Tell whether `others` finish all `left` rows before an actor with the load `mine` finishes one part.
+    """Return whether `others` finish all `left` rows before an actor with the load `mine` finishes one part.
 
     `left` counts the unassigned rows, including the `rows` of that part.
     """
