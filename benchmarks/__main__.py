@@ -98,12 +98,6 @@ def scaling_out_of(names: Names) -> None:
     one.add("--actors", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="with null stages")
 
 
-def paper_of(names: Names) -> None:
-    one = _add_parser(names, "paper", "64 GPUs and 50 million images in figures, for docs/scaling-out.md")
-    one.add("--rows", type=int, default=1_000_000, help="of what is measured here (%(default)s)")
-    _add_output_option(one, "paper")
-
-
 def training_of(names: Names) -> None:
     one = _add_parser(
         names,
@@ -223,7 +217,6 @@ def option_parser() -> Parser:
     scaling_of(names)
     restart_of(names)
     scaling_out_of(names)
-    paper_of(names)
     training_of(names)
     peers_of(names)
     gpu_of(names)

@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
-from benchmarks.paper import Echo
 from benchmarks.scaling import fit_line
 from benchmarks.scaling_out import uniform_bundle
 from engine.bundle import bundle as bundles
-from engine.core.records import Part
 from engine.scoring import canaries
 from tests.helpers.processes import run_module
 from tests.helpers.tolerances import FAST_MEAN
@@ -82,8 +79,3 @@ def test_null_stages_pass_the_canaries_of_their_bundle(tmp_path: Path, bundle: P
     assert np.abs(expected - 1 / 3).max() < 1e-6
     assert made.members[0].files == bundles.load_bundle(tmp_path / "bundle").members[0].files
     assert bundles.load_bundle(bundle).sha256 != made.sha256
-
-
-def test_the_paper_s_actor_answers_as_the_engine_s() -> None:
-    done = Echo().take(Part(7, np.arange(4), ["a"] * 4, pa.table({})))
-    assert (done.index, done.rows, done.by_status) == (7, 4, {"ok": 4})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import paper, tables
+from benchmarks import tables
 from benchmarks.record import ROOT
 from engine.core.errors import UsageError
 
@@ -18,14 +18,6 @@ def test_readme_has_the_figures_of_the_json_files() -> None:
     readme = (ROOT / "README.md").read_text()
     made = tables.insert_table(readme, tables.format_tables(tables.load_results(RESULTS)))
     assert made == readme, "run: python -m benchmarks tables"
-
-
-def test_the_paper_on_scaling_out_has_the_figures_of_its_json() -> None:
-    found = json.loads((RESULTS / "paper.json").read_text())["measured"]
-    text = paper.DOCUMENT.read_text()
-    assert paper.with_table(text, paper.table(found)) == text, "run: python -m benchmarks paper"
-    faster = paper.worked_out(found | {"part_of_1024_core_ms": 10.0}, 1024, 7000)
-    assert faster["driver_cores"] > 4, "a driver that takes 10 ms a part is too slow for 438 a second"
 
 
 def test_what_ray_costs_is_told() -> None:
