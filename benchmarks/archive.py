@@ -80,7 +80,7 @@ DAMAGE: tuple[tuple[str, Callable[[bytes], bytes]], ...] = (
 
 @dataclass(frozen=True)
 class ArchiveFile:
-    """What one row of the archive is."""
+    """A row of the archive."""
 
     row: int
     kind: FileKind
@@ -111,7 +111,7 @@ def plan_files(
 
 
 def make_archive(folder: Path, name: str, rows: int, seed: int, *, corrupt: int | None = None) -> Path:
-    """The manifest (path, kind, damage) of the archive `name`, made in `folder` unless it is there."""
+    """Make the archive `name` in `folder` unless it exists; return its manifest (path, kind, damage)."""
     target = folder / "-".join(str(part) for part in (name, rows, seed, corrupt) if part is not None)
     if not target.exists():
         making = folder / f".{target.name}"

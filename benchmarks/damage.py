@@ -30,7 +30,7 @@ LIMIT = 0.95  # of the rate without damage that 1 % may leave
 
 
 def damage_images(folder: Path, images: str) -> list[str]:
-    """A stray marker in the middle of each image: libjpeg decodes on, with a warning."""
+    """Put a stray marker in the middle of each image: libjpeg decodes on, with a warning."""
     names = []
     for index in range(DISTINCT):
         data = bytearray((folder / images / f"{index:03}.jpg").read_bytes())
@@ -41,7 +41,7 @@ def damage_images(folder: Path, images: str) -> list[str]:
 
 
 def make_manifest(folder: Path, rows: int, side: int, share: float) -> tuple[Path, int]:
-    """The manifest with `share` of its rows replaced, spread at random, and how many that are."""
+    """Return the manifest with `share` of its rows replaced at random, and their number."""
     lines = make_archive(folder, rows, side).read_text().splitlines()
     bad = damage_images(folder, f"images-{side}")
     count = round(share * rows)
@@ -73,7 +73,7 @@ DAMAGE = {
 
 
 def caught_share(images: list[bytes], copies: int) -> tuple[dict[str, float], dict[str, float]]:
-    """The share of damaged copies that is refused, by kind of damage: on the CPU, and at least on a GPU.
+    """Return the share of damaged copies that is refused, by kind: on the CPU, and at least on a GPU.
 
     At least: of those that the structural scan sends to the CPU there. DALI may refuse more.
     """
@@ -95,7 +95,7 @@ def caught_share(images: list[bytes], copies: int) -> tuple[dict[str, float], di
 
 
 def scan(images: list[bytes]) -> dict[str, float]:
-    """What the structural scan costs, and how many sound files it takes for damaged."""
+    """Measure the cost of the structural scan and how many sound files it suspects."""
     start = time.perf_counter()
     doubted = sum(looks_damaged(data) for data in images)
     seconds = time.perf_counter() - start

@@ -187,7 +187,7 @@ def main(console: Console, options: Any) -> None:
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
-    """What `--decode fast` gains and changes."""
+    """Print what `--decode fast` gains and changes."""
     table = Table("images/s and core", *found["images_per_s_and_core"], box=None, pad_edge=False)
     table.add_row(found["images"], *(f"{value:.0f}" for value in found["images_per_s_and_core"].values()))
     against = (f"{ratio['median']:.2f}" for ratio in found["fast_against"].values())

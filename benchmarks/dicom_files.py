@@ -46,7 +46,9 @@ def dicom(
     bits: int | None = None,
     **more: Any,
 ) -> bytes:
-    """A DX of samples [H, W], or [H, W, 3] in RGB; `more` are attributes by keyword, None leaves one out."""
+    """Make a DX file of samples [H, W], or [H, W, 3] in RGB; `more` are attributes by keyword, None
+    omits one.
+    """
     gray = samples.ndim == 2
     size = samples.dtype.itemsize * 8
     bits = bits or size
@@ -90,7 +92,7 @@ def dicom(
 
 
 def frame(samples: Samples, syntax: str, bits: int) -> bytes:
-    """One encoded frame."""
+    """Encode one frame."""
     cells = samples.view(f"u{samples.dtype.itemsize}") & (1 << bits) - 1  # as encoders see them
     match syntax:
         case "rle":

@@ -40,7 +40,7 @@ DecodeFunction = Callable[[list[bytes]], object]
 
 
 def draw_jpeg(index: int) -> bytes:
-    """A gray JPEG of 1024 x 1024 pixels, quality 90, as the other benchmarks have them."""
+    """Draw a gray JPEG of 1024 x 1024 pixels, quality 90, as in the other benchmarks."""
     from training.synthetic import draw_sample
 
     buffer = io.BytesIO()
@@ -61,7 +61,7 @@ def load_jpegs(folder: Path | None, count: int) -> tuple[list[bytes], str]:
 
 
 def engine_decoder(how: Decode, size: tuple[int, int] = SIZE) -> Callable[[list[bytes]], Pixels]:
-    """As the decoder process does it, but in this one."""
+    """Decode as the decoder process does, but in this process."""
     graph = ResizePipeline(size=size, batch_size=CPU_BATCH, threads=1)
     least = size if how == "fast" else None
 
@@ -124,14 +124,14 @@ def measure_seconds(
 
 
 def median_ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, float | None]:
-    """The median of the rounds' ratios, and its 95 % bootstrap interval."""
+    """Return the median of the rounds' ratios and its 95 % bootstrap interval."""
     ratios: list[float] = np.divide(slow, quick).tolist()
     low, high = bootstrap_interval(ratios)
     return {"median": float(np.median(ratios)), "low": low, "high": high}
 
 
 def compare_pixels(exact: Pixels, fast: Pixels) -> dict[str, float]:
-    """How far apart they are, in gray levels."""
+    """Measure the differences in gray levels."""
     apart = np.abs(exact.astype(np.int16) - fast)
     means = apart.mean(axis=(1, 2, 3))
     return {
@@ -143,7 +143,7 @@ def compare_pixels(exact: Pixels, fast: Pixels) -> dict[str, float]:
 
 
 def compare_scores(models: Bundle, images: list[bytes]) -> dict[str, Any]:
-    """What the bundle makes of the same images decoded in both ways."""
+    """Score the same images decoded in both ways and compare."""
     logits: dict[str, list[npt.NDArray[np.float32]]] = {how: [] for how in DECODES}
     for how in DECODES:
         small = engine_decoder(how, models.size)(images)

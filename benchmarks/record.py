@@ -1,4 +1,4 @@
-"""What every benchmark writes: the figures, and all that is needed to take them again."""
+"""The common part of every benchmark's JSON: the figures, and how to measure them again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def describe_machine() -> dict[str, Any]:
-    """The machine and how busy it is now."""
+    """Describe the machine and its present load."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": processor_name(),
@@ -29,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def current_commit() -> str:
-    """The commit the figures belong to; "-dirty" when the source differs from it, "unknown" outside git."""
+    """Return the commit of the figures; "-dirty" when the source differs from it, "unknown" outside git."""
     try:
         head = _run_git("rev-parse", "--short=12", "HEAD")
         changed = _run_git("status", "--porcelain", "--", "engine", "training", "benchmarks/*.py")

@@ -46,7 +46,7 @@ sys.exit(run.main())
 
 
 class EngineProcess:
-    """One start of a run."""
+    """A start of a run in a process of its own."""
 
     def __init__(self, arguments: list[object], errors: Path) -> None:
         self.rows = 0  # with scores so far
@@ -67,7 +67,7 @@ class EngineProcess:
         return time.perf_counter() - self._began
 
     def kill(self) -> int:
-        """As `kill -9` does. Returns how many rows had scores."""
+        """Kill the process with SIGKILL. Returns how many rows had scores."""
         self._process.kill()
         told, _ = self._process.communicate()
         return max([self.rows, *(int(line) for line in told.split() if line.isdigit())])
@@ -83,7 +83,7 @@ def read_results_table(output: Path) -> pa.Table:
 
 
 def measure_start_up(arguments: list[object], work: Path, rounds: int) -> list[float]:
-    """Seconds to the first finished batch."""
+    """Measure the seconds to the first finished batch."""
     found = []
     for number in range(rounds + 1):
         run = EngineProcess([*arguments, "-o", work / f"start-{number}"], work / "errors.txt")

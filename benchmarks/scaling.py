@@ -64,7 +64,7 @@ class Series:
 
 
 def time_stages(stages: type[Stages] | None, manifest: Path, bundle: Path, **options: Any) -> float:
-    """A run in this process, without opening and closing its stages."""
+    """Time a run in this process, without opening and closing its stages."""
     with tempfile.TemporaryDirectory(dir=manifest.parent) as scratch:
         settings = Settings(manifest=manifest, bundle=bundle, output=Path(scratch, "out"), **options)
         summary = screen_in_process(settings, stages_type=stages)
@@ -73,7 +73,7 @@ def time_stages(stages: type[Stages] | None, manifest: Path, bundle: Path, **opt
 
 
 def _time_null_run(rows: int, bundle: Path, work: Path) -> float:
-    """A run with null stages in a process of its own, from its manifest to its end."""
+    """Time a run with null stages in a process of its own, from its manifest to its end."""
     manifest = make_tiny_archive(work, rows)
     with (
         tempfile.TemporaryDirectory(dir=work) as scratch,
@@ -83,7 +83,7 @@ def _time_null_run(rows: int, bundle: Path, work: Path) -> float:
 
 
 def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[str, Callable[[], Series]]:
-    """Each makes the archives it needs; `worker` does the runs."""
+    """Yield the series; each makes the archives it needs, and `worker` does the runs."""
     cores, images, side = available_cpus(), options.images, options.side
     null_rows = min(options.rows, 2 * PART_ROWS[-1])
 
@@ -173,7 +173,7 @@ def fit_line(points: Iterable[tuple[float, float]]) -> dict[str, float] | None:
 
 
 def draw_series(source: Path) -> Path:
-    """A small plot of every series, beside the JSON it is made from."""
+    """Draw a small plot of every series, beside the JSON it is made from."""
     try:
         import matplotlib
 

@@ -97,7 +97,7 @@ def measure_rate(manifest: Path, models: Path, output: Path, *more: object) -> t
 def measure_overhead(
     console: Console, manifest: Path, models: Path, work: Path, rounds: int
 ) -> dict[str, Any]:
-    """One process and one actor in turn; the rows have to be the same."""
+    """Run one process and one actor in turn and compare their rates; the rows have to be the same."""
     alone, actor, around = [], [], []
     for number in range(rounds):
         outputs = work / f"alone-{number}", work / f"ray-{number}"
@@ -140,7 +140,7 @@ def measure_null_rates(
 
 
 def measure_recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[float, int]:
-    """Seconds from the kill of an actor until another holds a part; rows that were given out again."""
+    """Measure the seconds from the kill of an actor until another holds a part, and the repeated rows."""
     from engine.core.deadline import Deadline
     from engine.core.settings import Settings
     from engine.pipeline.stages import Stages

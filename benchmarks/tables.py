@@ -81,7 +81,7 @@ def peers_rows(found: Json) -> Iterator[Row]:
 
 
 def _ratio_text(one: Json) -> str:
-    """Of the engine's rate to that of a peer, of its INT8 to its float32, or nothing where there is none."""
+    """Format the speed-up over a peer, or of INT8 over float32; empty where there is none."""
     beside = one.get("engine_beside_it") or one.get("beside_the_engine")
     if not beside:
         return ""
@@ -227,7 +227,7 @@ PLOTTED = ("peers-cpu", "peers-uniform-cpu")
 
 
 def load_results(folder: Path) -> dict[str, Json]:
-    """The results that are there, in README's order."""
+    """Load the existing results, in README's order."""
     paths = {name: folder / f"{name}.json" for name in ROWS}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 

@@ -53,7 +53,7 @@ HOST_ROUNDS = 3
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage took for `rows` images when it ran alone."""
+    """The cost of one stage for `rows` images when it ran alone."""
 
     rows: int
     wall_s: float
@@ -118,7 +118,7 @@ class StageTimings:
         )
 
     def costs(self, rows: int) -> dict[str, StageCost]:
-        """Every stage, in random order; the first `rows` rows."""
+        """Measure every stage, in random order, on the first `rows` rows."""
         part = Part(
             0, np.arange(rows), self._paths[:rows], pa.table({"_": pa.nulls(rows)}).drop_columns(["_"])
         )
@@ -175,7 +175,7 @@ def _count(batches: Iterable[Batch]) -> int:
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """One `python -m engine.run` in a process of its own."""
+    """A run of `python -m engine.run` in a process of its own."""
 
     rate: float  # images/s from the first read to the last part synced
     core_s_per_image: float  # the whole process, start-up included
@@ -267,7 +267,7 @@ def _throughput_figures(
 
 
 def make_tiny_archive(work: Path, rows: int) -> Path:
-    """A manifest of `rows` rows that name a hundred PNG of 16 x 16 pixels."""
+    """Write a manifest of `rows` rows that name a hundred PNG files of 16 x 16 pixels."""
     from PIL import Image
 
     images = work / "tiny"

@@ -73,7 +73,7 @@ def main(console: Console, options: Any) -> None:
 
 
 def _run(console: Console, arguments: list[object]) -> dict[str, float]:
-    """One command of ours. Raises EngineError with its last line when it fails."""
+    """Run one of the project's commands. Raises EngineError with its last line when it fails."""
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT

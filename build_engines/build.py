@@ -1,4 +1,4 @@
-"""From a bundle to installed plans: compile, gate, inspect, write the passports, rename into place."""
+"""Build a bundle's plans: compile, gate, inspect, write the passports, rename into place."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def build(
 
 
 def _require_gpu(options: BuildOptions) -> Gpu | None:
-    """The GPU here. There may be none where TensorRT for RTX builds ahead of time for others."""
+    """Return the GPU, None where TensorRT for RTX builds ahead of time for others."""
     if options.target == "tensorrt_rtx":
         without = "without one, name the GPUs to build for: --compute-capability sm86,sm89"
     else:

@@ -122,8 +122,8 @@ def _make_config(
 
 
 def _configure_rtx(backend: TensorRTBackend, config: Any, options: BuildOptions) -> None:
-    """What only TensorRT for RTX has: the GPUs to build for, none of which it needs; and plans that a CUDA
-    graph can capture.
+    """Configure what only TensorRT for RTX has: the GPUs to build for, none of which it needs; and plans
+    that a CUDA graph can capture.
     """
     capability = backend.trt.ComputeCapability  # type: ignore[attr-defined,unused-ignore]
     names = ["SM" + text.replace(".", "") for text in options.compute_capabilities] or ["CURRENT"]
@@ -150,7 +150,7 @@ def _save_timing_cache(config: trt.IBuilderConfig, options: BuildOptions) -> Non
 
 
 def _network_layers(backend: TensorRTBackend, network: trt.INetworkDefinition) -> Iterator[Layer]:
-    """Of a strongly typed network, whose types the builder has to keep."""
+    """List the layers of a strongly typed network, whose types the builder has to keep."""
     for index in range(network.num_layers):
         layer = backend.checked(network.get_layer(index), "reading a layer")
         tensor = layer.get_input(0) or layer.get_output(0)
@@ -172,7 +172,7 @@ def _refuse_float32(layers: Sequence[Layer], half: str) -> None:
 
 
 def inspect_layers(backend: TensorRTBackend, plan: bytes, options: BuildOptions) -> tuple[Layer, ...]:
-    """The layers of a plan as the engine inspector sees them on this GPU.
+    """List the layers of a plan as the engine inspector reports them on this GPU.
 
     Raises EngineError when it can't be loaded, or when FP16 was asked for and a convolution or matrix product
     is not in FP16.
@@ -206,7 +206,7 @@ def inspect_layers(backend: TensorRTBackend, plan: bytes, options: BuildOptions)
 
 
 def _refuse_float32_kernels(layers: Sequence[Layer]) -> None:
-    """The inspector names the kind of kernel and, of each tensor, a format: "Row major linear FP16".
+    """Refuse float32 kernels; the inspector gives each tensor's format, such as "Row major linear FP16".
 
     A kernel with FP16 weights computes in FP16, also when it reads float32: a cast went into it.
     """

@@ -21,7 +21,7 @@ _MAX_FP16 = 65_504.0
 
 
 def convert_to_fp16(data: bytes) -> bytes:
-    """A float32 ONNX graph with FP16 convolutions and matrix products, and the same inputs and outputs.
+    """Convert convolutions and matrix products of a float32 ONNX graph to FP16; inputs and outputs stay.
 
     The scaling of the pixels stays in float32: gray levels over 255 are exact there. Raises EngineError
     for a graph that can't be converted, UsageError when the converter is missing.

@@ -53,7 +53,7 @@ class QuantizedGraph:
 def quantize_to_int8(
     data: bytes, pixels: Pixels, fine: Callable[[bytes], bool], *, bits: int
 ) -> QuantizedGraph:
-    """A float32 ONNX graph in INT8, calibrated on uint8 [N, 1, H, W], with weights in `bits` bits, 7 or 8.
+    """Quantize a float32 ONNX graph, calibrated on uint8 [N, 1, H, W], with weights of `bits` bits, 7 or 8.
 
     The first that is `fine`, or the last tried. Raises EngineError for a graph that can't be quantized.
     """
@@ -169,7 +169,7 @@ def _calibrate(model: Path, pixels: Pixels, scratch: Path, ranges: Path) -> None
 
 
 def _input_means(model: onnx.ModelProto, pixels: Pixels) -> dict[str, Floats]:
-    """The mean [channels] of what goes into each convolution, by its name, over all images and places."""
+    """Return the mean [channels] of each convolution's input, by name, over all images and places."""
     probed = onnx.ModelProto()
     probed.CopyFrom(model)
     graph = probed.graph

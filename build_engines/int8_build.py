@@ -33,7 +33,7 @@ from engine.scoring.ensemble import combine_logits, softmax
 
 
 def build_quantized(session: _BuildSession) -> tuple[Path, list[BuiltMember]]:
-    """The INT8 graph of each member, held against float32 alone and as an ensemble."""
+    """Build the INT8 graph of each member and compare members and ensemble with float32."""
     bundle, folder = session.bundle, session.bundle.path / plans.PLANS_FOLDER / plans.INT8_TARGET
     calibrating, comparing = session.images.split()
     session.say(

@@ -1,4 +1,4 @@
-"""What to build, and for which target each option is."""
+"""The options of a build, and the targets that each option is for."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class BuildOptions:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """Of the gate: largest difference of a probability, smallest agreement."""
+        """Return the gate's limits: largest difference of a probability, smallest agreement."""
         limit, agreement = (
             (INT8_MAX_DIFFERENCE, INT8_MIN_AGREEMENT)
             if self.precision == "int8"
@@ -89,7 +89,7 @@ class BuildOptions:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """The largest batch of each profile."""
+        """Return the largest batch of each profile."""
         if self.frontend == "torch-tensorrt" or self.batch_size <= SMALL_BATCH:
             return (self.batch_size,)
         return (self.batch_size, SMALL_BATCH)

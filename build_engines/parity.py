@@ -43,14 +43,14 @@ _MAX_BATCH = 128  # images to calibrate on; more change nothing and take seconds
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """What to compare on, and to calibrate on."""
+    """The images to calibrate on and to compare on."""
 
     pixels: Pixels  # [N, 1, H, W]
     origin: str
     labels: Labels | None = None  # [N], positions in the bundle's classes; None where they are not known
 
     def split(self) -> tuple[CalibrationImages, CalibrationImages]:
-        """Those to calibrate on and those to compare on: apart if there are enough, else all and all."""
+        """Split into images to calibrate on and images to compare on; too few serve for both."""
         count = len(self.pixels)
         if count < 2 * _MIN_SPLIT_IMAGES:
             again = f"{self.origin}, calibrated on too"
@@ -91,7 +91,7 @@ def load_images(bundle: Bundle, options: BuildOptions) -> CalibrationImages:
 
 
 def _read_labels(source: Path, bundle: Bundle, paths: list[Path]) -> Labels | None:
-    """As training reads them, if all of `paths` have one."""
+    """Read labels as training does, if all of `paths` have one."""
     try:
         listing = list_images(source, classes=bundle.classes)
     except UsageError:  # neither class folders nor a column with labels
@@ -135,7 +135,7 @@ def compare_probabilities(
     options: BuildOptions,
     labels: Labels | None = None,
 ) -> Parity:
-    """How probabilities [N, C] agree. A call closer than twice the limit counts for no agreement; in INT8,
+    """Compare probabilities [N, C]. A call closer than twice the limit counts for no agreement; in INT8,
     whose probabilities have none, twice FP16's.
 
     `labels` [N] are for INT8's AUC.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Phases(Protocol):
-    """What the builder tells of itself; phases nest."""
+    """The builder's progress; phases nest."""
 
     def start(self, name: str, steps: int) -> None: ...
 
@@ -40,7 +40,7 @@ class NoProgress:
 
 
 class ProgressBars:
-    """One bar for each open phase; on a terminal only."""
+    """A bar for each open phase, on a terminal only."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -70,7 +70,7 @@ def show_phases(console: Console) -> Iterator[Phases]:
 
 
 def monitor_for(backend: TensorRTBackend, phases: Phases, stop: threading.Event) -> trt.IProgressMonitor:
-    """A TensorRT progress monitor that tells `phases`, and ends the build soon after `stop` is set.
+    """Make a TensorRT progress monitor that reports to `phases` and ends the build soon after `stop` is set.
 
     Its class exists only once TensorRT is imported.
     """

@@ -27,7 +27,7 @@ OnMessage = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BuiltMember:
-    """One member, built and accepted."""
+    """A member that was built and accepted."""
 
     member: str
     file: Path
@@ -38,7 +38,7 @@ class BuiltMember:
 
 @dataclass(frozen=True)
 class _BuildSession:
-    """What the builds of all members share."""
+    """The state that the builds of all members share."""
 
     bundle: Bundle
     options: BuildOptions
@@ -49,7 +49,7 @@ class _BuildSession:
 
 
 def _source_graph(session: _BuildSession, member: Member) -> bytes:
-    """What is compiled: the float32 graph, or its FP16 form."""
+    """Return the graph to compile: the float32 graph, or its FP16 form."""
     _reference_logits(session, member)  # first: ONNX Runtime says best what is wrong with a graph
     reference = member.files["onnx"].path.read_bytes()
     if session.options.precision == "fp32":
@@ -64,7 +64,7 @@ def _fp16_name(member: Member) -> str:
 
 @contextmanager
 def _replace_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `folder` at the end, if there is no error."""
+    """Yield a folder to write to, which replaces `folder` at the end if there is no error."""
     unfinished = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -96,7 +96,7 @@ def _reference_logits(session: _BuildSession, member: Member) -> Floats:
 def _run_graph(
     session: _BuildSession, member: Member, graph: bytes | None, pixels: parity.Pixels | None = None
 ) -> Floats:
-    """Of `graph` in place of the member's own, on ONNX Runtime."""
+    """Run `graph` in place of the member's own on ONNX Runtime."""
     with OnnxRunner(member, session.bundle, graph=graph) as runner:
         return parity.run_in_batches(runner.infer, session.images.pixels if pixels is None else pixels)
 

@@ -82,7 +82,7 @@ def provenance(dataset: ds.Dataset) -> dict[str, Any]:
 
 
 class Origin(Record):
-    """What the metadata of merged parts say: the runs that rows are from."""
+    """The metadata of merged parts: the runs that rows are from."""
 
     format: Literal[1] = 1
     merged: str  # when: ISO 8601, UTC

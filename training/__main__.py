@@ -253,7 +253,7 @@ class _StepProgress:
 
 
 def _show(evaluation: dict[str, Any], options: TrainingOptions) -> None:
-    """The table and the next command, on stdout."""
+    """Print the table and the next command to stdout."""
     width = max(MIN_COLUMNS, shutil.get_terminal_size().columns)
     console = Console(highlight=False, soft_wrap=True, width=width, emoji=False)
     table = Table(box=None)

@@ -1,4 +1,4 @@
-"""What the members are worth, alone and together: weights on validation, figures on test, folds."""
+"""Assess the members and the ensemble: weights on validation, figures on test, folds."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class PreparedData:
 
 @dataclass(frozen=True)
 class ChosenWeights:
-    """How the members' votes are weighed, chosen on the validation set."""
+    """The weights of the members, chosen on the validation set."""
 
     searched: list[weight_search.Candidate]  # best first
     beside: list[weight_search.Candidate]
@@ -181,7 +181,7 @@ def _figures(
 def _temperature(
     mix: ChosenWeights, trained: Sequence[TrainedMember], prepared: PreparedData
 ) -> dict[str, Any]:
-    """What scaling does to the validation set."""
+    """Measure the effect of temperature scaling on the validation set."""
     facts: dict[str, Any] = {"applied": mix.temperature, "fitted": mix.fitted}
     if mix.fitted is None:
         return facts | {"validation_nll": None, "validation_ece": None}
@@ -198,7 +198,7 @@ def _temperature(
 
 
 def _recipe(options: TrainingOptions) -> dict[str, Any]:
-    """The options without the user's paths."""
+    """Return the options without the user's paths."""
     facts = options.recorded()
     for name in ("data", "root", "path_column", "label_column"):
         del facts[name]
@@ -207,7 +207,9 @@ def _recipe(options: TrainingOptions) -> dict[str, Any]:
 
 
 def cross_validate(trainer: Trainer, folds: Sequence[Split]) -> dict[str, Any] | None:
-    """The whole recipe once per fold, weights search included: mean and deviation of each voter's figures."""
+    """Run the whole recipe once per fold, weight search included; return mean and deviation of each
+    model's figures.
+    """
     if not folds:
         return None
     dataset = trainer.dataset

@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class AugmentRanges:
-    """How far an image may change; the method names all but the contrast."""
+    """The ranges of augmentation; the method names all but the contrast."""
 
     rotation: float = 15.0  # degrees, either way
     flip: float = 0.5  # share of images mirrored left to right
@@ -26,7 +26,7 @@ class AugmentRanges:
 
 @dataclass(frozen=True)
 class AugmentPlan:
-    """What happens to each of N images; draw once, then index by position."""
+    """The augmentation of each of N images; draw once, then index by position."""
 
     matrix: Floats  # [N, 2, 3], output to input coordinates, as torch's affine_grid has them
     contrast: Floats  # [N]

@@ -23,7 +23,7 @@ Progress = Callable[[int], None]  # gets the number of images, batches or epochs
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file is like apart from its picture: should say nothing about the class."""
+    """The facts about a file apart from its picture; they should not reveal the class."""
 
     width: int
     height: int
@@ -34,7 +34,7 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What decoded, in the order of the listing."""
+    """The decoded images, in the order of the listing."""
 
     classes: tuple[str, ...]
     paths: list[Path]
@@ -57,12 +57,12 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """Of everything that decides a training: files in order, labels, patients, sets."""
+        """Hash everything that decides a training: files in order, labels, patients, sets."""
         content = (self.classes, self.labels.tolist(), self.hashes, self.patients, self.given)
         return hashlib.sha256(repr(content).encode("utf-8", "backslashreplace")).hexdigest()
 
     def take(self, positions: Labels) -> Dataset:
-        """The images at `positions`, in that order."""
+        """Return the images at `positions`, in that order."""
         chosen = {
             field.name: [getattr(self, field.name)[position] for position in positions]
             for field in fields(self)

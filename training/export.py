@@ -51,7 +51,7 @@ PROBABILITY_LIMIT = 1e-4  # largest difference between the exported graph and th
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedMember:
-    """One trained member, ready to be written."""
+    """A trained member, ready to be written."""
 
     name: str  # [a-z0-9_]+
     architecture: str
@@ -172,7 +172,7 @@ def _write_members(folder: Path, members: Sequence[ExportedMember], canaries: Pi
 
 
 def _describe_input(pixels: Pixels, members: Sequence[ExportedMember]) -> InputEntry:
-    """What the graphs take; the normalization is inside them, and named for whoever rebuilds the networks."""
+    """Describe the input of the graphs; it names the normalization, which is inside them."""
     (normalization,) = {member.network.normalization for member in members}
     return InputEntry(
         height=pixels.shape[2],

@@ -1,4 +1,4 @@
-"""Where labelled images are and what they show: class folders or a table, before anything is opened."""
+"""List labelled images and their classes, from class folders or a table, before any is opened."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _spelled_classes(found: Iterable[str]) -> ClassNames:
 
 
 def _clinical_classes(found: Iterable[str]) -> ClassNames | None:
-    """The method's classes among the names found, when there are two or more of them."""
+    """Return the method's classes among the names, when there are two or more of them."""
     keys = {label_key(name) for name in found}
     digits = {one for one in keys if one.isdigit()} == DIGITS
     present = {CANONICAL[one] for one in keys if one in CANONICAL and (digits or one not in DIGITS)}
@@ -134,7 +134,7 @@ def _from_folder(root: Path, classes: Sequence[str] | None) -> ImageListing:
 
 
 def _walk(root: Path) -> Iterator[_File]:
-    """All files below `root` in sorted order, hidden ones left out."""
+    """Yield all files below `root` in sorted order, without hidden ones."""
     for current, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         parts = Path(current).relative_to(root).parts
@@ -146,7 +146,7 @@ def _walk(root: Path) -> Iterator[_File]:
 
 
 def _group_by_class_folder(files: Sequence[_File], names: ClassNames) -> list[tuple[_File, int]]:
-    """The files below a folder with a class's name, and which of their folders that is: the deepest."""
+    """Group the files by the deepest folder that has a class's name."""
     found = []
     for file in files:
         places = [place for place, name in enumerate(file.folders) if names.find(name) is not None]
@@ -182,7 +182,7 @@ def _check_found(
 def _note_outside(
     root: Path, files: Sequence[_File], found: Sequence[tuple[_File, int]], *, named: bool
 ) -> list[str]:
-    """A note on the files that are in no class. Raises UsageError if their folder stands beside a class's."""
+    """Return a note on files that are in no class. Raises UsageError if their folder is beside a class's."""
     used = {file.path for file, _ in found}
     rest = [file for file in files if file.path not in used]
     if not rest:

@@ -1,4 +1,4 @@
-"""One member after the other: built, its head fitted on the frozen base, then everything."""
+"""Train one member after the other: build it, fit its head on the frozen base, then fit every layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ StartStep = Callable[[str, int], AbstractContextManager[Progress]]
 
 @dataclass(frozen=True)
 class MemberPlan:
-    """One member before it is built."""
+    """A member before it is built."""
 
     name: str
     architecture: str
@@ -52,7 +52,7 @@ class MemberPlan:
 
 @dataclass(frozen=True)
 class TrainedMember:
-    """One member after its training."""
+    """A member after its training."""
 
     plan: MemberPlan
     network: Network  # on the CPU
@@ -96,7 +96,7 @@ class Trainer:
     note: OnNote
 
     def fit(self, parts: Split, *, fold: int | None = None) -> list[TrainedMember]:
-        """All members on one split."""
+        """Fit all members on one split."""
         return [_MemberTraining(self, plan, parts, fold).fit() for plan in plan_members(self.options)]
 
 
@@ -107,7 +107,7 @@ class _MemberTraining:
         self.work = trainer.work / ("main" if fold is None else f"fold-{fold}")
 
     def fit(self) -> TrainedMember:
-        """The head on the frozen base first, then all of it at a lower rate.
+        """Fit the head on the frozen base first, then every layer at a lower rate.
 
         A random base has nothing to keep, so it is trained at once unless --freeze asks for a demonstration.
         """

@@ -32,7 +32,7 @@ def build_network(
     size: tuple[int, int] = (224, 224),
     normalization: Normalization = "none",
 ) -> Network:
-    """A network with a new head, both seeded.
+    """Build a network with a new head, both seeded.
 
     `weights` of the base: "imagenet" (downloaded once), "none" (random) or a file, safetensors or a torch
     state dict. Raises UsageError.

@@ -26,7 +26,7 @@ EVALUATION, REPORT = "evaluation.json", "report.html"
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came out; `evaluation` is None if only the data were looked at."""
+    """The result of a training; `evaluation` is None if only the data were checked."""
 
     findings: dict[str, Any]
     evaluation: dict[str, Any] | None = None
@@ -117,7 +117,7 @@ def _split_table(
 
 
 def _copies_table(dataset: Dataset, families: audit.ImageGroups) -> list[tuple[object, ...]]:
-    """Every image that has a copy: path, label, group of identical files, group of near copies."""
+    """Return every image that has a copy: path, label, group of identical files, group of near copies."""
     _, inverse, sizes = np.unique(families.near, return_inverse=True, return_counts=True)
     positions = np.flatnonzero(sizes[inverse] > 1)
     order = positions[np.argsort(families.near[positions], kind="stable")]
@@ -170,14 +170,14 @@ def write_trained_bundle(
 
 
 def _take_evenly(positions: Labels, count: int) -> Labels:
-    """At most `count` of `positions`, evenly: files are in the order of their classes."""
+    """Take at most `count` of `positions`, evenly: files are in the order of their classes."""
     return positions[np.unique(np.linspace(0, len(positions) - 1, count).round().astype(np.int64))]
 
 
 def _training_facts(
     options: TrainingOptions, trained: Sequence[TrainedMember], evaluation: dict[str, Any]
 ) -> dict[str, Any]:
-    """How the bundle came to be, in short, for ensemble.json; the rest is in evaluation.json."""
+    """Summarize the training for ensemble.json; evaluation.json has the rest."""
     return {
         "recipe": "frozen base" if options.freeze else "whole network",
         "demo": evaluation["demo"],

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a training, from what evaluation.json holds."""
+"""Render one self-contained HTML page about a training from evaluation.json."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SEARCHED = {"macro_f1": 2, "nll": 0}  # colour
 
 
 def render(evaluation: dict[str, Any]) -> str:
-    """The page; the same input gives the same text. Names in it may hold anything."""
+    """Render the page; the same input gives the same text. Names in it may hold anything."""
     facts = printable(evaluation)
     template = make_environment(Path(__file__).parent, attribute=attribute_text).get_template(TEMPLATE)
     return template.render(
@@ -86,7 +86,7 @@ def _difference_text(difference: dict[str, Any]) -> str:
 
 
 def list_caveats(facts: dict[str, Any]) -> list[str]:
-    """What would make a careful reader doubt the figures, the worst first."""
+    """List the reasons to doubt the figures, the worst first."""
     data, test = facts["data"], facts["images"]["test"]
     found = []
     if facts["demo"]:
@@ -114,7 +114,7 @@ def list_caveats(facts: dict[str, Any]) -> list[str]:
 
 
 def describe_data_findings(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """What was looked for in the data: a heading, a sentence, whether it is a warning."""
+    """Describe the checks of the data: a heading, a sentence, whether it is a warning."""
     left_out, dropped = data["left_out"], data["dropped"]
     unused = ", ".join(f"{format_count(number)} {status}" for status, number in left_out.items())
     return [
@@ -205,7 +205,7 @@ def _shortcut_finding(shortcuts: dict[str, Any]) -> str:
 
 
 def temperature_text(temperature: dict[str, Any]) -> str:
-    """What was done to the ensemble's probabilities after the vote."""
+    """Describe the temperature scaling of the ensemble's probabilities."""
     if temperature["fitted"] is None:
         return (
             "No temperature was fitted: the probabilities are the weighted average as it is (temperature "
@@ -226,7 +226,7 @@ def _interval_text(found: dict[str, Any]) -> str:
 
 
 def attribute_text(values: Sequence[float] | dict[str, int], name: str) -> str:
-    """Of the files of one class: the median and quartiles of numbers, or the counts of words."""
+    """Format one class's files: median and quartiles of numbers, or counts of words."""
     if isinstance(values, dict):
         return ", ".join(f"{word} {format_count(number)}" for word, number in values.items()) or DASH
     if not all(np.isfinite(values)):

@@ -1,4 +1,4 @@
-"""What a training is asked to do: frozen dataclasses whose defaults the command line shows."""
+"""Options of a training: frozen dataclasses whose defaults the command line shows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RUN_ONLY = ("output", "device", "overwrite", "resume", "check_data")  # may dif
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions:
-    """How one phase is fitted: the head alone on cached features, or the whole network."""
+    """The options of one phase: the head alone on cached features, or the whole network."""
 
     epochs: int  # at most
     patience: int  # epochs without a better validation score
@@ -98,11 +98,13 @@ class TrainingOptions:
         return self.weights[0] if len(self.weights) == 1 else self.weights[member]
 
     def head(self, seed: int) -> FitOptions:
-        """The first phase: the base is frozen."""
+        """Return the options of the first phase, in which the base is frozen."""
         return self._fitting(self.head_epochs, self.patience or 40, self.head_rate, seed)
 
     def whole(self, weights: str, seed: int) -> FitOptions:
-        """The second phase: nothing is frozen, the rate is lower; random weights take longer."""
+        """Return the options of the second phase: nothing is frozen, the rate is lower; random weights
+        take longer.
+        """
         epochs, patience, rate = (150, 40, 1e-3) if weights == "none" else (40, 10, 1e-4)
         return self._fitting(self.epochs or epochs, self.patience or patience, self.rate or rate, seed)
 
@@ -118,7 +120,7 @@ class TrainingOptions:
         )
 
     def recorded(self) -> dict[str, Any]:
-        """What decides the result, JSON-ready: a resumed training has to have the same."""
+        """Return the options that decide the result, JSON-ready: a resumed training must have the same."""
         values = {
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in _RUN_ONLY
         }
@@ -126,7 +128,7 @@ class TrainingOptions:
 
 
 def literal_choices(literal: Any) -> tuple[str, ...]:
-    """What a Literal type allows, for argparse."""
+    """Return the values that a Literal type allows, for argparse."""
     return get_args(literal)
 
 

@@ -26,7 +26,7 @@ class Split:
         return ("train", self.train), ("validation", self.validation), ("test", self.test)
 
     def names(self) -> list[str]:
-        """The set of each image, by position."""
+        """Return the set of each image, by position."""
         names = np.empty(sum(len(chosen) for _, chosen in self.named()), object)
         for name, chosen in self.named():
             names[chosen] = name
@@ -61,7 +61,7 @@ def split_dataset(
 def make_folds(
     labels: Labels, groups: Labels, count: int, *, classes: Sequence[str], seed: int
 ) -> Iterator[Split]:
-    """Every image is in the test set of one fold; validation is cut from the rest. Raises UsageError."""
+    """Put every image in the test set of one fold; cut validation from the rest. Raises UsageError."""
     fold = _assign_groups(labels, groups, _per_class(labels)[None] * np.full((count, 1), 1 / count), seed)
     for index in range(count):
         rest = np.flatnonzero(fold != index)
@@ -72,7 +72,9 @@ def make_folds(
 
 
 def _draw_sets(labels: Labels, groups: Labels, shares: Sequence[float], seed: int) -> Labels:
-    """Which set each image is in: 0 what is left, 1, 2, ... the shares, at least one image of every class."""
+    """Draw the set of each image: 0 the rest, 1, 2, ... the shares, each with at least one image of
+    every class.
+    """
     every = _per_class(labels)
     wanted = [np.where(every > 0, np.maximum(1, np.round(share * every)), 0) for share in shares]
     return _assign_groups(labels, groups, np.stack([every - sum(wanted), *wanted]), seed)

@@ -31,7 +31,7 @@ class TrainingState:
 
     @property
     def work(self) -> Path:
-        """Where checkpoints and features go."""
+        """Return the folder of checkpoints and features."""
         return self.folder / WORK_FOLDER
 
     def __enter__(self) -> Self:
@@ -95,14 +95,14 @@ class TrainingState:
         self._write(RECORD_FILE, json.dumps(now | {"finished": False}, indent=2) + "\n")
 
     def finish(self) -> None:
-        """The bundle is in its place: what was needed to go on can go."""
+        """Delete what was needed to resume, once the bundle is in place."""
         recorded = self._recorded()
         assert recorded is not None
         self._write(RECORD_FILE, json.dumps(recorded | {"finished": True}, indent=2) + "\n")
         shutil.rmtree(self.work, ignore_errors=True)
 
     def write_table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-        """A CSV for people, atomically. Bytes of names that are not UTF-8 come out escaped."""
+        """Write a CSV for people, atomically. Bytes of names that are not UTF-8 are escaped."""
         text = io.StringIO(newline="")
         table = csv.writer(text, lineterminator="\n")
         table.writerow(header)

@@ -52,7 +52,7 @@ Balance = Literal["balanced", "natural"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is drawn at random, and how widely; pairs are the ends of a uniform draw."""
+    """The ranges of all random draws; pairs are the ends of a uniform draw."""
 
     t_mean: float = -1.6
     t_sd: float = 1.35
@@ -73,7 +73,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Structure:
-    """All by which the class enters an image."""
+    """The properties by which the class enters an image."""
 
     cortex_mm: float
     bone_volume: float  # BV/TV, 0.11-0.30
@@ -84,7 +84,7 @@ class Structure:
 
 @dataclass(frozen=True)
 class Sample:
-    """One radiograph and all that is true of it. `posterior` is P(class | image) under the natural prior."""
+    """A radiograph and its ground truth. `posterior` is P(class | image) under the natural prior."""
 
     pixels: NDArray[np.uint16]  # [H, W], full range
     label: int  # into CLASSES
@@ -95,7 +95,7 @@ class Sample:
 
     @property
     def pixels8(self) -> NDArray[np.uint8]:
-        """The same picture in 8 bits, [H, W]."""
+        """Return the same picture in 8 bits, [H, W]."""
         return ((self.pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
@@ -211,7 +211,7 @@ def _chord(x: Floats, half_width: Floats | float, depth: float) -> Floats:
 
 
 def _cap(from_end: Floats, rounding: float) -> Floats:
-    """Share of the path left near a bone's end, rounded off over `rounding` mm."""
+    """Return the share of the path left near a bone's end, rounded off over `rounding` mm."""
     return np.sqrt(1 - (1 - np.clip(from_end / rounding, 0, 1)) ** 2)
 
 
@@ -274,7 +274,9 @@ def _mineral(rng: np.random.Generator, shape: tuple[int, int], step: float, bone
 def _struts(
     rng: np.random.Generator, shape: tuple[int, int], step: float, bone: Structure, tilt: float
 ) -> Floats:
-    """One layer of trabeculae, [H, W] in 0-1: a band-limited power-law field, soft-thresholded to BV/TV."""
+    """Draw one layer of trabeculae, [H, W] in 0-1: a band-limited power-law field, soft-thresholded to
+    BV/TV.
+    """
     rows, columns = (fft.next_fast_len(n, real=True) for n in shape)
     fy = fft.fftfreq(rows, step).astype(np.float32)[:, None]  # cycles per mm
     fx = fft.rfftfreq(columns, step).astype(np.float32)
@@ -301,7 +303,7 @@ def _metal(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
 def _detector(
     rng: np.random.Generator, attenuation: Floats, shape: tuple[int, int], field_mm: float, recipe: Recipe
 ) -> Floats:
-    """Share of the open beam's photons, [H, W] at full size: Beer-Lambert, blur, scatter, Poisson noise."""
+    """Return the share of the open beam's photons, [H, W]: Beer-Lambert, blur, scatter, Poisson noise."""
     step = field_mm / max(attenuation.shape)
     primary = ndimage.gaussian_filter(np.exp(-attenuation), rng.uniform(*recipe.blur_mm) / step, truncate=3)
     thin = max(1, round(1.5 / step))  # scatter is smooth over centimetres
@@ -362,7 +364,7 @@ def draw_sample(
     size_range: tuple[int, int] = (500, 2600),
     recipe: Recipe = Recipe(),
 ) -> Sample:
-    """The radiograph `index` of the stream `seed`; the same whatever else is drawn, and in which order.
+    """Draw radiograph `index` of the stream `seed`; it does not depend on other draws.
 
     `label` draws the T-score from that class alone. Sides lie within `size_range`, both ends included.
     """
@@ -396,7 +398,7 @@ def _draw_t_score(rng: np.random.Generator, label: int | None, recipe: Recipe) -
 
 
 def _draw_encoding(rng: np.random.Generator, recipe: Recipe) -> dict[str, float | int | str]:
-    """How the file is written, drawn apart from the class."""
+    """Draw how the file is written, independently of the class."""
     suffix = str(rng.choice([".jpg", ".jpeg", ".png", ".png16"], p=[0.5, 0.1, 0.25, 0.15]))
     low, high = recipe.jpeg_quality
     return {
@@ -407,7 +409,7 @@ def _draw_encoding(rng: np.random.Generator, recipe: Recipe) -> dict[str, float 
 
 
 def encode_sample(drawn: Sample) -> tuple[bytes, str]:
-    """A sample as the bytes of its file, and the file's suffix."""
+    """Encode a sample; return the bytes of its file and the file's suffix."""
     kind = drawn.metadata["encoding"]
     stream = io.BytesIO()
     if kind == "png16":

@@ -22,7 +22,7 @@ PAPER_WEIGHTS = ((0.5, 0.5), (0.4, 0.6))  # what the paper reports for its two m
 
 @dataclass(frozen=True)
 class Candidate:
-    """One choice of weights and how it does on the validation set."""
+    """A choice of weights and its figures on the validation set."""
 
     weights: tuple[float, ...]
     accuracy: float
@@ -37,7 +37,7 @@ class Candidate:
 
 
 def search_weights(logits: Floats, labels: Labels) -> list[Candidate]:
-    """All weights on a grid of 0.05 that add up to 1, best first; `logits` is [M, N, C], `labels` [N]."""
+    """Try all weights on a grid of 0.05 that add up to 1, best first; `logits` [M, N, C], `labels` [N]."""
     members, steps = len(logits), GRID_STEPS
     while math.comb(steps + members - 1, members - 1) > MAX_CANDIDATES and steps > 1:
         steps //= 2  # many members: a coarser grid
@@ -46,7 +46,7 @@ def search_weights(logits: Floats, labels: Labels) -> list[Candidate]:
 
 
 def reference_candidates(logits: Floats, labels: Labels) -> list[Candidate]:
-    """What the paper reports, to stand next to the choice: equal weights; 0.4 / 0.6 for two members."""
+    """Return the paper's choices for comparison: equal weights; 0.4 / 0.6 for two members."""
     members = len(logits)
     fixed = PAPER_WEIGHTS if members == 2 else ((1 / members,) * members,)
     return [evaluate_candidate(logits, labels, weights) for weights in fixed]
@@ -69,7 +69,7 @@ def evaluate_candidate(
 
 
 def weight_grid(members: int, steps: int = GRID_STEPS) -> Iterator[tuple[float, ...]]:
-    """All weights of `members` members in units of 1 / `steps` that add up to 1."""
+    """Return all weights of `members` members in units of 1 / `steps` that add up to 1."""
     for units in _compositions(members, steps):
         yield tuple(unit / steps for unit in units)
 

@@ -18,7 +18,7 @@ HEAD_SCALE = 0.5
 
 
 def proof_bundle(folder: Path) -> Path:
-    """The bundle in `folder`, written there when it is not there yet."""
+    """Return the bundle in `folder`; write it if it is missing."""
     if (folder / bundles.DESCRIPTION_FILE).exists():
         return folder
     pixels = export.canary_pixels(size=(224, 224))

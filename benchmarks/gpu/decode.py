@@ -58,7 +58,7 @@ def measure_rate(
 def measure_grid(
     images: list[Path], *, batch: int, cores: int, device: int | None, timed_s: float = 1.0
 ) -> list[dict[str, Any]]:
-    """All knobs at all cores, the best of them with fewer, the CPU alone, and shares for the CPU."""
+    """Measure all options on all cores, the best on fewer cores, the CPU alone, and shares for the CPU."""
     sample = batches(images, 4, batch)
     rows: list[dict[str, Any]] = []
 

@@ -48,7 +48,7 @@ def _open_members(stack: ExitStack, bundle: Path, choice: RunnerChoice, *, compi
 def _measure_streams(
     bundle: Path, choice: RunnerChoice, members: list[Runner], batch: int, *, graphs: bool
 ) -> list[dict[str, Any]]:
-    """A row for one stream and one for two: the median of three rounds."""
+    """Measure a row for one stream and one for two, each the median of three rounds."""
     models, rows = bundles.load_bundle(bundle), []
     try:
         step = GpuScorer(
@@ -73,7 +73,7 @@ def _measure_streams(
 
 
 def measure_overlap(bundle: Path, choice: RunnerChoice, batch: int) -> dict[str, Any]:
-    """From a profiler's trace of ten steps: how much of the time kernels of two streams run at once."""
+    """Measure with a profiler, over ten steps, how much of the time kernels of two streams overlap."""
     from torch.profiler import ProfilerActivity, profile
 
     with ExitStack() as stack:
@@ -99,7 +99,7 @@ def measure_overlap(bundle: Path, choice: RunnerChoice, batch: int) -> dict[str,
 
 
 def overlap_shares(kernels: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """Of (start, end, stream): busy time, and the share of it in which two or more streams are busy."""
+    """Return the busy time of (start, end, stream) intervals and the share with two or more busy streams."""
     starts = [(start, 1, stream) for start, _, stream in kernels]
     edges = sorted(starts + [(end, -1, stream) for _, end, stream in kernels])
     running: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""What users write today, on the same files and the same networks: rates of images per second.
+"""Rates in images per second of common PyTorch code, on the same files and networks.
 
 Each peer runs the members in sequence in half precision, averages their softmax and brings it to the host.
 None keeps a row per image, survives a bad file or resumes.

@@ -66,7 +66,7 @@ def _gpu_package_versions() -> dict[str, str]:
 
 
 class GpuBenchmark:
-    """What the sections share; `figures` is the JSON."""
+    """The state that the sections share; `figures` is the JSON."""
 
     def __init__(self, console: Console, options: argparse.Namespace, work: Path) -> None:
         self._console, self._options, self._work = console, options, work
@@ -124,7 +124,7 @@ class GpuBenchmark:
         )
 
     def end_to_end(self) -> Any:
-        """The engine as it comes, its variants, and the ceilings of its stages from this invocation."""
+        """Measure the engine by default, its variants, and the ceilings of its stages in this invocation."""
         runs = {"as it comes": self._engine([])}
         if self.on_gpu:
             runs |= {name: self._engine(extra) for name, extra in ABLATIONS.items()}
@@ -138,7 +138,7 @@ class GpuBenchmark:
         }
 
     def _ceilings(self) -> dict[str, float | None]:
-        """The best rate of each stage alone, as the sections before have measured it."""
+        """Return the best rate of each stage alone, from the sections before."""
 
         def best(rows: Any) -> float | None:
             return max((row["images_per_s"] for row in rows if row["images_per_s"]), default=None)
@@ -176,7 +176,7 @@ class GpuBenchmark:
         }
 
     def peers(self) -> Any:
-        """Each peer, and how much faster the engine was in this invocation."""
+        """Measure each peer and the engine's speed-up over it in this invocation."""
         rows = peers.measure_rates(
             self._bundle,
             self._images,

@@ -108,7 +108,7 @@ MISHAPS = {  # patterns of mishaps.py, and what each needs
 
 @dataclass(frozen=True)
 class ContenderRun:
-    """One contender in one round."""
+    """A run of one contender in one round."""
 
     rate: float  # images/s
     start_up_s: float  # process start to first read, and last row to exit
@@ -132,7 +132,7 @@ class Contest:
         )
 
     def run(self, name: str) -> ContenderRun | str:
-        """A line that says why, where the contender does not come to its end."""
+        """Run the contender; return a line with the reason if it fails."""
         done, rows, seconds = self._rows(name, may_fail=name != REFERENCE)
         if seconds is None:
             return f"{'killed' if done.status < 0 else 'failed'}: {_last_line(done)}"
@@ -145,7 +145,7 @@ class Contest:
     def _rows(
         self, name: str, *, may_fail: bool = False
     ) -> tuple[processes.FinishedProcess, pd.DataFrame, float | None]:
-        """Its rows, and its seconds from first read to last row; None where it failed."""
+        """Return its rows and its seconds from first read to last row; None where it failed."""
         output = self._work / f"rows-{name}"
         shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(self._work / f"rows-{name}-ready", ignore_errors=True)
@@ -158,7 +158,7 @@ class Contest:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """As many threads for every library as there are cores, and threads that don't spin while they wait."""
+    """Set as many threads for every library as there are cores, without spinning."""
     cores = str(available_cpus())
     libraries = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")
     return {
@@ -184,7 +184,7 @@ def _seconds(done: processes.FinishedProcess, output: Path) -> float:
 
 
 def _last_line(done: processes.FinishedProcess) -> str:
-    """What it said last, the name of an error first."""
+    """Return the last line of output, an error's name first."""
     lines = [line.strip() for line in done.errors.splitlines() if line.strip()]
     named = [line for line in lines if ERROR.match(line)]
     return (named or lines or [f"status {done.status}"])[-1][:200]
@@ -198,7 +198,7 @@ def _version(distribution: str) -> str | None:
 
 
 def contender_figures(taken: dict[str, list[ContenderRun | str]]) -> dict[str, Any]:
-    """Each contender's figures over the rounds, and the engine's rate beside its own, round by round."""
+    """Return each contender's figures over the rounds, and the engine's rate relative to it, by round."""
     ours = [run for run in taken[REFERENCE] if isinstance(run, ContenderRun)]
     found: dict[str, Any] = {}
     for name, outcomes in taken.items():
@@ -241,7 +241,7 @@ def _maximum(values: Any) -> float | None:
 
 
 def run_mishaps(work: Path, bundle: bundles.Bundle, seed: int) -> dict[str, Any]:
-    """What corrupt files do to the usual patterns, and to the engine."""
+    """Run the usual patterns and the engine on corrupt files."""
     manifest = archive.make_archive(work, "uniform", MISHAP_ROWS, seed, corrupt=MISHAP_CORRUPT)
     small = Contest(work, manifest, bundle)
     columns = [f"p_{name}" for name in bundle.classes]
@@ -269,7 +269,7 @@ def run_mishaps(work: Path, bundle: bundles.Bundle, seed: int) -> dict[str, Any]
 
 
 def count_wrong_rows(rows: pd.DataFrame, corrupt: Collection[str], columns: list[str]) -> dict[str, int]:
-    """How many corrupt files carry the score of another file, and how many sound ones have none."""
+    """Count corrupt files with the score of another file, and sound files without a score."""
     scores = rows.set_index("path")[columns].astype(np.float64)
     bad = scores.index.isin(list(corrupt))
     sound = scores[~bad]
@@ -296,7 +296,7 @@ def choose_contenders(only: Sequence[str] | None, bundle: bundles.Bundle) -> tup
 def contest(
     console: Console, work: Path, bundle: bundles.Bundle, options: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """The figures, and the names of the contenders."""
+    """Return the figures and the names of the contenders."""
     manifest = archive.make_archive(work, options.archive, options.rows, options.seed)
     names, left_out = choose_contenders(options.only, bundle)
     for name, why in left_out.items():

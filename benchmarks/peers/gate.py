@@ -1,4 +1,4 @@
-"""Whether a contender did the work: its rows beside the reference's, which are the engine's in float32."""
+"""Check that a contender did the work: compare its rows with the engine's rows in float32."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Verdict:
 
 
 def read_rows(folder: Path) -> pd.DataFrame:
-    """A contender's Parquet files: path, as the manifest has it or absolute, status, `p_<class>`."""
+    """Read a contender's Parquet files: path, as in the manifest or absolute, status, `p_<class>`."""
     files = sorted(folder.glob("*.parquet"))
     if not files:
         return pd.DataFrame({"path": pd.Series(dtype=str)})

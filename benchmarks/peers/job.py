@@ -1,4 +1,4 @@
-"""What every peer is given, and the one file of rows it has to write."""
+"""The input of every peer, and the one file of rows that it has to write."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class PeerJob:
 
     @property
     def names(self) -> list[str]:
-        """The manifest's paths, in order."""
+        """Return the manifest's paths, in order."""
         with self.manifest.open(newline="") as lines:
             return [row["path"] for row in csv.DictReader(lines)]
 
     @property
     def paths(self) -> list[str]:
-        """Where the files are."""
+        """Return the paths of the files."""
         return [str(self.manifest.parent / name) for name in self.names]
 
     @property
     def graphs(self) -> list[str]:
-        """Each member's ONNX graph: uint8 [N, 1, H, W] to float32 logits [N, C]."""
+        """Return each member's ONNX graph: uint8 [N, 1, H, W] to float32 logits [N, C]."""
         return [str(member.files["onnx"].path) for member in self.bundle.members]
 
     @property
@@ -74,7 +74,7 @@ class PeerJob:
         )[1]
 
     def start(self, at: float | None = None) -> None:
-        """The members are loaded and warm; reading starts now, or started at `at`."""
+        """Mark the start of reading, now or at `at`, after the members are loaded and warm."""
         print(TIME_MARK, "start", time.monotonic() if at is None else at, flush=True)
 
     def finish(self, scores: Floats) -> None:

@@ -1,4 +1,4 @@
-"""What a corrupt file does to each of the usual patterns.
+"""Effects of a corrupt file on each of the usual patterns.
 
     python -m benchmarks.peers.mishaps PATTERN MANIFEST BUNDLE OUTPUT --threads N
 

@@ -12,7 +12,7 @@ BATCH = 8
 
 
 def merge_members(core: openvino.Core, job: PeerJob) -> openvino.Model:
-    """All members behind one input, so that they share one pool of threads."""
+    """Merge all members behind one input, so that they share one pool of threads."""
     first, *others = [core.read_model(graph) for graph in job.graphs]
     results = [*first.get_results()]
     for other in others:

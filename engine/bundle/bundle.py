@@ -44,7 +44,7 @@ class FileEntry(Record):
 
 
 class Normalization(Record):
-    """What follows the division by 255, inside the graphs."""
+    """The normalization after the division by 255, inside the graphs."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -55,7 +55,7 @@ class Normalization(Record):
 
 
 class InputEntry(Record):
-    """What the graphs take: pixels uint8 [N, 1, H, W]."""
+    """The input of the graphs: pixels uint8 [N, 1, H, W]."""
 
     height: Side
     width: Side

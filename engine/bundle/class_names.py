@@ -1,4 +1,4 @@
-"""Which class a label stands for: as spelled, in any case, or by the names that public sets use."""
+"""Match labels to classes: as spelled, in any case, or by the names that public data sets use."""
 
 from __future__ import annotations
 

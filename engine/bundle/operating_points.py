@@ -23,14 +23,14 @@ Precision = Annotated[str, text("[0-9A-Za-z]{1,8}", "a precision such as fp32")]
 
 
 class AskedRates(Record):
-    """What the thresholds had to keep."""
+    """The rates that the thresholds were required to keep."""
 
     sensitivity: Fraction  # of "not ruled out"
     specificity: Fraction  # of "referred"
 
 
 class Rates(Record):
-    """What a test that calls some images positive is worth."""
+    """The rates of a test that calls some images positive."""
 
     sensitivity: Proportion
     specificity: Proportion
@@ -82,7 +82,7 @@ class FittedTemperature(Record):
 
 
 class ZoneCounts(Record):
-    """How many of the labelled images are in a zone, and how many of them are of the target's class."""
+    """The number of labelled images in a zone, and of those of the target's class."""
 
     images: Count
     positives: Count
@@ -104,7 +104,7 @@ class DisagreementLimit(Record):
 
 
 class DistanceLimits(Record):
-    """By member, the distance of an image's features beyond which it is out of distribution."""
+    """The distance of each member's features beyond which an image is out of distribution."""
 
     quantile: Fraction
     images: Count  # that were looked at
@@ -112,7 +112,7 @@ class DistanceLimits(Record):
 
 
 class Abstention(Record):
-    """What a row is abstained from for."""
+    """The reasons for which a row is abstained from."""
 
     disagreement: DisagreementLimit
     image_flags: tuple[str, ...]

@@ -37,7 +37,7 @@ class OptimizationProfile(Record):
 
 
 class Parity(Record):
-    """How a plan, or the graph it was made from, compares with the float32 reference on `images` images."""
+    """The comparison of a plan, or of its source graph, with the float32 reference on `images` images."""
 
     executed: bool  # the plan itself; False: its FP16 graph, on ONNX Runtime
     images: int

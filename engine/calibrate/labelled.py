@@ -34,7 +34,9 @@ LABEL_COLUMN, PATIENT_COLUMN = "label", "patient"
 
 @dataclass(frozen=True)
 class LabelColumns:
-    """Which columns hold what; None: `label`, else the folders' names, and `patient` where there is one."""
+    """The columns of label and patient; None: `label`, else the folders' names, and `patient` if it
+    exists.
+    """
 
     label: str | None = None
     group: str | None = None

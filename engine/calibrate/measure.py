@@ -52,7 +52,7 @@ AS_IN_RUN = ("path_column", "root", "device", "runner", "precision", "batch_size
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to change in a bundle."""
+    """The changes to a bundle."""
 
     bundle: Bundle  # as it is
     points: OperatingPoints

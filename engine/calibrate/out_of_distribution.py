@@ -1,4 +1,4 @@
-"""How far an image's pooled features are from those of the images a bundle was calibrated on.
+"""Measure the distance of an image's pooled features from those of the calibration images.
 
 The Mahalanobis distance to their mean (Lee et al. 2018, "A simple unified framework for detecting
 out-of-distribution samples"), class-agnostic, with a shrunk covariance (Ledoit and Wolf 2004). It is worked

@@ -1,4 +1,4 @@
-"""From scores of labelled images to a temperature, the thresholds of a triage, and what these are worth."""
+"""Fit temperature and triage thresholds to scores of labelled images, and measure their rates."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _SLACK = 1e-9  # of a count: 0.9 of 10 images are 9
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """What the thresholds have to keep."""
+    """The rates that the thresholds have to keep."""
 
     target: str
     sensitivity: float = 0.90  # of "not ruled out"

@@ -1,4 +1,4 @@
-"""What a run says on standard error: without paths where they are hidden, as JSON lines where asked for."""
+"""Write a run's log to standard error: with --redact without paths, with --log-json as JSON lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command lines have in common: help that fits a screen, errors of one line."""
+"""The common parser of all commands: help that fits a screen, errors of one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _HelpAllAction(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Of one command. Raises UsageError for wrong arguments, SystemExit for --help.
+    """The parser of one command. Raises UsageError for wrong arguments, SystemExit for --help.
 
     `summary` is how --help says what may follow the command. With `help_all`, options that are added with
     `more` are not in --help, but in --help-all. `names` are those of all long options.

@@ -1,4 +1,4 @@
-"""How a command ends: an exit status, an error in one line, a stop on a signal or at a deadline."""
+"""End a command: an exit status, an error in one line, a stop on a signal or at a deadline."""
 
 from __future__ import annotations
 

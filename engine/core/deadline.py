@@ -1,4 +1,4 @@
-"""When a run has to stop: at the time of --finish-by, or because it is asked to."""
+"""Decide when a run has to stop: at the time of --finish-by, or on request."""
 
 from __future__ import annotations
 

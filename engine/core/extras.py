@@ -18,7 +18,7 @@ NO_EXTRA = ""  # the extra of what is needed in any case
 
 @dataclass(frozen=True)
 class Package:
-    """What one extra asks for, and what is here."""
+    """A package that an extra requires, and its installed version."""
 
     name: str
     extra: str

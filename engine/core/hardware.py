@@ -125,7 +125,7 @@ def _read_meminfo(name: str) -> int:
 
 
 class Gpu(Record):
-    """What decides whether a plan fits: NVIDIA's names."""
+    """The facts that decide whether a plan fits a GPU, by NVIDIA's names."""
 
     name: str
     uuid: str

@@ -1,4 +1,4 @@
-"""What names a place: a local path, or a URL of one of the schemes below."""
+"""Locations: a local path, or a URL of one of the schemes below."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 class SchemeError(ValueError):
-    """Of a URL that nothing here reads."""
+    """The scheme of a URL is not supported."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,4 +1,4 @@
-"""One option: stated as a field's metadata, parsed from the command line, checked as a Python keyword."""
+"""State an option as a field's metadata; parse it from the command line or check it as a Python keyword."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Option:
 
     @property
     def argparse_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `add_argument`, without the help."""
+        """Return the keyword arguments of `add_argument`, without the help."""
         rest = {"dest": self.name, "default": self.default, **self.for_argparse}
         if self.keyword_type is bool:
             rest["action"] = argparse.BooleanOptionalAction if self.default is None else "store_true"

@@ -52,7 +52,7 @@ class Meter:
             yield item
 
     def occupancy(self, elapsed_s: float) -> float:
-        """Share of `elapsed_s` x lanes spent at work; the stage nearest to 1 limits the run."""
+        """Return the share of `elapsed_s` x lanes spent at work; the stage nearest to 1 limits the run."""
         return self.busy_s / (elapsed_s * self.lanes) if elapsed_s > 0 else 0.0
 
 

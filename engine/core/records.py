@@ -22,7 +22,7 @@ PATH_COLUMN, SIZE_COLUMN, MODIFIED_COLUMN = "path", "file_size", "file_mtime"
 
 
 class Status(enum.IntEnum):
-    """What became of a row. The lower-case name is what the results hold."""
+    """The outcome of a row. The results hold the lower-case name."""
 
     OK = 0
     MISSING = 1
@@ -79,7 +79,7 @@ _PEAK_BYTES_PER_PIXEL = {
 
 
 class Header(NamedTuple):
-    """What an encoded image says of itself. Filled by `engine.formats.header.parse_header`."""
+    """The facts in an image's header. Filled by `engine.formats.header.parse_header`."""
 
     format: str
     width: int  # pixels as stored

@@ -22,7 +22,7 @@ _PATH_LIKE = re.compile(
 
 @dataclass(frozen=True)
 class Redaction:
-    """What stands for paths, and which other manifest columns are kept."""
+    """The names that replace paths, and the manifest columns that are kept."""
 
     salt: bytes = field(repr=False)
     keep: tuple[str, ...] = ()

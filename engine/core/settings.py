@@ -30,7 +30,7 @@ _ACTORS, _STRICT, _PRIVACY, _WATCHING = "on several actors", "how strict", "priv
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one image and all images in flight may take."""
+    """The limits of one image and of all images in flight."""
 
     memory: int = 1 << 30  # bytes of images in flight; the models come on top
     max_pixels: int = 100_000_000
@@ -58,7 +58,7 @@ class Shard:
         return f"{self.number}/{self.of}"
 
     def parts(self, count: int) -> range:
-        """Indices of its parts among `count`."""
+        """Return the indices of its parts among `count`."""
         return range(self.number - 1, count, self.of)
 
 

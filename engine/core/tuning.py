@@ -1,4 +1,4 @@
-"""What opening the stages of a run settles: measured once, recorded, and kept on resume."""
+"""The values that opening the stages settles: measured once, recorded, and kept on resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.core.json_records import Record
 
 
 class DecodeTuning(Record):
-    """How JPEGs are split between the GPU's decoder, its CUDA kernels and the CPU (NVIDIA DALI's names)."""
+    """The split of JPEGs between the GPU's decoder, its CUDA kernels and the CPU (NVIDIA DALI's names)."""
 
     hw_decoder_load: float = 0.65
     hybrid_huffman_threshold: int = 1_000_000  # pixels
@@ -49,7 +49,7 @@ class Tuning(Record, omit_defaults=True):
 
 @dataclass(frozen=True)
 class Settled:
-    """What the stages of one process have settled when they are open."""
+    """The values that the stages of one process have settled when they are open."""
 
     batch_size: int
     tuning: Tuning = field(default_factory=Tuning)

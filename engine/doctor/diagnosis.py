@@ -1,4 +1,4 @@
-"""What `engine.doctor` has found: lines by section, and problems with the command that mends each."""
+"""The diagnosis of `engine.doctor`: lines by section, and problems with the command that fixes each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a manifest holds and how long its run would take: for `engine.doctor`.
+"""Check a manifest for `engine.doctor`, and how long its run would take.
 
 All paths are looked at for some seconds, a sample of the files is read by the run's own reader, and the
 bundle is measured on it by the run's own stages.

@@ -10,7 +10,7 @@ from engine.core.records import Batch, Header, Status
 
 @dataclass
 class FileSample:
-    """What a sample of the files is like."""
+    """The properties of a sample of the files."""
 
     rows: int = 0
     elapsed_s: float = 0.0

@@ -1,4 +1,4 @@
-"""Which places of a picture raised or lowered the ensemble's probability of a class, and by how much.
+"""Compute which regions of an image raised or lowered the probability of a class, and by how much.
 
 Method: integrated gradients (Sundararajan et al. 2017) in the members' last feature maps, as Integrated
 Grad-CAM has it (Sattarzadeh et al. 2021), from each of some reference images and averaged over them, as
@@ -55,7 +55,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Explanation:
-    """Of one image and one class."""
+    """The explanation of one image for one class."""
 
     probability: float  # of the ensemble
     typical: float  # mean probability of the references
@@ -70,7 +70,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class FeatureMaps:
-    """What the members make of n images, before their heads."""
+    """The members' feature maps of n images, before their heads."""
 
     maps: tuple[Tensor, ...]  # M times [n, K, h, w]
     pooled: tuple[Tensor, ...]  # M times [n, K]
@@ -169,7 +169,7 @@ class Explainer:
 
 
 class PooledMember:
-    """One member, cut where it pools its last feature maps."""
+    """A member, cut where it pools its last feature maps."""
 
     def __init__(self, member: Network, architecture: str, size: tuple[int, int]) -> None:
         self._network = member.requires_grad_(False)

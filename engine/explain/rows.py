@@ -41,7 +41,7 @@ NO_POINTS_HINT = "; only runs with operating points abstain"
 
 @dataclass(frozen=True, kw_only=True)
 class RowSelection:
-    """Which rows are explained, and the probability of which class."""
+    """The rows to explain, and the class whose probability is explained."""
 
     top: int = 0  # so many with the highest probability
     rows: Sequence[int] = ()
@@ -166,7 +166,7 @@ class ExplainedRun:
 
 
 class EvenSample:
-    """Some rows of all, evenly spread; none where there are few."""
+    """A sample of rows, evenly spread over all; empty where there are few."""
 
     def __init__(self, total: int) -> None:
         count = min(total, MAX_REFERENCES) if total >= MIN_REFERENCES else 0

@@ -1,4 +1,4 @@
-"""What an encoded image says of itself: format, size and layout, read from its header, nothing decoded.
+"""Parse an encoded image's header: format, size and layout, without decoding.
 
 One module per format, each with `matches(data)` and `parse(data, limit)`. Input is hostile: no loop runs
 longer than the file or a fixed bound, nothing is allocated in proportion to a declared number, and what a

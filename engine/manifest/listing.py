@@ -52,7 +52,7 @@ class ListedFile(NamedTuple):
 
 @dataclass
 class FileLister:
-    """Which files of a folder or archive are listed. `skipped` counts the others, by reason."""
+    """The choice of files in a folder or archive. `skipped` counts the others, by reason."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()

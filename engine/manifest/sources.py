@@ -82,7 +82,7 @@ def _without_string_views(kind: pa.DataType) -> pa.DataType:
 
 
 class _TextSource:
-    """One path a line; blank lines separate, they are not rows."""
+    """A text list with one path per line; blank lines are not rows."""
 
     schema = pa.schema([(PATH_COLUMN, pa.string())])
 

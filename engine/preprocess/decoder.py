@@ -47,7 +47,7 @@ class CrashedError(Exception):
 
 @dataclass(frozen=True)
 class DecodeReply:
-    """What became of n images, by their position in the request."""
+    """The outcome of n images, by their position in the request."""
 
     pixels: npt.NDArray[np.uint8]  # [k, 1, H, W], of those that decoded
     failed: dict[int, str]  # one line each

@@ -34,7 +34,7 @@ HASH_BUCKETS = 1 << 16
 
 
 class DecodeOptions(DecodeTuning):
-    """Where images are decoded, and how."""
+    """The place and the options of decoding."""
 
     def on_gpu(self, data: bytes, header: Header) -> bool:
         """Return whether DALI decodes the image: a function of its bytes alone."""

@@ -34,7 +34,7 @@ def can_decode(header: Header) -> bool:
 
 @dataclass
 class DicomBatch:
-    """What became of some files of a batch."""
+    """The outcome of some files of a batch."""
 
     tensors: list[Any] = field(default_factory=list)  # of DALI, uint8 [k, 1, H, W]
     decoded: list[int] = field(default_factory=list)  # [k], positions

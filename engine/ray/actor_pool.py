@@ -144,7 +144,7 @@ OnResult = Callable[[ActorHandle, Any], None]
 
 
 class ActorPool:
-    """All actors. `handle_answers` handles their answers in the driver's only thread."""
+    """The actors of a run. `handle_answers` handles their answers in the driver's only thread."""
 
     def __init__(self, settings: Settings, say: OnMessage, deadline: Deadline) -> None:
         self.settings, self.say, self._deadline = settings, say, deadline

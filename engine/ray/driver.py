@@ -87,7 +87,7 @@ def write_token(job: PreparedRun) -> Iterator[tuple[str, str] | None]:
 
 
 class RayRun:
-    """One run, from the opening of the actors to `_SUCCESS`.
+    """A run on Ray, from the opening of the actors to `_SUCCESS`.
 
     A part is done when it is written, and confirmed when its actor passes a later canary check. If the actor
     dies before that, the part is assigned again.

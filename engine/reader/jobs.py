@@ -10,7 +10,9 @@ from engine.core.records import Batch
 
 @dataclass(slots=True, eq=False)
 class ReadAttempt:
-    """One thread's try at a batch. `since`: monotonic second that its present read began, if one goes on."""
+    """A thread's attempt at a batch. `since`: monotonic second when its present read began, if one is
+    running.
+    """
 
     since: float | None = None
     overdue: bool = False  # at the last look
@@ -22,7 +24,7 @@ class ReadAttempt:
 
 @dataclass(slots=True, eq=False)
 class BatchJobs:
-    """What the consumer knows of the jobs of one batch."""
+    """The consumer's state of the jobs of one batch."""
 
     left: int  # not done
     held: int = 0  # bytes of the budget, by those that are

@@ -1,4 +1,4 @@
-"""One pass over results of any length, in memory that does not grow: counts, histograms, the rows on top."""
+"""Aggregate results of any length in one pass and bounded memory: counts, histograms, top rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _WORDS = ("status", "prediction", "triage")
 
 @dataclass(frozen=True)
 class ReportSchema:
-    """What a results folder has to tell. Older ones lack columns."""
+    """The columns that a results folder has. Older ones lack some."""
 
     classes: tuple[str, ...]
     members: tuple[str, ...]
@@ -134,7 +134,7 @@ class FailureReason:
 
 
 class ReportTotals:
-    """What is known of the rows so far."""
+    """The totals over the rows so far."""
 
     def __init__(self, shape: ReportSchema, *, listed: int) -> None:
         self.shape = shape

@@ -1,4 +1,4 @@
-"""What a run's page says: the numbers of `gather` and of the run's own records, in order and in words."""
+"""Collect the numbers and words of a run's page from the totals and from the run's records."""
 
 from __future__ import annotations
 

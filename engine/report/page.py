@@ -1,4 +1,4 @@
-"""What the pages of engine and training have in common: templates, how numbers and names are written."""
+"""The common part of the engine's and training's pages: templates, formats of numbers and names."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Picture:
-    """For an `img` element."""
+    """A picture for an `img` element."""
 
     source: str  # data: URL
     width: int  # CSS pixels

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Runner(Protocol):
-    """One member, ready to run."""
+    """A member, ready to run."""
 
     name: str
     versions: dict[str, str]
@@ -44,7 +44,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerChoice:
-    """What runs the members, and why."""
+    """The runner of the members and the reason for it."""
 
     runner: str
     device: str  # "cpu" or "cuda:0"

@@ -28,7 +28,7 @@ _BARE_OPTIONS: dict[str, dict[str, Any]] = {"inception_v3": _BARE, "googlenet": 
 
 
 class Network(nn.Module):
-    """One member: gray levels [N, 1, H, W] to float32 logits [N, C], scaling and all.
+    """A member: gray levels [N, 1, H, W] to float32 logits [N, C], including scaling.
 
     `base` is torchvision's network from [N, 3, H, W] to features [N, F], `head` the method's.
     """

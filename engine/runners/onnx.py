@@ -76,7 +76,7 @@ class _OnnxSession:
 
 
 class OnnxRunner(_OnnxSession):
-    """One session with one thread; callers run it from as many threads as there are cores.
+    """A session with one thread; callers run it from as many threads as there are cores.
 
     One thread per batch needs no barrier between a layer's threads, is faster than several threads on one
     batch, and gives scores that don't depend on how many cores there are.

@@ -1,4 +1,4 @@
-"""Which runner a GPU gets: plans when they fit, else PyTorch."""
+"""Select the runner of a GPU: plans when they fit, else PyTorch."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "build"}
 
 
 class TensorRTBackend:
-    """One of the two TensorRT packages, imported, with a logger that keeps what it was told.
+    """An imported TensorRT package, of the two, with a logger that keeps its messages.
 
     Raises UsageError when the package is missing or broken.
     """
@@ -113,7 +113,7 @@ def tensor_names(backend: TensorRTBackend, engine: trt.ICudaEngine) -> tuple[str
 
 
 class TensorRTRunner:
-    """One engine, and an execution context for each pair of buffers it is given: they can't share one."""
+    """An engine with an execution context for each pair of buffers, since pairs cannot share one."""
 
     def __init__(self, member: Member, bundle: Bundle, plan: Plan) -> None:
         self.name = member.name

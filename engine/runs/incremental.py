@@ -40,7 +40,7 @@ Keys = npt.NDArray[np.bytes_]  # 128-bit hashes of place, size and time of chang
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """What decides the scores of a run, by the names in DECISIVE.
+    """The options that decide the scores of a run, by the names in DECISIVE.
 
     Plans of a GPU may be built anew, each passed the gate; INT8 graphs depend on what calibrated them.
     """

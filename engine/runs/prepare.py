@@ -33,7 +33,7 @@ SelectRunner = Callable[[Bundle], RunnerChoice]
 
 @dataclass
 class PreparedRun:
-    """One run. Nothing is written before `begin`, which records `run` or takes up what is recorded."""
+    """A prepared run. Nothing is written before `begin`, which writes `run` or resumes the recorded one."""
 
     settings: Settings  # with what the machine's profile adds
     bundle: Bundle

@@ -1,4 +1,4 @@
-"""What `engine.tune` found for a machine: kept beside the bundle, looked up by `engine.run`.
+"""Profiles of `engine.tune` for a machine: stored beside the bundle, read by `engine.run`.
 
 `BUNDLE.tuning` lies beside the bundle and not in it: a bundle is passed on, copied and hashed, while what is
 here is of use on one machine only. Each file is named by a hash of all that its figures depend on.
@@ -55,7 +55,9 @@ class DecodingKnobs(Record):
 
 
 class TunedOptions(Record, omit_defaults=True):
-    """What differs from the defaults; None leaves a default. Checked: anybody may write a profile."""
+    """The options that differ from the defaults; None keeps a default. Checked: anybody may write a
+    profile.
+    """
 
     batch_size: int | None = None
     workers: Annotated[int, Meta(ge=1)] | None = None
@@ -109,7 +111,7 @@ class TunedOptions(Record, omit_defaults=True):
 
 
 class MachineGpu(Record):
-    """What decides a GPU's speed."""
+    """The facts that decide a GPU's speed."""
 
     name: str
     capability: str
@@ -117,7 +119,7 @@ class MachineGpu(Record):
 
 
 class Machine(Record):
-    """All that the figures depend on: a profile fits where it is the same."""
+    """The facts that the figures depend on: a profile fits where they are equal."""
 
     bundle_sha256: str
     precision: str
@@ -219,7 +221,7 @@ def save_profile(bundle: Path, profile: TuningProfile) -> Path:
 
 @dataclass(frozen=True)
 class AppliedProfile:
-    """What the profiles beside a bundle have to say to a run."""
+    """The effect of the bundle's profiles on a run."""
 
     settings: Settings  # with what fits of the profile
     line: str | None = None  # for people

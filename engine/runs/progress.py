@@ -14,7 +14,7 @@ from engine.core.records import Batch, Status
 
 @dataclass
 class Progress:
-    """What a run has done so far; `rows_done` and the counters grow while it runs."""
+    """The counts of a run so far; `rows_done` and the counters grow while it runs."""
 
     rows: int  # that the run has to do, earlier starts included
     rows_before: int = 0  # finished by an earlier start of the same run

@@ -244,7 +244,7 @@ class RunFolder:
         self.files.write(name, lambda temporary: temporary.write_text(text))
 
     def there(self) -> set[int]:
-        """Indices of the parts on disk, by their names alone."""
+        """Return the indices of the parts on disk, by their names alone."""
         return list_parts(self.files)
 
     def finished(self, run: RunRecord, wanted: Container[int] | None = None) -> dict[int, PartInfo]:

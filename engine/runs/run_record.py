@@ -107,7 +107,7 @@ class ResultOptions(Record):
 
 
 class Machine(Record):
-    """Where a run was begun."""
+    """The machine on which a run began."""
 
     system: str
     processor: str

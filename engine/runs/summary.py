@@ -1,4 +1,4 @@
-"""What a run has done: counts while it goes on, and the sums that have to add up at its end."""
+"""Summarize a run: check and add up its parts, and write and read `_SUCCESS`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ScoredBy(Scorer):
 
 
 class StageTimes(Record):
-    """Where the time of a stage went: at work, waiting for input, waiting to hand on."""
+    """The seconds of a stage: at work, waiting for input, waiting for the next stage."""
 
     busy_s: float
     starved_s: float
@@ -36,7 +36,7 @@ class StageTimes(Record):
 
 
 class ActorCounts(Record):
-    """Of a run on Ray: how its actors fared in this start."""
+    """The counts of a run's actors on Ray in this start."""
 
     started: int
     lost: int
@@ -46,7 +46,7 @@ class ActorCounts(Record):
 
 
 class LastStart(Record):
-    """What the start that finished a run did."""
+    """The work of the start that finished a run."""
 
     rows: int
     elapsed_s: float

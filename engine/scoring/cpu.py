@@ -17,7 +17,7 @@ from engine.scoring import ensemble
 
 
 class CpuScorer:
-    """Each lane is a thread that takes a whole batch through all members; lanes 0 is the serial twin."""
+    """Scores batches in threads; each takes a whole batch through all members. lanes 0 is the serial twin."""
 
     def __init__(self, bundle: Bundle, runners: Sequence[Runner], *, lanes: int) -> None:
         self._bundle, self._runners, self._lanes = bundle, runners, lanes

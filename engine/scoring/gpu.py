@@ -42,7 +42,7 @@ class BatchInFlight:
 
 
 class GpuScorer:
-    """All members and the ensemble on batches of up to `batch_size` images.
+    """Scores batches of up to `batch_size` images with all members and the ensemble.
 
     `cuda` has the names of `torch.cuda` that are used here; tests hand in a stand-in that checks the order of
     accesses.

@@ -31,7 +31,7 @@ def part_name(index: int) -> str:
 
 
 class PartFooter(Record):
-    """What the metadata of a part say of it."""
+    """The facts about a part in its metadata."""
 
     part: int  # index
     by_status: dict[str, int]
@@ -45,7 +45,7 @@ class PartFooter(Record):
 
 
 class _Owner(msgspec.Struct):
-    """Of `_run.json` in the metadata of a part, all that is read there; other fields are passed over."""
+    """The field of `_run.json` that is read from a part's metadata; other fields are ignored."""
 
     run_id: str
 

@@ -1,4 +1,4 @@
-"""What the results say of a row beyond its probabilities: groups, doubt, and where it stands in a triage."""
+"""Derive further columns from the probabilities: groups, uncertainty, triage zone and abstention."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Triage:
         flags: Mapping[int, Sequence[str]],
         failed: Bools,
     ) -> list[pa.Array[Any]]:
-        """Of N rows: probabilities [N, C] of the ensemble, [M, N, C] of the members, and their features'
-        distances [M, N], NaN where none is known; flags by position.
+        """Return the columns of N rows from probabilities [N, C] of the ensemble, [M, N, C] of the
+        members, and their features' distances [M, N], NaN where none is known; flags by position.
 
         Null where a row has `failed` [N]; without operating points there is no triage.
         """

@@ -9,7 +9,7 @@ Integers = npt.NDArray[np.integer]
 
 
 def accuracy(labels: Integers, predictions: Integers) -> float:
-    """Share of predictions that are right."""
+    """Return the share of correct predictions."""
     return float(np.mean(labels == predictions))
 
 

@@ -175,7 +175,7 @@ def _archive_prefixes(path: str) -> Iterator[tuple[str, str]]:
 
 
 class ArchiveMember(NamedTuple):
-    """What an archive says of one member. `offset`: of its data in a .tar, of its local header in a .zip."""
+    """An archive's entry of a member. `offset`: of its data in a .tar, of its local header in a .zip."""
 
     name: str
     kind: int
@@ -186,7 +186,7 @@ class ArchiveMember(NamedTuple):
 
 
 class Archive:
-    """One archive: an open descriptor and an index by the hash of a member's name."""
+    """An archive: an open descriptor and an index by the hash of a member's name."""
 
     def __init__(
         self, path: str, alive: OnAlive, see: Callable[[Archive, int, ArchiveMember], None] | None

@@ -1,4 +1,4 @@
-"""What all kinds of storage share."""
+"""The errors and the retries that all kinds of storage share."""
 
 from __future__ import annotations
 

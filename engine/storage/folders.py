@@ -37,7 +37,7 @@ def error_text(error: OSError) -> str:
 
 
 class Folder(Protocol):
-    """Where the files of one run are. Names have no folders in them; all but `location` may raise OSError."""
+    """The folder of a run's files. Names contain no folders; all but `location` may raise OSError."""
 
     @property
     def location(self) -> Path | Url: ...

@@ -1,4 +1,4 @@
-"""Where images live: a path of the manifest to the bytes of one file.
+"""Read an image by its path in the manifest, wherever it is stored.
 
 One module per kind of place: `local.py`; `archive.py` for members of archives; `remote.py` for URLs, which is
 imported for the first of them.

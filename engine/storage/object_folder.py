@@ -239,7 +239,7 @@ class ObjectFolder:
 
 
 class Lease:
-    """What a process shows of itself in an object, again and again, while it lives."""
+    """An object that a process rewrites while it lives, so that others can tell."""
 
     def __init__(self, name: str, put: Callable[[bytes], object]) -> None:
         pid = os.getpid()

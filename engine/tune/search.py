@@ -64,7 +64,7 @@ MeasureFunction = Callable[[TunedOptions, float], float]  # a candidate for some
 
 @dataclass
 class SearchResult:
-    """What a search has found."""
+    """The result of a search."""
 
     best: TunedOptions = field(default_factory=TunedOptions)  # beside the defaults
     pairs: list[float] = field(default_factory=list)  # its rate / that of the defaults, visited in turn

@@ -1,4 +1,4 @@
-"""What is wrong with a labelled set before anything is trained: copies, conflicts, leaks, shortcuts."""
+"""Find faults of a labelled set before training: copies, conflicts, leaks, shortcuts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WORDS = ("mode", "format")
 
 @dataclass(frozen=True)
 class ImageGroups:
-    """Which images belong together: group numbers [N], each partition coarser than the one before."""
+    """The groups of related images: group numbers [N], each partition coarser than the one before."""
 
     exact: Labels  # identical files
     near: Labels  # and copies that were re-encoded, turned, mirrored, shifted, zoomed or brightened
@@ -72,7 +72,7 @@ def check_given_split(given: Sequence[str | None] | None, found: ImageGroups, *,
 
 
 def _count_spanning(groups: Labels, values: Sequence[Any]) -> tuple[int, int]:
-    """How many groups hold more than one value, and how many images those groups have."""
+    """Count the groups that hold more than one value, and their images."""
     distinct: dict[int, set[Any]] = {}
     for group, value in zip(groups.tolist(), values, strict=True):
         distinct.setdefault(group, set()).add(value)
@@ -81,13 +81,13 @@ def _count_spanning(groups: Labels, values: Sequence[Any]) -> tuple[int, int]:
 
 
 def _count_repeated(groups: Labels) -> tuple[int, int]:
-    """How many groups hold more than one image, and how many images those groups have."""
+    """Count the groups that hold more than one image, and their images."""
     _, sizes = np.unique(groups, return_counts=True)
     return int((sizes > 1).sum()), int(sizes[sizes > 1].sum())
 
 
 def drop_copies(dataset: Dataset, found: ImageGroups) -> Labels:
-    """Positions that stay when copies go: the first of each near group; none of a group with two labels."""
+    """Return the positions that stay: the first of each near group; none of a group with two labels."""
     labels: dict[int, set[int]] = {}
     for group, label in zip(found.near.tolist(), dataset.labels.tolist(), strict=True):
         labels.setdefault(group, set()).add(label)
@@ -96,7 +96,7 @@ def drop_copies(dataset: Dataset, found: ImageGroups) -> Labels:
 
 
 def audit_findings(dataset: Dataset, found: ImageGroups, sets: Sequence[str], *, seed: int) -> dict[str, Any]:
-    """The findings, JSON-ready, with no file's name; `sets` [N] is the split in use."""
+    """Return the findings, JSON-ready, without file names; `sets` [N] is the split in use."""
     labels = dataset.labels.tolist()
     pairs = {
         "exact": _count_repeated(found.exact),
@@ -149,7 +149,7 @@ def find_shortcuts(dataset: Dataset, groups: Labels, *, seed: int) -> dict[str, 
 
 
 def _file_features(facts: Sequence[FileFacts]) -> npt.NDArray[np.float64]:
-    """One row a file: sizes, aspect ratio, bytes a pixel, mode and format as numbers."""
+    """Return one row per file: sizes, aspect ratio, bytes per pixel, mode and format as numbers."""
     words = {name: sorted({getattr(one, name) for one in facts}) for name in _WORDS}
     rows = [
         [
@@ -164,7 +164,7 @@ def _file_features(facts: Sequence[FileFacts]) -> npt.NDArray[np.float64]:
 
 
 def _attributes(dataset: Dataset) -> dict[str, dict[str, Any]]:
-    """By attribute and class: quartiles of numbers, counts of words."""
+    """Return quartiles of numbers and counts of words, by attribute and class."""
     members = {
         name: [one for one, label in zip(dataset.facts, dataset.labels, strict=True) if label == position]
         for position, name in enumerate(dataset.classes)
@@ -186,7 +186,7 @@ def _attributes(dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 
 def describe_findings(findings: dict[str, Any]) -> list[str]:
-    """What a person should know of the data, a line each; nothing to say gives nothing."""
+    """Describe the findings in one line each; no findings give no lines."""
     lines = []
     if findings["near"]["groups"]:
         identical = _count_groups(findings["exact"]["groups"])

@@ -55,7 +55,7 @@ class Pair:
 
 
 def _no_progress(done: int) -> None:
-    """No progress wanted."""
+    """Ignore progress."""
 
 
 def near_pairs(pixels: npt.NDArray[np.uint8], progress: Callable[[int], None] = _no_progress) -> list[Pair]:
@@ -86,7 +86,9 @@ def connected_components(count: int, pairs: Iterable[Positions]) -> npt.NDArray[
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """The threads that torch has, but torch without: thousands of small steps would wait for each other."""
+    """Use torch's threads without torch's own threading: thousands of small steps would wait for each
+    other.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -104,7 +106,7 @@ def _identical(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 def _blocks(count: int) -> Sequence[Tensor]:
-    """Positions of `count` images, ROWS at a time."""
+    """Yield the positions of `count` images, ROWS at a time."""
     return torch.arange(count).split(ROWS) if count else ()  # torch.fft takes no empty batch
 
 
@@ -214,7 +216,7 @@ def _compare(pairs: Tensor, images: Tensor, descriptors: Tensor) -> list[float]:
 
 
 def _estimate_warp(moving: Tensor, fixed: Tensor) -> Tensor:
-    """How to warp images with descriptors [P, A, R] onto others: (mirrored, radians, log zoom) [P, 3].
+    """Estimate the warp between images with descriptors [P, A, R]: (mirrored, radians, log zoom) [P, 3].
 
     The peak of their correlation over all alignments, refined by a parabola along either axis.
     """
@@ -230,7 +232,7 @@ def _estimate_warp(moving: Tensor, fixed: Tensor) -> Tensor:
 
 
 def _vertex(before: Tensor, middle: Tensor, after: Tensor) -> Tensor:
-    """Where the parabola through values at -1, 0 and 1 peaks, if the middle one is the largest."""
+    """Return where the parabola through values at -1, 0 and 1 peaks, if the middle one is the largest."""
     bend = (before - 2 * middle + after).clamp(max=-1e-6)
     return (0.5 * (before - after) / bend).clamp(-0.5, 0.5)
 
@@ -247,7 +249,7 @@ def _apply_warp(images: Tensor, warp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spectra(images: Tensor, cover: Tensor) -> Tensor:
-    """Of images [P, S, S], their squares and their cover, with room for shifts: [3, P, F, F // 2 + 1]."""
+    """Compute spectra of images [P, S, S], their squares and their cover, padded: [3, P, F, F // 2 + 1]."""
     room = images.shape[-1] + int(images.shape[-1] * REACH)
     return torch.fft.rfft2(torch.stack([images, images**2, cover]), s=(room, room))
 

@@ -22,7 +22,7 @@ FLUSH_EVERY = 64  # batches
 
 
 def no_progress(done: int) -> None:
-    """No progress wanted."""
+    """Ignore progress."""
 
 
 def batch_size_for(device: torch.device) -> int:
@@ -110,7 +110,7 @@ def cached_features(
 def _open_cache(
     network: Network, pixels: Pixels, *, copies: int, seed: int, folder: Path
 ) -> npt.NDArray[np.float32]:
-    """The file as an array, NaN where nothing was computed yet; made anew if it is damaged."""
+    """Open the file as an array, NaN where nothing was computed yet; replace a damaged file."""
     digest = hashlib.sha256(
         repr((network.normalization, copies, seed, augment.AugmentRanges(), pixels.shape)).encode()
     )

@@ -37,7 +37,7 @@ class Epoch:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The larger the better."""
+        """Return the rank; larger is better."""
         return self.score, -self.validation_loss
 
     @property
@@ -47,7 +47,7 @@ class Epoch:
 
 @dataclass
 class FitResult:
-    """How a fit went; the module itself holds the best epoch's weights."""
+    """The result of a fit; the module itself holds the best epoch's weights."""
 
     history: list[Epoch] = field(default_factory=list)
 
@@ -63,7 +63,9 @@ class FitResult:
 def epoch_batches(
     labels: Labels, fitting: FitOptions, epoch: int
 ) -> Iterator[tuple[Labels, np.random.Generator]]:
-    """Positions of each batch of an epoch; with --balance sampling all classes come equally often."""
+    """Yield the positions of each batch of an epoch; with --balance sampling all classes come equally
+    often.
+    """
     rng = np.random.default_rng((fitting.seed, 1, epoch))
     order = rng.permutation(len(labels))
     if fitting.balance == "sampling":
@@ -123,7 +125,7 @@ def _is_finished(result: FitResult, fitting: FitOptions) -> bool:
 
 
 class _FitState:
-    """What a checkpoint holds: weights now and at their best, optimizer, schedule, loss scale."""
+    """The content of a checkpoint: current and best weights, optimizer, schedule, loss scale."""
 
     def __init__(self, module: nn.Module, fitting: FitOptions, device: torch.device) -> None:
         self.module, self.fitting, self.device = module, fitting, device
@@ -138,7 +140,7 @@ class _FitState:
         )
 
     def epoch(self, batches: Iterable[Batch], loss_of: nn.Module, number: int) -> float:
-        """One pass over the training images. Returns the mean loss."""
+        """Train on all training images once. Returns the mean loss."""
         torch.manual_seed(self.fitting.seed * 100_003 + number)  # dropout
         self.module.train()
         total = torch.zeros((), device=self.device)
