@@ -168,7 +168,7 @@ def _refuse_float32(layers: Sequence[Layer], half: str) -> None:
     weighted = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")
     wide = [str(layer.name) for layer in layers if layer.type in weighted and layer.input != half]
     if wide:
-        raise EngineError(f"FP16 was asked for, but {', '.join(wide[:5])} would run in another precision")
+        raise EngineError(f"FP16 was requested, but {', '.join(wide[:5])} would run in another precision")
 
 
 def inspect_layers(backend: TensorRTBackend, plan: bytes, options: BuildOptions) -> tuple[Layer, ...]:
@@ -218,4 +218,4 @@ def _refuse_float32_kernels(layers: Sequence[Layer]) -> None:
         and not re.search("fp16|half", f"{layer.input} {layer.weights}", re.IGNORECASE)
     ]
     if wide:
-        raise EngineError(f"FP16 was asked for, but the plan runs {', '.join(wide[:5])} in another precision")
+        raise EngineError(f"FP16 was requested, but the plan runs {', '.join(wide[:5])} in another precision")

@@ -47,7 +47,7 @@ class ClassNames:
         """Describe the error in a label that names no class."""
         near = difflib.get_close_matches(label.casefold(), self.classes, 1)
         hint = f"; {near[0]}?" if near else ""
-        return f"label {label[:80]!r} is none of {', '.join(self.classes)}{hint}"
+        return f"label {label[:80]!r} is not one of {', '.join(self.classes)}{hint}"
 
     def aliases_used(self) -> list[str]:
         """Return the aliases that were used, for people."""

@@ -176,7 +176,7 @@ class OperatingPoints(Record):
     def check_bundle(self, classes: Sequence[str], members: Sequence[str], temperature: float) -> None:
         """Raise ValueError unless these are the operating points of an ensemble with this temperature."""
         if self.target not in classes:
-            raise ValueError(f"target {self.target!r} is none of {', '.join(classes)}")
+            raise ValueError(f"target {self.target!r} is not one of {', '.join(classes)}")
         if self.temperature.value != temperature:
             raise ValueError(
                 f"temperature {self.temperature.value!r} is not the ensemble's, {temperature:g}; "

@@ -30,7 +30,7 @@ class Package:
     def problem(self) -> str | None:
         if self.found is None:
             return f"{self.name} is missing"
-        return None if self.fits else f"{self.name} {self.found} is none of {self.wanted}"
+        return None if self.fits else f"{self.name} {self.found} does not fit {self.wanted}"
 
 
 def list_packages() -> dict[str, list[Package]]:

@@ -72,7 +72,9 @@ def _parse_row_ranges(text: str) -> list[int]:
         found = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
         if last < first:
-            raise argparse.ArgumentTypeError(f"{word!r} is no row; allowed: such as 3,17,40-45")
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is not a row number or range; allowed: such as 3,17,40-45"
+            )
         if last - first + len(rows) >= MAX_ROWS:
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is more than {MAX_ROWS} rows")
         rows |= dict.fromkeys(range(first, last + 1))

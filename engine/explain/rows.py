@@ -127,14 +127,14 @@ class ExplainedRun:
                 named[one] = str(status[one - row[0]])
         for one in asked.rows:
             if one not in named:
-                say(f"row {one}: there is none; the run has rows 0 to {self.record.rows - 1}")
+                say(f"row {one} does not exist; the run has rows 0 to {self.record.rows - 1}")
             elif named[one] != Status.OK.label:
                 say(f"row {one}: {named[one]}, it has no score to be explained")
         fine = [one for one in asked.rows if named.get(one) == Status.OK.label]
         rows = list(dict.fromkeys([*fine, *(one["row"] for one in best.rows()), *abstained]))
         if not rows:
             hint = NO_POINTS_HINT if asked.abstained and not self.record.operating_points else ""
-            raise UsageError(f"results {self.folder.path}: none of its rows with a score was asked for{hint}")
+            raise UsageError(f"results {self.folder.path}: no scored row of it was requested{hint}")
         if len(rows) > MAX_ROWS:
             raise UsageError(f"{len(rows)} rows; allowed: up to {MAX_ROWS} at once")
         return rows, spread.rows

@@ -18,7 +18,7 @@ def select_runner(
     if runner not in ("auto", *RUNNERS):
         raise UsageError(f"--runner {runner}: allowed: {', '.join(('auto', *RUNNERS))}")
     if device == "cpu":
-        return _select_on_cpu(runner, precision, bundle, "asked for")
+        return _select_on_cpu(runner, precision, bundle, "requested")
     if device == "auto":
         return _select_anywhere(runner, bundle, precision, batch_size)
     prefix, _, number = device.partition(":")

@@ -39,9 +39,9 @@ def select_on_gpu(
             runner="tensorrt", device=device, precision=precision, reason=text, gpu=gpu, plans=found
         )
     if runner == "onnx":
-        text = f"ONNX Runtime on {gpu.name}: asked for"
+        text = f"ONNX Runtime on {gpu.name}: requested"
     else:
-        runner, text = "torch", f"PyTorch on {gpu.name}: {'asked for' if runner == 'torch' else reason}"
+        runner, text = "torch", f"PyTorch on {gpu.name}: {'requested' if runner == 'torch' else reason}"
     return RunnerChoice(runner=runner, device=device, precision=precision, reason=text, gpu=gpu)
 
 

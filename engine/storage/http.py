@@ -78,7 +78,7 @@ def _open(method: str, url: Url) -> urllib3.BaseHTTPResponse:
     try:
         return pool.request(method, url.whole, preload_content=False)
     except exceptions.LocationValueError:
-        raise ReadError(Status.UNREADABLE, "not a URL that can be asked for") from None
+        raise ReadError(Status.UNREADABLE, "not a valid URL") from None
     except exceptions.MaxRetryError as error:
         if isinstance(error.reason, exceptions.ResponseError):
             raise ReadError(Status.UNREADABLE, f"more than {MAX_REDIRECTS} redirects") from None
@@ -88,7 +88,7 @@ def _open(method: str, url: Url) -> urllib3.BaseHTTPResponse:
     except (exceptions.HTTPError, OSError):
         raise _no_answer_error() from None
     except ValueError:  # from http.client, of characters that no URL has
-        raise ReadError(Status.UNREADABLE, "not a URL that can be asked for") from None
+        raise ReadError(Status.UNREADABLE, "not a valid URL") from None
 
 
 def _no_answer_error() -> ReadError:

@@ -166,8 +166,8 @@ def test_a_parquet_table(tmp_path):
     [
         ({"class": ["a", "b", "b"] * 3}, {}, "no column 'label'; it has 'class'; see --label-column"),
         ({"label": ["normal", "osteoporosis", "osteoporsis"] * 3}, {"classes": ["normal", "osteoporosis"]},
-         "row 3: label 'osteoporsis' is none of normal, osteoporosis; osteoporosis"),
-        ({"label": ["a", "b", None] * 3}, {}, "row 3: label '' is none of a, b"),
+         "row 3: label 'osteoporsis' is not one of normal, osteoporosis; osteoporosis"),
+        ({"label": ["a", "b", None] * 3}, {}, "row 3: label '' is not one of a, b"),
         ({"label": ["a"] * 9}, {}, "two or more labels"),
         ({"label": ["a", "b", "b"] * 2 + ["a", "b", "c"]}, {}, "class 'c' has 1 images"),
         ({"label": ["a", "b", "b"] * 3, "split": ["train"] * 8 + ["exam"]}, {}, "row 9: split 'exam'"),

@@ -224,10 +224,10 @@ def test_what_is_refused(
     refused("0 images of class osteoporosis: too few", label="normal")
     refused("0 images of other classes than osteoporosis", label="OS")
     refused(
-        "row 0: label 'osteoporos' is none of normal, osteopenia, osteoporosis; osteoporosis?",
+        "row 0: label 'osteoporos' is not one of normal, osteopenia, osteoporosis; osteoporosis?",
         label="osteoporos",
     )
-    refused("label '7' is none of", label=7)
+    refused("label '7' is not one of", label=7)
     refused("not one row has a score and a label (243 missing)", path="gone.png")
     refused("0 images of class osteoporosis: too few", label="")
     refused("--on is missing: python -m engine.calibrate", "--dry-run")

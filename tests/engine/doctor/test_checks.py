@@ -79,7 +79,7 @@ def test_one_screen_that_is_true(
         "missing              1 of all 42",
         "42 rows: 40 ok, 1 missing, 1 truncated",
         "20 jpeg, 20 png",
-        "runs on              ONNX Runtime on the CPU: asked for",
+        "runs on              ONNX Runtime on the CPU: requested",
         "measured just now on a sample",
         "for 42 rows",
         "of it are done",
@@ -264,7 +264,7 @@ def test_packages_are_held_against_the_metadata(
     report = asked(Settings(device="cpu", manifest=Path(), bundle=bundle), manifest=False)
     told = {problem.text: problem for problem in report.problems}
     here = extras.package_version("numpy")
-    assert told[f"packages: numpy {here} is none of >=99"].fix == "pip install -c constraints.txt ."
+    assert told[f"packages: numpy {here} does not fit >=99"].fix == "pip install -c constraints.txt ."
     clash = f"old-friend 2.0 asks for rich<2, here is {extras.package_version('rich')}"
     assert told[clash].blocking
     (gpu,) = (problem for text, problem in told.items() if text.startswith("extra gpu: pyarrow"))

@@ -252,7 +252,7 @@ def test_pictures_of_the_rows_asked_for(run: Path, capsys: pytest.CaptureFixture
     assert "row 2: its image has changed since the run (its size is another)" in said
     assert "row 4: missing, it has no score" in said
     assert "row 6: its image is not as it was: missing" in said
-    assert "row 12: there is none; the run has rows 0 to 9" in said
+    assert "row 12 does not exist; the run has rows 0 to 9" in said
     assert "5 of 7 rows explained" in said
     assert "image-" not in said
     folder = run / "explanations"
@@ -312,12 +312,12 @@ def test_what_can_not_be_explained_is_said_in_a_line(
         return said
 
     assert "allowed: normal, osteopenia, osteoporosis" in refused("--class", "arthrosis")
-    assert "was asked for; only runs with operating points abstain" in refused("--abstained")
-    assert "'4-2' is no row; allowed: such as 3,17,40-45" in refused("--rows", "1,4-2")
+    assert "was requested; only runs with operating points abstain" in refused("--abstained")
+    assert "'4-2' is not a row number or range; allowed: such as 3,17,40-45" in refused("--rows", "1,4-2")
     assert "is more than 10000 rows" in refused("--rows", "0-10000")
     status, said = command(capsys, run, "--rows", "4,10")
     assert status == 2
-    assert "none of its rows with a score was asked for" in said
+    assert "no scored row of it was requested" in said
     assert "not the one that" in refused("-b", bundle)
     assert "allowed: cpu, cuda:N" in refused("--device", "gpu")
     assert "it holds something else" in refused("-o", run)

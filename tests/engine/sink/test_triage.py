@@ -185,7 +185,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, points: OperatingPoints) ->
 @pytest.mark.parametrize(
     ("place", "value", "complaint"),
     [
-        ("target", "osteopetrosis", "target 'osteopetrosis' is none of normal, osteopenia"),
+        ("target", "osteopetrosis", "target 'osteopetrosis' is not one of normal, osteopenia"),
         ("target", None, "target is null: expected a text"),
         ("rule_out below", float("nan"), "rule_out.below is NaN: expected a finite number"),
         ("rule_out below", float("-inf"), "rule_out.below is -Infinity: expected a finite number"),
