@@ -407,9 +407,7 @@ def test_what_a_web_server_may_do(images: Path, monkeypatch: pytest.MonkeyPatch)
     with web_server({"big": bytes(5 << 20), "a.png": files["none"]}) as (address, _):
         found = read([f"{address}/chunked/big"], max_file_size=3 << 20)
         assert statuses(found) == [Status.TOO_LARGE]
-    with pytest.raises(
-        EngineError, match="the server does not answer; run the same command again to continue"
-    ):
+    with pytest.raises(EngineError, match="the server does not answer; fix this and run the same command"):
         read([f"{address}/a.png?signature=secret"] * 3)
 
 

@@ -113,7 +113,7 @@ def test_wrong_options(
         (["--keep", "site"], "--keep"),
         (["--redact", "--keep", "DOE^JANE"], "no such column"),
         (["--redact", "--salt-file", "nowhere"], "salt-file"),
-        (["--salt-file", "nowhere"], "--redact only"),
+        (["--salt-file", "nowhere"], "--salt-file works only with --redact"),
     ]
     for options, words in cases:
         done = engine_run(hospital, "-b", bundle, "-o", "out", *options)

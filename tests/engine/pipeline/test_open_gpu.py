@@ -189,5 +189,5 @@ def test_memory_that_others_take_while_it_runs_is_one_line(tmp_path, bundle):
                 crowded.add("member1")
 
         settings = Settings(manifest=archive, bundle=bundle, output=tmp_path / "out", batch_size=8)
-        with pytest.raises(EngineError, match="NVIDIA H100 ran out of memory; free some, and the same"):
+        with pytest.raises(EngineError, match="NVIDIA H100 ran out of memory; free some memory, then"):
             screen_in_process(settings, stages_type=Crowded)

@@ -138,7 +138,7 @@ def test_a_row_that_ends_its_actor_is_found(start: Start, plain: Path) -> None:
     found = table(output).to_pandas()
     expected = table(plain / "plain").to_pandas()[:1000]
     assert found.status[437] == "crashed"
-    assert "ends the process" in found.error[437]
+    assert "crashes the worker process" in found.error[437]
     pd.testing.assert_frame_equal(found.drop(437), expected.drop(437))
     assert success(output)["last_start"]["actors"]["rows_crashed"] == 1
 
