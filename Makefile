@@ -5,6 +5,9 @@ BIN := .venv/bin
 # on a GPU machine: any Python that has what the extras gpu, training and proof list
 GPU_PYTHON ?= python3
 
+# with it, each process would compile PyTorch, pandas and the engine anew: three times the time of a short run
+unexport PYTHONDONTWRITEBYTECODE
+
 # uv reads neither pip.conf nor PIP_*: the lines of `pip config list` become uv's own variables, where those are not set
 define PIP_TO_UV
 s/\\n/ /g
