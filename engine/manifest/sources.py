@@ -19,7 +19,6 @@ from engine.core.records import PATH_COLUMN
 
 READ_BLOCK = 4 << 20
 _IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG")
-_EMPTY = pa.scalar("")
 _BOOL = r"^(?:true|false|True|False|TRUE|FALSE)?$"
 _INTEGER = r"^(?:-?(?:0|[1-9][0-9]{0,17}))?$"
 _DECIMAL = r"^(?:-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?)?$"
@@ -179,7 +178,7 @@ class ColumnTypeInference:
         self._seen = False
 
     def see(self, column: pa.ChunkedArray[Any]) -> None:
-        self._seen = self._seen or bool(pc.any(pc.not_equal(column, _EMPTY)).as_py())
+        self._seen = self._seen or bool(pc.any(pc.not_equal(column, "")).as_py())
         self._candidates = [
             (pattern, kind)
             for pattern, kind in self._candidates
@@ -193,5 +192,5 @@ class ColumnTypeInference:
 
 
 def _cast_column(column: pa.ChunkedArray[Any], kind: pa.DataType) -> pa.ChunkedArray[Any]:
-    cells: pa.ChunkedArray[Any] = pc.if_else(pc.equal(column, _EMPTY), pa.scalar(None, pa.string()), column)
+    cells: pa.ChunkedArray[Any] = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
     return cells.cast(kind)
