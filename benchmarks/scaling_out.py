@@ -166,7 +166,7 @@ def measure_recovery(manifest: Path, models: Path, work: Path, number: int) -> t
         victim = pool.ready[0]
         os.kill(victim.pid, signal.SIGKILL)
         times["killed"] = time.monotonic()
-        wait_until(lambda: victim.gone and sum(bool(hand.parts) for hand in pool.ready) == 2)
+        wait_until(lambda: victim.ended and sum(bool(hand.parts) for hand in pool.ready) == 2)
         times["back"] = time.monotonic()
         deadline.stop.set()
 
@@ -184,7 +184,7 @@ def measure_recovery(manifest: Path, models: Path, work: Path, number: int) -> t
         thread.join()
     if "back" not in times:
         raise EngineError("the run was over before a killed actor was replaced")
-    return times["back"] - times["killed"], one.parts_again * RECOVERY_PART_ROWS
+    return times["back"] - times["killed"], one.repeated_parts * RECOVERY_PART_ROWS
 
 
 def wait_until(condition: Any) -> None:

@@ -27,7 +27,7 @@ def launch_run(
 ) -> Summary:
     """Screen or retry failed rows with `settings`. Raises ErrorRateError after too many errors."""
     deadline = deadline or Deadline(settings.finish_by)
-    work: Callable[..., Summary] = (
+    execute: Callable[..., Summary] = (
         retry_failed_rows
         if settings.only_errors
         else _import_ray_driver()
@@ -35,17 +35,17 @@ def launch_run(
         else screen_in_process
     )
     if settings.device == ALL_GPUS:
-        work = multi_gpu.run_on_all_gpus
+        execute = multi_gpu.run_on_all_gpus
     with ExitStack() as stack:
-        seen = on_progress
+        publish_progress = on_progress
         if settings.metrics_file:
             metrics = stack.enter_context(MetricsFile(settings.metrics_file))
 
-            def seen(progress: Progress) -> None:
+            def publish_progress(progress: Progress) -> None:
                 metrics(progress)
                 on_progress(progress)
 
-        summary = work(settings, on_progress=seen, say=say, deadline=deadline)
+        summary = execute(settings, on_progress=publish_progress, say=say, deadline=deadline)
         _write_report(summary, say, deadline)
         if summary.errors > settings.max_error_rate * summary.rows:
             raise ErrorRateError(
@@ -64,8 +64,8 @@ def _write_report(summary: Summary, say: OnMessage, deadline: Deadline) -> None:
 
         write_report(summary.output, say=say, deadline=deadline)
     except Exception as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        say(f"{REPORT_FILE} is not written: {why}; python -m engine.report RESULTS tries again")
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"{REPORT_FILE} could not be written: {reason}; to retry, run: python -m engine.report RESULTS")
 
 
 def _import_ray_driver() -> Callable[..., Summary]:

@@ -64,23 +64,26 @@ def run_on_all_gpus(
     devices = list_devices()
     shards = local_shards(settings, len(devices))
     deadline = deadline or Deadline(settings.finish_by)
-    fleet = GpuProcesses(settings, partial(_child_command, settings, len(devices)), shards, say, deadline)
+    processes = GpuProcesses(settings, partial(_child_command, settings, len(devices)), shards, say, deadline)
     try:
-        fleet.screen(devices, on_progress)
+        processes.screen(devices, on_progress)
     finally:
-        fleet.end()
-    return fleet.outcome()
+        processes.end()
+    return processes.summarise()
 
 
 def local_shards(settings: Settings, devices: int) -> list[Shard]:
     """Return the shards of this machine: its share of the run's existing shards, else one for each GPU."""
-    here = settings.shard or Shard(1, 1)
+    own = settings.shard or Shard(1, 1)
     folder = RunFolder(settings.output, overwrite=False)
     run = folder.recorded()
     recorded = run and run.result_options.shards
-    count = recorded if recorded and recorded % here.of == 0 else here.of * devices
-    each = count // here.of
-    return [Shard(number, count) for number in range((here.number - 1) * each + 1, here.number * each + 1)]
+    count = recorded if recorded and recorded % own.of == 0 else own.of * devices
+    shards_here = count // own.of
+    return [
+        Shard(number, count)
+        for number in range((own.number - 1) * shards_here + 1, own.number * shards_here + 1)
+    ]
 
 
 def _child_command(settings: Settings, devices: int, device: str, shard: Shard) -> list[str]:
@@ -96,10 +99,9 @@ def _child_command(settings: Settings, devices: int, device: str, shard: Shard) 
         metrics_file=None,
         log_json=True,
     )
-    moment = (
-        settings.finish_by.isoformat() if settings.finish_by else ""
-    )  # may be past when the child parses it
-    return [sys.executable, "-m", "engine.gpu_worker", moment, *command_line(own)]
+    # may be past when the child parses it
+    finish_by = settings.finish_by.isoformat() if settings.finish_by else ""
+    return [sys.executable, "-m", "engine.gpu_worker", finish_by, *command_line(own)]
 
 
 @dataclass(eq=False)
@@ -130,28 +132,28 @@ class GpuProcess:
         )
         return cls(device, shard, process)
 
-    def tell(self, events: queue.SimpleQueue[tuple[GpuProcess, dict[str, Any] | None]]) -> None:
+    def forward_events(self, events: queue.SimpleQueue[tuple[GpuProcess, dict[str, Any] | None]]) -> None:
         """Put the events of the process into `events`, and None when it has ended."""
         assert self.process.stderr
-        with self.process.stderr as said:
-            for line in said:
+        with self.process.stderr as stderr:
+            for line in stderr:
                 try:
                     event = json.loads(line)
                     assert isinstance(event["event"], str)
                 except (ValueError, KeyError, TypeError, AssertionError):  # output of a library
-                    event = {"event": "words", "message": line.strip()[:200]}
+                    event = {"event": "output", "message": line.strip()[:200]}
                 events.put((self, event))
         self.process.wait()
         events.put((self, None))
 
-    def take(self, event: dict[str, Any]) -> None:
+    def apply_event(self, event: dict[str, Any]) -> None:
         if event["event"] == "progress":
             self.rows_before = event["rows_before"]
             self.rows_done = event["rows_done"] - self.rows_before
             self.by_status, self.occupancy = event["by_status"], event["occupancy"]
         elif event["event"] == "summary":
-            said = {name: value for name, value in event.items() if name not in ("time", "event")}
-            self.summary = from_builtins(said, Success)
+            fields = {name: value for name, value in event.items() if name not in ("time", "event")}
+            self.summary = from_builtins(fields, Success)
             self.by_status, self.rows_done = self.summary.by_status, self.summary.last_start.rows
             self.rows_before = max(0, self.summary.rows - self.rows_done)
 
@@ -188,7 +190,7 @@ class GpuProcesses:
         self._shards = tuple(shards)
         self._children: list[GpuProcess] = []
         self._events: queue.SimpleQueue[tuple[GpuProcess, dict[str, Any] | None]] = queue.SimpleQueue()
-        self._said: set[str] = set()
+        self._shown_messages: set[str] = set()
         self._stopped = False
         self.progress = Progress(0, finish_by=settings.finish_by)
 
@@ -215,19 +217,21 @@ class GpuProcesses:
         shard = self._waiting.popleft()
         child = GpuProcess.start(self._command(device, shard), device, shard)
         self._children.append(child)
-        threading.Thread(target=child.tell, args=(self._events,), name=device, daemon=True).start()
+        threading.Thread(target=child.forward_events, args=(self._events,), name=device, daemon=True).start()
         return child
 
     def _take(self, child: GpuProcess, event: dict[str, Any], on_progress: OnProgress) -> None:
-        child.take(event)
+        child.apply_event(event)
         if event["event"] in ("progress", "summary"):
             self._sum_progress(event.get("elapsed_s") or 0.0)
             if self.progress.rows_done:
                 on_progress(self.progress)
-        elif event.get("level") == "error" or event["event"] == "words":
+        elif event.get("level") == "error" or event["event"] == "output":
             child.error = event["message"]
-        elif event["event"] == "message" and not self._stopped and event["message"] not in self._said:
-            self._said.add(event["message"])  # most processes send the same message
+        elif (
+            event["event"] == "message" and not self._stopped and event["message"] not in self._shown_messages
+        ):
+            self._shown_messages.add(event["message"])  # most processes send the same message
             self._say(event["message"])
 
     def _sum_progress(self, elapsed_s: float) -> None:
@@ -239,9 +243,9 @@ class GpuProcesses:
         progress.rows_before = sum(child.rows_before for child in children)
         progress.rows_done = sum(child.rows_done for child in children)
         progress.by_status = sum((Counter(child.by_status) for child in children), Counter())
-        shown = [child.occupancy for child in children if child.occupancy]
-        for name in shown[0] if shown else ():
-            busy = sum(one.get(name, 0.0) for one in shown) / len(shown)
+        occupancies = [child.occupancy for child in children if child.occupancy]
+        for name in occupancies[0] if occupancies else ():
+            busy = sum(occupancy.get(name, 0.0) for occupancy in occupancies) / len(occupancies)
             progress.meters[name] = Meter(name, busy_s=busy * progress.elapsed_s)
 
     def _indices(self, run: RunRecord) -> list[int]:
@@ -261,42 +265,42 @@ class GpuProcesses:
                 child.process.kill()
                 child.process.wait()
 
-    def outcome(self) -> Summary:
+    def summarise(self) -> Summary:
         folder = RunFolder(self._settings.output, overwrite=False)
         run = folder.recorded()
-        own = self._indices(run) if run else []
-        parts = folder.finished(run, frozenset(own)) if run else {}
+        indices = self._indices(run) if run else []
+        parts = folder.finished(run, frozenset(indices)) if run else {}
         rows = sum(part.rows for part in parts.values())
-        left = [index for index in own if index not in parts]
+        missing = [index for index in indices if index not in parts]
         failed = [child for child in self._children if child.exit_status]
-        if self._stopped and (left or not run):
+        if self._stopped and (missing or not run):
             failed = [child for child in failed if child.exit_status != Stopped.exit_status]
         elif failed and all(child.has_stopped for child in failed):
             failed.clear()
         elif run and not failed:
             self.progress.rows = rows
             summary = summarise_run(folder.path, run, parts.values(), self.progress, {})
-            here = self._settings.shard
-            summary = replace(summary, rows=rows, shard=str(here) if here else None)
+            shard = self._settings.shard
+            summary = replace(summary, rows=rows, shard=str(shard) if shard else None)
             return _with_stages(summary, self._children)
         if failed:
-            raise self._failure(failed, left)
-        total = sum(map(run.rows_in_part, own)) if run else 0
+            raise self._failure(failed, missing)
+        total = sum(map(run.rows_in_part, indices)) if run else 0
         raise self._deadline.stopped(f"{rows} of {total} rows are in finished parts")
 
-    def _failure(self, failed: Sequence[GpuProcess], left: Sequence[int]) -> EngineError:
+    def _failure(self, failed: Sequence[GpuProcess], missing: Sequence[int]) -> EngineError:
         problems = {
             child.problem: f"{child.device} (shard {child.shard}): {child.problem}" for child in failed
         }
-        everywhere = len(problems) == 1 and len(failed) == len(self._children)
-        text = "; ".join(problems if everywhere else problems.values())
+        is_common = len(problems) == 1 and len(failed) == len(self._children)
+        text = "; ".join(problems if is_common else problems.values())
         status = max((child.exit_status for child in failed), key=_STATUSES_BY_SEVERITY.index)
         if status in (1, Stopped.exit_status):
-            named = ", ".join(map(part_name, left[:MAX_NAMED_PARTS])) + (
-                ", ..." if len(left) > MAX_NAMED_PARTS else ""
-            )
-            missing = f"{len(left)} parts are missing ({named}); " if left else ""
-            text += f"; {missing}run the same command again to continue"
+            names = ", ".join(map(part_name, missing[:MAX_NAMED_PARTS]))
+            names += ", ..." if len(missing) > MAX_NAMED_PARTS else ""
+            if missing:
+                text += f"; {len(missing)} parts are missing ({names})"
+            text += "; run the same command again to continue"
         error = EngineError(text)
         error.exit_status = status
         return error
@@ -308,21 +312,21 @@ def _with_stages(summary: Summary, children: Sequence[GpuProcess]) -> Summary:
     stages = [start.stages for start in starts if start.stages]
     if not stages:
         return summary
-    added = {name: _sum([one[name] for one in stages]) for name in stages[0]}
+    sums = {name: _sum([times[name] for times in stages]) for name in stages[0]}
     return replace(
         summary,
-        stages=added,
-        limited_by=max(added, key=lambda name: added[name].occupancy),
+        stages=sums,
+        limited_by=max(sums, key=lambda name: sums[name].occupancy),
         decoder_restarts=sum(start.decoder_restarts for start in starts),
         decoder_refusals=sum(start.decoder_refusals for start in starts),
     )
 
 
 def _sum(times: Sequence[StageTimes]) -> StageTimes:
-    occupancy = round(sum(one.occupancy for one in times), 3) / len(times)
+    occupancy = round(sum(stage.occupancy for stage in times), 3) / len(times)
     return StageTimes(
-        busy_s=round(sum(one.busy_s for one in times), 3),
-        starved_s=round(sum(one.starved_s for one in times), 3),
-        blocked_s=round(sum(one.blocked_s for one in times), 3),
+        busy_s=round(sum(stage.busy_s for stage in times), 3),
+        starved_s=round(sum(stage.starved_s for stage in times), 3),
+        blocked_s=round(sum(stage.blocked_s for stage in times), 3),
         occupancy=round(occupancy, 3),
     )

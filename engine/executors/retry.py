@@ -48,7 +48,9 @@ def retry_failed_rows(
             batch_size=options.batch_size,
         )
         if choice.plan_hashes != options.plans:
-            raise UsageError(f"bundle {settings.bundle}: its plans were rebuilt after that run; run it again")
+            raise UsageError(
+                f"bundle {settings.bundle}: its plans were rebuilt after the run; screen the manifest again"
+            )
         done = read_finished_parts(folder, run)
         failed = {index: part.errors for index, part in done.items() if part.errors}
         progress = Progress(sum(failed.values()), finish_by=settings.finish_by)
@@ -65,16 +67,16 @@ def retry_failed_rows(
             resumed=True,
         )
         stages = stack.enter_context(Stages(context))
-        layout = ResultSchema.of_part(
+        schema = ResultSchema.of_part(
             *(bundle, folder.files, min(failed)),
             uids=options.include_uids,
             with_triage=run.has_triage,
             redaction=settings.redaction,
         )
         folder.mark_unfinished()
-        parts = read_failed_rows(folder.files, sorted(failed), layout.passthrough.names)
+        parts = read_failed_rows(folder.files, sorted(failed), schema.passthrough.names)
         if manifest:
             parts = add_paths(parts, manifest.parts(options.part_rows, failed))
-        sink = Sink(folder.files, layout, run.to_metadata(), scorer_of(choice), fold=True)
+        sink = Sink(folder.files, schema, run.to_metadata(), scorer_of(choice), fold=True)
         stages.run(parts, sink, progress, on_progress, deadline or Deadline(settings.finish_by))
         return stages.finish_run(folder, run, progress)

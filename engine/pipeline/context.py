@@ -65,19 +65,19 @@ class StageContext:
     manifest: Manifest | None = None  # None for a retry, whose options are settled
 
     @classmethod
-    def of(cls, job: PreparedRun) -> Self:
+    def of(cls, prepared: PreparedRun) -> Self:
         return cls(
-            job.settings,
-            job.bundle,
-            job.choice,
-            job.say,
-            job.manifest.root,
-            batch_size=job.run.result_options.batch_size,
-            part_rows=job.run.result_options.part_rows,
-            rows=job.run.rows,
-            tuning=job.run.tuning,
-            resumed=job.resumed,
-            manifest=job.manifest,
+            prepared.settings,
+            prepared.bundle,
+            prepared.choice,
+            prepared.say,
+            prepared.manifest.root,
+            batch_size=prepared.run.result_options.batch_size,
+            part_rows=prepared.run.result_options.part_rows,
+            rows=prepared.run.rows,
+            tuning=prepared.run.tuning,
+            resumed=prepared.resumed,
+            manifest=prepared.manifest,
         )
 
     @property
@@ -105,5 +105,5 @@ def open_runners(stack: ExitStack, context: StageContext, *, compiled: bool = Fa
 
 
 def versions_of(runners: Iterable[Runner]) -> dict[str, str]:
-    """Return the versions of the packages that they use."""
+    """Return the versions of the packages that the runners use."""
     return {package: version for runner in runners for package, version in runner.versions.items()}

@@ -48,15 +48,12 @@ def run_until_stopped(
             if isinstance(item, PartInfo):
                 progress.by_class.update(item.by_class)
                 next_s = progress.seconds_for(min(part_rows, progress.rows_left))
-                goes_on = deadline.fits(next_s)
+                can_continue = deadline.fits(next_s)
             else:
                 progress.add(item)
                 on_progress(progress)
                 left_s = progress.seconds_for(item.part.rows - item.start - item.rows)
-                goes_on = left_s <= deadline.grace_s
-            if progress.rows_left and not goes_on:
-                raise deadline.stopped(_progress_text(progress))
-
-
-def _progress_text(progress: Progress) -> str:
-    return f"{progress.rows_before + progress.rows_done} of {progress.rows} rows were through"
+                can_continue = left_s <= deadline.grace_s
+            if progress.rows_left and not can_continue:
+                processed = progress.rows_before + progress.rows_done
+                raise deadline.stopped(f"{processed} of {progress.rows} rows were processed")

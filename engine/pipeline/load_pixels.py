@@ -63,8 +63,8 @@ def load_pixels(
                 for position, error in sorted(batch.errors.items())
             ]
             progress(batch.rows)
-    found = np.concatenate(index)
-    order = np.argsort(found)  # files may finish out of order
-    known = [header for position in order if (header := headers[position]) is not None]
-    assert len(known) == len(found), "what has pixels has a header"
-    return LoadedPixels(np.concatenate(pixels)[order], found[order], known, sorted(failures))
+    positions = np.concatenate(index)
+    order = np.argsort(positions)  # files may finish out of order
+    decoded_headers = [header for position in order if (header := headers[position]) is not None]
+    assert len(decoded_headers) == len(positions), "each decoded image has a header"
+    return LoadedPixels(np.concatenate(pixels)[order], positions[order], decoded_headers, sorted(failures))

@@ -38,16 +38,16 @@ def open_gpu(stack: ExitStack, context: StageContext) -> tuple[GpuPreprocess, Gp
     """
     torch.cuda.set_device(context.choice.index)
     _check_triton()
-    asked = context.batch_size
-    opened = _open_scorer_in_memory(stack, context)
-    if opened is None and asked > 1 and not context.resumed:
-        tuning = structs.replace(context.tuning, batch_size_asked=asked)
-        context = replace(context, batch_size=asked // 2, tuning=tuning)
-        context.say(f"out of GPU memory with batches of {asked}: going on with {asked // 2}")
-        opened = _open_scorer_in_memory(stack, context)
-    if opened is None:
+    requested = context.batch_size
+    scorer = _open_scorer_in_memory(stack, context)
+    if scorer is None and requested > 1 and not context.resumed:
+        tuning = structs.replace(context.tuning, batch_size_asked=requested)
+        context = replace(context, batch_size=requested // 2, tuning=tuning)
+        context.say(f"out of GPU memory with batches of {requested}: continuing with {requested // 2}")
+        scorer = _open_scorer_in_memory(stack, context)
+    if scorer is None:
         raise _batch_too_large_error(context)
-    step, settled = opened
+    step, settled = scorer
     difference = check_canaries(context.bundle, step)
     if settled.tuning.canaries is None:
         settled = replace(settled, tuning=structs.replace(settled.tuning, canaries=difference))
@@ -63,8 +63,8 @@ def open_gpu(stack: ExitStack, context: StageContext) -> tuple[GpuPreprocess, Gp
 def _batch_too_large_error(context: StageContext) -> EngineError:
     name = context.choice.gpu.name if context.choice.gpu else context.choice.device
     return EngineError(
-        f"{name} is out of memory with batches of {context.batch_size}; free some, or give a smaller "
-        "--batch-size"
+        f"{name} is out of memory with batches of {context.batch_size}; free some memory or set a "
+        "smaller --batch-size"
     )
 
 
@@ -98,17 +98,17 @@ def _open_scorer(stack: ExitStack, context: StageContext) -> tuple[GpuScorer, Se
     """Open the members and slots with the recorded or else the faster options (compiled, concurrent)."""
     from engine.pipeline.context import open_runners, versions_of
 
-    tuned = context.tuning
-    if tuned.compiled is None:
-        worth_it = context.choice.runner == "torch" and context.rows >= gpu_tuning.TUNE_ROWS
-        tuned = _tune_compiling(context) if worth_it else structs.replace(tuned, compiled=False)
-    with ExitStack() as opened:
-        runners = open_runners(opened, context, compiled=bool(tuned.compiled))
-        step = _make_scorer(opened, context, runners)
-        if tuned.streams is None and context.settings.streams is None and len(context.bundle.members) > 1:
-            tuned = structs.replace(tuned, streams=step.choose_streams())
-        stack.push(opened.pop_all())
-    return step, Settled(context.batch_size, tuned, versions_of(runners))
+    tuning = context.tuning
+    if tuning.compiled is None:
+        should_tune = context.choice.runner == "torch" and context.rows >= gpu_tuning.TUNE_ROWS
+        tuning = _tune_compiling(context) if should_tune else structs.replace(tuning, compiled=False)
+    with ExitStack() as resources:
+        runners = open_runners(resources, context, compiled=bool(tuning.compiled))
+        step = _make_scorer(resources, context, runners)
+        if tuning.streams is None and context.settings.streams is None and len(context.bundle.members) > 1:
+            tuning = structs.replace(tuning, streams=step.choose_streams())
+        stack.push(resources.pop_all())
+    return step, Settled(context.batch_size, tuning, versions_of(runners))
 
 
 def _tune_compiling(context: StageContext) -> Tuning:
@@ -120,7 +120,7 @@ def _tune_compiling(context: StageContext) -> Tuning:
         if hardware.is_out_of_memory(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        context.say(f"the members can't be compiled, going on without ({reason})")
+        context.say(f"the members can't be compiled and run uncompiled ({reason})")
     compiled = compiled_ms is not None and compiled_ms < eager_ms
     return structs.replace(context.tuning, eager_ms=eager_ms, compiled_ms=compiled_ms, compiled=compiled)
 
@@ -159,7 +159,7 @@ def check_canaries(bundle: Bundle, step: GpuScorer) -> float:
     return verify_canaries(Canaries.of(bundle), step, step.batch_size)
 
 
-def _open_preprocess(stack: ExitStack, context: StageContext, tuned: Tuning) -> tuple[GpuPreprocess, Tuning]:
+def _open_preprocess(stack: ExitStack, context: StageContext, tuning: Tuning) -> tuple[GpuPreprocess, Tuning]:
     """Open decoding on CPU and GPU with the recorded options; else tune if the run is long enough."""
     bundle, threads, batch_size = context.bundle, context.workers, context.batch_size
     cpu = stack.enter_context(
@@ -172,7 +172,7 @@ def _open_preprocess(stack: ExitStack, context: StageContext, tuned: Tuning) -> 
         )
     )
 
-    def opened(decoding: DecodeOptions) -> GpuPreprocess:
+    def open_with(decoding: DecodeOptions) -> GpuPreprocess:
         return GpuPreprocess(
             cpu,
             size=bundle.size,
@@ -182,25 +182,25 @@ def _open_preprocess(stack: ExitStack, context: StageContext, tuned: Tuning) -> 
             decoding=decoding,
         )
 
-    def rate(decoding: DecodeOptions) -> float:
-        with opened(decoding) as preprocess:
+    def measure_rate(decoding: DecodeOptions) -> float:
+        with open_with(decoding) as preprocess:
             return gpu_tuning.measure_rate(preprocess.stage, sample, decoding.on_gpu)
 
     cpu.decoder.await_start()
-    if tuned.decoding is None:
+    if tuning.decoding is None:
         # DALI has no scaled DCT, and its full decode gives pixels that a fast bundle was not trained on
         on_cpu = context.settings.decoder == "cpu" or bundle.decode == "fast"
         decoding, tried = DecodeOptions(cpu_share=1.0 if on_cpu else 0.0), None
         if not on_cpu and context.manifest and context.rows >= gpu_tuning.TUNE_ROWS:
             context.say("tuning the decoding on the first images")
             sample = _first_batches(context)
-            decoding, tried = gpu_tuning.tune_decoding(sample, rate)
+            decoding, tried = gpu_tuning.tune_decoding(sample, measure_rate)
         recorded = DecodeTuning(**structs.asdict(decoding))
-        tuned = structs.replace(tuned, decoding=recorded, decoding_tried=tried)
-    assert tuned.decoding
-    preprocess = stack.enter_context(opened(DecodeOptions(**structs.asdict(tuned.decoding))))
+        tuning = structs.replace(tuning, decoding=recorded, decoding_tried=tried)
+    assert tuning.decoding
+    preprocess = stack.enter_context(open_with(DecodeOptions(**structs.asdict(tuning.decoding))))
     preprocess.check()
-    return preprocess, tuned
+    return preprocess, tuning
 
 
 def _first_batches(context: StageContext) -> list[Batch]:

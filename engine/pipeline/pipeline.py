@@ -29,11 +29,11 @@ def screen_in_process(
     calibration.
     Raises UsageError before anything is written when the manifest, bundle or output folder is wrong.
     """
-    with prepare_run(settings, say) as job, (stages_type or Stages)(StageContext.of(job)) as stages:
-        job.begin(stages.settled)
-        if job.is_finished:
-            return job.summary()
-        progress = job.progress()
+    with prepare_run(settings, say) as prepared, (stages_type or Stages)(StageContext.of(prepared)) as stages:
+        prepared.begin(stages.settled)
+        if prepared.is_finished:
+            return prepared.summary()
+        progress = prepared.progress()
         end = deadline or Deadline(settings.finish_by)
-        stages.run(job.parts(progress), job.sink(), progress, on_progress, end)
-        return stages.finish_run(job.folder, job.run, progress)
+        stages.run(prepared.parts(progress), prepared.sink(), progress, on_progress, end)
+        return stages.finish_run(prepared.folder, prepared.run, progress)

@@ -40,7 +40,7 @@ class Stages:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self.open(stack)
-            self._opened = stack.pop_all()
+            self._resources = stack.pop_all()
         return self
 
     preprocess: PixelStage
@@ -71,7 +71,7 @@ class Stages:
         preprocess.decoder.await_start()
 
     def __exit__(self, *_: object) -> None:
-        self._opened.close()
+        self._resources.close()
 
     def run(
         self,
@@ -111,5 +111,5 @@ class Stages:
 
 def make_meters(workers: int, *, gpu: bool = False) -> dict[str, Meter]:
     """Make one meter for each stage, with the number of its threads; a GPU counts as one."""
-    lanes = {"read": min(READ_THREADS, workers), "preprocess": 1, "members": 1 if gpu else workers}
-    return {name: Meter(name, lanes.get(name, 1)) for name in STAGES}
+    threads = {"read": min(READ_THREADS, workers), "preprocess": 1, "members": 1 if gpu else workers}
+    return {name: Meter(name, threads.get(name, 1)) for name in STAGES}

@@ -76,7 +76,7 @@ class RunSpec:
     part_rows: int
     rows: int  # of the run
     tuning: Tuning
-    layout: ResultSchema
+    schema: ResultSchema
     root: Location
     resumed: bool  # keep the tuned options
     stages_type: type[Stages]
@@ -87,7 +87,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class OpenedStages:
-    """The results of `Actor.open`."""
+    """The result of `Actor.open`."""
 
     settled: Settled
     expected: npt.NDArray[np.float32] | None
@@ -166,15 +166,15 @@ class Actor:
     def __init__(self, config: ActorConfig) -> None:
         self._config, self._settings = config, replace(config.settings, workers=config.resources.workers)
         self._inbox: queue.SimpleQueue[Part | _Task] = queue.SimpleQueue()
-        self._taken: dict[int, _PartInProgress] = {}
+        self._in_progress: dict[int, _PartInProgress] = {}
         self._clock = IdleClock()
         self._error: BaseException | None = None
         self._stop_by: float | None = None
-        self._opened = ExitStack()
+        self._resources = ExitStack()
         self._lock = threading.Lock()
-        threading.Thread(target=self._work, name="actor", daemon=True).start()
+        threading.Thread(target=self._process_inbox, name="actor", daemon=True).start()
 
-    def hello(self) -> ActorInfo:
+    def load_bundle(self) -> ActorInfo:
         """Return the actor's info. Raises UsageError when the bundle or its runner is not available."""
         settings, gpu = self._settings, self._config.resources.gpu
         self._bundle = bundle.load_bundle(settings.bundle)
@@ -185,32 +185,32 @@ class Actor:
             precision=settings.precision,
             batch_size=settings.batch_size,
         )
-        found = {"engine": __version__, **library_versions()}
-        return ActorInfo(platform.node(), os.getpid(), self._choice, self._bundle.sha256, found)
+        versions = {"engine": __version__, **library_versions()}
+        return ActorInfo(platform.node(), os.getpid(), self._choice, self._bundle.sha256, versions)
 
-    def open(self, work: RunSpec) -> OpenedStages:
+    def open(self, spec: RunSpec) -> OpenedStages:
         """Open the stages and check the canaries. Raises EngineError when either fails."""
-        return self._do(partial(self._open, work))
+        return self._run_in_thread(partial(self._open, spec))
 
     def begin(self, provenance: bytes) -> None:
         """Prepare to take parts; `provenance` is written to their footers."""
         by = structs.replace(
             scorer_of(self._choice), actor=self._config.name, round=self._canary_monitor.rounds
         )
-        self._sink = Sink(open_folder(self._settings.output), self._layout, provenance, by)
-        self._canary_monitor.on_round_passed = self._passed
+        self._sink = Sink(open_folder(self._settings.output), self._schema, provenance, by)
+        self._canary_monitor.on_round_passed = self._record_round
 
-    def _passed(self, rounds: int) -> None:
+    def _record_round(self, rounds: int) -> None:
         self._sink.by = structs.replace(self._sink.by, round=rounds)
 
-    def take(self, part: Part) -> PartInfo:
+    def score_part(self, part: Part) -> PartInfo:
         """Score a part and write it. Several calls may run at once."""
         with self._lock:
             if self._error:
                 raise self._error
             if self._stop_by is not None:
                 raise Stopped("stopped")
-            in_progress = self._taken[part.index] = _PartInProgress(part.rows)
+            in_progress = self._in_progress[part.index] = _PartInProgress(part.rows)
             if not self._clock.busy:
                 self._clock.tick()
                 self._clock.busy = True
@@ -219,7 +219,7 @@ class Actor:
 
     def check(self) -> Heartbeat:
         """Check the canaries after the parts taken so far. Raises ParityError when they differ."""
-        self._do(lambda: self._canary_monitor.check())
+        self._run_in_thread(lambda: self._canary_monitor.check())
         return self.heartbeat()
 
     def stop(self, grace_s: float) -> Heartbeat:
@@ -238,12 +238,12 @@ class Actor:
             for _ in self._stages.step.stage(batches, Meter("members")):
                 self._clock.tick()
 
-        self._do(score)
+        self._run_in_thread(score)
 
     def heartbeat(self) -> Heartbeat:
         stages = self._stages
         with self._lock:
-            in_progress = {index: dict(taken.by_status) for index, taken in self._taken.items()}
+            in_progress = {index: dict(part.by_status) for index, part in self._in_progress.items()}
         return Heartbeat(
             self._canary_monitor.rounds,
             self._clock.idle_s,
@@ -256,34 +256,34 @@ class Actor:
             stages.preprocess.refusals,
         )
 
-    def _do(self, work: Callable[[], T]) -> T:
-        order = _Task(work, Future())
+    def _run_in_thread(self, work: Callable[[], T]) -> T:
+        task = _Task(work, Future())
         with self._lock:
             if self._error:
                 raise self._error
-            self._inbox.put(order)
-        result: T = order.result.result()
+            self._inbox.put(task)
+        result: T = task.result.result()
         return result
 
-    def _open(self, work: RunSpec) -> OpenedStages:
-        self._see_the_same(work)
+    def _open(self, spec: RunSpec) -> OpenedStages:
+        self._check_folders(spec)
         lines: list[str] = []
-        self._layout = work.layout
+        self._schema = spec.schema
         context = StageContext(
             self._settings,
             self._bundle,
             self._choice,
             lines.append,
-            work.root,
-            batch_size=work.batch_size,
-            part_rows=work.part_rows,
-            rows=work.rows,
-            tuning=work.tuning,
-            resumed=work.resumed,
+            spec.root,
+            batch_size=spec.batch_size,
+            part_rows=spec.part_rows,
+            rows=spec.rows,
+            tuning=spec.tuning,
+            resumed=spec.resumed,
         )
-        self._stages = self._opened.enter_context(work.stages_type(context))
+        self._stages = self._resources.enter_context(spec.stages_type(context))
         batch_size = self._stages.settled.batch_size
-        canaries, expected = Canaries.of(self._bundle), work.expected
+        canaries, expected = Canaries.of(self._bundle), spec.expected
         if self._choice.precision == "int8":  # its scores differ from those of float32
             if expected is None:
                 expected = score_canaries(canaries, self._stages.step, batch_size)
@@ -292,31 +292,31 @@ class Actor:
         self._canary_monitor.check()
         return OpenedStages(self._stages.settled, expected, lines)
 
-    def _see_the_same(self, work: RunSpec) -> None:
+    def _check_folders(self, spec: RunSpec) -> None:
         """Raise UsageError when the folders of this machine differ from the driver's."""
-        if work.token:
-            name, content = work.token
+        if spec.token:
+            name, content = spec.token
             folder = open_folder(self._settings.output)
             try:
-                found = folder.read(name, lambda opened: opened.read().decode())
+                content_here = folder.read(name, lambda opened: opened.read().decode())
             except OSError:
-                found = ""
-            if found != content:
+                content_here = ""
+            if content_here != content:
                 raise UsageError(
-                    f"output {folder.location}: not the same folder on every machine of the cluster; give "
-                    "one that all share, or s3://, gs:// or az://"
+                    f"output {folder.location}: it is not the same folder on every machine of the cluster; "
+                    "allowed: a folder that all machines share, or s3://, gs:// or az://"
                 )
-        if work.checked_files and not any(map(os.path.exists, work.checked_files)):
+        if spec.checked_files and not any(map(os.path.exists, spec.checked_files)):
             raise UsageError(
-                f"images: {work.checked_files[0]} is there for the driver and not on every machine of the "
-                "cluster; mount the folder by the same name everywhere"
+                f"images: {spec.checked_files[0]} exists on the driver's machine but not on every machine "
+                "of the cluster; mount the folder at the same path everywhere"
             )
 
     def _reader(self) -> TimedReader:
         context = self._stages.context
         return TimedReader(context.reader(self._stages.preprocess.on_gpu), self._clock)
 
-    def _work(self) -> None:
+    def _process_inbox(self) -> None:
         """Process the inbox in order; consecutive parts form one stream."""
         self._next: Part | _Task | None = None
         while True:
@@ -333,7 +333,7 @@ class Actor:
                 self._fail(error, item)
                 return
             with self._lock:
-                self._clock.busy = bool(self._taken)
+                self._clock.busy = bool(self._in_progress)
 
     def _fail(self, error: BaseException, item: Part | _Task) -> None:
         """Fail the item and all later ones with this error."""
@@ -342,13 +342,13 @@ class Actor:
             error = EngineError(f"{where}{error_text(error)}")
         with self._lock:
             self._error = error
-            waiting: list[Future[Any]] = [taken.result for taken in self._taken.values()]
-            self._taken.clear()
-            orders = [item, self._next]
+            futures: list[Future[Any]] = [part.result for part in self._in_progress.values()]
+            self._in_progress.clear()
+            items = [item, self._next]
             while not self._inbox.empty():
-                orders.append(self._inbox.get())
-            waiting += [order.result for order in orders if isinstance(order, _Task)]
-        for future in waiting:
+                items.append(self._inbox.get())
+            futures += [task.result for task in items if isinstance(task, _Task)]
+        for future in futures:
             future.set_exception(error)
 
     def _parts(self, first: Part) -> Iterator[Part]:
@@ -381,30 +381,30 @@ class Actor:
                 self._clock.tick()
                 if isinstance(item, PartInfo):
                     with self._lock:
-                        taken = self._taken.pop(item.index)
-                    taken.result.set_result(item)
+                        scored = self._in_progress.pop(item.index)
+                    scored.result.set_result(item)
                 else:
-                    self._count(item)
+                    self._count_rows(item)
                     rows += item.rows
                 if self._stop_by is not None and not self._can_finish(rows / (time.monotonic() - began)):
                     break
         if self._stop_by is not None:
             with self._lock:
-                dropped, self._taken = self._taken, {}
-            for taken in dropped.values():
-                taken.result.set_exception(Stopped("stopped"))
+                dropped, self._in_progress = self._in_progress, {}
+            for part in dropped.values():
+                part.result.set_exception(Stopped("stopped"))
 
-    def _count(self, batch: Batch) -> None:
-        by_status = self._taken[batch.part.index].by_status
-        found = Counter(Status(batch.status[position]).label for position in batch.errors)
-        found["ok"] += len(batch.index)
+    def _count_rows(self, batch: Batch) -> None:
+        by_status = self._in_progress[batch.part.index].by_status
+        counts = Counter(Status(batch.status[position]).label for position in batch.errors)
+        counts["ok"] += len(batch.index)
         with self._lock:
-            by_status.update(found)
+            by_status.update(counts)
 
     def _can_finish(self, rate: float) -> bool:
         """Return whether a part in progress will be done before the actor has to stop."""
         assert self._stop_by is not None
         rows = (self._stop_by - time.monotonic()) * rate
         with self._lock:
-            begun = [taken for taken in self._taken.values() if taken.by_status]
-            return any(taken.rows - taken.by_status.total() <= rows for taken in begun)
+            started = [part for part in self._in_progress.values() if part.by_status]
+            return any(part.rows - part.by_status.total() <= rows for part in started)

@@ -81,14 +81,14 @@ class ActorHandle:
     """The driver's state of one actor."""
 
     name: str
-    slot: Placement
+    placement: Placement
     handle: Any
     late: bool = False  # it was started after the run began
-    hello: ActorInfo | None = None
-    opening: float | None = None  # time of the call that opens its stages
+    info: ActorInfo | None = None
+    opening_since: float | None = None  # time of the call that opens its stages
     opened: bool = False
     ready: bool = False  # it can take parts
-    gone: bool = False
+    ended: bool = False
     awaiting_heartbeat: bool = False  # a heartbeat request is pending
     heartbeat_asked_at: float = 0.0  # time of the last request
     overdue: bool = False  # at the last poll
@@ -96,29 +96,29 @@ class ActorHandle:
     heartbeat: Heartbeat | None = None
     began: float | None = None  # time of its first part
     parts: dict[int, int] = field(default_factory=dict)  # rows of its unfinished parts
-    alone: bool = False  # it has a suspected part and no other
+    exclusive: bool = False  # it has a suspected part and no other
     rows_done: int = 0
 
     @property
-    def kind(self) -> ActorGroup:
-        assert self.hello
-        return ActorGroup.of(self.hello.choice)
+    def group(self) -> ActorGroup:
+        assert self.info
+        return ActorGroup.of(self.info.choice)
 
     @property
     def host(self) -> str:
-        return self.hello.host if self.hello else "an actor"
+        return self.info.host if self.info else "an actor"
 
     @property
     def pid(self) -> int:
         """Return the process id on the actor's host."""
-        assert self.hello
-        return self.hello.pid
+        assert self.info
+        return self.info.pid
 
     @property
     def in_progress(self) -> int:
         """Return the processed rows of its unfinished parts."""
-        found = self.heartbeat.in_progress if self.heartbeat else {}
-        return sum(sum(found[index].values()) for index in self.parts if index in found)
+        rows = self.heartbeat.in_progress if self.heartbeat else {}
+        return sum(sum(rows[index].values()) for index in self.parts if index in rows)
 
     @property
     def rows_held(self) -> int:
@@ -148,12 +148,12 @@ class ActorPool:
 
     def __init__(self, settings: Settings, say: OnMessage, deadline: Deadline) -> None:
         self.settings, self.say, self._deadline = settings, say, deadline
-        self.slots: list[Placement] = []
+        self.placements: list[Placement] = []
         self.actors: list[ActorHandle] = []  # those that are alive
         self.lost_actors: list[ActorHandle] = []  # those that ended
         self.refused: list[str] = []
-        self.owner: ActorListener | None = None
-        self.begun = False  # the run has begun: an unusable new actor doesn't end it
+        self.listener: ActorListener | None = None
+        self.run_began = False  # the run has begun: an unusable new actor doesn't end it
         self._waiting: dict[Any, tuple[ActorHandle, OnResult]] = {}
         self._stack = ExitStack()
         self._last_report = time.monotonic()
@@ -169,35 +169,37 @@ class ActorPool:
         self._remote = self.ray.remote(concurrency_groups={PARTS_GROUP: MAX_PARTS_HELD, HEARTBEAT_GROUP: 1})(
             Actor
         )
-        self.slots = [Placement(resources) for resources in plan_actors(cluster.nodes(), self.settings)]
-        for slot in self.slots:
-            self._start(slot)
+        self.placements = [Placement(resources) for resources in plan_actors(cluster.nodes(), self.settings)]
+        for placement in self.placements:
+            self._start(placement)
         began = time.monotonic()
-        while not all(actor.hello for actor in self.actors):
-            found = [actor for actor in self.actors if actor.hello]
-            if found and time.monotonic() - began > START_TIMEOUT_S:
+        while not all(actor.info for actor in self.actors):
+            loaded = [actor for actor in self.actors if actor.info]
+            if loaded and time.monotonic() - began > START_TIMEOUT_S:
                 break
             if self._deadline.reached():
-                raise Stopped(f"{self._deadline.why} before it began; the same command starts it")
+                raise Stopped(
+                    f"{self._deadline.why} before the run began; run the same command again to start it"
+                )
             self.report_waiting()
             self.handle_answers(0.2)
         first = max(
-            (actor for actor in self.actors if actor.hello), key=lambda actor: actor.slot.resources.gpu
+            (actor for actor in self.actors if actor.info), key=lambda actor: actor.placement.resources.gpu
         )
-        assert first.hello
-        choice = first.hello.choice
-        gpus = sum(actor.slot.resources.gpu for actor in self.actors)
-        words = [
-            f"{count} on {what}s"
-            for count, what in ((gpus, "GPU"), (len(self.actors) - gpus, "CPU"))
+        assert first.info
+        choice = first.info.choice
+        gpus = sum(actor.placement.resources.gpu for actor in self.actors)
+        counts = [
+            f"{count} on {device}s"
+            for count, device in ((gpus, "GPU"), (len(self.actors) - gpus, "CPU"))
             if count
         ]
         hosts = f"{len(self.hosts)} machine{'s' * (len(self.hosts) > 1)}"
-        return replace(choice, reason=f"{choice.reason}; Ray actors: {', '.join(words)}, {hosts}")
+        return replace(choice, reason=f"{choice.reason}; Ray actors: {', '.join(counts)}, {hosts}")
 
     @property
     def hosts(self) -> set[str]:
-        return {actor.hello.host for actor in (*self.actors, *self.lost_actors) if actor.hello}
+        return {actor.info.host for actor in (*self.actors, *self.lost_actors) if actor.info}
 
     @property
     def ready(self) -> list[ActorHandle]:
@@ -207,11 +209,11 @@ class ActorPool:
         """Report that the run waits for actors."""
         if not self.ready and time.monotonic() - self._last_report > REMIND_S:
             self._last_report = time.monotonic()
-            self.say("waiting for the cluster to have room for an actor")
+            self.say("waiting until the cluster has free resources for an actor")
 
-    def _start(self, slot: Placement) -> None:
+    def _start(self, placement: Placement) -> None:
         name = uuid.uuid4().hex[:12]
-        resources = slot.resources
+        resources = placement.resources
         settings = replace(
             self.settings, output=absolute(self.settings.output), bundle=self.settings.bundle.absolute()
         )
@@ -219,9 +221,9 @@ class ActorPool:
         if resources.gpu:
             options["num_gpus"] = 1
         handle = self._remote.options(**options).remote(ActorConfig(name, settings, resources))
-        actor = ActorHandle(name, slot, handle, late=self.begun)
+        actor = ActorHandle(name, placement, handle, late=self.run_began)
         self.actors.append(actor)
-        self.call(actor, "hello", then=self._on_hello)
+        self.call(actor, "load_bundle", then=self._on_info)
 
     def call(
         self, actor: ActorHandle, method: str, *arguments: Any, then: OnResult, group: str | None = None
@@ -234,10 +236,10 @@ class ActorPool:
 
     def handle_answers(self, wait_s: float) -> None:
         """Handle the answers that arrive within `wait_s`. Raises EngineError to end the run."""
-        for slot in self.slots:
-            if slot.start_at and time.monotonic() > slot.start_at:
-                slot.start_at = None
-                self._start(slot)
+        for placement in self.placements:
+            if placement.start_at and time.monotonic() > placement.start_at:
+                placement.start_at = None
+                self._start(placement)
         if not self._waiting:
             time.sleep(wait_s)
             return
@@ -246,7 +248,7 @@ class ActorPool:
             ready += self.ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
         for ref in ready:
             actor, then = self._waiting.pop(ref)
-            if not actor.gone:
+            if not actor.ended:
                 self._handle(ref, actor, then)
 
     def _handle(self, ref: Any, actor: ActorHandle, then: OnResult) -> None:
@@ -265,7 +267,7 @@ class ActorPool:
         died = isinstance(error, self.ray.exceptions.RayActorError)
         if not died or error.actor_init_failed:
             return _last_line(error)
-        return "its machine is gone" if "its node has died" in str(error) else "its process has died"
+        return "its machine left the cluster" if "its node has died" in str(error) else "its process ended"
 
     def _on_error(self, actor: ActorHandle, error: Any) -> None:
         """Handle an exception that the actor's code raised."""
@@ -288,25 +290,25 @@ class ActorPool:
             raise error
         self.dismiss_actor(actor, str(error))
 
-    def _on_hello(self, actor: ActorHandle, hello: ActorInfo) -> None:
-        actor.hello = hello
-        if problem := self._find_mismatch(hello):
+    def _on_info(self, actor: ActorHandle, info: ActorInfo) -> None:
+        actor.info = info
+        if problem := self._find_mismatch(info):
             self._dismiss_or_raise(actor, UsageError(problem))
-        elif self.owner:
-            self.owner.on_actor_started(actor)
+        elif self.listener:
+            self.listener.on_actor_started(actor)
 
-    def _find_mismatch(self, hello: ActorInfo) -> str | None:
+    def _find_mismatch(self, info: ActorInfo) -> str | None:
         """Return why an actor's scores would differ from the others', None if they would not."""
-        if hello.bundle_sha256 != self._bundle.sha256:
+        if info.bundle_sha256 != self._bundle.sha256:
             return (
-                f"bundle {self.settings.bundle}: another one on {hello.host}; give the same to all machines"
+                f"bundle {self.settings.bundle}: {info.host} has another one; copy this one to all machines"
             )
-        ours = {"engine": __version__, **library_versions()}
-        for name in ours.keys() | hello.versions.keys():
-            if ours.get(name) != hello.versions.get(name):
+        own = {"engine": __version__, **library_versions()}
+        for name in own.keys() | info.versions.keys():
+            if own.get(name) != info.versions.get(name):
                 return (
-                    f"{hello.host} has {name} {hello.versions.get(name) or 'not'}, here is "
-                    f"{ours.get(name) or 'none'}; install the same on every machine (constraints.txt)"
+                    f"{info.host} has {name} {info.versions.get(name) or '(missing)'}, this machine has "
+                    f"{own.get(name) or '(missing)'}; install the same version everywhere (constraints.txt)"
                 )
         return None
 
@@ -315,31 +317,31 @@ class ActorPool:
 
         Raises EngineError when too many consecutive actors die before they take a part.
         """
-        if actor.gone:
+        if actor.ended:
             return
-        slot = actor.slot
-        slot.failures = 0 if actor.began else slot.failures + 1
+        placement = actor.placement
+        placement.failures = 0 if actor.began else placement.failures + 1
         if actor.ready:
-            self.say(f"an actor on {actor.host} ({actor.pid}) is lost, another takes its place: {why}")
+            self.say(f"an actor on {actor.host} ({actor.pid}) was lost and is replaced: {why}")
         self._remove_actor(actor, counts_as_failure=True)
-        if slot.failures < MAX_ACTOR_RESTARTS:
-            self._start(slot)
+        if placement.failures < MAX_ACTOR_RESTARTS:
+            self._start(placement)
             return
-        hopeless = slot.failures >= MAX_TOTAL_RESTARTS or not any(
-            one.began for one in (*self.actors, *self.lost_actors)
+        is_hopeless = placement.failures >= MAX_TOTAL_RESTARTS or not any(
+            other.began for other in (*self.actors, *self.lost_actors)
         )
-        if hopeless and not self.ready:
-            raise EngineError(f"no actor lives long enough to take a part: {why}")
-        self.say(f"{slot.failures} actors have died before they took a part, the last since: {why}")
-        slot.start_at = time.monotonic() + REMIND_S
+        if is_hopeless and not self.ready:
+            raise EngineError(f"every actor ended before it took a part: {why}")
+        self.say(f"{placement.failures} actors in a row ended before they took a part, the last one: {why}")
+        placement.start_at = time.monotonic() + REMIND_S
 
     def refuse_actor(self, actor: ActorHandle, why: str) -> None:
         """Remove an actor with wrong scores, without replacement.
 
         Raises ParityError when no other is left.
         """
-        self.refused.append(f"{actor.host}, {actor.kind.device}: {why}")
-        self.say(f"an actor on {actor.host} ({actor.kind.device}) is refused: {why}")
+        self.refused.append(f"{actor.host}, {actor.group.device}: {why}")
+        self.say(f"an actor on {actor.host} ({actor.group.device}) is refused: {why}")
         self._remove_actor(actor, counts_as_failure=False)
         if not self.actors:
             raise ParityError(f"no actor is left: {why}")
@@ -349,15 +351,17 @@ class ActorPool:
         self.say(f"an actor on {actor.host} is not used: {why}")
         self._remove_actor(actor, counts_as_failure=False)
         if not self.actors:
-            raise EngineError(f"no actor is left: {why}; run the same command again where there are others")
+            raise EngineError(
+                f"no actor is left: {why}; run the same command again on a cluster with suitable machines"
+            )
 
     def _remove_actor(self, actor: ActorHandle, *, counts_as_failure: bool) -> None:
-        actor.gone, actor.ready = True, False
+        actor.ended, actor.ready = True, False
         self.actors.remove(actor)
         self.lost_actors.append(actor)
         self.ray.kill(actor.handle)
-        if self.owner:
-            self.owner.on_actor_lost(actor, counts_as_failure=counts_as_failure)
+        if self.listener:
+            self.listener.on_actor_lost(actor, counts_as_failure=counts_as_failure)
 
     def close(self) -> None:
         """End all actors, and Ray if it was started here."""

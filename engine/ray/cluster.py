@@ -68,20 +68,22 @@ def plan_actors(nodes: Sequence[Node], settings: Settings) -> list[ActorResource
     """
     gpus = 0 if settings.device == "cpu" else sum(node.gpus for node in nodes)
     shared = settings.actors and gpus and all(node.gpus for node in nodes)
-    found = []
+    actors: list[ActorResources] = []
     if gpus:
-        each = min(node.cpus // node.gpus for node in nodes if node.gpus)
-        found = [ActorResources(True, settings.workers or max(1, each // 2 if shared else each))] * gpus
+        threads = min(node.cpus // node.gpus for node in nodes if node.gpus)
+        actors = [
+            ActorResources(True, settings.workers or max(1, threads // 2 if shared else threads))
+        ] * gpus
         if not settings.actors:
-            return found
+            return actors
     free = [
-        node.cpus - node.gpus * found[0].workers if shared else node.cpus
+        node.cpus - node.gpus * actors[0].workers if shared else node.cpus
         for node in nodes
         if shared or not (gpus and node.gpus)
     ]
     workers = settings.workers or _threads_per_actor(free, settings.actors)
     fitting = sum(max(0, cpus) // workers for cpus in free)
-    return found + [ActorResources(False, workers)] * (settings.actors or max(1, fitting))
+    return actors + [ActorResources(False, workers)] * (settings.actors or max(1, fitting))
 
 
 def _threads_per_actor(cpus: Sequence[int], actors: int | None) -> int:
@@ -89,7 +91,7 @@ def _threads_per_actor(cpus: Sequence[int], actors: int | None) -> int:
     if not actors:
         return max(1, min((count for count in cpus if count > 0), default=1))
     most = max([1, *cpus])
-    return next((each for each in range(most, 0, -1) if sum(count // each for count in cpus) >= actors), 1)
+    return next((size for size in range(most, 0, -1) if sum(count // size for count in cpus) >= actors), 1)
 
 
 def local_node() -> Node:
@@ -106,13 +108,16 @@ def describe_actors(settings: Settings) -> str:
     """Describe the actors of these settings. Raises UsageError when Ray is missing or none fits."""
     version = import_ray().__version__
     if settings.ray == "local":
-        placements, where = plan_actors([local_node()], settings), "a Ray of its own on this machine"
+        placements, where = plan_actors([local_node()], settings), "a local Ray on this machine"
     else:
         with connect_cluster(settings) as cluster:
             nodes = cluster.nodes()
-        placements, where = plan_actors(nodes, settings), f"the Ray of {len(nodes)} nodes at {settings.ray}"
-    kinds = [f"{placements.count(post)} with {post}" for post in dict.fromkeys(placements)]
-    return f"{version}: {where}; actors: {', '.join(kinds)}"
+        placements, where = (
+            plan_actors(nodes, settings),
+            f"the Ray cluster of {len(nodes)} nodes at {settings.ray}",
+        )
+    counts = [f"{placements.count(kind)} with {kind}" for kind in dict.fromkeys(placements)]
+    return f"{version}: {where}; actors: {', '.join(counts)}"
 
 
 class Cluster:
@@ -123,7 +128,7 @@ class Cluster:
 
     def nodes(self) -> list[Node]:
         resources = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        return [Node(int(one.get("CPU", 0)), int(one.get("GPU", 0))) for one in resources]
+        return [Node(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in resources]
 
 
 @contextmanager
@@ -147,7 +152,7 @@ def connect_cluster(settings: Settings) -> Iterator[Cluster]:
                 _join(ray, str(settings.ray))
         yield Cluster(ray)
     finally:
-        _leave(ray, scratch)
+        _disconnect(ray, scratch)
         for _ in range(5 if scratch else 0):  # Ray's processes write files until they end
             shutil.rmtree(str(scratch), ignore_errors=True)
             if not os.path.exists(str(scratch)):
@@ -155,28 +160,28 @@ def connect_cluster(settings: Settings) -> Iterator[Cluster]:
             time.sleep(0.2)
 
 
-def _leave(ray: Any, scratch: str | None) -> None:
+def _disconnect(ray: Any, scratch: str | None) -> None:
     """Disconnect; kill a Ray started here that does not end in time."""
-    leaving = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
-    leaving.start()
-    leaving.join(SHUTDOWN_S)
-    if not (leaving.is_alive() and scratch):
+    shutdown = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    shutdown.start()
+    shutdown.join(SHUTDOWN_S)
+    if not (shutdown.is_alive() and scratch):
         return
     from ray._private import worker
 
     if worker._global_node:  # processes started by `ray.init`; workers end with them
         worker._global_node.kill_all_processes(check_alive=False)
-    leaving.join(SHUTDOWN_S)
+    shutdown.join(SHUTDOWN_S)
 
 
 def _start(ray: Any, settings: Settings, scratch: str) -> None:
-    machine_here = local_node()
-    placements = plan_actors([machine_here], settings)
+    machine = local_node()
+    placements = plan_actors([machine], settings)
     ray.init(
         address="local",
         # may exceed the real number when the user sets more: Ray only uses it to place actors
-        num_cpus=max(machine_here.cpus, sum(post.workers for post in placements)),
-        num_gpus=machine_here.gpus,
+        num_cpus=max(machine.cpus, sum(actor.workers for actor in placements)),
+        num_gpus=machine.gpus,
         object_store_memory=STORE_BYTES,
         include_dashboard=False,
         configure_logging=False,
@@ -189,14 +194,14 @@ def _join(ray: Any, address: str) -> None:
     from ray._private.services import canonicalize_bootstrap_address
 
     try:
-        found = canonicalize_bootstrap_address(address) or "nowhere:0"
-        _check(found)
-        ray.init(address=found, configure_logging=False, log_to_driver=False)
+        host_port = canonicalize_bootstrap_address(address) or "nowhere:0"
+        _check(host_port)
+        ray.init(address=host_port, configure_logging=False, log_to_driver=False)
     except Exception as error:  # Ray raises many types
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"--ray {address}: no cluster can be joined there ({reason}); allowed: the address HOST:PORT "
-            "that `ray start` has printed, or auto, on a machine of the cluster"
+            f"--ray {address}: can't join a cluster at this address ({reason}); allowed: the address "
+            "HOST:PORT that `ray start` has printed, or auto, on a machine of the cluster"
         ) from None
 
 
@@ -212,7 +217,7 @@ def _check(address: str) -> None:
     try:
         subprocess.run(check, env=environment, capture_output=True, timeout=CHECK_S, check=True)
     except subprocess.SubprocessError:
-        raise ConnectionError("what answers there is not Ray") from None
+        raise ConnectionError("the server at this address is not Ray") from None
 
 
 def _silence_ray() -> None:
@@ -222,7 +227,7 @@ def _silence_ray() -> None:
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     from ray._private import worker
 
-    worker._worker_logs_enabled = False  # prints on the death of any worker, whatever `log_to_driver` says
+    worker._worker_logs_enabled = False  # prints on the death of any worker, whatever `log_to_driver` is
 
 
 @contextmanager
@@ -231,8 +236,8 @@ def _keep_signal_handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kept = signal.getsignal(signal.SIGTERM)
+    previous = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, kept)
+        signal.signal(signal.SIGTERM, previous)

@@ -65,20 +65,20 @@ def screen_on_ray(
     pool = ActorPool(settings, say, deadline)
     with (
         closing(pool),
-        prepare_run(settings, say, chosen=pool.start_actors) as job,
+        prepare_run(settings, say, chosen=pool.start_actors) as prepared,
         closing(pool),  # before the folder is unlocked
-        write_token(job) as token,
+        write_token(prepared) as token,
     ):
-        return RayRun(pool, job, token, on_progress, deadline, stages_type or Stages).screen()
+        return RayRun(pool, prepared, token, on_progress, deadline, stages_type or Stages).screen()
 
 
 @contextmanager
-def write_token(job: PreparedRun) -> Iterator[tuple[str, str] | None]:
+def write_token(prepared: PreparedRun) -> Iterator[tuple[str, str] | None]:
     """Write a file to a local results folder, by which actors recognize the folder."""
-    if not isinstance(job.folder.path, Path):
+    if not isinstance(prepared.folder.path, Path):
         yield None
         return
-    file, content = job.folder.path / TOKEN_FILE, uuid.uuid4().hex
+    file, content = prepared.folder.path / TOKEN_FILE, uuid.uuid4().hex
     file.write_text(content)
     try:
         yield TOKEN_FILE, content
@@ -96,20 +96,20 @@ class RayRun:
     def __init__(
         self,
         pool: ActorPool,
-        job: PreparedRun,
+        prepared: PreparedRun,
         token: tuple[str, str] | None,
         on_progress: OnProgress,
         deadline: Deadline,
         stages_type: type[Stages],
     ) -> None:
-        self.pool, self.job, self._token, self._on_progress, self._deadline = (
+        self.pool, self.prepared, self._token, self._on_progress, self._deadline = (
             pool,
-            job,
+            prepared,
             token,
             on_progress,
             deadline,
         )
-        self._stages_of = stages_type
+        self._stages_type = stages_type
         self._leaders: dict[ActorGroup, OpenedStages] = {}
         self._batch_sizes: dict[ActorGroup, int] = {}
         self.done: dict[int, PartInfo] = {}  # parts done since this start
@@ -119,139 +119,143 @@ class RayRun:
         self._failures: Counter[int] = Counter()
         self._crashed: dict[int, frozenset[int]] = {}  # row positions by part, found by the search
         self._searches: list[PoisonRowSearch] = []
-        self.parts_again = 0  # parts that were assigned again
+        self.repeated_parts = 0  # parts that were assigned again
 
     def screen(self) -> Summary:
-        job, pool = self.job, self.pool
-        pool.owner = self
+        prepared, pool = self.prepared, self.pool
+        pool.listener = self
         self._settle_options()
-        job.begin()
-        if job.is_finished:
-            return job.summary()
-        self.progress = job.progress()
+        prepared.begin()
+        if prepared.is_finished:
+            return prepared.summary()
+        self.progress = prepared.progress()
         self._by_status = self.progress.by_status.copy()  # of done parts
-        self._actors = job.folder.actors(job.run)
-        self.part_queue = PartQueue(self._parts_of, set(range(job.run.part_count)) - set(job.done))
-        pool.begun = True
+        self._actors = prepared.folder.actors(prepared.run)
+        self.part_queue = PartQueue(self._parts_of, set(range(prepared.run.part_count)) - set(prepared.done))
+        pool.run_began = True
         try:
             for actor in list(pool.actors):
                 self.on_actor_started(actor)
             parts = self._work()
         finally:
             self.part_queue.close()
-        job.folder.files.delete_leftovers()
-        pulses = self._heartbeats()
+        prepared.folder.files.delete_leftovers()
+        heartbeats = self._heartbeats()
         return finish_run(
-            job.folder,
-            job.run,
+            prepared.folder,
+            prepared.run,
             self.progress,
             self._meters(),
             parts=parts,
-            decoder_restarts=sum(heartbeat.crashes for heartbeat in pulses),
-            decoder_refusals=sum(heartbeat.refusals for heartbeat in pulses),
+            decoder_restarts=sum(heartbeat.crashes for heartbeat in heartbeats),
+            decoder_refusals=sum(heartbeat.refusals for heartbeat in heartbeats),
             actors=ActorCounts(
                 started=len(pool.actors) + len(pool.lost_actors),
                 lost=len(pool.lost_actors) - len(pool.refused),
                 refused=tuple(pool.refused),
-                parts_done_again=self.parts_again,
+                parts_done_again=self.repeated_parts,
                 rows_crashed=sum(map(len, self._crashed.values())),
             ),
         )
 
     def _parts_of(self, wanted: set[int]) -> Iterator[Part]:
-        return self.job.manifest.parts(self.job.part_rows, wanted)
+        return self.prepared.manifest.parts(self.prepared.part_rows, wanted)
 
     def _settle_options(self) -> None:
         """Let one actor of each group tune its options, and record them in the run."""
-        job, settings = self.job, self.job.settings
-        recorded = None if settings.overwrite else job.folder.recorded()
-        choices = {actor.kind: actor.hello.choice for actor in self.pool.actors if actor.hello}
-        groups = recorded.result_options.kinds or () if recorded else ()
-        before = {ActorGroup.of_record(group): group.batch_size for group in groups}
-        for kind, choice in choices.items():
+        prepared, settings = self.prepared, self.prepared.settings
+        recorded = None if settings.overwrite else prepared.folder.recorded()
+        choices = {actor.group: actor.info.choice for actor in self.pool.actors if actor.info}
+        records = recorded.result_options.kinds or () if recorded else ()
+        recorded_sizes = {ActorGroup.of_record(record): record.batch_size for record in records}
+        for group, choice in choices.items():
             default = settings.batch_size or default_sizes(choice)[0]
-            known = before.get(kind, default)
-            self._batch_sizes[kind] = known if len(choices) > 1 else job.run.result_options.batch_size
-        for kind in choices:
-            self._open_leader(kind)
+            size = recorded_sizes.get(group, default)
+            self._batch_sizes[group] = size if len(choices) > 1 else prepared.run.result_options.batch_size
+        for group in choices:
+            self._open_leader(group)
         if len(choices) > 1:
-            kinds = [kind.as_record(size) for kind, size in self._batch_sizes.items()]
-            job.run = job.run.with_options(kinds=tuple(sorted(kinds, key=_group_key)))
+            groups = [group.as_record(size) for group, size in self._batch_sizes.items()]
+            prepared.run = prepared.run.with_options(kinds=tuple(sorted(groups, key=_group_key)))
             if settings.part_rows is None and recorded is None:
                 part_rows = min(default_sizes(choice)[1] for choice in choices.values())
-                job.run = job.run.with_options(part_rows=part_rows)
+                prepared.run = prepared.run.with_options(part_rows=part_rows)
 
-    def _open_leader(self, kind: ActorGroup) -> None:
+    def _open_leader(self, group: ActorGroup) -> None:
         """Open one actor of a group, or another if it is lost. Raises ParityError when all are refused."""
-        asked: ActorHandle | None = None
-        while kind not in self._leaders:
-            if not any(actor.slot.resources.gpu == (kind.gpu is not None) for actor in self.pool.actors):
-                raise ParityError(f"no actor is left of a kind: {self.pool.refused[-1]}")
-            if asked is None or asked.gone:
-                there = (actor for actor in self.pool.actors if actor.hello and actor.kind == kind)
-                if asked := next(there, None):
-                    self._open(asked)
+        leader: ActorHandle | None = None
+        while group not in self._leaders:
+            if not any(
+                actor.placement.resources.gpu == (group.gpu is not None) for actor in self.pool.actors
+            ):
+                raise ParityError(f"no actor is left of one hardware group: {self.pool.refused[-1]}")
+            if leader is None or leader.ended:
+                candidates = (actor for actor in self.pool.actors if actor.info and actor.group == group)
+                if leader := next(candidates, None):
+                    self._open(leader)
             self._handle_answers()
             if self._deadline.reached():
-                raise Stopped(f"{self._deadline.why} before it began; the same command starts it")
+                raise Stopped(
+                    f"{self._deadline.why} before the run began; run the same command again to start it"
+                )
 
     def on_actor_started(self, actor: ActorHandle) -> None:
         """Open, begin or dismiss an actor that started after the run began; ignore an earlier one."""
-        if not self.pool.begun or not actor.hello:
+        if not self.pool.run_began or not actor.info:
             return
-        if actor.kind not in self._batch_sizes:
+        if actor.group not in self._batch_sizes:
             self.pool.dismiss_actor(actor, "the run has begun without such actors")
         elif actor.opened:
             self._begin(actor)
-        elif actor.opening is None:
+        elif actor.opening_since is None:
             self._open(actor)
 
     def _open(self, actor: ActorHandle) -> None:
-        job, kind = self.job, actor.kind
-        assert actor.hello
-        choice, leader = actor.hello.choice, self._leaders.get(kind)
-        tuning = leader.settled.tuning if leader else job.run.tuning if choice.gpu else Tuning()
-        work = RunSpec(
-            self._batch_sizes[kind],
-            job.part_rows,
-            job.run.rows,
+        prepared, group = self.prepared, actor.group
+        assert actor.info
+        choice, leader = actor.info.choice, self._leaders.get(group)
+        tuning = leader.settled.tuning if leader else prepared.run.tuning if choice.gpu else Tuning()
+        spec = RunSpec(
+            self._batch_sizes[group],
+            prepared.part_rows,
+            prepared.run.rows,
             tuning,
-            job.layout,
-            job.manifest.root,
-            job.resumed or leader is not None,
-            self._stages_of,
+            prepared.layout,
+            prepared.manifest.root,
+            prepared.resumed or leader is not None,
+            self._stages_type,
             self._token,
             self._checked_files,
             leader.expected if leader else None,
         )
-        actor.opening = time.monotonic()
-        self.pool.call(actor, "open", work, then=self._on_opened)
+        actor.opening_since = time.monotonic()
+        self.pool.call(actor, "open", spec, then=self._on_opened)
 
     def _on_opened(self, actor: ActorHandle, opened: OpenedStages) -> None:
-        job, kind = self.job, actor.kind
+        prepared, group = self.prepared, actor.group
         actor.opened = True
-        if kind not in self._leaders:
-            self._leaders[kind] = opened
-            self._batch_sizes[kind] = opened.settled.batch_size
-            job.start_messages += opened.lines
+        if group not in self._leaders:
+            self._leaders[group] = opened
+            self._batch_sizes[group] = opened.settled.batch_size
+            prepared.start_messages += opened.lines
             settled = opened.settled
-            if kind.device != job.run.result_options.device:  # only its versions are recorded
-                known = job.run.result_options.batch_size, job.run.tuning
-                settled = Settled(*known, settled.versions)
-            job.run = job.run.with_settled(settled)
-        if self.pool.begun:
+            if group.device != prepared.run.result_options.device:  # only its versions are recorded
+                unchanged = prepared.run.result_options.batch_size, prepared.run.tuning
+                settled = Settled(*unchanged, settled.versions)
+            prepared.run = prepared.run.with_settled(settled)
+        if self.pool.run_began:
             self._begin(actor)
 
     def _begin(self, actor: ActorHandle) -> None:
-        def begun(actor: ActorHandle, answer: None) -> None:
+        def set_ready(actor: ActorHandle, answer: None) -> None:
             actor.ready = True
 
-        self.pool.call(actor, "begin", self.job.run.to_metadata(), then=begun)
+        self.pool.call(actor, "begin", self.prepared.run.to_metadata(), then=set_ready)
 
     @cached_property
     def _checked_files(self) -> tuple[str, ...]:
         """List some local files of the manifest that exist."""
-        manifest = self.job.manifest
+        manifest = self.prepared.manifest
         column = next(manifest.tables()).column(manifest.path_column).slice(0, CHECKED_FILES)
         paths = [str(path) for path in column.to_pylist() if path]
         storage = ImageStorage(manifest.root)
@@ -265,13 +269,13 @@ class RayRun:
         self.pool.handle_answers(POLL_S)
         now = time.monotonic()
         for actor in list(self.pool.actors):
-            if actor.opening and not actor.opened and now - actor.opening > OPEN_TIMEOUT_S:
+            if actor.opening_since and not actor.opened and now - actor.opening_since > OPEN_TIMEOUT_S:
                 self.pool.replace_actor(actor, f"its stages did not open within {OPEN_TIMEOUT_S:g} s")
         self.pool.report_waiting()
 
     def _work(self) -> dict[int, PartInfo]:
         """Assign parts until each is confirmed; return the contents of their footers."""
-        total = self.job.run.part_count - len(self.job.done)
+        total = self.prepared.run.part_count - len(self.prepared.done)
         while True:
             while len(self.done) < total or any(self._unconfirmed.values()):
                 self._handle_answers()
@@ -284,7 +288,7 @@ class RayRun:
                 self._publish_progress()
                 self._check_stop(total)
             self._record(now=True)
-            parts = self.job.folder.finished(self.job.run)
+            parts = self.prepared.folder.finished(self.prepared.run)
             # a lost actor may have written a part after the actor that repeated it
             if not (overwritten := self.done.keys() - parts.keys()):
                 return parts
@@ -301,13 +305,13 @@ class RayRun:
             self.part_queue.take()
             part.crashed = self._crashed.get(part.index, frozenset())
             actor.parts[part.index] = part.rows
-            actor.alone = self._is_suspected(part)
+            actor.exclusive = self._is_suspected(part)
             actor.began = actor.began or time.monotonic()
 
-            def done(actor: ActorHandle, done: PartInfo) -> None:
+            def on_done(actor: ActorHandle, done: PartInfo) -> None:
                 self._on_part_done(actor, done)
 
-            self.pool.call(actor, "take", part, then=done, group=PARTS_GROUP)
+            self.pool.call(actor, "score_part", part, then=on_done, group=PARTS_GROUP)
 
     def _choose_actor_for(self, part: Part) -> ActorHandle | None:
         """Choose the actor that finishes a part soonest, None if none should get it now.
@@ -318,19 +322,19 @@ class RayRun:
         free = [
             actor for actor in ready if self._has_room(actor, alone=alone) and self._is_in_time(actor, part)
         ]
-        return choose_actor(free, ready, part.rows, self.part_queue.left * self.job.part_rows)
+        return choose_actor(free, ready, part.rows, self.part_queue.left * self.prepared.part_rows)
 
     def _is_suspected(self, part: Part) -> bool:
         """Return whether an actor died with this part; the next actor then gets it alone."""
         return self._failures[part.index] > 0 or part.index in self._crashed
 
     def _has_room(self, actor: ActorHandle, *, alone: bool) -> bool:
-        if actor.alone or any(one.actor is actor for one in self._searches):
+        if actor.exclusive or any(search.actor is actor for search in self._searches):
             return False
         if alone or (actor.rate is None and len(self._batch_sizes) > 1):
             return not actor.parts
-        rows = BATCHES_IN_STAGES * self._batch_sizes[actor.kind]
-        return len(actor.parts) < min(MAX_PARTS_HELD, 2 + rows // self.job.part_rows)
+        rows = BATCHES_IN_STAGES * self._batch_sizes[actor.group]
+        return len(actor.parts) < min(MAX_PARTS_HELD, 2 + rows // self.prepared.part_rows)
 
     def _is_in_time(self, actor: ActorHandle, part: Part) -> bool:
         """Return whether an actor can finish a part, and the canaries after it, before the deadline."""
@@ -340,7 +344,7 @@ class RayRun:
     def _on_part_done(self, actor: ActorHandle, done: PartInfo) -> None:
         index = done.index
         actor.rows_done += actor.parts.pop(index)
-        actor.alone = False
+        actor.exclusive = False
         self.done[index] = done
         self._by_status.update(done.by_status)
         self._failures.pop(index, None)
@@ -351,8 +355,8 @@ class RayRun:
         done = self.done.pop(index)
         self._by_status.subtract(done.by_status)
         self.progress.by_class.subtract(done.by_class)
-        self.parts_again += 1
-        self.part_queue.again(index)
+        self.repeated_parts += 1
+        self.part_queue.put_back(index)
 
     def on_actor_lost(self, actor: ActorHandle, *, counts_as_failure: bool) -> None:
         """Assign the parts of a lost actor again, and those that no canaries confirmed."""
@@ -360,9 +364,9 @@ class RayRun:
             if search.actor is actor:
                 search.on_actor_lost()
         for index in actor.parts:
-            self.parts_again += 1
+            self.repeated_parts += 1
             self._failures[index] += counts_as_failure
-            self.part_queue.again(index)
+            self.part_queue.put_back(index)
         for index in self._unconfirmed.pop(actor.name, set()):
             self._repeat_part(index)
 
@@ -372,12 +376,12 @@ class RayRun:
         if part is not None and self._failures[part.index] >= MAX_PART_FAILURES:
             if part.index in self._crashed:
                 raise EngineError(
-                    f"part {part.index} (from row {part.row[0]}) kills every actor that gets it, although no "
-                    "single row of it does; run the same command again to continue"
+                    f"part {part.index} (from row {part.row[0]}) ends every actor that scores it, but no "
+                    "single row does; run the same command again to continue"
                 )
             self.part_queue.take()
             self.pool.say(
-                f"part {part.index} has ended {MAX_PART_FAILURES} actors: looking for the row that does"
+                f"part {part.index} ended {MAX_PART_FAILURES} actors; searching for the row that causes it"
             )
             batch_size = min(self._batch_sizes.values())
             self._searches.append(PoisonRowSearch(self.pool, part, batch_size))
@@ -386,19 +390,23 @@ class RayRun:
                 self._searches.remove(search)
                 self._crashed[search.index] = frozenset(search.crashed)
                 self._failures[search.index] = 0
-                first = search.index * self.job.part_rows
+                first = search.index * self.prepared.part_rows
                 rows = ", ".join(
                     str(first + position) for position in sorted(search.crashed)[:MAX_SHOWN_ROWS]
                 )
-                many = len(search.crashed)
-                found = f"rows that end it alone too: {many} ({rows})" if many else "no row ends it alone"
-                self.pool.say(f"part {search.index}: {found}")
-                if many > MAX_POISON_ROWS:
+                count = len(search.crashed)
+                text = (
+                    f"rows that end an actor alone: {count} ({rows})"
+                    if count
+                    else "no row ends an actor alone"
+                )
+                self.pool.say(f"part {search.index}: {text}")
+                if count > MAX_POISON_ROWS:
                     raise EngineError(
-                        f"part {search.index}: {many} rows crash the process that scores them, so the cause "
+                        f"part {search.index}: {count} rows crash the process that scores them, so the cause "
                         "is not the images; fix it and run the same command again"
                     )
-                self.part_queue.again(search.index)
+                self.part_queue.put_back(search.index)
             elif search.actor is None:
                 free = (actor for actor in self.pool.ready if self._has_room(actor, alone=True))
                 if actor := next(free, None):
@@ -408,7 +416,7 @@ class RayRun:
 
     def _poll_heartbeats(self) -> None:
         """Ask the actors for their progress and detect those that hang."""
-        now, limit_s = time.monotonic(), self.job.settings.part_timeout_s
+        now, limit_s = time.monotonic(), self.prepared.settings.part_timeout_s
         for actor in self.pool.ready:
             if not actor.awaiting_heartbeat and now - actor.heartbeat_asked_at > HEARTBEAT_S:
                 actor.awaiting_heartbeat, actor.heartbeat_asked_at = True, now
@@ -421,22 +429,22 @@ class RayRun:
     def _on_heartbeat(self, actor: ActorHandle, heartbeat: Heartbeat) -> None:
         actor.awaiting_heartbeat, actor.heartbeat = False, heartbeat
         self._confirm(actor, heartbeat.rounds)
-        limit_s = self.job.settings.part_timeout_s
+        limit_s = self.prepared.settings.part_timeout_s
         if heartbeat.idle_s > limit_s:
             self.pool.replace_actor(actor, f"no finished batch for {limit_s:g} s (--part-timeout)")
 
     def _confirm(self, actor: ActorHandle, rounds: int) -> None:
         """Count what an actor wrote before its canaries passed."""
-        known = self._actors.get(actor.name)
-        if rounds <= (known.rounds if known else 0):
+        previous = self._actors.get(actor.name)
+        if rounds <= (previous.rounds if previous else 0):
             return
-        assert actor.hello
-        device = actor.hello.choice.device
+        assert actor.info
+        device = actor.info.choice.device
         self._actors[actor.name] = ActorRecord(host=actor.host, device=device, rounds=rounds)
         self._changed = True
-        left = self._unconfirmed.get(actor.name, set())
+        unconfirmed = self._unconfirmed.get(actor.name, set())
         self._unconfirmed[actor.name] = {
-            one for one in left if not is_confirmed(self.done[one], self._actors)
+            index for index in unconfirmed if not is_confirmed(self.done[index], self._actors)
         }
 
     def _check_all(self) -> None:
@@ -452,7 +460,7 @@ class RayRun:
 
     def _record(self, *, now: bool = False) -> None:
         if self._changed and (now or time.monotonic() - self._recorded > RECORD_S):
-            self.job.folder.record_actors(self.job.run, self._actors)
+            self.prepared.folder.record_actors(self.prepared.run, self._actors)
             self._recorded, self._changed = time.monotonic(), False
 
     # progress
@@ -464,11 +472,11 @@ class RayRun:
         """Sum the stage meters of all actors."""
         meters: dict[str, Meter] = {}
         for actor in (*self.pool.actors, *self.pool.lost_actors):
-            for name, (lanes, busy_s, starved_s, blocked_s) in (
+            for name, (threads, busy_s, starved_s, blocked_s) in (
                 actor.heartbeat.meters if actor.heartbeat else {}
             ).items():
                 meter = meters.setdefault(name, Meter(name, 0))
-                meter.lanes += 0 if actor.gone else lanes
+                meter.lanes += 0 if actor.ended else threads
                 meter.busy_s += busy_s
                 meter.starved_s += starved_s
                 meter.blocked_s += blocked_s
@@ -479,9 +487,9 @@ class RayRun:
     def _publish_progress(self) -> None:
         by_status = self._by_status.copy()
         for actor in self.pool.ready:
-            for index, found in (actor.heartbeat.in_progress if actor.heartbeat else {}).items():
+            for index, counts in (actor.heartbeat.in_progress if actor.heartbeat else {}).items():
                 if index in actor.parts:
-                    by_status.update(found)
+                    by_status.update(counts)
         progress = self.progress
         progress.by_status = by_status
         rows_done = by_status.total() - self.progress.rows_before
@@ -506,21 +514,21 @@ class RayRun:
     def _stop(self, grace_s: float) -> None:
         answers = 0
 
-        def stopped(actor: ActorHandle, heartbeat: Heartbeat) -> None:
+        def on_stopped(actor: ActorHandle, heartbeat: Heartbeat) -> None:
             nonlocal answers
             answers += 1
             self._on_heartbeat(actor, heartbeat)
 
-        asked = self.pool.ready
-        for actor in asked:
-            self.pool.call(actor, "stop", grace_s, then=stopped)
+        actors = self.pool.ready
+        for actor in actors:
+            self.pool.call(actor, "stop", grace_s, then=on_stopped)
         deadline = time.monotonic() + grace_s + CHECK_S
-        while answers < len([actor for actor in asked if not actor.gone]) and time.monotonic() < deadline:
+        while answers < len([actor for actor in actors if not actor.ended]) and time.monotonic() < deadline:
             self.pool.handle_answers(POLL_S)
         self._record(now=True)
         self._publish_progress()
         rows = self.progress.rows_before + sum(part.rows for part in self.done.values())
-        raise self._deadline.stopped(f"{rows} of {self.progress.rows} rows were through")
+        raise self._deadline.stopped(f"{rows} of {self.progress.rows} rows were processed")
 
 
 @dataclass(frozen=True)
@@ -543,17 +551,17 @@ def choose_actor(
     return None
 
 
-def others_finish_first(rows: int, mine: ActorLoad, others: Sequence[ActorLoad], left: int) -> bool:
-    """Return whether `others` finish all `left` rows before an actor with the load `mine` finishes one part.
+def others_finish_first(rows: int, own: ActorLoad, others: Sequence[ActorLoad], left: int) -> bool:
+    """Return whether `others` finish all `left` rows before an actor with the load `own` finishes one part.
 
     `left` counts the unassigned rows, including the `rows` of that part.
     """
     rates = [other.rate for other in others if other.rate]
-    if not rates or not mine.rate:
+    if not rates or not own.rate:
         return False
     held = sum(other.rows for other in others if other.rate)
-    theirs_s = (held + left - rows) / sum(rates) + rows / max(rates)
-    return theirs_s < (mine.rows + rows) / mine.rate
+    others_s = (held + left - rows) / sum(rates) + rows / max(rates)
+    return others_s < (own.rows + rows) / own.rate
 
 
 def _group_key(group: HardwareGroup) -> str:

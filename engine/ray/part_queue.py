@@ -21,10 +21,10 @@ class PartQueue:
 
     def __init__(self, parts_of: Callable[[set[int]], Iterator[Part]], wanted: set[int]) -> None:
         self._parts_of = parts_of
-        self._again = wanted
+        self._wanted = wanted
         self._ready: queue.Queue[Part | BaseException | None] = queue.Queue(PARTS_AHEAD)
         self._next: Part | None = None
-        self._passing = self._closed = False
+        self._reading = self._closed = False
         self.left = len(wanted)  # parts that have not been taken
 
     def peek(self) -> Part | None:
@@ -32,16 +32,16 @@ class PartQueue:
 
         Raises errors of the manifest.
         """
-        if self._next is None and not self._passing and self._again:
-            wanted, self._again = self._again, set()
-            self._passing = True
+        if self._next is None and not self._reading and self._wanted:
+            wanted, self._wanted = self._wanted, set()
+            self._reading = True
             threading.Thread(target=self._read, args=(wanted,), name="manifest", daemon=True).start()
-        if self._next is None and self._passing:
+        if self._next is None and self._reading:
             with suppress(queue.Empty):
-                found = self._ready.get_nowait()
-                if isinstance(found, BaseException):
-                    raise found
-                self._next, self._passing = found, found is not None
+                item = self._ready.get_nowait()
+                if isinstance(item, BaseException):
+                    raise item
+                self._next, self._reading = item, item is not None
         return self._next
 
     def take(self) -> None:
@@ -49,8 +49,8 @@ class PartQueue:
         self._next = None
         self.left -= 1
 
-    def again(self, index: int) -> None:
-        self._again.add(index)
+    def put_back(self, index: int) -> None:
+        self._wanted.add(index)
         self.left += 1
 
     def close(self) -> None:

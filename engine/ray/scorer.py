@@ -27,7 +27,7 @@ from engine.sink.part_buffer import PartBuffer
 from engine.sink.triage import Triage
 
 # columns of the results that don't depend on the scores
-_LEFT_OUT = ("row", PATH_COLUMN, "flags", "width", "height", "bits", "photometric")
+_OMITTED_COLUMNS = ("row", PATH_COLUMN, "flags", "width", "height", "bits", "photometric")
 
 
 class EnsembleScorer:
@@ -60,7 +60,7 @@ class EnsembleScorer:
         choice = select_runner(runner, device, self._bundle, precision=precision, batch_size=batch_size)
         names = tuple(member.name for member in self._bundle.members)
         triage = Triage.of(self._bundle)
-        self._layout = ResultSchema(self._bundle.classes, names, pa.schema([]), "", uids=False, triage=triage)
+        self._schema = ResultSchema(self._bundle.classes, names, pa.schema([]), "", uids=False, triage=triage)
         limits = Limits(max_pixels=max_pixels)
         settings = Settings(manifest=Path(), bundle=Path(bundle), workers=workers, **vars(limits))
         self._max_pixels = max_pixels
@@ -80,7 +80,9 @@ class EnsembleScorer:
         elif "bytes" in block:
             batches = self._of_bytes(list(block["bytes"]))
         else:
-            raise UsageError(f"a block with {', '.join(block)}; it has to have a column bytes or pixels")
+            raise UsageError(
+                f"the block has the columns {', '.join(block)}; it must have a column bytes or pixels"
+            )
         rows = sum(batch.rows for batch in batches)
         scored = list(self._stages.step.stage(iter(batches), Meter("members")))
         kept = {name: column for name, column in block.items() if name not in ("bytes", "pixels")}
@@ -94,20 +96,20 @@ class EnsembleScorer:
         batches = []
         for batch in _split_rows(len(images), self._batch_size):
             for position in range(batch.rows):
-                self._look_at(batch, position, images[batch.start + position])
+                self._add_image(batch, position, images[batch.start + position])
             batches.append(batch)
         return list(self._stages.preprocess.stage(batches, Meter("preprocess")))
 
-    def _look_at(self, batch: Batch, position: int, image: Any) -> None:
+    def _add_image(self, batch: Batch, position: int, image: Any) -> None:
         """Add an image or its failure to the batch, as the reader does for a file."""
         data = b"" if image is None else bytes(image)
         try:
-            found = header.check(data, self._max_pixels)
+            image_header = header.check(data, self._max_pixels)
         except HeaderError as error:
             batch.fail(position, error.status, str(error))
             return
         on_gpu = self._stages.preprocess.on_gpu
-        batch.keep(position, data, found, on_gpu=on_gpu is not None and on_gpu(data, found))
+        batch.keep(position, data, image_header, on_gpu=on_gpu is not None and on_gpu(data, image_header))
 
     def _of_pixels(self, pixels: npt.NDArray[Any]) -> list[Batch]:
         height, width = self._bundle.size
@@ -117,18 +119,19 @@ class EnsembleScorer:
             )
         batches = list(_split_rows(len(pixels), self._batch_size))
         for batch in batches:
-            found = np.ascontiguousarray(pixels[batch.start : batch.start + batch.rows])
             batch.index = np.arange(batch.rows)
-            batch.pixels = found
+            batch.pixels = np.ascontiguousarray(pixels[batch.start : batch.start + batch.rows])
         return batches
 
     def _columns(self, rows: int, batches: Sequence[Batch]) -> dict[str, npt.NDArray[Any]]:
         """Return the columns of the results that follow from the scores, as NumPy arrays without nulls."""
-        buffer = PartBuffer(_part(rows), self._layout)
+        buffer = PartBuffer(_part(rows), self._schema)
         for batch in batches:
             buffer.add(batch)
-        table = buffer.table(self._layout)
-        return {name: _without_nulls(table[name]) for name in table.column_names if name not in _LEFT_OUT}
+        table = buffer.table(self._schema)
+        return {
+            name: _without_nulls(table[name]) for name in table.column_names if name not in _OMITTED_COLUMNS
+        }
 
 
 def _without_nulls(column: pa.ChunkedArray[Any]) -> npt.NDArray[Any]:
@@ -146,10 +149,10 @@ def _part(rows: int) -> Part:
 
 
 def _split_rows(rows: int, size: int) -> list[Batch]:
-    part, found = _part(rows), []
+    part, batches = _part(rows), []
     for start in range(0, rows, size):
         count = min(size, rows - start)
-        found.append(
+        batches.append(
             Batch(
                 part,
                 start,
@@ -161,4 +164,4 @@ def _split_rows(rows: int, size: int) -> list[Batch]:
                 on_gpu=[False] * count,
             )
         )
-    return found
+    return batches

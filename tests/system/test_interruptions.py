@@ -143,7 +143,7 @@ def test_finish_by_is_named_in_the_middle_of_a_part(start: Start, tmp_path: Path
     assert process.returncode == 5, errors
     assert 0 <= (datetime.now() - moment).total_seconds() < 4
     assert f"error: stopped for --finish-by {moment:%H:%M}, " in errors
-    assert "of 100000 rows were through; run the same command again to continue" in errors
+    assert "of 100000 rows were processed; run the same command again to continue" in errors
     assert not parts(tmp_path / "out")
 
 

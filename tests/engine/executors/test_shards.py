@@ -143,7 +143,7 @@ def test_other_plans_are_refused(start: Start, engine_run: Command, bundle: Path
     _, said = process.communicate(timeout=60)
     assert process.returncode == 5, said
     own = sum(min(PART_ROWS, ROWS - first) for first in range(0, ROWS, 3 * PART_ROWS))
-    assert f" of {own} rows were through" in said
+    assert f" of {own} rows were processed" in said
     assert f"{other_plan} not cut into shards" in refused()
 
     plain = start("m.txt", "-o", "plain", "--part-rows", str(PART_ROWS))

@@ -1,4 +1,4 @@
-"""Real Ray: a cluster of two nodes with a CPU each, in which things can be made to go wrong."""
+"""Real Ray: a cluster of two nodes with a CPU each, with faults on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run on Ray promises when actors, nodes and the driver are killed, hang, or go wrong."""
+"""Runs on Ray whose actors, nodes and driver are killed, hang, or give wrong scores."""
 
 from __future__ import annotations
 
@@ -57,33 +57,33 @@ def success(output: Path) -> dict:
     return json.loads((output / "_SUCCESS").read_text())
 
 
-def check(output: Path, plain: Path) -> dict:
-    """The rows are those of one undisturbed process, and nothing else is in the folder."""
+def check_results(output: Path, plain: Path) -> dict:
+    """Assert that the rows equal those of one undisturbed process and that no other file is left."""
     assert table(output).equals(table(plain / "plain"))
     assert table(output).column("row").to_pylist() == list(range(ROWS))
     (output / "_actors.json").rename(output.parent / f"{output.name}.json")
     assert only_results_are_left(output)
-    found = success(output)
-    assert found["rows"] == ROWS
-    assert sum(one["rows"] for one in found["scored_by"]) == ROWS
-    return found["last_start"]["actors"]
+    summary = success(output)
+    assert summary["rows"] == ROWS
+    assert sum(scorer["rows"] for scorer in summary["scored_by"]) == ROWS
+    return summary["last_start"]["actors"]
 
 
-def test_actors_that_are_killed_change_nothing(start: Start, nodes: Nodes, plain: Path) -> None:
+def test_killed_actors_do_not_change_the_results(start: Start, nodes: Nodes, plain: Path) -> None:
     rng, output = random.Random(1), plain / "killed"
     process = start("m.txt", "-o", output)
     for count in (1, 10, 30):
         wait_for_parts(process, output, count)
         time.sleep(rng.uniform(0, 0.3))
         os.kill(rng.choice(nodes.wait_for_actors(1)), signal.SIGKILL)
-    assert ") is lost, another takes its place: its process has died" in ended(process)
-    fared = check(output, plain)
-    assert fared["lost"] == 3
-    assert fared["parts_done_again"] > 0
+    assert ") was lost and is replaced: its process ended" in ended(process)
+    counts = check_results(output, plain)
+    assert counts["lost"] == 3
+    assert counts["parts_done_again"] > 0
 
 
 @pytest.mark.slow
-def test_a_node_that_goes_and_one_that_comes(start: Start, nodes: Nodes, plain: Path) -> None:
+def test_a_node_is_lost_and_another_joins(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "node"
     process = start("m.txt", "-o", output, "--actors", "2")
     wait_for_parts(process, output, 5)
@@ -91,7 +91,7 @@ def test_a_node_that_goes_and_one_that_comes(start: Start, nodes: Nodes, plain: 
     wait_for_parts(process, output, len(parts(output)) + 5)  # the other goes on
     nodes.tell("add")
     ended(process)
-    assert check(output, plain)["lost"] == 1
+    assert check_results(output, plain)["lost"] == 1
 
 
 @pytest.mark.slow
@@ -102,13 +102,13 @@ def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) 
     os.kill(nodes.wait_for_actors(1)[0], signal.SIGSTOP)  # the whole process
     wait_for_parts(process, output, len(parts(output)) + 2)
     nodes.order("hang")  # a member
-    said = ended(process)
+    log = ended(process)
     # a stopped process may first be missed for its answers or its batches; the other may be through by then
-    assert 1 <= said.count("for 2 s (--part-timeout)") == check(output, plain)["lost"] <= 2
+    assert 1 <= log.count("for 2 s (--part-timeout)") == check_results(output, plain)["lost"] <= 2
 
 
 @pytest.mark.slow
-def test_drivers_are_killed_and_one_process_goes_on_with_it(start: Start, plain: Path, bundle: Path) -> None:
+def test_one_process_continues_the_run_of_a_killed_driver(start: Start, plain: Path, bundle: Path) -> None:
     output = plain / "driver"
     alone = ["-m", "engine.run", "m.txt", "-b", bundle, "-o", output, "--part-rows", str(PART_ROWS)]
 
@@ -126,41 +126,41 @@ def test_drivers_are_killed_and_one_process_goes_on_with_it(start: Start, plain:
     assert table(output).equals(table(plain / "plain"))
 
 
-def test_a_row_that_ends_its_actor_is_found(start: Start, plain: Path) -> None:
+def test_a_row_that_ends_its_actor_is_marked_crashed(start: Start, plain: Path) -> None:
     lines = (plain / "m.txt").read_text().splitlines()[:1000]
     lines[437] = "images/deadly.png"
     (plain / "deadly.txt").write_text("\n".join(lines))
     image = next((plain / "images").glob("*.png"))
     (plain / "images" / "deadly.png").write_bytes(image.read_bytes() + DEADLY)
     output = plain / "deadly"
-    said = ended(start("deadly.txt", "-o", output))
-    assert "part 6: rows that end it alone too: 1 (437)" in said
-    found = table(output).to_pandas()
+    log = ended(start("deadly.txt", "-o", output))
+    assert "part 6: rows that end an actor alone: 1 (437)" in log
+    frame = table(output).to_pandas()
     expected = table(plain / "plain").to_pandas()[:1000]
-    assert found.status[437] == "crashed"
-    assert "crashes the worker process" in found.error[437]
-    pd.testing.assert_frame_equal(found.drop(437), expected.drop(437))
+    assert frame.status[437] == "crashed"
+    assert "crashes the worker process" in frame.error[437]
+    pd.testing.assert_frame_equal(frame.drop(437), expected.drop(437))
     assert success(output)["last_start"]["actors"]["rows_crashed"] == 1
 
 
 @pytest.mark.slow
-def test_an_actor_whose_scores_go_wrong_is_refused(start: Start, nodes: Nodes, plain: Path) -> None:
+def test_an_actor_with_wrong_scores_is_refused(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "noise"
     process = start("m.txt", "-o", output)
     wait_for_parts(process, output, 10)
     nodes.order("noise")
-    said = ended(process)
-    assert "is refused: the bundle's canaries, right before, differ" in said
-    assert "actors refused" in said
-    fared = check(output, plain)
-    assert len(fared["refused"]) == 1
-    assert fared["parts_done_again"] > 0
+    log = ended(process)
+    assert "is refused: the bundle's canaries, right before, differ" in log
+    assert "actors refused" in log
+    counts = check_results(output, plain)
+    assert len(counts["refused"]) == 1
+    assert counts["parts_done_again"] > 0
 
 
-def test_no_actor_is_right_from_the_start(start: Start, nodes: Nodes, plain: Path) -> None:
+def test_a_run_ends_when_all_actors_have_wrong_scores(start: Start, nodes: Nodes, plain: Path) -> None:
     nodes.order("noise")
-    said = ended(start("m.txt", "-o", plain / "wrong", "--actors", "1"), status=4)
-    assert "no actor is left: the bundle's canaries differ from their float32 reference" in said
+    log = ended(start("m.txt", "-o", plain / "wrong", "--actors", "1"), status=4)
+    assert "no actor is left: the bundle's canaries differ from their float32 reference" in log
     assert not (plain / "wrong").exists()
 
 
@@ -169,46 +169,46 @@ def test_two_kinds_of_actors_share_the_work(start: Start, nodes: Nodes, plain: P
     nodes.order("other")
     output = plain / "kinds"
     ended(start("m.txt", "-o", output, "--actors", "2"))
-    check(output, plain)
-    by = {one["precision"]: one["rows"] for one in success(output)["scored_by"]}
+    check_results(output, plain)
+    by = {scorer["precision"]: scorer["rows"] for scorer in success(output)["scored_by"]}
     assert by.keys() == {"fp32", "slow"}
     assert 0 < by["slow"] < ROWS / 4
     recorded = json.loads((output / "_run.json").read_text())["result_options"]
     assert [kind["precision"] for kind in recorded["kinds"]] == ["fp32", "slow"]
-    said = ended(start("m.txt", "-o", output, "--actors", "2"), status=2)  # without the slow one
-    assert "kinds was" in said
+    log = ended(start("m.txt", "-o", output, "--actors", "2"), status=2)  # without the slow one
+    assert "kinds was" in log
 
 
-def test_it_stops_cleanly_and_goes_on(start: Start, plain: Path) -> None:
+def test_an_interrupted_run_continues(start: Start, plain: Path) -> None:
     output = plain / "interrupted"
     process = start("m.txt", "-o", output)
     wait_for_parts(process, output, 10)
     os.killpg(process.pid, signal.SIGINT)
-    said = ended(process, status=5)
-    assert "run the same command again to continue" in said
+    log = ended(process, status=5)
+    assert "run the same command again to continue" in log
     kept = {path.name: path.stat().st_ino for path in parts(output)}
     process = start("m.txt", "-o", output)
     ended(process)
     again = {path.name: path.stat().st_ino for path in parts(output)}
-    assert {name: again[name] for name in kept} == kept, "what was finished is vouched for"
-    check(output, plain)
+    assert {name: again[name] for name in kept} == kept, "confirmed parts are kept"
+    check_results(output, plain)
 
 
 @pytest.mark.slow
-def test_finish_by_is_named_in_the_middle_of_parts(start: Start, plain: Path) -> None:
+def test_finish_by_stops_the_run_inside_a_part(start: Start, plain: Path) -> None:
     list_images(plain, 100_000, name="long.txt")
     moment = datetime.now() + timedelta(seconds=20)
-    said = ended(
+    log = ended(
         start("long.txt", "-o", "late", "--finish-by", moment.isoformat(), rows=50_000), Stopped.exit_status
     )
     assert 0 <= (datetime.now() - moment).total_seconds() < 10
-    assert f"error: stopped for --finish-by {moment:%H:%M}" in said
-    if "before it began" not in said:  # as on a machine that is busy
-        assert "of 100000 rows were through; run the same command again to continue" in said
+    assert f"error: stopped for --finish-by {moment:%H:%M}" in log
+    if "before the run began" not in log:  # as on a machine that is busy
+        assert "of 100000 rows were processed; run the same command again to continue" in log
 
 
 @pytest.mark.slow
-def test_a_ray_of_its_own_leaves_nothing_behind(start: Start, plain: Path) -> None:
+def test_a_local_ray_leaves_no_process_behind(start: Start, plain: Path) -> None:
     output = plain / "own"
     before = set(Path("/tmp").glob("engine-ray-*"))
     process = start("m.txt", "-o", output, "--actors", "2", ray="local")
@@ -226,19 +226,19 @@ def test_a_ray_of_its_own_leaves_nothing_behind(start: Start, plain: Path) -> No
 
 
 def processes_of(scratch: Path) -> list[str]:
-    found = []
+    commands = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_text().replace("\0", " ")
+            command = (folder / "cmdline").read_text().replace("\0", " ")
         except OSError:
             continue
-        if str(scratch) in words:
-            found.append(words)
-    return found
+        if str(scratch) in command:
+            commands.append(command)
+    return commands
 
 
 @pytest.mark.slow
-def test_storage_that_goes_away_is_one_line(start: Start, plain: Path) -> None:
+def test_lost_storage_is_one_error_line(start: Start, plain: Path) -> None:
     folder = plain / "away"
     write_images(folder / "images", 8)
     lines = [f"images/image-{row % 8:02}{('.png', '.jpg')[row % 2]}" for row in range(ROWS)]
@@ -247,6 +247,6 @@ def test_storage_that_goes_away_is_one_line(start: Start, plain: Path) -> None:
     process = start(folder / "m.txt", "-o", output)
     wait_for_parts(process, output, 5)
     shutil.rmtree(folder / "images")
-    said = ended(process, status=1)
-    assert "error: the images have disappeared" in said.replace(f"{platform.node()}: ", "")
-    assert said.count("error: ") == 1
+    log = ended(process, status=1)
+    assert "error: the images have disappeared" in log.replace(f"{platform.node()}: ", "")
+    assert log.count("error: ") == 1

@@ -50,7 +50,7 @@ def test_a_record_of_actors_that_makes_no_sense_is_named(tmp_path: Path, recorde
         folder.actors(run)
 
 
-def test_what_is_not_ray_is_not_waited_for() -> None:
+def test_joining_a_server_that_is_not_ray_fails_at_once() -> None:
     with socket.create_server(("", 0)) as server:
 
         def answer() -> None:
@@ -63,7 +63,10 @@ def test_what_is_not_ray_is_not_waited_for() -> None:
         thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         settings = Settings(manifest=Path(), ray=f"localhost:{server.getsockname()[1]}")
-        with pytest.raises(UsageError, match="what answers there is not Ray"), connect_cluster(settings):
+        with (
+            pytest.raises(UsageError, match="the server at this address is not Ray"),
+            connect_cluster(settings),
+        ):
             pass
         server.shutdown(socket.SHUT_RDWR)
         thread.join()
@@ -88,31 +91,33 @@ def test_what_is_not_ray_is_not_waited_for() -> None:
         ([Node(16, 2)], {"actors": 1}, [ActorResources(True, 4)] * 2 + [ActorResources(False, 8)]),
     ],
 )
-def test_actors_fill_the_machines(nodes: list[Node], options: dict, expected: list[ActorResources]) -> None:
+def test_planned_actors_use_all_resources(
+    nodes: list[Node], options: dict, expected: list[ActorResources]
+) -> None:
     assert plan_actors(nodes, Settings(manifest=Path("m"), **options)) == expected
 
 
-def test_a_slow_actor_gets_nothing_that_the_others_would_do_sooner() -> None:
+def test_a_slow_actor_gets_no_part_that_faster_actors_finish_first() -> None:
     fast, slow = ActorLoad(0, 100.0), ActorLoad(0, 1.0)
     assert others_finish_first(100, slow, [fast], left=100)
     assert not others_finish_first(100, slow, [fast], left=100_000)  # it helps
     assert not others_finish_first(100, fast, [slow, fast], left=100)
-    assert not others_finish_first(100, ActorLoad(0, None), [fast], left=100)  # nobody knows yet
+    assert not others_finish_first(100, ActorLoad(0, None), [fast], left=100)  # its rate is unknown
     assert not others_finish_first(100, slow, [ActorLoad(0, None)], left=100)
     assert others_finish_first(100, ActorLoad(1000, 1.0), [replace(slow, rows=500)], left=100)
 
 
-def taken(part_queue: PartQueue, count: int) -> list[int]:
-    found: list[int] = []
+def take_parts(part_queue: PartQueue, count: int) -> list[int]:
+    indices: list[int] = []
     deadline = time.monotonic() + 10
-    while len(found) < count and time.monotonic() < deadline:
+    while len(indices) < count and time.monotonic() < deadline:
         if part := part_queue.peek():
             part_queue.take()
-            found.append(part.index)
-    return found
+            indices.append(part.index)
+    return indices
 
 
-def test_what_is_lost_comes_again_and_little_is_held() -> None:
+def test_lost_parts_are_queued_again_and_few_parts_are_held() -> None:
     read: list[int] = []
 
     def parts_of(wanted: set[int]) -> Iterator[Part]:
@@ -122,53 +127,53 @@ def test_what_is_lost_comes_again_and_little_is_held() -> None:
 
     part_queue = PartQueue(parts_of, set(range(100)))
     assert part_queue.left == 100
-    assert taken(part_queue, 3) == [0, 1, 2]
+    assert take_parts(part_queue, 3) == [0, 1, 2]
     assert len(read) < 10
-    part_queue.again(1)
-    assert taken(part_queue, 98) == [*range(3, 100), 1]
+    part_queue.put_back(1)
+    assert take_parts(part_queue, 98) == [*range(3, 100), 1]
     time.sleep(0.05)
     assert part_queue.peek() is None
     assert part_queue.left == 0
-    part_queue.again(7)
-    assert taken(part_queue, 1) == [7]
+    part_queue.put_back(7)
+    assert take_parts(part_queue, 1) == [7]
 
 
-def test_a_manifest_that_goes_away_is_told() -> None:
+def test_an_error_of_the_manifest_is_raised() -> None:
     def parts_of(wanted: set[int]) -> Iterator[Part]:
         yield part_of(["0"])
         raise OSError("gone")
 
     part_queue = PartQueue(parts_of, {0, 1})
-    assert taken(part_queue, 1) == [0]
+    assert take_parts(part_queue, 1) == [0]
     with pytest.raises(OSError, match="gone"):
-        taken(part_queue, 1)
+        take_parts(part_queue, 1)
 
 
-class Calls:
-    """A pool that only notes what is asked for."""
+class RecordingPool:
+    """A pool that only records the last call."""
 
     ray = property(lambda self: self)
 
     def put(self, part: Part) -> Part:
         return part
 
-    def call(self, hand, method, part, start, stop, then) -> None:
-        self.last = (start, stop, lambda: then(hand, None))
+    def call(self, actor, method, part, start, stop, then) -> None:
+        self.last = (start, stop, lambda: then(actor, None))
 
 
 @pytest.mark.parametrize("deadly", [set(), {0}, {13}, {9, 10, 40}])
-def test_isolation_finds_the_rows(deadly: set[int]) -> None:
-    pool, deaths = Calls(), 0
+def test_the_search_finds_the_poison_rows(deadly: set[int]) -> None:
+    pool, deaths = RecordingPool(), 0
     search = PoisonRowSearch(pool, part_of([None] * 41), 8)
     while not search.is_done:
         if search.actor is None:
-            search.probe_next("hand")
-        start, stop, lives = pool.last
+            search.probe_next("actor")
+        start, stop, succeed = pool.last
         if deadly & set(range(start, stop)):
             search.on_actor_lost()
             deaths += 1
         else:
-            lives()
+            succeed()
     assert search.crashed == deadly
     assert deaths <= 3 * len(deadly)
 
@@ -182,89 +187,89 @@ def blank_batches(count: int, rows: int, size: tuple[int, int]) -> Iterator[Batc
         yield batch
 
 
-def test_canaries_pass_among_the_images_and_are_not_seen_behind(bundle: Path) -> None:
+def test_the_canary_monitor_scores_canaries_and_passes_on_only_images(bundle: Path) -> None:
     models = bundles.load_bundle(bundle)
     runners = [OnnxRunner(member, models) for member in models.members]
     step, canaries = CpuScorer(models, runners, lanes=2), Canaries.of(models)
     assert verify_canaries(canaries, step, 8) < 1e-5
-    guard = CanaryMonitor(step, canaries, 8)
-    guard.check()
+    monitor = CanaryMonitor(step, canaries, 8)
+    monitor.check()
     per_round = int(canaries.rows / CANARY_SHARE) // 80
     passed: list[int] = []
-    guard.on_round_passed = passed.append
-    found = list(guard.stage(blank_batches(3 * per_round + 1, 80, models.size), Meter("members")))
-    assert [batch.start for batch in found] == [80 * number for number in range(3 * per_round + 1)]
+    monitor.on_round_passed = passed.append
+    batches = list(monitor.stage(blank_batches(3 * per_round + 1, 80, models.size), Meter("members")))
+    assert [batch.start for batch in batches] == [80 * number for number in range(3 * per_round + 1)]
     assert passed == [2, 3, 4]
 
-    def wrong(pixels, logits, stream):
+    def add_error(pixels, logits, stream):
         OnnxRunner.enqueue(runners[0], pixels, logits, stream)
         logits += np.array([1, 0, 0], np.float32)
 
-    runners[0].enqueue = wrong
+    runners[0].enqueue = add_error
     with pytest.raises(ParityError, match="right before"):
-        list(guard.stage(blank_batches(per_round + 1, 80, models.size), Meter("members")))
+        list(monitor.stage(blank_batches(per_round + 1, 80, models.size), Meter("members")))
     step.close()
 
 
 @pytest.fixture
 def opened(tmp_path: Path, bundle: Path):
-    """An actor in this process, and what it is to open."""
+    """An actor in this process, and the RunSpec that it opens."""
     images = write_images(tmp_path / "images", 8)
     settings = Settings(manifest=images, bundle=bundle, output=tmp_path / "out")
     settings.output.mkdir()
     actor = Actor(ActorConfig("one", settings, ActorResources(False, 1)))
-    hello = actor.hello()
+    info = actor.load_bundle()
     models = bundles.load_bundle(bundle)
     manifest = open_manifest(images, listing=tmp_path / "listing.parquet")
-    run = RunRecord.create(settings, None, manifest, models, hello.choice)
-    layout = ResultSchema.of(models, manifest, settings)
-    work = RunSpec(8, 3, run.rows, Tuning(), layout, manifest.root, False, Stages, None, (), None)
-    yield actor, work, manifest, run
-    actor._opened.close()
+    run = RunRecord.create(settings, None, manifest, models, info.choice)
+    schema = ResultSchema.of(models, manifest, settings)
+    spec = RunSpec(8, 3, run.rows, Tuning(), schema, manifest.root, False, Stages, None, (), None)
+    yield actor, spec, manifest, run
+    actor._resources.close()
 
 
 def test_an_actor_holds_several_parts_and_writes_each(opened) -> None:
-    actor, work, manifest, run = opened
-    actor.open(work)
+    actor, spec, manifest, run = opened
+    actor.open(spec)
     actor.begin(run.to_metadata())
     done, threads = {}, []
     for part in manifest.parts(3):
         part.crashed = frozenset({1}) if part.index == 1 else frozenset()
 
-        def take(part: Part = part) -> None:
-            done[part.index] = actor.take(part)
+        def score(part: Part = part) -> None:
+            done[part.index] = actor.score_part(part)
 
-        threads.append(threading.Thread(target=take))
+        threads.append(threading.Thread(target=score))
         threads[-1].start()
     for thread in threads:
         thread.join(60)
-    assert {index: one.rows for index, one in done.items()} == {0: 3, 1: 3, 2: 2}
+    assert {index: part.rows for index, part in done.items()} == {0: 3, 1: 3, 2: 2}
     assert done[1].by_status == {"ok": 2, Status.CRASHED.label: 1}
-    assert {one.by.round for one in done.values()} == {1}
+    assert {part.by.round for part in done.values()} == {1}
     heartbeat = actor.check()
     assert (heartbeat.rounds, heartbeat.idle_s, heartbeat.in_progress) == (2, 0.0, {})
     actor.probe(next(manifest.parts(8)), 2, 5)
 
 
-def test_int8_is_held_against_the_first_actor_and_not_against_float32(opened, bundle: Path) -> None:
-    actor, work, *_ = opened
+def test_int8_canaries_are_compared_with_the_first_actor(opened, bundle: Path) -> None:
+    actor, spec, *_ = opened
     actor._choice = replace(actor._choice, precision="int8")
-    expected = actor.open(work).expected
+    expected = actor.open(spec).expected
     _, float32 = scoring_canaries.load_canaries(bundles.load_bundle(bundle))
     assert np.abs(expected - float32).max() < 1e-5
     with pytest.raises(ParityError, match="differ"):
-        actor.open(replace(work, expected=expected + np.float32(0.01)))
+        actor.open(replace(spec, expected=expected + np.float32(0.01)))
 
 
-def test_a_machine_that_sees_other_folders_is_refused(opened, tmp_path: Path) -> None:
-    actor, work, manifest, _ = opened
+def test_an_actor_with_another_results_folder_is_refused(opened, tmp_path: Path) -> None:
+    actor, spec, manifest, _ = opened
     with pytest.raises(UsageError, match="not the same folder on every machine"):
-        actor.open(replace(work, token=("token", "mine")))
-    with pytest.raises(EngineError, match="not the same folder"):  # it is of no use any more
-        actor.take(next(manifest.parts(8)))
+        actor.open(replace(spec, token=("token", "mine")))
+    with pytest.raises(EngineError, match="not the same folder"):  # later calls fail with the same error
+        actor.score_part(next(manifest.parts(8)))
 
 
-def test_images_that_only_the_driver_sees_are_no_missing_rows(opened, tmp_path: Path) -> None:
-    actor, work, *_ = opened
-    with pytest.raises(UsageError, match=r"nowhere\.png is there for the driver"):
-        actor.open(replace(work, checked_files=(str(tmp_path / "nowhere.png"),)))
+def test_an_actor_that_cannot_read_the_images_is_refused(opened, tmp_path: Path) -> None:
+    actor, spec, *_ = opened
+    with pytest.raises(UsageError, match=r"nowhere\.png exists on the driver's machine"):
+        actor.open(replace(spec, checked_files=(str(tmp_path / "nowhere.png"),)))

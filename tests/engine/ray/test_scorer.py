@@ -49,7 +49,7 @@ print(json.dumps({name: [row["status"], float(row["p_osteopenia"])] for name, ro
 
 @pytest.fixture
 def expected(archive: Path, bundle: Path, tmp_path: Path) -> pd.DataFrame:
-    """What a run says of `archive`, two of whose files are damaged."""
+    """The results of a run on `archive`, with two damaged files."""
     (archive / "image-03.jpg").write_bytes(b"")
     damaged = archive / "image-06.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
@@ -57,21 +57,21 @@ def expected(archive: Path, bundle: Path, tmp_path: Path) -> pd.DataFrame:
     return table(tmp_path / "out").to_pandas()
 
 
-def test_a_block_gets_the_numbers_of_a_run(archive: Path, bundle: Path, expected: pd.DataFrame) -> None:
+def test_a_block_gets_the_scores_of_a_run(archive: Path, bundle: Path, expected: pd.DataFrame) -> None:
     scorer = EnsembleScorer(bundle, workers=1)
     images = np.array([(archive / path).read_bytes() for path in expected.path], object)
-    found = pd.DataFrame(scorer({"bytes": images, "number": np.arange(len(images))}))
-    assert found.number.tolist() == list(range(len(images)))
+    scored = pd.DataFrame(scorer({"bytes": images, "number": np.arange(len(images))}))
+    assert scored.number.tolist() == list(range(len(images)))
     for name in ("status", "error", "prediction"):
-        assert found[name].tolist() == expected[name].fillna("").tolist()
+        assert scored[name].tolist() == expected[name].fillna("").tolist()
     scores = [name for name in expected if "p_" in name]
     scores += ["confidence", "entropy", "member_disagreement"]
-    pd.testing.assert_frame_equal(found[scores], expected[scores], check_exact=True)
-    assert found.triage.tolist() == expected.triage.fillna("").tolist()
-    assert found.abstain.tolist() == [value is True for value in expected.abstain]
-    assert found.abstain_reasons.tolist() == [",".join(names or ()) for names in expected.abstain_reasons]
-    assert found.status[3] == "empty"
-    assert found.status[6] == "truncated"
+    pd.testing.assert_frame_equal(scored[scores], expected[scores], check_exact=True)
+    assert scored.triage.tolist() == expected.triage.fillna("").tolist()
+    assert scored.abstain.tolist() == [value is True for value in expected.abstain]
+    assert scored.abstain_reasons.tolist() == [",".join(names or ()) for names in expected.abstain_reasons]
+    assert scored.status[3] == "empty"
+    assert scored.status[6] == "truncated"
     scorer.close()
 
 
@@ -103,17 +103,17 @@ def test_a_block_is_checked_as_files_are(bundle: Path, tmp_path: Path) -> None:
     scorer.close()
 
 
-def test_pixels_go_straight_to_the_members(bundle: Path) -> None:
+def test_pixels_are_scored_without_preprocessing(bundle: Path) -> None:
     pixels, probabilities = canaries.load_canaries(bundles.load_bundle(bundle))
     scorer = EnsembleScorer(bundle, workers=1)
-    found = scorer({"pixels": pixels})
-    names = [name for name in found if name.startswith("p_") and name != "p_bone_loss"]
-    assert np.abs(np.stack([found[name] for name in names], 1) - probabilities).max() < 1e-5
-    assert set(found["status"]) == {"ok"}
+    scored = scorer({"pixels": pixels})
+    names = [name for name in scored if name.startswith("p_") and name != "p_bone_loss"]
+    assert np.abs(np.stack([scored[name] for name in names], 1) - probabilities).max() < 1e-5
+    assert set(scored["status"]) == {"ok"}
     assert len(scorer({"bytes": np.array([], object)})["status"]) == 0
     with pytest.raises(UsageError, match=r"allowed: uint8 \[N, 1, 64, 64\]"):
         scorer({"pixels": pixels[:, 0]})
-    with pytest.raises(UsageError, match="it has to have a column bytes or pixels"):
+    with pytest.raises(UsageError, match="it must have a column bytes or pixels"):
         scorer({"image": pixels})
     scorer.close()
 
@@ -123,9 +123,9 @@ def test_in_a_pipeline_of_ray_data(archive: Path, bundle: Path, expected: pd.Dat
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert len(found) == len(expected)
+    scored = json.loads(run.stdout.splitlines()[-1])
+    assert len(scored) == len(expected)
     for row in expected.itertuples():
-        status, score = found[row.path]
+        status, score = scored[row.path]
         assert status == row.status
         assert score == pytest.approx(row.p_osteopenia, abs=1e-6, nan_ok=True)
