@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from engine.bundle import bundle
+from engine.bundle import bundle as bundles
 from engine.bundle.operating_points import DOUBTFUL, OperatingPoints
 from engine.calibrate.labelled import LABEL_COLUMN, PATIENT_COLUMN, LabelColumns
-from engine.calibrate.measure import AS_IN_RUN, calibrate_bundle, reasons
+from engine.calibrate.measure import AS_IN_RUN, abstention_reasons, calibrate_bundle
 from engine.calibrate.thresholds import CalibrationOptions
 from engine.cli.options import add_options
 from engine.cli.parser import Parser
@@ -28,7 +28,7 @@ from engine.stats.intervals import Proportion
 
 
 def format_points(points: OperatingPoints) -> Iterator[str]:
-    """Operating points in lines for people."""
+    """Yield the operating points as lines of text."""
     data, target = points.data, points.target
     patients = f" of {data.patients} patients" if data.patients is not None else ""
     left_out = ", ".join(f"{count} {name}" for name, count in data.left_out.items())
@@ -49,22 +49,22 @@ def format_points(points: OperatingPoints) -> Iterator[str]:
     )
     heads = ("not ruled out", "cross-fitted", "referred", "cross-fitted")
     yield (f"{'':13}" + "".join(f"{head:21}" for head in heads)).rstrip()
-    for rate, word in (("sensitivity", ""), ("specificity", ""), ("ppv", "PPV"), ("npv", "NPV")):
+    for rate, heading in (("sensitivity", ""), ("specificity", ""), ("ppv", "PPV"), ("npv", "NPV")):
         rates = (low.on_data, low.cross_fitted, high.on_data, high.cross_fitted)
-        cells = (_format_rate(getattr(one, rate)) for one in rates)
-        yield (f"{word or rate:13}" + "".join(f"{cell:21}" for cell in cells)).rstrip()
+        cells = (_format_rate(getattr(measured, rate)) for measured in rates)
+        yield (f"{heading or rate:13}" + "".join(f"{cell:21}" for cell in cells)).rstrip()
     yield (
         f"({points.level:.0%} intervals; "
-        "cross-fitted: by thresholds found without the images they are judged on)"
+        "cross-fitted: each image is judged by thresholds that were fitted without it)"
     )
     if points.crossed:
-        yield "the thresholds had crossed: all between keep both shares, and the middle one stands for both"
+        yield "the thresholds had crossed: all between them reach both rates, so both are set to the middle"
     zones = points.zones
     yield (
         f"images: rule_out {zones.rule_out.images}, gray_zone {zones.gray_zone.images}, "
         f"refer {zones.refer.images}; {zones.rule_out.positives} of {target} ruled out"
     )
-    yield f"abstains: {'; '.join(reasons(points.abstain))}"
+    yield f"abstains: {'; '.join(abstention_reasons(points.abstain))}"
 
 
 def _format_interval(interval: tuple[float, float] | None) -> str:
@@ -79,69 +79,71 @@ def option_parser() -> Parser:
     parser = Parser(
         "python -m engine.calibrate",
         "BUNDLE --on LABELLED [options]",
-        description="Fit a temperature and a triage's thresholds to labelled images; the bundle keeps them.",
+        description="Fit a temperature and triage thresholds to labelled images; store them in the bundle.",
         examples="example: python -m engine.calibrate bundle --on labelled.csv",
     )
-    usual, add = CalibrationOptions(target=""), parser.add
+    defaults, add = CalibrationOptions(target=""), parser.add
     add("bundle", type=Path, metavar="BUNDLE", help="model folder")
     add(
         "--on",
         dest="manifest",
         type=parse_location,
         metavar="LABELLED",
-        help="CSV with path and label, class folders, or the results of this bundle on such",
+        help="CSV with path and label, folders named by class, or results of this bundle on such images",
     )
-    add("--show", action="store_true", help="only print the operating points that the bundle has")
-    add("--dry-run", action="store_true", help="print them, and leave the bundle as it is")
-    add("--target", metavar="CLASS", help="what is looked for (osteoporosis, else the last class)")
-    for name, words in (("sensitivity", "not ruled out"), ("specificity", "not referred")):
-        whom = "images of it" if name == "sensitivity" else "the others"
+    add("--show", action="store_true", help="only print the operating points of the bundle")
+    add("--dry-run", action="store_true", help="print the operating points without changing the bundle")
+    add("--target", metavar="CLASS", help="the class to detect (osteoporosis, else the last class)")
+    for name, images, outcome in (
+        ("sensitivity", "images of the target", "not ruled out"),
+        ("specificity", "the other images", "not referred"),
+    ):
         add(
             f"--{name}",
             type=number(0.5, 0.999),
-            default=getattr(usual, name),
+            default=getattr(defaults, name),
             metavar="F",
-            help=f"share of {whom} that is {words} (%(default)g)",
+            help=f"share of {images} that is {outcome} (%(default)g)",
         )
-    add("--label-column", metavar="NAME", help=f"({LABEL_COLUMN}, else the names of the folders)")
+    add("--label-column", metavar="NAME", help=f"the true class ({LABEL_COLUMN}, else the folder names)")
     add(
         "--group-column",
         metavar="NAME",
-        help=f"whose images are not independent ({PATIENT_COLUMN}, if there is one)",
+        help=f"column of the patient ({PATIENT_COLUMN}, if it exists)",
     )
     add(
         "--quantile",
         type=number(0.5, 1),
-        default=usual.quantile,
+        default=defaults.quantile,
         metavar="F",
-        help="beyond it members disagree too much, and images are too odd for --ood (%(default)g)",
+        help="abstain above this quantile of disagreement, and of distance with --ood (%(default)g)",
     )
     add(
         "--image-flags",
         default=",".join(DOUBTFUL),
         metavar="A,B",
-        help="of images to abstain from, or none (those whose pixels are in doubt)",
+        help="abstain from images with these flags, or none (the flags of doubtful pixels)",
     )
     add(
         "--ood",
         action="store_true",
-        help="abstain from what looks unlike these images, too (on a CPU, float32)",
+        help="also abstain from images that are unlike the labelled ones (on a CPU, float32)",
     )
     add_options(parser, *AS_IN_RUN)
     return parser
 
 
-def _calibration_options(given: dict[str, Any], classes: tuple[str, ...]) -> CalibrationOptions:
-    words = given["image_flags"].replace(",", " ").split()
+def _calibration_options(options: dict[str, Any], classes: tuple[str, ...]) -> CalibrationOptions:
+    words = options["image_flags"].replace(",", " ").split()
     flags = () if words == ["none"] else tuple(dict.fromkeys(words))
     if unknown := [flag for flag in flags if flag not in FLAGS]:
         raise UsageError(f"--image-flags {unknown[0]}: allowed: {', '.join(FLAGS)}, or none")
-    usual = next((name for name in classes if name.casefold() == "osteoporosis"), classes[-1])
+    default_target = next((name for name in classes if name.casefold() == "osteoporosis"), classes[-1])
     return CalibrationOptions(
-        target=given["target"] or usual,
-        sensitivity=given["sensitivity"],
-        specificity=given["specificity"],
-        quantile=given["quantile"],
+        target=options["target"] or default_target,
+        sensitivity=options["sensitivity"],
+        specificity=options["specificity"],
+        quantile=options["quantile"],
         flags=flags,
     )
 
@@ -152,40 +154,40 @@ def main(arguments: list[str] | None = None) -> int:
     hush_libraries()
 
     def work() -> int:
-        given: dict[str, Any] = vars(option_parser().parse_args(arguments))
-        models = bundle.load_bundle(given["bundle"])
-        again = f"python -m engine.calibrate {given['bundle']} --on labelled.csv"
-        if given["show"]:
-            if not models.operating_points:
-                raise UsageError(f"bundle {models.path}: it has no operating points; find them with: {again}")
-            print("\n".join(format_points(models.operating_points)))
+        options: dict[str, Any] = vars(option_parser().parse_args(arguments))
+        bundle = bundles.load_bundle(options["bundle"])
+        command = f"python -m engine.calibrate {options['bundle']} --on labelled.csv"
+        if options["show"]:
+            if not bundle.operating_points:
+                raise UsageError(f"bundle {bundle.path} has no operating points; find them with: {command}")
+            print("\n".join(format_points(bundle.operating_points)))
             return 0
-        if given["manifest"] is None:
-            raise UsageError(f"--on is missing: {again}")
-        settings = Settings(**{name: given[name] for name in ("manifest", "bundle", *AS_IN_RUN)})
-        with ProgressBar(console) as display:
-            found = calibrate_bundle(
+        if options["manifest"] is None:
+            raise UsageError(f"--on is missing: {command}")
+        settings = Settings(**{name: options[name] for name in ("manifest", "bundle", *AS_IN_RUN)})
+        with ProgressBar(console) as progress_bar:
+            calibration = calibrate_bundle(
                 settings,
-                LabelColumns(given["label_column"], given["group_column"]),
-                _calibration_options(given, models.classes),
-                ood=given["ood"],
-                on_progress=display,
+                LabelColumns(options["label_column"], options["group_column"]),
+                _calibration_options(options, bundle.classes),
+                ood=options["ood"],
+                on_progress=progress_bar,
                 say=say,
                 deadline=stop_on_signal(console),
             )
-        print("\n".join(format_points(found.points)))
-        if found.points.temperature.interval is None:
-            say("no temperature is the likeliest (the classes are told apart without error?): it stays 1")
-        if given["dry_run"]:
-            say(f"not written: {models.path} is as it was")
+        print("\n".join(format_points(calibration.points)))
+        if calibration.points.temperature.interval is None:
+            say("the temperature stays 1: its likelihood has no maximum (all images classified correctly?)")
+        if options["dry_run"]:
+            say(f"nothing was written; {bundle.path} is unchanged")
             return 0
-        bundle.update_bundle(found.bundle, found.points, found.distances)
+        bundles.update_bundle(calibration.bundle, calibration.points, calibration.distances)
         say(
-            f"written to {models.path / bundle.DESCRIPTION_FILE}; runs that began earlier "
-            "cannot continue with it"
+            f"the operating points were written to {bundle.path / bundles.DESCRIPTION_FILE}; earlier runs "
+            "cannot be resumed with this bundle"
         )
-        if profile.profiles_folder(models.path).is_dir():
-            say(f"for its tuning: python -m engine.tune {models.path} --sample MANIFEST")
+        if profile.profiles_folder(bundle.path).is_dir():
+            say(f"tune the bundle again with: python -m engine.tune {bundle.path} --sample MANIFEST")
         return 0
 
     return run_command(work, console)

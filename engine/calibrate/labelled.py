@@ -34,18 +34,16 @@ LABEL_COLUMN, PATIENT_COLUMN = "label", "patient"
 
 @dataclass(frozen=True)
 class LabelColumns:
-    """The columns of label and patient; None: `label`, else the folders' names, and `patient` if it
-    exists.
-    """
+    """The columns of label and patient. Defaults: `label`, else the folder names; `patient` if it exists."""
 
     label: str | None = None
     group: str | None = None
 
 
-def _find_labelled_rows(
-    settings: Settings, models: Bundle, columns: LabelColumns, asked: CalibrationOptions, listing: Path
+def find_labelled_rows(
+    settings: Settings, bundle: Bundle, columns: LabelColumns, options: CalibrationOptions, listing: Path
 ) -> Labels:
-    """Numbers of the rows with a label. What is wrong with labels is said before hours of screening."""
+    """Return the numbers of the labelled rows. Check the labels before hours of screening."""
     manifest = open_run_manifest(settings, listing, since=False)
     label, group = _find_columns(manifest.columns.names, "", columns)
     tables = [
@@ -56,68 +54,68 @@ def _find_labelled_rows(
         for part in manifest.parts(65_536)
     ]
     table = pa.concat_tables(tables, promote_options="permissive")
-    labels = _parse_labels(table, label, models, lambda _: None)
+    labels = _parse_labels(table, label, bundle, lambda _: None)
     groups = _number_groups(table.column(group)) if group else np.arange(len(labels))
-    there = labels >= 0
-    check_counts(labels[there] == models.classes.index(asked.target), groups[there], asked)
-    return np.flatnonzero(there)
+    labelled = labels >= 0
+    check_counts(labels[labelled] == bundle.classes.index(options.target), groups[labelled], options)
+    return np.flatnonzero(labelled)
 
 
-def _is_results_folder(place: Location) -> bool:
-    if isinstance(place, Url) and place.scheme in HTTP_SCHEMES:
+def is_results_folder(location: Location) -> bool:
+    if isinstance(location, Url) and location.scheme in HTTP_SCHEMES:
         return False
-    folder = open_folder(place)
+    folder = open_folder(location)
     return folder.exists(RUN_FILE) or folder.exists(MERGED_FILE)
 
 
-def _read_labelled_scores(
-    results: ResultsFolder, models: Bundle, columns: LabelColumns, say: OnMessage
+def read_labelled_scores(
+    results: ResultsFolder, bundle: Bundle, columns: LabelColumns, say: OnMessage
 ) -> tuple[LabelledScores, Labels, LabelledData]:
     """Return the scored rows that have a label, their numbers, and `data` of the operating points."""
     if not results.parts:
-        raise UsageError(f"results {results.place}: they have no rows")
-    before = models.operating_points
-    trained = before.data.bundle_sha256 if before else models.sha256
+        raise UsageError(f"results {results.place}: the folder has no rows")
+    points = bundle.operating_points
+    trained_sha256 = points.data.bundle_sha256 if points else bundle.sha256
     for run in results.runs.values():
-        if _hash_before_calibration(run) != trained:
-            raise UsageError(f"results {results.place}: they are of another bundle than {models.path}")
-    (one, *others) = results.runs.values()
-    options = one.result_options
+        if _hash_before_calibration(run) != trained_sha256:
+            raise UsageError(f"results {results.place}: they come from another bundle than {bundle.path}")
+    (run, *others) = results.runs.values()
+    run_options = run.result_options
     dataset = results.dataset()
-    there = dataset.schema.names
-    label, group = _find_columns(there, options.column_prefix, columns)
-    scores = [f"{member.name}_p_{name}" for member in models.members for name in models.classes]
-    wanted = dict.fromkeys(["row", PATH_COLUMN, "status", *filter(None, (label, group)), *scores])
-    table = dataset.to_table(columns=list(wanted))
+    names = dataset.schema.names
+    label, group = _find_columns(names, run_options.column_prefix, columns)
+    scores = [f"{member.name}_p_{name}" for member in bundle.members for name in bundle.classes]
+    selected = dict.fromkeys(["row", PATH_COLUMN, "status", *filter(None, (label, group)), *scores])
+    table = dataset.to_table(columns=list(selected))
     scored = pc.is_in(table.column("status"), value_set=pa.array([Status.OK.label]))
     left_out = Counter(map(str, table.filter(pc.invert(scored)).column("status").to_pylist()))
     table = table.filter(scored)
-    labels = _parse_labels(table, label, models, say)
+    labels = _parse_labels(table, label, bundle, say)
     left_out["unlabelled"] = int((labels < 0).sum())
     table, labels = table.filter(pa.array(labels >= 0)), labels[labels >= 0]
     if not len(labels):
-        why = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
-        raise UsageError(f"not one row has a score and a label ({why})")
-    shape = (len(models.members), len(models.classes), len(labels))
+        counts_left_out = ", ".join(f"{count} {name}" for name, count in left_out.items() if count)
+        raise UsageError(f"no row has both a score and a label ({counts_left_out})")
+    shape = (len(bundle.members), len(bundle.classes), len(labels))
     members = np.stack([table.column(name).to_numpy() for name in scores]).reshape(shape)
     members = np.ascontiguousarray(members.transpose(0, 2, 1), np.float32)
-    odd = ~np.isfinite(members).all(axis=(0, 2))
-    if odd.any():
-        row = table.column("row")[int(odd.argmax())]
-        raise UsageError(f"row {row}: its scores are no numbers")
+    invalid = ~np.isfinite(members).all(axis=(0, 2))
+    if invalid.any():
+        row = table.column("row")[int(invalid.argmax())]
+        raise UsageError(f"row {row}: its scores are not finite numbers")
     groups = _number_groups(table.column(group)) if group else np.arange(len(labels))
     digest = hashlib.sha256(labels.tobytes() + members.tobytes() + groups.tobytes())
-    counts = np.bincount(labels, minlength=len(models.classes))
+    counts = np.bincount(labels, minlength=len(bundle.classes))
     return (
         LabelledScores(members, labels, groups),
         table.column("row").to_numpy(),
         LabelledData(
             sha256=digest.hexdigest(),
-            manifest_sha256=None if others else options.manifest_sha256,
-            bundle_sha256=trained,
-            precision=options.precision,
+            manifest_sha256=None if others else run_options.manifest_sha256,
+            bundle_sha256=trained_sha256,
+            precision=run_options.precision,
             images=len(labels),
-            by_class=dict(zip(models.classes, counts.tolist(), strict=True)),
+            by_class=dict(zip(bundle.classes, counts.tolist(), strict=True)),
             patients=len(np.unique(groups)) if group else None,
             left_out={name: count for name, count in left_out.items() if count},
         ),
@@ -130,34 +128,34 @@ def _hash_before_calibration(run: RunRecord) -> str:
     return str(points["data"]["bundle_sha256"]) if points else run.result_options.bundle_sha256
 
 
-def _find_columns(there: list[str], prefix: str, columns: LabelColumns) -> tuple[str | None, str | None]:
+def _find_columns(names: list[str], prefix: str, columns: LabelColumns) -> tuple[str | None, str | None]:
     """Find the columns of the label and of the group."""
     return (
-        _find_column(there, prefix, columns.label, LABEL_COLUMN, "--label-column"),
-        _find_column(there, prefix, columns.group, PATIENT_COLUMN, "--group-column"),
+        _find_column(names, prefix, columns.label, LABEL_COLUMN, "--label-column"),
+        _find_column(names, prefix, columns.group, PATIENT_COLUMN, "--group-column"),
     )
 
 
-def _find_column(there: list[str], prefix: str, asked: str | None, usual: str, option: str) -> str | None:
+def _find_column(names: list[str], prefix: str, named: str | None, default: str, option: str) -> str | None:
     """Find the column of that name, with or without the run's column prefix."""
-    found = next((name for name in (asked or usual, prefix + (asked or usual)) if name in there), None)
-    if asked and not found:
-        raise UsageError(f"{option} {asked}: no such column; there are {', '.join(there[:20])}")
-    return found
+    name = named or default
+    column = next((column for column in (name, prefix + name) if column in names), None)
+    if named and not column:
+        raise UsageError(f"{option} {named}: there is no such column; allowed: {', '.join(names[:20])}")
+    return column
 
 
-def _parse_labels(table: pa.Table, column: str | None, models: Bundle, say: OnMessage) -> Labels:
-    """Class of each row, -1 where it has none. Raises UsageError."""
-    names = ClassNames.of(models.classes)
+def _parse_labels(table: pa.Table, column: str | None, bundle: Bundle, say: OnMessage) -> Labels:
+    """Return the class of each row, -1 for rows without a label. Raises UsageError."""
+    names = ClassNames.of(bundle.classes)
     if column is None:
         texts = [_class_folder_of(path or "", names) for path in table.column(PATH_COLUMN).to_pylist()]
         if not any(texts):
             raise UsageError(
-                f"no column {LABEL_COLUMN!r}, and no folder is named like "
-                f"{' or '.join(models.classes)}: give a CSV "
-                "with path and label, or --label-column"
+                f"there is no column {LABEL_COLUMN!r}, and no folder is named "
+                f"{' or '.join(bundle.classes)}; give a CSV with path and label, or --label-column"
             )
-        say("labels: by the names of the folders")
+        say("labels: the names of the folders")
     else:
         cells = table.column(column).to_pylist()
         texts = ["" if cell is None else str(cell).strip() for cell in cells]
@@ -180,7 +178,7 @@ def _class_folder_of(path: str, names: ClassNames) -> str:
 
 
 def _number_groups(column: pa.ChunkedArray[Any]) -> Labels:
-    """Number the rows by text: equal texts get the same number, rows without text one each."""
+    """Number the rows by text: equal texts share a number, each row without text has its own."""
     cells = ["" if cell is None else str(cell).strip() for cell in column.to_pylist()]
     numbers: dict[str, int] = {}
     return np.array(

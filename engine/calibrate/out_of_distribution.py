@@ -1,9 +1,9 @@
 """Measure the distance of an image's pooled features from those of the calibration images.
 
-The Mahalanobis distance to their mean (Lee et al. 2018, "A simple unified framework for detecting
-out-of-distribution samples"), class-agnostic, with a shrunk covariance (Ledoit and Wolf 2004). It is worked
-out inside a member's graph, by a few nodes that are kept in a file of their own: protobuf merges messages
-that are concatenated, so the graph's bytes followed by the file's are a graph with a second output.
+This is the class-agnostic Mahalanobis distance to their mean (Lee et al. 2018, "A simple unified framework
+for detecting out-of-distribution samples"), with a shrunk covariance (Ledoit and Wolf 2004). A few nodes in a
+file of their own compute it inside a member's graph: protobuf merges concatenated messages, so the bytes of
+the graph followed by those of the file are a graph with a second output.
 """
 
 from __future__ import annotations
@@ -20,16 +20,9 @@ from engine.core.errors import UsageError
 from engine.core.extras import install_command
 from engine.stats.intervals import Floats
 
-COMPONENTS = 128  # of the covariance that are kept apart; the rest have their mean variance
+COMPONENTS = 128  # principal components of the covariance; the others share their mean variance
 _OPSET = 18
-_HEAD_OPERATORS = {
-    "Gemm",
-    "MatMul",
-    "Add",
-    "Relu",
-    "Identity",
-    "Dropout",
-}  # what comes after the pooled features
+_HEAD_OPERATORS = {"Gemm", "MatMul", "Add", "Relu", "Identity", "Dropout"}  # after the pooled features
 _BATCH = 16
 
 
@@ -47,61 +40,61 @@ class Gaussian:
 
     def distances(self, features: Floats) -> Floats:
         """Return the distances [N] of features [N, F]."""
-        apart = features - self.mean
-        along = apart @ self.components
-        left = (apart**2).sum(axis=1) - (along**2).sum(axis=1)
-        found: Floats = np.sqrt((along**2) @ self.inverse_variances + self.rest * np.maximum(left, 0))
-        return found
+        centred = features - self.mean
+        projected = centred @ self.components
+        remainder = (centred**2).sum(axis=1) - (projected**2).sum(axis=1)
+        squares: Floats = (projected**2) @ self.inverse_variances + self.rest * np.maximum(remainder, 0)
+        return np.sqrt(squares)
 
 
-def _packages() -> str:
+def _install_command() -> str:
     return install_command(packages="onnx scikit-learn")
 
 
 def check_installed() -> None:
-    """Raises UsageError where what only calibrating needs is missing."""
+    """Raise UsageError if a package that only calibration needs is missing."""
     _import_onnx()
     try:
         import sklearn.covariance  # noqa: F401
     except ImportError:
-        raise UsageError(f"--ood needs scikit-learn; install it with: {_packages()}") from None
+        raise UsageError(f"--ood needs scikit-learn; install it with: {_install_command()}") from None
 
 
 def fit_gaussian(features: Floats) -> Gaussian:
-    """Fit a distribution to features [N, F]. Raises UsageError where they are all equal."""
+    """Fit a distribution to features [N, F]. Raises UsageError if they are all equal."""
     from sklearn.covariance import ledoit_wolf_shrinkage
 
     count, width = features.shape
     mean = features.mean(axis=0)
-    apart = (features - mean).astype(np.float64)
-    usual = float((apart**2).mean())
-    if not usual > 0:
+    centred = (features - mean).astype(np.float64)
+    mean_variance = float((centred**2).mean())
+    if not mean_variance > 0:
         raise UsageError("--ood: the members' features are the same for all images")
-    shrinkage = float(ledoit_wolf_shrinkage(apart, assume_centered=True))
-    _, lengths, vectors = np.linalg.svd(apart, full_matrices=False)
+    shrinkage = float(ledoit_wolf_shrinkage(centred, assume_centered=True))
+    _, singular_values, vectors = np.linalg.svd(centred, full_matrices=False)
     kept = min(COMPONENTS, count - 1, width)
-    values = lengths[:kept] ** 2 / count  # variances along the components
-    others = max(usual * width - float(values.sum()), 0.0) / max(width - kept, 1)
-    variances = (1 - shrinkage) * values + shrinkage * usual
-    floor = 1e-6 * usual  # where nothing is shrunk and a direction has no variance
+    leading = singular_values[:kept] ** 2 / count  # variances along the components
+    trailing = max(mean_variance * width - float(leading.sum()), 0.0) / max(width - kept, 1)
+    variances = (1 - shrinkage) * leading + shrinkage * mean_variance
+    floor = 1e-6 * mean_variance  # for directions without variance when nothing is shrunk
     return Gaussian(
         mean,
         vectors[:kept].T,
         1 / np.maximum(variances, floor) / width,
-        1 / max((1 - shrinkage) * others + shrinkage * usual, floor) / width,
+        1 / max((1 - shrinkage) * trailing + shrinkage * mean_variance, floor) / width,
     )
 
 
 def held_out_distances(features: Floats, folds: Iterable[npt.NDArray[np.bool_]]) -> Floats:
-    """Distances [N] of features [N, F], of each of `folds`, masks [N], by what was fitted to the others."""
-    found = np.empty(len(features))
+    """Return the distances [N] of features [N, F], each from a fit without its fold (masks [N])."""
+    distances = np.empty(len(features))
     for held in folds:
-        found[held] = fit_gaussian(features[~held]).distances(features[held])
-    return found
+        distances[held] = fit_gaussian(features[~held]).distances(features[held])
+    return distances
 
 
 def extract_features(graph: bytes, pixels: npt.NDArray[np.uint8], *, threads: int) -> Floats:
-    """Pooled features [N, F] of pixels [N, 1, H, W] by a member's float32 graph."""
+    """Return the pooled features [N, F] of pixels [N, 1, H, W] in a member's float32 graph."""
     import onnxruntime
 
     from engine.runners.onnx import create_session
@@ -113,12 +106,12 @@ def extract_features(graph: bytes, pixels: npt.NDArray[np.uint8], *, threads: in
     session: onnxruntime.InferenceSession = create_session(
         graph + part.SerializeToString(), ["CPUExecutionProvider"], threads=threads
     )
-    (given,) = session.get_inputs()
-    found = [
-        session.run([name], {given.name: pixels[start : start + _BATCH]})[0]
+    (graph_input,) = session.get_inputs()
+    batches = [
+        session.run([name], {graph_input.name: pixels[start : start + _BATCH]})[0]
         for start in range(0, len(pixels), _BATCH)
     ]
-    return np.concatenate(found).astype(np.float64)
+    return np.concatenate(batches).astype(np.float64)
 
 
 def distance_subgraph(graph: bytes, gaussian: Gaussian) -> bytes:
@@ -168,21 +161,21 @@ def _import_onnx() -> Any:
         import onnx.helper
         import onnx.numpy_helper
     except ImportError:
-        raise UsageError(f"--ood needs onnx; install it with: {_packages()}") from None
+        raise UsageError(f"--ood needs onnx; install it with: {_install_command()}") from None
     return onnx
 
 
 def _find_pooled_features(graph: bytes) -> str:
-    """Find the tensor [N, F] that the head starts from. Raises UsageError where there is none."""
+    """Find the tensor [N, F] that the head starts from. Raises UsageError if it is missing."""
     model = _import_onnx().load_from_string(graph)
-    opset = next((one.version for one in model.opset_import if one.domain in ("", "ai.onnx")), 0)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < _OPSET:
-        raise UsageError(f"--ood needs graphs of opset {_OPSET} or newer, this one has {opset}")
-    makers = {output: node for node in model.graph.node for output in node.output}
-    constants = {one.name for one in model.graph.initializer}
+        raise UsageError(f"--ood needs graphs of opset {_OPSET} or newer, but this graph has {opset}")
+    producers = {output: node for node in model.graph.node for output in node.output}
+    constants = {tensor.name for tensor in model.graph.initializer}
     name = model.graph.output[0].name
-    while name in makers and makers[name].op_type in _HEAD_OPERATORS:
-        name = next((one for one in makers[name].input if one not in constants), "")
-    if name not in makers or name == model.graph.output[0].name:
+    while name in producers and producers[name].op_type in _HEAD_OPERATORS:
+        name = next((tensor for tensor in producers[name].input if tensor not in constants), "")
+    if name not in producers or name == model.graph.output[0].name:
         raise UsageError("--ood: a member's graph has no head of dense layers after pooled features")
     return str(name)

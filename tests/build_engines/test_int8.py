@@ -325,7 +325,7 @@ def test_graphs_stay_valid_when_the_bundle_is_calibrated(built, tmp_path, capsys
     images = built.parent / "images"
     asked = ("--on", str(images), "--sensitivity", "0.8")
     assert calibrate.main([str(folder), *asked, "--ood", "--precision", "int8"]) == 2
-    assert "--ood is worked out by the float32 graphs on the CPU" in capsys.readouterr().err
+    assert "--ood needs the float32 graphs on the CPU" in capsys.readouterr().err
     assert calibrate.main([str(folder), *asked, "--ood"]) == 0
     said = []
     engine.screen(images, output=tmp_path / "out", bundle=folder, precision="int8", say=said.append)

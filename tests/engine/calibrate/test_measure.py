@@ -200,7 +200,7 @@ def test_patients_folders_and_options(
         fresh, "--on", tmp_path / "folders", "--sensitivity", "0.8", "--image-flags", "none"
     )
     assert status == 0, said
-    assert "labels: by the names of the folders" in said
+    assert "labels: the names of the folders" in said
     assert section(fresh)["rule_out"]["below"] == points["rule_out"]["below"]
     assert section(fresh)["abstain"]["image_flags"] == []
 
@@ -221,19 +221,19 @@ def test_what_is_refused(
         assert complaint in line, line
         assert (fresh / "ensemble.json").read_bytes() == before
 
-    refused("0 images of class osteoporosis: too few", label="normal")
+    refused("0 images of class osteoporosis are too few", label="normal")
     refused("0 images of other classes than osteoporosis", label="OS")
     refused(
         "row 0: label 'osteoporos' is not one of normal, osteopenia, osteoporosis; osteoporosis?",
         label="osteoporos",
     )
     refused("label '7' is not one of", label=7)
-    refused("not one row has a score and a label (243 missing)", path="gone.png")
-    refused("0 images of class osteoporosis: too few", label="")
+    refused("no row has both a score and a label (243 missing)", path="gone.png")
+    refused("0 images of class osteoporosis are too few", label="")
     refused("--on is missing: python -m engine.calibrate", "--dry-run")
     refused("no such file", "--on", tmp_path / "gone.csv")
     refused(
-        "--label-column klass: no such column; there are label, person",
+        "--label-column klass: there is no such column; allowed: label, person",
         "--on",
         labelled,
         "--label-column",
@@ -241,13 +241,13 @@ def test_what_is_refused(
     )
     refused("--target osteo: allowed: normal", "--on", labelled, "--target", "osteo")
     refused("'1' is not a number between 0.5 and 0.999", "--on", labelled, "--sensitivity", "1")
-    refused("too few to promise a sensitivity of 0.999", "--on", labelled, "--sensitivity", "0.999")
+    refused("too few for a sensitivity of 0.999", "--on", labelled, "--sensitivity", "0.999")
     refused("--image-flags blurred: allowed: first_frame", "--on", labelled, "--image-flags", "blurred")
-    refused("no column 'label', and no folder is named like", "--on", labelled.parent)
-    refused("it has no operating points; find them with: python -m", "--show")
+    refused("no column 'label', and no folder is named normal", "--on", labelled.parent)
+    refused("has no operating points; find them with: python -m", "--show")
     other = write_bundle(tmp_path / "other", weights=(0.3, 0.7))
     engine.screen(labelled, output=tmp_path / "out", bundle=other)
-    refused("they are of another bundle", "--on", tmp_path / "out")
+    refused("they come from another bundle", "--on", tmp_path / "out")
     (tmp_path / "out" / "_SUCCESS").unlink()
     refused("the run is not finished", "--on", tmp_path / "out")
 
@@ -264,7 +264,7 @@ def test_scores_that_are_no_numbers(
     pq.write_table(table.set_column(place, table.schema.field(place), [values]), part)
     status, _, said = run(fresh, "--on", tmp_path / "out")
     assert status == 2
-    assert "row 3: its scores are no numbers" in said
+    assert "row 3: its scores are not finite numbers" in said
 
 
 def test_runs_of_older_versions_go_on_without_the_columns(

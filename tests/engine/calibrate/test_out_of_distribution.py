@@ -90,7 +90,7 @@ def test_real_networks_have_pooled_features(real_bundle: Path) -> None:
 def test_graphs_without_a_head_are_refused(bundle: Path) -> None:
     model = onnx.load(bundle / "member0.onnx")
     model.opset_import[0].version = 17
-    with pytest.raises(UsageError, match="opset 18 or newer, this one has 17"):
+    with pytest.raises(UsageError, match="opset 18 or newer, but this graph has 17"):
         distance_subgraph(model.SerializeToString(), fit_gaussian(np.eye(16)))
     model.opset_import[0].version = 20
     model.graph.node[-1].op_type = "Exp"
@@ -178,7 +178,7 @@ def test_without_ood_the_distances_go(archive_with_labels: Path, tmp_path: Path,
     engine.screen(labelled, output=tmp_path / "out", bundle=path)
     capsys.readouterr()
     assert calibrate.main([str(path), "--on", str(tmp_path / "out"), "--ood"]) == 2
-    assert "--ood needs the images themselves" in capsys.readouterr().err
+    assert "--ood needs the images, but" in capsys.readouterr().err
     assert calibrate.main([str(path), "--on", str(tmp_path / "out")]) == 0
     assert not list(path.glob(f"*{DISTANCE_OUTPUT}*"))
     assert bundles.load_bundle(path).operating_points.distances == {}  # type: ignore[union-attr]
