@@ -22,23 +22,23 @@ from engine.runs import run_settings
 def option_parser() -> Parser:
     return options.option_parser(
         "python -m engine.doctor",
-        "What a run with these options would do on this machine, and what stands in its way.",
+        "Check what a run with these options would do on this machine, and list problems and their fixes.",
         "examples:\n  python -m engine.doctor -b bundle\n  python -m engine.doctor manifest.csv -b bundle",
         needs_manifest=False,
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = sys.argv[1:] if arguments is None else arguments
+    arguments = sys.argv[1:] if arguments is None else arguments
     hush_libraries()
-    log = RedactingLog(redact="--redact" in given)
+    log = RedactingLog(redact="--redact" in arguments)
     console = Console(file=cast(TextIO, log))
     say: OnMessage = partial(console.print, markup=False, highlight=False, soft_wrap=True)
 
     def work() -> int:
-        asked = vars(option_parser().parse_args(given))
-        manifest = asked["manifest"] is not None
-        settings = run_settings.settings_of(asked | {"manifest": asked["manifest"] or Path()})
+        values = vars(option_parser().parse_args(arguments))
+        manifest = values["manifest"] is not None
+        settings = run_settings.settings_of(values | {"manifest": values["manifest"] or Path()})
         log.known = named_locations(settings)
         return run_doctor(sys.stdout, settings, manifest=manifest, say=say, stop=threading.Event())
 

@@ -15,12 +15,12 @@ from engine.core.settings import Settings
 class Problem:
     text: str
     fix: str  # a command
-    blocking: bool  # a run would not start, or not do what it was asked to
+    blocking: bool  # a run would fail or ignore an option
 
 
 @dataclass
 class Diagnosis:
-    """Sections of lines, and the problems; what people named is hidden where that was asked for."""
+    """Sections of lines, and the problems. With --redact, the named locations are hidden."""
 
     settings: Settings
     sections: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
@@ -30,23 +30,23 @@ class Diagnosis:
     def exit_status(self) -> int:
         return UsageError.exit_status if any(problem.blocking for problem in self.problems) else 0
 
-    def section(self, title: str) -> None:
+    def add_section(self, title: str) -> None:
         self.sections.append((title, []))
 
-    def line(self, label: str, text: str) -> None:
-        self.sections[-1][1].append((label, self.hidden(text)))
+    def add_line(self, label: str, text: str) -> None:
+        self.sections[-1][1].append((label, self._redact(text)))
 
-    def problem(self, text: str, fix: str, *, blocking: bool = True) -> None:
-        """`fix` names places by `place` only."""
-        self.problems.append(Problem(self.hidden(text), fix, blocking))
+    def add_problem(self, text: str, fix: str, *, blocking: bool = True) -> None:
+        """Add a problem. Locations in `fix` must come from `quote`."""
+        self.problems.append(Problem(self._redact(text), fix, blocking))
 
-    def hidden(self, text: str) -> str:
-        text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    def _redact(self, text: str) -> str:
+        text = "".join(character if character.isprintable() else "?" for character in text)
         return redact_line(text, named_locations(self.settings)) if self.settings.redaction else text
 
-    def place(self, place: object, word: str) -> str:
-        """Quote a location for a command."""
-        return word if self.settings.redaction else shlex.quote(str(place))
+    def quote(self, location: object, placeholder: str) -> str:
+        """Quote a location for a command; with --redact, return the placeholder."""
+        return placeholder if self.settings.redaction else shlex.quote(str(location))
 
 
 def format_bytes(count: float) -> str:

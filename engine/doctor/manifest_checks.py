@@ -1,7 +1,7 @@
-"""Check a manifest for `engine.doctor`, and how long its run would take.
+"""Check a manifest for `engine.doctor`, and forecast how long its run would take.
 
-All paths are looked at for some seconds, a sample of the files is read by the run's own reader, and the
-bundle is measured on it by the run's own stages.
+For some seconds the paths are checked for existence; then the reader of a run reads a sample of the files,
+and the stages of a run measure the bundle on a sample.
 """
 
 from __future__ import annotations
@@ -36,104 +36,107 @@ from engine.runs.prepare import check_inputs, list_incremental, open_run_manifes
 from engine.storage.images import ImageStorage
 from engine.tune.trials import sample_paths
 
-EXISTENCE_CHECK_S = 4.0  # for files that are not there
-SAMPLE_ROWS, SAMPLE_S = 200, 10.0  # files that are read, at most, and for how long
+EXISTENCE_CHECK_S = 4.0  # time to look for missing files
+SAMPLE_ROWS, SAMPLE_S = 200, 10.0  # limits of the sample that is read
 MAX_EXAMPLES = 3
 
 
 def check_manifest(
-    report: Diagnosis, found: tuple[Bundle, RunnerChoice] | None, say: OnMessage, stop: threading.Event
+    diagnosis: Diagnosis,
+    bundle_and_choice: tuple[Bundle, RunnerChoice] | None,
+    say: OnMessage,
+    stop: threading.Event,
 ) -> None:
-    """Add to `report` what a run over its manifest would do; without a bundle, what can be said without."""
-    settings = report.settings
-    where = report.place(settings.manifest, "MANIFEST")
-    report.section("manifest")
+    """Add the lines of the manifest to `diagnosis`, and with a bundle the forecast of its run."""
+    settings = diagnosis.settings
+    path = diagnosis.quote(settings.manifest, "MANIFEST")
+    diagnosis.add_section("manifest")
     with TemporaryDirectory(prefix="engine-") as name:
         scratch = Path(name)
         try:
             check_inputs(settings)
-            manifest = _open_manifest(settings, found, scratch / "listing.parquet", say)
+            manifest = _open_manifest(settings, bundle_and_choice, scratch / "listing.parquet", say)
             if settings.redaction:
                 manifest = manifest.only(settings.redaction.keep)
         except NothingNew as nothing:
-            report.line("rows", str(nothing))
+            diagnosis.add_line("rows", str(nothing))
             return
         except EngineError as error:
-            report.problem(str(error), _fix_command(report, str(error)))
+            diagnosis.add_problem(str(error), _fix_command(diagnosis, str(error)))
             return
-        report.line("rows", str(manifest.rows))
+        diagnosis.add_line("rows", str(manifest.rows))
         if manifest.skipped:
-            report.line("left out", describe_list(manifest.rows, manifest.skipped))
-        _check_files_exist(report, manifest, where)
+            diagnosis.add_line("left out", describe_list(manifest.rows, manifest.skipped))
+        _check_files_exist(diagnosis, manifest, path)
         try:
-            sampled = _read_sample(settings, manifest, stop)
-        except UsageError as error:  # a package that reads these files is missing
-            report.problem(str(error), _fix_command(report, str(error)))
+            sample = _read_sample(settings, manifest, stop)
+        except UsageError as error:  # a package is missing that reads these files
+            diagnosis.add_problem(str(error), _fix_command(diagnosis, str(error)))
             return
         except EngineError as error:
-            report.problem(str(error), f"python -m engine.run {where} --root FOLDER")
+            diagnosis.add_problem(str(error), f"python -m engine.run {path} --root FOLDER")
             return
-        _report_sample(report, sampled, where)
-        if found and sampled.headers:
-            forecast_run(report, manifest, sampled, found, scratch, say, stop)
+        _describe_sample(diagnosis, sample, path)
+        if bundle_and_choice and sample.headers:
+            forecast_run(diagnosis, manifest, sample, *bundle_and_choice, scratch, say, stop)
 
 
 def _open_manifest(
-    settings: Settings, found: tuple[Bundle, RunnerChoice] | None, listing: Path, say: OnMessage
+    settings: Settings,
+    bundle_and_choice: tuple[Bundle, RunnerChoice] | None,
+    listing: Path,
+    say: OnMessage,
 ) -> Manifest:
-    since = settings.since is not None and found is not None
-    if settings.since and found:
-        list_incremental(settings, PreviousRun(settings.since), *found, listing, say)
-    return open_run_manifest(settings, listing, since=since)
+    if settings.since and bundle_and_choice:
+        list_incremental(settings, PreviousRun(settings.since), *bundle_and_choice, listing, say)
+        return open_run_manifest(settings, listing, since=True)
+    return open_run_manifest(settings, listing, since=False)
 
 
-def _fix_command(report: Diagnosis, error: str) -> str:
+def _fix_command(diagnosis: Diagnosis, error: str) -> str:
     """Return the command that fixes a manifest that cannot be opened."""
-    where = report.place(report.settings.manifest, "MANIFEST")
+    path = diagnosis.quote(diagnosis.settings.manifest, "MANIFEST")
     _, installs, command = error.partition("install it with: ")
     if installs:
         return command
     if "no such file" in error:
         return "python -m engine.manifest FOLDER -o list.parquet"
     if "python -m engine.manifest" in error:
-        return f"python -m engine.manifest {where} -o list.parquet"
+        return f"python -m engine.manifest {path} -o list.parquet"
     options = {"--root": "--root FOLDER", "--path-column": "--path-column NAME", "--keep": "--redact"}
     option = next((option for name, option in options.items() if name in error), None)
-    return f"python -m engine.run {where} {option}" if option else "python -m engine.run MANIFEST"
+    return f"python -m engine.run {path} {option}" if option else "python -m engine.run MANIFEST"
 
 
-def _check_files_exist(report: Diagnosis, manifest: Manifest, where: str) -> None:
-    """Are the files there: all that can be asked for in a few seconds, none on other machines."""
-    storage, looked, missing, began = ImageStorage(manifest.root), 0, 0, time.monotonic()
+def _check_files_exist(diagnosis: Diagnosis, manifest: Manifest, manifest_path: str) -> None:
+    """Count the missing files among those that can be checked within EXISTENCE_CHECK_S; skip remote ones."""
+    storage, checked, missing, began = ImageStorage(manifest.root), 0, 0, time.monotonic()
 
-    def is_there(path: str | None) -> bool:
+    def exists(path: str | None) -> bool:
         return bool(path) and storage.exists(str(path))
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
-        for paths in _first_paths(manifest, 1000):
+        for paths in _path_chunks(manifest, 1000):
             if storage.any_remote(paths) or time.monotonic() - began > EXISTENCE_CHECK_S:
                 break
-            missing += list(threads.map(is_there, paths)).count(False)
-            looked += len(paths)
-    if not looked:
-        report.line("missing", "not looked for: files elsewhere are only sampled")
+            missing += list(threads.map(exists, paths)).count(False)
+            checked += len(paths)
+    if not checked:
+        diagnosis.add_line("missing", "not checked: remote files are only sampled")
         return
-    of = f"all {looked}" if looked == manifest.rows else f"the first {looked}, in {EXISTENCE_CHECK_S:g} s"
-    report.line("missing", f"{missing} of {of}")
-    if missing:
-        everything = missing == looked
-        hint = "do relative paths start elsewhere?" if everything else "later, when they are back:"
-        fix = f"{where} --root FOLDER"
-        if not everything:
-            fix = f"--only-errors {report.place(report.settings.output, 'OUTPUT')}"
-        report.problem(
-            f"{missing} of {looked} files are not there; {hint}",
-            f"python -m engine.run {fix}",
-            blocking=everything,
-        )
+    total = f"all {checked}" if checked == manifest.rows else f"the first {checked}"
+    diagnosis.add_line("missing", f"{missing} of {total}")
+    if not missing:
+        return
+    hint, fix = "name the folder where relative paths start:", f"{manifest_path} --root FOLDER"
+    if missing < checked:
+        output = diagnosis.quote(diagnosis.settings.output, "OUTPUT")
+        hint, fix = "score them later, when they exist:", f"--only-errors {output}"
+    text = f"{missing} of {checked} files do not exist; {hint}"
+    diagnosis.add_problem(text, f"python -m engine.run {fix}", blocking=missing == checked)
 
 
-def _first_paths(manifest: Manifest, count: int) -> Iterator[list[str | None]]:
+def _path_chunks(manifest: Manifest, count: int) -> Iterator[list[str | None]]:
     for table in manifest.tables():
         column = table.column(manifest.path_column).cast(pa.string())
         for start in range(0, len(column), count):
@@ -141,7 +144,7 @@ def _first_paths(manifest: Manifest, count: int) -> Iterator[list[str | None]]:
 
 
 def _read_sample(settings: Settings, manifest: Manifest, stop: threading.Event) -> FileSample:
-    """Read a sample of the files with the run's reader. Raises UsageError and EngineError, as a run would."""
+    """Read a sample of the files with the run's reader. Raises UsageError and EngineError like a run."""
     paths = sample_paths(manifest)[:SAMPLE_ROWS]
     reader = Reader(
         manifest.root,
@@ -150,31 +153,30 @@ def _read_sample(settings: Settings, manifest: Manifest, stop: threading.Event) 
         limits=settings.limits,
         timeout_s=min(settings.read_timeout_s, SAMPLE_S),
     )
-    found, began = FileSample(), time.monotonic()
+    sample, began = FileSample(), time.monotonic()
     part = Part(0, np.arange(len(paths)), paths, pa.table({}))
     with closing(reader.stage([part], Meter("read"))) as batches:  # type: ignore[type-var]
         for batch in batches:
-            found.add(batch)
-            found.elapsed_s = time.monotonic() - began
-            if found.elapsed_s > SAMPLE_S or stop.is_set():
+            sample.add(batch)
+            sample.elapsed_s = time.monotonic() - began
+            if sample.elapsed_s > SAMPLE_S or stop.is_set():
                 break
-    return found
+    return sample
 
 
-def _report_sample(report: Diagnosis, sampled: FileSample, where: str) -> None:
-    counts = ", ".join(f"{count} {status}" for status, count in sampled.by_status.most_common())
-    rate = sampled.rows / max(sampled.elapsed_s, 1e-6)
-    report.line("sample", f"{sampled.rows} rows: {counts}; read at {rate:.0f} files/s")
-    for error, count in sampled.errors.most_common(MAX_EXAMPLES):
-        report.line("such as", f"{count} x {error}")
-    if not sampled.headers:
-        report.problem(
-            "none of the files sampled can be scored", f"python -m engine.run {where} --root FOLDER"
-        )
+def _describe_sample(diagnosis: Diagnosis, sample: FileSample, manifest_path: str) -> None:
+    counts = ", ".join(f"{count} {status}" for status, count in sample.by_status.most_common())
+    rate = sample.rows / max(sample.elapsed_s, 1e-6)
+    diagnosis.add_line("sample", f"{sample.rows} rows: {counts}; read at {rate:.0f} files/s")
+    for error, count in sample.errors.most_common(MAX_EXAMPLES):
+        diagnosis.add_line("error", f"{count} x {error}")
+    if not sample.headers:
+        fix = f"python -m engine.run {manifest_path} --root FOLDER"
+        diagnosis.add_problem("no file of the sample can be scored", fix)
         return
-    formats = Counter(header.format for header in sampled.headers)
-    report.line("formats", ", ".join(f"{count} {name}" for name, count in formats.most_common()))
-    order = sorted(sampled.headers, key=lambda header: header.width * header.height)
-    middle, largest = (f"{one.width} x {one.height}" for one in (order[len(order) // 2], order[-1]))
-    bytes_each = format_bytes(float(np.mean(sampled.bytes_read)))
-    report.line("sizes", f"{middle} in the middle, {largest} the largest; {bytes_each} a file")
+    formats = Counter(header.format for header in sample.headers)
+    diagnosis.add_line("formats", ", ".join(f"{count} {name}" for name, count in formats.most_common()))
+    order = sorted(sample.headers, key=lambda header: header.width * header.height)
+    median, largest = (f"{header.width} x {header.height}" for header in (order[len(order) // 2], order[-1]))
+    bytes_each = format_bytes(float(np.mean(sample.bytes_read)))
+    diagnosis.add_line("sizes", f"median {median}, largest {largest}; {bytes_each} a file")

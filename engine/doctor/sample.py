@@ -1,4 +1,4 @@
-"""Hold what the doctor found in a sample of files."""
+"""Count the properties of a sample of files."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class FileSample:
     by_status: Counter[str] = field(default_factory=Counter)
     headers: list[Header] = field(default_factory=list)
     bytes_read: list[int] = field(default_factory=list)
-    errors: Counter[str] = field(default_factory=Counter)  # status and error, by how often
+    errors: Counter[str] = field(default_factory=Counter)  # by "status: error"
 
     def add(self, batch: Batch) -> None:
         self.rows += batch.rows
-        self.by_status.update(Status(one).label for one in batch.status)
-        for found, data in zip(batch.headers, batch.encoded, strict=True):
-            if found:
-                self.headers.append(found)
+        self.by_status.update(Status(code).label for code in batch.status)
+        for header, data in zip(batch.headers, batch.encoded, strict=True):
+            if header:
+                self.headers.append(header)
                 self.bytes_read.append(len(data))
         for position, error in batch.errors.items():
             self.errors[f"{Status(batch.status[position]).label}: {error}"] += 1

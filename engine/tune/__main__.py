@@ -21,7 +21,7 @@ def option_parser() -> Parser:
     parser = Parser(
         "python -m engine.tune",
         "BUNDLE --sample MANIFEST [option ...]",
-        description="Find the options that are fastest here for your own images; engine.run uses them.",
+        description="Find the fastest options on this machine for your images; engine.run uses them.",
         examples="example: python -m engine.tune bundle --sample manifest.csv",
     )
     add = parser.add
@@ -32,9 +32,15 @@ def option_parser() -> Parser:
         type=parse_location,
         required=True,
         metavar="MANIFEST",
-        help="as engine.run",
+        help="images to measure, as for engine.run",
     )
-    add("--seconds", type=number(1, 86_400), default=60.0, metavar="S", help="to take for it (%(default)g)")
+    add(
+        "--seconds",
+        type=number(1, 86_400),
+        default=60.0,
+        metavar="S",
+        help="duration of the search (%(default)g)",
+    )
     add_options(parser, "device", "runner", "precision", "path_column", "root", "memory")
     return parser
 
@@ -45,11 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     hush_libraries()
 
     def work() -> int:
-        given: dict[str, Any] = vars(option_parser().parse_args(arguments))
-        seconds = given.pop("seconds")
+        values: dict[str, Any] = vars(option_parser().parse_args(arguments))
+        seconds = values.pop("seconds")
         stop = stop_on_signal(console).stop
-        verdict, place = tune(Settings(**given), seconds=seconds, say=say, stop=stop)
-        say(f"kept for engine.run in {place}")
+        verdict, path = tune(Settings(**values), seconds=seconds, say=say, stop=stop)
+        say(f"the profile for engine.run was written to {path}")
         print(verdict)
         return 0
 

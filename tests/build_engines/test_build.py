@@ -136,12 +136,12 @@ def test_the_doctor_says_which_plans_fit(built, monkeypatch):
     settings = Settings(manifest=Path(), bundle=bundle)
 
     def told() -> tuple[dict[str, str], list[str]]:
-        report = diagnose(settings, manifest=False, say=lambda _: None)
-        lines = {label: text for _, lines in report.sections for label, text in lines}
-        return lines, [problem.fix for problem in report.problems if TARGET in problem.text]
+        diagnosis = diagnose(settings, manifest=False, say=lambda _: None)
+        lines = {label: text for _, lines in diagnosis.sections for label, text in lines}
+        return lines, [problem.fix for problem in diagnosis.problems if TARGET in problem.text]
 
     lines, commands = told()
-    assert lines[f"plans/{TARGET}"].endswith("for compute capability 8.6, 8.9, no GPU here")
+    assert lines[f"plans/{TARGET}"].endswith("for compute capability 8.6, 8.9; this machine has no GPU")
     assert not commands
     monkeypatch.setattr(hardware, "has_gpu", lambda: True)
     monkeypatch.setattr(hardware, "require_gpu", lambda index=0: ADA)

@@ -43,13 +43,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "MEASURE_S", 0.1)
 
 
-def lines_of(report: Diagnosis) -> dict[str, str]:
-    return {label: text for _, lines in report.sections for label, text in lines}
+def lines_of(diagnosis: Diagnosis) -> dict[str, str]:
+    return {label: text for _, lines in diagnosis.sections for label, text in lines}
 
 
-def shown(report: Diagnosis, width: int = 100, *, terminal: bool = True) -> str:
+def shown(diagnosis: Diagnosis, width: int = 100, *, terminal: bool = True) -> str:
     stream = io.StringIO()
-    show_diagnosis(report, Console(file=stream, width=width, force_terminal=terminal, color_system=None))
+    show_diagnosis(diagnosis, Console(file=stream, width=width, force_terminal=terminal, color_system=None))
     return stream.getvalue()
 
 
@@ -82,7 +82,7 @@ def test_one_screen_that_is_true(
         "runs on              ONNX Runtime on the CPU: requested",
         "measured just now on a sample",
         "for 42 rows",
-        "of it are done",
+        "done by 23:59",
         "output               out: a new run",
     ):
         assert words in said, said
@@ -164,7 +164,7 @@ def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp
             f"python -m training DATA -o {tmp_path}/no",
         ),
         ({"manifest": tmp_path / "no.csv"}, "no such file", "python -m engine.manifest FOLDER"),
-        ({"manifest": names}, "9 of 9 files are not there", "--root FOLDER"),
+        ({"manifest": names}, "9 of 9 files do not exist", "--root FOLDER"),
         ({"root": tmp_path / "no"}, "no such folder", "--root FOLDER"),
         ({"path_column": "file"}, "no column 'file'", "--path-column NAME"),
         ({"manifest": clash}, "names of results", "--column-prefix manifest_"),
@@ -174,14 +174,14 @@ def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp
         ({"precision": "fp16"}, "needs a GPU", "--precision fp32"),
         ({"device": "cuda:99"}, "GPU", "--device cpu"),
     ):
-        report = asked(replace(good, **changes))
+        diagnosis = asked(replace(good, **changes))
         found = [
-            problem for problem in report.problems if problem.blocking and re.search(words, problem.text)
+            problem for problem in diagnosis.problems if problem.blocking and re.search(words, problem.text)
         ]
-        assert found, (words, report.problems)
+        assert found, (words, diagnosis.problems)
         assert command in found[0].fix
-        assert report.exit_status == 2
-        assert f"problem: {found[0].text}\n    {found[0].fix}\n" in shown(report)
+        assert diagnosis.exit_status == 2
+        assert f"problem: {found[0].text}\n    {found[0].fix}\n" in shown(diagnosis)
 
 
 def test_no_path_is_shown_with_redact(
@@ -213,13 +213,13 @@ def test_no_path_is_shown_with_redact(
 
 def test_a_narrow_terminal_and_hostile_names(manifest: Path, tmp_path: Path) -> None:
     odd = write_bundle(tmp_path / "odd", classes=("[red]normal", "thin bones " * 5))
-    report = asked(Settings(device="cpu", manifest=manifest, bundle=odd))
-    report.line("odd", "a\x1b[31m\nname")
-    narrow = shown(report, 40).split("note: ")[0]
+    diagnosis = asked(Settings(device="cpu", manifest=manifest, bundle=odd))
+    diagnosis.add_line("odd", "a\x1b[31m\nname")
+    narrow = shown(diagnosis, 40).split("note: ")[0]
     assert max(map(len, narrow.splitlines())) <= 40
     assert "[red]normal" in narrow
     assert "\x1b" not in narrow
-    assert "runs on              ONNX" in shown(report, terminal=False)
+    assert "runs on              ONNX" in shown(diagnosis, terminal=False)
 
 
 def test_the_rate_of_a_tuned_machine_is_taken(manifest: Path, bundle: Path, tmp_path: Path) -> None:
@@ -261,17 +261,17 @@ def test_packages_are_held_against_the_metadata(
         (folder / "METADATA").write_text("\n".join([*head, *lines]) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
-    report = asked(Settings(device="cpu", manifest=Path(), bundle=bundle), manifest=False)
-    told = {problem.text: problem for problem in report.problems}
+    diagnosis = asked(Settings(device="cpu", manifest=Path(), bundle=bundle), manifest=False)
+    told = {problem.text: problem for problem in diagnosis.problems}
     here = extras.package_version("numpy")
     assert told[f"packages: numpy {here} does not fit >=99"].fix == "pip install -c constraints.txt ."
     clash = f"old-friend 2.0 asks for rich<2, here is {extras.package_version('rich')}"
     assert told[clash].blocking
     (gpu,) = (problem for text, problem in told.items() if text.startswith("extra gpu: pyarrow"))
     assert not gpu.blocking  # there is no GPU
-    assert lines_of(report)["extras"] == "complete: none; not complete: dicom, gpu"
-    assert report.exit_status == 2
-    assert any(text.startswith("imagecodecs can't be imported: ") for text in told)
+    assert lines_of(diagnosis)["extras"] == "complete: none; not complete: dicom, gpu"
+    assert diagnosis.exit_status == 2
+    assert any(text.startswith("imagecodecs cannot be imported: ") for text in told)
     assert len(told) == 4
 
 
@@ -291,13 +291,13 @@ def test_a_gpu_that_can_not_be_used(tmp_path: Path, bundle: Path, monkeypatch: p
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(hardware, "has_gpu", lambda: True)
     monkeypatch.setattr(hardware, "driver_version", lambda: "570.86")
-    report = asked(Settings(manifest=Path(), bundle=bundle), manifest=False)
-    assert lines_of(report)["GPU"] == (
+    diagnosis = asked(Settings(manifest=Path(), bundle=bundle), manifest=False)
+    assert lines_of(diagnosis)["GPU"] == (
         "cuda:0 NVIDIA H100 80GB HBM3, compute capability 9.0, 81559 MiB, driver 570.86"
     )
-    assert lines_of(report)["runs on"].startswith("ONNX Runtime on the CPU: the GPU can't be used")
-    told = " ".join(problem.text for problem in report.problems if problem.blocking)
-    assert "driver is 570.86, needed is r580 or newer" in told
+    assert lines_of(diagnosis)["runs on"].startswith("ONNX Runtime on the CPU: the GPU can't be used")
+    told = " ".join(problem.text for problem in diagnosis.problems if problem.blocking)
+    assert "driver is 570.86, but a run needs r580 or newer" in told
     assert "the run would be on the CPU" in told
     assert re.search(r"extra gpu: .*tensorrt-cu13 is missing", told)
     asleep = asked(Settings(manifest=Path(), bundle=bundle, device="cpu"), manifest=False)

@@ -44,17 +44,17 @@ class Machine:
         self._rng = np.random.default_rng(seed)
         self.spent: dict[TunedOptions, float] = {}
 
-    def visit(self, knobs: TunedOptions, seconds: float) -> float:
+    def measure(self, options: TunedOptions, seconds: float) -> float:
         self.now += seconds
-        self.spent[knobs] = self.spent.get(knobs, 0.0) + seconds
-        return self._rate(knobs) * (1 - 0.2 * self.now / 60) * self._rng.normal(1, self._spread)
+        self.spent[options] = self.spent.get(options, 0.0) + seconds
+        return self._rate(options) * (1 - 0.2 * self.now / 60) * self._rng.normal(1, self._spread)
 
     def search(self) -> SearchResult:
-        return search(OTHERS, self.visit, seconds=60, rows_of=lambda knobs: 10, clock=lambda: self.now)
+        return search(OTHERS, self.measure, seconds=60, min_rows=lambda options: 10, clock=lambda: self.now)
 
 
 def rates(gains: dict[TunedOptions, float]) -> Callable[[TunedOptions], float]:
-    return lambda knobs: 25 * gains.get(knobs, 1.0)
+    return lambda options: 25 * gains.get(options, 1.0)
 
 
 def test_it_finds_what_is_faster_and_gives_it_the_most_time() -> None:
@@ -66,11 +66,11 @@ def test_it_finds_what_is_faster_and_gives_it_the_most_time() -> None:
             seed,
         )
         found = machine.search()
-        assert found.knobs == better
+        assert found.chosen == better
         assert abs(found.gain - 0.1) < 0.03
         assert machine.now < 66
         others = [
-            seconds for knobs, seconds in machine.spent.items() if knobs not in (better, TunedOptions())
+            seconds for options, seconds in machine.spent.items() if options not in (better, TunedOptions())
         ]
         assert machine.spent[better] > 2 * max(others)
 
@@ -80,12 +80,12 @@ def test_it_joins_knobs_that_gain_each() -> None:
     machine = Machine(
         rates({TunedOptions(batch_size=16): 1.1, TunedOptions(workers=1): 1.1, both: 1.2}), 0.005, 0
     )
-    assert machine.search().knobs == both
+    assert machine.search().chosen == both
 
 
 def test_noise_and_small_gains_leave_the_defaults() -> None:
     kept = [
-        Machine(rates({TunedOptions(batch_size=16): 1.01}), 0.02, seed).search().knobs for seed in range(50)
+        Machine(rates({TunedOptions(batch_size=16): 1.01}), 0.02, seed).search().chosen for seed in range(50)
     ]
     assert kept.count(TunedOptions()) >= 42, "0.97 of many"
 
@@ -94,19 +94,19 @@ def test_what_takes_too_long_is_left_out() -> None:
     machine = Machine(rates({}), 0.01, 0)
     found = search(
         OTHERS,
-        machine.visit,
+        machine.measure,
         seconds=60,
-        rows_of=lambda knobs: 30 * (knobs.batch_size or 8),
+        min_rows=lambda options: 30 * (options.batch_size or 8),
         clock=lambda: machine.now,
     )
-    assert found.left_out == [
+    assert found.skipped == [
         TunedOptions(batch_size=16),
         TunedOptions(batch_size=32),
         TunedOptions(workers=1),
     ]
     assert TunedOptions(batch_size=32) not in machine.spent
     with pytest.raises(UsageError, match="give 9 or more"):
-        search(OTHERS, machine.visit, seconds=1, rows_of=lambda knobs: 25, clock=lambda: machine.now)
+        search(OTHERS, machine.measure, seconds=1, min_rows=lambda _: 25, clock=lambda: machine.now)
 
 
 @pytest.fixture
