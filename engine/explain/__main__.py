@@ -31,7 +31,7 @@ def option_parser() -> Parser:
     parser = Parser(
         "python -m engine.explain",
         "RESULTS [options]",
-        description="Pictures of what moved the scores of some rows of a finished run.",
+        description="Draw which image regions moved the scores of some rows of a finished run.",
         examples="example: python -m engine.explain results --top 50",
     )
     add = parser.add
@@ -40,37 +40,42 @@ def option_parser() -> Parser:
         "--top",
         type=whole(1, MAX_ROWS),
         metavar="N",
-        help=f"rows of the highest probability ({DEFAULT_TOP})",
+        help=f"the N rows with the highest probability ({DEFAULT_TOP})",
     )
-    add("--rows", type=_parse_row_ranges, default=[], metavar="ROWS", help="these, such as 3,17,40-45")
-    add("--abstained", action="store_true", help="rows on which the run abstained")
+    add("--rows", type=_parse_row_ranges, default=[], metavar="ROWS", help="these rows, such as 3,17,40-45")
+    add("--abstained", action="store_true", help="the rows on which the run abstained")
     add(
-        "--class", dest="of_class", metavar="NAME", help="whose probability (the run's target, else the last)"
+        "--class",
+        dest="of_class",
+        metavar="NAME",
+        help="the class to explain (the run's target, else the last)",
     )
     add(
         "-o", "--output", type=parse_location, help=f"folder for the pictures (RESULTS/{EXPLANATIONS_FOLDER})"
     )
-    add("-b", "--bundle", type=Path, help="where the run's bundle is now (where it was)")
+    add("-b", "--bundle", type=Path, help="the run's bundle, if it was moved")
     add("--device", default="cpu", help="cpu or cuda:N (%(default)s)")
     add(
         "--workers",
         type=whole(1, MAX_WORKERS),
         metavar="N",
-        help="CPU threads (all that this process may use)",
+        help="CPU threads (all usable CPUs)",
     )
-    add("--redact", action="store_true", help="of a run with --redact: no line names a path")
+    add("--redact", action="store_true", help="for a run with --redact: no line shows a path")
     add("--salt-file", type=Path, metavar="FILE", help="key of that run's hashes (ENGINE_SALT)")
     add("--paths-from", type=parse_location, metavar="MANIFEST", help="the manifest of that run")
-    add("--root", type=parse_location, help="folder of that manifest's relative paths (its own)")
+    add(
+        "--root", type=parse_location, help="folder of that manifest's relative paths (the manifest's folder)"
+    )
     return parser
 
 
 def _parse_row_ranges(text: str) -> list[int]:
-    """'3,17,40-45' as row numbers, each once."""
+    """Return the row numbers of a text such as '3,17,40-45', each once."""
     rows: dict[int, None] = {}
     for word in text.split(","):
-        found = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if last < first:
             raise argparse.ArgumentTypeError(
                 f"{word!r} is not a row number or range; allowed: such as 3,17,40-45"
@@ -81,23 +86,25 @@ def _parse_row_ranges(text: str) -> list[int]:
     return list(rows)
 
 
-def _settings_from(given: dict[str, Any]) -> tuple[Settings, RowSelection]:
-    rows, abstained, top = given["rows"], given["abstained"], given["top"]
+def _settings_from(options: dict[str, Any]) -> tuple[Settings, RowSelection]:
+    rows, abstained, top = options["rows"], options["abstained"], options["top"]
     if top is None and not rows and not abstained:
         top = DEFAULT_TOP
-    if not given["redact"] and (option := next((one for one in _REDACTION_OPTIONS if given[one]), None)):
+    if not options["redact"] and (
+        option := next((name for name in _REDACTION_OPTIONS if options[name]), None)
+    ):
         raise UsageError(f"--{option.replace('_', '-')} works only with --redact")
     settings = Settings(
-        manifest=given["manifest"],
-        bundle=given["bundle"] or recorded_bundle_path(given["manifest"]),
-        device=given["device"],
-        workers=given["workers"],
-        root=given["root"],
-        paths_from=given["paths_from"],
-        redact=given["redact"],
-        salt_file=given["salt_file"],
+        manifest=options["manifest"],
+        bundle=options["bundle"] or recorded_bundle_path(options["manifest"]),
+        device=options["device"],
+        workers=options["workers"],
+        root=options["root"],
+        paths_from=options["paths_from"],
+        redact=options["redact"],
+        salt_file=options["salt_file"],
     )
-    return settings, RowSelection(top=top or 0, rows=rows, abstained=abstained, of_class=given["of_class"])
+    return settings, RowSelection(top=top or 0, rows=rows, abstained=abstained, of_class=options["of_class"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,22 +115,22 @@ def main(arguments: list[str] | None = None) -> int:
     say: OnMessage = partial(console.print, markup=False, highlight=False, soft_wrap=True)
 
     def work() -> int:
-        given = vars(option_parser().parse_args(arguments))
-        settings, asked = _settings_from(given)
+        options = vars(option_parser().parse_args(arguments))
+        settings, selection = _settings_from(options)
         log.known = named_locations(settings)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("explain", total=None)
-            done = explain(
+            result = explain(
                 settings,
-                asked,
-                output=given["output"],
+                selection,
+                output=options["output"],
                 say=say,
                 on_progress=lambda done, rows: bar.update(task, completed=done, total=rows),
             )
-        say(f"{done.explained} of {done.asked} rows explained; research use only")
-        if not given["output"] and not given["redact"]:
-            say(f"on the page, too: python -m engine.report {given['manifest']}")
-        print(done.output)
+        say(f"{result.explained} of {result.requested} rows explained; research use only")
+        if not options["output"] and not options["redact"]:
+            say(f"add them to the report with: python -m engine.report {options['manifest']}")
+        print(result.output)
         return 0
 
     return run_command(work, console)

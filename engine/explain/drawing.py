@@ -1,4 +1,4 @@
-"""A map over the picture it explains, as PNG: the picture as the network saw it, and beside it in colour."""
+"""Draw an explanation as PNG: the picture as the network receives it, and the same with the map over it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 PICTURE_SIDE = 448  # pixels of the picture's longer side
-# perceptually uniform on both sides of zero (Crameri et al. 2020); blue and orange, which most colour-blind
-# people tell apart. Its dark middle is left out: nothing is to be darkened where nothing changes.
+# Perceptually uniform on both sides of zero (Crameri et al. 2020), in blue and orange, which most
+# colour-blind people distinguish. The dark middle is skipped, so that unchanged regions are not darkened.
 _COLOURS, _MIDDLE = colormaps["managua_r"], 0.35
-_OPACITY = 0.85  # where the change is largest; nothing is covered where there is none
-_DIMMED = 0.85  # so that colours stand out on bright bones
+_OPACITY = 0.85  # at the largest change; 0 at no change
+_DIMMED = 0.85  # brightness of the picture under the colours
 _MARGIN, _HEADING, _FOOT, _BAR, _NUMBERS = 16, 66, 34, 18, 78  # pixels
 _DPI = 100
 Floats = npt.NDArray[np.float64]
@@ -39,7 +39,7 @@ def draw_explanation(
     limit: float,
     caption: Caption,
 ) -> None:
-    """Write a PNG: `gray` [H, W], and beside it with `change` [H, W] over it, in colours for -limit to limit.
+    """Write a PNG of `gray` [H, W] without and with `change` [H, W] over it, in colours for -limit to limit.
 
     The same arguments give the same bytes.
     """
@@ -62,8 +62,9 @@ def draw_explanation(
         (caption.foot, total[1] - 12, 8.5, "normal"),
     )
     for text, y, size, weight in lines:  # a class may be called $x$
-        place = (_MARGIN / total[0], 1 - y / total[1])
-        figure.text(*place, text, fontsize=size, fontweight=weight, parse_math=False)
+        figure.text(
+            _MARGIN / total[0], 1 - y / total[1], text, fontsize=size, fontweight=weight, parse_math=False
+        )
     axes = figure.add_axes((bar / total[0], _FOOT / total[1], _BAR / total[0], height / total[1]))
     ramp = np.linspace(1, -1, height)[:, None]
     axes.imshow(_blend(np.full_like(ramp, 0.5), ramp), aspect="auto", extent=(0, 1, -limit, limit))
@@ -77,7 +78,7 @@ def draw_explanation(
 
 
 def _blend(picture: Floats, strength: Floats) -> Floats:
-    """Gray [H, W], 0 to 1, under colours for strengths -1 to 1, the more opaque the stronger: [H, W, 3]."""
+    """Blend gray [H, W], 0 to 1, with colours for strengths -1 to 1, which set the opacity: [H, W, 3]."""
     size = np.minimum(np.abs(strength), 1)
     colours = _COLOURS((1 + np.sign(strength) * (_MIDDLE + (1 - _MIDDLE) * size)) / 2)[..., :3]
     opacity = _OPACITY * size[..., None]

@@ -26,7 +26,7 @@ BATCH = 8
 
 
 class RereadImages:
-    """The images of rows, once more: read and decoded as in the run, and seen by the members."""
+    """The images of rows, read and decoded again like in the run, with the members' feature maps."""
 
     def __init__(self, run: ExplainedRun, explainer: Explainer) -> None:
         self._run, self.explainer = run, explainer
@@ -53,10 +53,12 @@ class RereadImages:
     def __exit__(self, *error: object) -> None:
         self._preprocess.close()
 
-    def seen(self, rows: Sequence[int], say: OnMessage) -> Iterator[tuple[Rows, Pixels, FeatureMaps]]:
-        """Numbers [n], pixels [n, 1, H, W] and feature maps of rows whose images are as they were.
+    def read_features(
+        self, rows: Sequence[int], say: OnMessage
+    ) -> Iterator[tuple[Rows, Pixels, FeatureMaps]]:
+        """Yield the numbers [n], pixels [n, 1, H, W] and feature maps of rows with unchanged images.
 
-        `say` gets a line for each of the others.
+        `say` gets a line for each changed or unreadable image.
         """
         meter = Meter("explain")
         batches = self._reader.stage(self._run.parts_of(rows), meter)
@@ -66,43 +68,48 @@ class RereadImages:
                 numbers = batch.part.row[batch.start : batch.start + batch.rows]
                 for position, error in sorted(batch.errors.items()):
                     status = Status(batch.status[position]).label
-                    say(f"row {numbers[position]}: its image is not as it was: {status}, {error}")
+                    say(f"row {numbers[position]}: its image cannot be read as in the run: {status}, {error}")
                 if not len(batch.index):
                     continue
-                seen = self.explainer.see(batch.pixels)
-                same = self._same(batch, numbers, seen, say)
+                features = self.explainer.extract_features(batch.pixels)
+                same = self._find_unchanged(batch, numbers, features, say)
                 if same.any():
-                    yield numbers[batch.index[same]], batch.pixels[same], seen.only(same)
+                    yield numbers[batch.index[same]], batch.pixels[same], features.only(same)
 
-    def _same(self, batch: Batch, numbers: Rows, seen: FeatureMaps, say: OnMessage) -> npt.NDArray[np.bool_]:
+    def _find_unchanged(
+        self, batch: Batch, numbers: Rows, features: FeatureMaps, say: OnMessage
+    ) -> npt.NDArray[np.bool_]:
         """Return which images of a batch have the size and the probabilities stored in the results."""
         stored = batch.part.columns.take(batch.start + batch.index)
         bundle = self._run.bundle
         shape = (len(bundle.members), len(bundle.classes), len(batch.index))
-        wanted = np.reshape([stored.column(name).to_numpy() for name in self._run.scores], shape)
-        found, _ = self.explainer.probabilities(seen)  # [M, k, C]
-        far = np.abs(found.transpose(0, 2, 1) - wanted).max(axis=(0, 1))
+        expected = np.reshape([stored.column(name).to_numpy() for name in self._run.scores], shape)
+        members, _ = self.explainer.probabilities(features)  # [M, k, C]
+        differences = np.abs(members.transpose(0, 2, 1) - expected).max(axis=(0, 1))
         sizes = [stored.column(name).to_numpy() for name in ("width", "height")]
         resized = (sizes[0] != batch.width[batch.index]) | (sizes[1] != batch.height[batch.index])
-        same = (far <= self._run.tolerance) & ~resized
-        for place in np.flatnonzero(~same):
-            how = "its size is another" if resized[place] else f"a probability is {far[place]:.2g} off"
-            say(f"row {numbers[batch.index[place]]}: its image has changed since the run ({how})")
+        same = (differences <= self._run.tolerance) & ~resized
+        for position in np.flatnonzero(~same):
+            change = f"a probability differs by {differences[position]:.2g}"
+            if resized[position]:
+                change = "it has another size"
+            say(f"row {numbers[batch.index[position]]}: its image has changed since the run ({change})")
         return np.asarray(same)
 
 
 def choose_references(
     run: ExplainedRun, images: RereadImages, rows: Sequence[int]
 ) -> tuple[FeatureMaps, ReferenceImages]:
-    """Choose typical images: rows of the run, else the bundle's canaries."""
+    """Choose the reference images: rows of the run, else the bundle's canaries."""
     from engine.explain.integrated_gradients import FeatureMaps
 
-    found = list(images.seen(rows, lambda _: None)) if rows else []
-    numbers = sorted(int(row) for some, _, _ in found for row in some)
+    batches = list(images.read_features(rows, lambda _: None)) if rows else []
+    numbers = sorted(int(row) for batch_rows, _, _ in batches for row in batch_rows)
     if len(numbers) >= MIN_REFERENCES:
-        return FeatureMaps.joined([seen for _, _, seen in found]), ReferenceImages(rows=tuple(numbers))
+        return FeatureMaps.concatenate([features for _, _, features in batches]), ReferenceImages(
+            rows=tuple(numbers)
+        )
     pixels, _ = canaries.load_canaries(run.bundle)
-    some = [pixels[start : start + BATCH] for start in range(0, min(MAX_REFERENCES, len(pixels)), BATCH)]
-    return FeatureMaps.joined(list(map(images.explainer.see, some))), ReferenceImages(
-        canaries=sum(map(len, some))
-    )
+    blocks = [pixels[start : start + BATCH] for start in range(0, min(MAX_REFERENCES, len(pixels)), BATCH)]
+    features = FeatureMaps.concatenate(list(map(images.explainer.extract_features, blocks)))
+    return features, ReferenceImages(canaries=sum(map(len, blocks)))

@@ -76,8 +76,8 @@ def decided(network: Network, size: tuple[int, int] = SIZE) -> Network:
 def explained(
     one: Explainer, pixels: np.ndarray, references: np.ndarray, index: int = 2
 ) -> list[Explanation]:
-    one.set_references(one.see(references))
-    return one.explain(one.see(pixels), index)
+    one.set_references(one.extract_features(references))
+    return one.explain(one.extract_features(pixels), index)
 
 
 def inside(part: np.ndarray, whole: np.ndarray) -> float:
@@ -117,7 +117,7 @@ def test_shares_add_up_to_the_difference_of_probabilities(temperature: float) ->
     members, whole = combine_logits(
         logits, weights=weights, temperatures=temperatures, temperature=temperature
     )
-    found = one.probabilities(one.see(pixels))
+    found = one.probabilities(one.extract_features(pixels))
     np.testing.assert_allclose(found[0], members, atol=1e-6)
     np.testing.assert_allclose(found[1], whole, atol=1e-6)
     for index in range(3):
@@ -204,7 +204,7 @@ def test_cells_are_drawn_where_they_look(architecture: str, expected: list[int])
 
 def test_a_network_that_does_not_pool_is_refused_by_name() -> None:
     network = models.build_network("vit_b_32", classes=3, weights="none", seed=0, size=(224, 224))
-    with pytest.raises(UsageError, match=r"vit_b_32: .* average of its last feature maps"):
+    with pytest.raises(UsageError, match=r"vit_b_32 does not compute .* average of its last feature maps"):
         integrated_gradients.PooledMember(network.eval(), "vit_b_32", (224, 224))
 
 
@@ -249,9 +249,9 @@ def test_pictures_of_the_rows_asked_for(run: Path, capsys: pytest.CaptureFixture
     (run.parent / "images/image-05.jpg").unlink()
     status, said = command(capsys, run, "--rows", "9,0-6,12", "--class", "osteopenia", "--workers", 2)
     assert status == 0, said
-    assert "row 2: its image has changed since the run (its size is another)" in said
-    assert "row 4: missing, it has no score" in said
-    assert "row 6: its image is not as it was: missing" in said
+    assert "row 2: its image has changed since the run (it has another size)" in said
+    assert "row 4 has no score to explain: its status is missing" in said
+    assert "row 6: its image cannot be read as in the run: missing" in said
     assert "row 12 does not exist; the run has rows 0 to 9" in said
     assert "5 of 7 rows explained" in said
     assert "image-" not in said
@@ -297,7 +297,7 @@ def test_the_same_size_and_another_picture_is_not_explained(
         opened.rotate(180).save(image)
     status, said = command(capsys, run, "--rows", "5")
     assert status == 1
-    assert "row 5: its image has changed since the run (a probability is" in said
+    assert "row 5: its image has changed since the run (a probability differs by" in said
     assert "none of the 1 rows could be explained; nothing was written" in said
     assert not (run / "explanations").exists()
 
@@ -320,7 +320,7 @@ def test_what_can_not_be_explained_is_said_in_a_line(
     assert "no scored row of it was requested" in said
     assert "not the one that" in refused("-b", bundle)
     assert "allowed: cpu, cuda:N" in refused("--device", "gpu")
-    assert "it holds something else" in refused("-o", run)
+    assert "contains a foreign file" in refused("-o", run)
     assert "works only with --redact" in refused("--paths-from", "m.csv")
     (run / "_SUCCESS").unlink()
     (run / "part-00001.parquet").unlink()
