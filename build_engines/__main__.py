@@ -143,11 +143,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(folder)
         return 0
 
-    def of_system(error: OSError) -> str:  # a full disk, a bundle that can't be written to
+    def describe_os_error(error: OSError) -> str:  # such as a full disk or a read-only bundle
         return f"{error.filename or 'writing the plans'}: {error.strerror or error}"
 
     return run_command(
-        work, console, interrupted=("stopped; nothing was installed", 130), of_system=of_system
+        work,
+        console,
+        interrupted=("stopped; nothing was installed", 130),
+        describe_os_error=describe_os_error,
     )
 
 

@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         work,
         interrupted=(stopped, Stopped.exit_status),
-        of_system=_describe_unexpected,
-        unexpected=_describe_unexpected,
+        describe_os_error=_describe_unexpected,
+        describe_unexpected=_describe_unexpected,
     )
 
 

@@ -25,23 +25,23 @@ class RedactingLog:
     """
 
     def __init__(self, *, redact: bool, as_json: bool = False) -> None:
-        self._stream: TextIO = sys.stderr or open_null()  # None where it was closed
+        self._stream: TextIO = sys.stderr or open_null()  # None if it was closed
         self._redact = redact
         self.as_json = as_json
-        self.known: list[tuple[str, str]] = []  # paths, and what stands for them
+        self.known: list[tuple[str, str]] = []  # paths and their placeholders
 
     def write(self, text: str) -> int:
-        shown = redact_line(text, self.known) if self._redact else text
+        redacted = redact_line(text, self.known) if self._redact else text
         if not self.as_json:
-            self._put(shown)
+            self._put(redacted)
             return len(text)
-        for line in filter(str.strip, shown.splitlines()):
+        for line in filter(str.strip, redacted.splitlines()):
             level = "error" if line.startswith("error: ") else "info"
             self.event("message", level=level, message=line.removeprefix("error: "))
         return len(text)
 
     def event(self, event: str, **fields: Any) -> None:
-        """Write one JSON object; `fields` contain no path."""
+        """Write one JSON object. `fields` must contain no path."""
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._put(json.dumps({"time": time, "event": event, **fields}, allow_nan=False) + "\n")
         self.flush()
@@ -59,18 +59,19 @@ class RedactingLog:
 
 
 def named_locations(settings: Settings) -> list[tuple[str, str]]:
-    """Return every form in which the user's locations may appear in the log."""
-    named = {
+    """Return every form of the user's locations that may appear in the log, with its placeholder."""
+    locations = {
         "MANIFEST": settings.manifest,
         "ROOT": settings.root or settings.manifest.parent,
         "OUTPUT": settings.output,
         "BUNDLE": settings.bundle,
         "PATHS_FROM": settings.paths_from,
     }
-    places = []
-    for word, one in named.items():
-        if isinstance(one, Url):
-            places += [(form, word) for form in (one.whole, str(one))]
-        elif one and one.name:
-            places += [(str(form), word) for form in (one, one.absolute(), one.resolve())]
-    return places
+    forms: list[tuple[str, str]] = []
+    for placeholder, location in locations.items():
+        if isinstance(location, Url):
+            forms += [(form, placeholder) for form in (location.whole, str(location))]
+        elif location and location.name:
+            paths = (location, location.absolute(), location.resolve())
+            forms += [(str(form), placeholder) for form in paths]
+    return forms

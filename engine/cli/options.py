@@ -1,4 +1,4 @@
-"""Command line of `engine.run` and of doctor, and keywords of `engine.screen`, both made of `Settings`."""
+"""Build the command line of `engine.run` and of doctor from the options of `Settings`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def option_parser(
 
 
 def add_options(parser: Parser, *names: str) -> None:
-    """Add some options of `engine.run` to another command's parser, for its --help, too."""
+    """Add some options of `engine.run` to the parser of another command."""
     for name in names:
         _add(parser, OPTIONS[name], None, more=False)
 

@@ -1,4 +1,4 @@
-"""The common parser of all commands: help that fits a screen, errors of one line."""
+"""The common parser of all commands: --help for one screen, errors in one line."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class _HelpAllAction(argparse.Action):
 class Parser(argparse.ArgumentParser):
     """The parser of one command. Raises UsageError for wrong arguments, SystemExit for --help.
 
-    `summary` is how --help says what may follow the command. With `help_all`, options that are added with
-    `more` are not in --help, but in --help-all. `names` are those of all long options.
+    `summary` follows the command in the usage line of --help. With `help_all`, --help hides the options that
+    are added with `more`, and --help-all shows them. `names` has all long options.
     """
 
     def __init__(
@@ -49,16 +49,16 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=examples,
             formatter_class=_HelpFormatter,
-            allow_abbrev=False,  # what is asked for stands on the command line in full
+            allow_abbrev=False,  # commands in scripts and logs name options in full
         )
         self.names: list[str] = []
         self._more: dict[argparse.Action, str] = {}
         if help_all:
-            text, nothing = "show this message with every option", argparse.SUPPRESS
-            self.add("--help-all", action=_HelpAllAction, nargs=0, dest=nothing, default=nothing, help=text)
+            text, hide = "show this message with every option", argparse.SUPPRESS
+            self.add("--help-all", action=_HelpAllAction, nargs=0, dest=hide, default=hide, help=text)
 
     def add(self, *names: str, help: str, more: bool = False, group: Any = None, **rest: Any) -> None:  # noqa: A002
-        """Add an argument as `add_argument` does, to one of the parser's groups if it is named."""
+        """Add an argument like `add_argument`, to `group` if it is given."""
         self.names += [name for name in names if name.startswith("--")]
         if not more:
             (group or self).add_argument(*names, help=help, **rest)
@@ -71,6 +71,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         _, unknown, rest = message.partition("unrecognized arguments: ")
-        close = difflib.get_close_matches(rest.split("=")[0].split()[0], self.names, 1) if unknown else []
-        hint = f"; did you mean {close[0]}?" if close else ""
+        similar = difflib.get_close_matches(rest.split("=")[0].split()[0], self.names, 1) if unknown else []
+        hint = f"; did you mean {similar[0]}?" if similar else ""
         raise UsageError(f"{message}{hint}; see {self.prog} --help")

@@ -16,14 +16,14 @@ from engine.core.deadline import GIVE_UP_S, Deadline
 from engine.core.errors import EngineError, NothingNew, Stopped
 
 
-def _unexpected(error: Exception) -> str:
+def _describe_unexpected(error: Exception) -> str:
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return f"internal: {text} (ENGINE_DEBUG=1 shows where)"
 
 
-def _of_system(error: OSError) -> str:  # a full disk, a folder that went away
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
+def _describe_os_error(error: OSError) -> str:  # such as a full disk or a deleted folder
+    path = f"{error.filename}: " if error.filename else ""
+    return f"{path}{error.strerror or error}"
 
 
 def run_command(
@@ -31,13 +31,14 @@ def run_command(
     console: Console | None = None,
     *,
     interrupted: tuple[str, int] = ("", 130),
-    of_system: Callable[[OSError], str] = _of_system,
-    unexpected: Callable[[Exception], str] = _unexpected,
+    describe_os_error: Callable[[OSError], str] = _describe_os_error,
+    describe_unexpected: Callable[[Exception], str] = _describe_unexpected,
 ) -> int:
-    """Return the exit status of `work`, or that of its error, which is told in one line on stderr.
+    """Return the exit status of `work`, or print its error in one line on stderr and return its status.
 
-    `interrupted` is the text, if any, and the exit status after Ctrl-C, for work that has no way of its own
-    to stop. `of_system` and `unexpected` put errors into words. With ENGINE_DEBUG unexpected ones are raised.
+    `interrupted` is the text, if any, and the exit status after Ctrl-C, for work that does not handle it.
+    `describe_os_error` and `describe_unexpected` return the text of an error. With ENGINE_DEBUG unexpected
+    errors are raised.
     """
     console = console or Console(stderr=True, emoji=False)
     try:
@@ -48,28 +49,28 @@ def run_command(
     except EngineError as error:
         reason, exit_status = str(error), error.exit_status
     except OSError as error:
-        reason, exit_status = of_system(error), EngineError.exit_status
+        reason, exit_status = describe_os_error(error), EngineError.exit_status
     except KeyboardInterrupt:
         reason, exit_status = interrupted
     except Exception as error:
         if "ENGINE_DEBUG" in os.environ:
             raise
-        reason, exit_status = unexpected(error), EngineError.exit_status
+        reason, exit_status = describe_unexpected(error), EngineError.exit_status
     if reason:
         console.print(f"error: {reason}", markup=False, highlight=False, soft_wrap=True)
     return exit_status
 
 
 def hush_libraries() -> None:
-    """Silence what libraries say of single files, which may hold paths and header values."""
+    """Silence the messages of libraries about single files, which may contain paths and header values."""
     warnings.simplefilter("ignore")
     logging.lastResort = None
 
 
 def stop_on_signal(console: Console, deadline: Deadline | None = None) -> Deadline:
-    """Return the deadline, which the first signal brings about; a second signal ends the process.
+    """Return the deadline, which the first signal sets to now; a second signal ends the process.
 
-    If work has not ended GIVE_UP_S after the deadline, the process ends all the same.
+    If the work has not ended GIVE_UP_S after the deadline, the process ends anyway.
     """
     end = deadline or Deadline()
 
@@ -85,21 +86,21 @@ def stop_on_signal(console: Console, deadline: Deadline | None = None) -> Deadli
         if end.stop.is_set():
             console.show_cursor(True)
             os._exit(130)
-        # not console.print: the signal may have come in the middle of one, or of what it imports
-        console.file.write("stopping; once more to stop at once\n")
+        # not console.print: the signal may interrupt a print, or an import inside it
+        console.file.write("stopping; press Ctrl-C again to stop at once\n")
         console.file.flush()
         end.stop.set()
-        _in_background(GIVE_UP_S, give_up)
+        _start_timer(GIVE_UP_S, give_up)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, handle)
     if end.moment:
-        _in_background(end.left_s + GIVE_UP_S, give_up)
+        _start_timer(end.left_s + GIVE_UP_S, give_up)
     return end
 
 
-def _in_background(seconds: float, action: Callable[[], None]) -> None:
+def _start_timer(seconds: float, action: Callable[[], None]) -> None:
     timer = threading.Timer(seconds, action)
     timer.daemon = True
     timer.start()

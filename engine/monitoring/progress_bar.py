@@ -1,4 +1,4 @@
-"""Show a run to the user: a bar on a terminal, plain lines elsewhere, a table at the end."""
+"""Show the progress of a run: a bar on a terminal, plain lines elsewhere, and a table at the end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BAR_EVERY_S = 0.1
 
 
 class ProgressBar:
-    """Shows the progress it is called with, at a limited rate."""
+    """Shows progress at a limited rate."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._shown = time.monotonic()
+        self._last_s = time.monotonic()
         self._task: TaskID | None = None
-        self.bar: Bar | None = None  # set on a terminal only
+        self.bar: Bar | None = None  # only on a terminal
         if console.is_terminal:
             self.bar = Bar(
                 BarColumn(None),
@@ -52,9 +52,9 @@ class ProgressBar:
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         done = progress.rows_before + progress.rows_done
-        if now - self._shown < (BAR_EVERY_S if self.bar else LINE_EVERY_S) and done < progress.rows:
+        if now - self._last_s < (BAR_EVERY_S if self.bar else LINE_EVERY_S) and done < progress.rows:
             return
-        self._shown = now
+        self._last_s = now
         if self.bar:
             if self._task is None:
                 self._task = self.bar.add_task("", total=progress.rows, rate=0.0, errors=0, forecast="")
@@ -63,25 +63,25 @@ class ProgressBar:
                 completed=done,
                 rate=progress.rate,
                 errors=progress.errors,
-                forecast=_forecast(progress).removeprefix(", "),
+                forecast=_format_forecast(progress).removeprefix(", "),
             )
         else:
             left_s = progress.seconds_for(progress.rows_left)
             self._console.print(
                 f"{done}/{progress.rows} rows, {progress.rate:.1f} images/s, {progress.errors} errors, "
-                f"ETA {_format_clock(left_s)}{_forecast(progress)}",
+                f"ETA {_format_clock(left_s)}{_format_forecast(progress)}",
                 highlight=False,
                 soft_wrap=True,
             )
 
 
-def _forecast(progress: Progress) -> str:
+def _format_forecast(progress: Progress) -> str:
     """Describe whether the run will finish by its deadline."""
-    moment = progress.finish_by
-    if not moment:
+    deadline = progress.finish_by
+    if not deadline:
         return ""
-    share = progress.share_by(moment)
-    return f", done by {moment:%H:%M}" if share >= 1 else f", {share:.0%} done by {moment:%H:%M}"
+    share = progress.share_by(deadline)
+    return f", done by {deadline:%H:%M}" if share >= 1 else f", {share:.0%} done by {deadline:%H:%M}"
 
 
 def _format_clock(seconds: float) -> str:
@@ -103,9 +103,9 @@ def show_summary(console: Console, summary: Summary) -> None:
     for name, count in summary.by_class.items():
         counts.add_row(f"  predicted {name}", str(count))
     for name in ("lost", "refused", "parts_done_again"):
-        if summary.actors and (found := getattr(summary.actors, name)):
-            words = name.replace("_", " ") if name.startswith("parts") else f"actors {name}"
-            counts.add_row(words, str(len(found) if isinstance(found, tuple) else found))
+        if summary.actors and (value := getattr(summary.actors, name)):
+            label = name.replace("_", " ") if name.startswith("parts") else f"actors {name}"
+            counts.add_row(label, str(len(value) if isinstance(value, tuple) else value))
     if summary.rows_done:
         counts.add_row("images/s", f"{summary.rows_done / summary.elapsed_s:.1f}")
         counts.add_row("seconds", f"{summary.elapsed_s:.1f}")
@@ -114,8 +114,8 @@ def show_summary(console: Console, summary: Summary) -> None:
         stages = Table("stage", "busy s", "starved s", "blocked s", "occupancy", box=None, pad_edge=False)
         for column in stages.columns[1:]:
             column.justify = "right"
-        for name, figures in summary.stages.items():
-            cells = [f"{seconds:.1f}" for seconds in (figures.busy_s, figures.starved_s, figures.blocked_s)]
-            stages.add_row(name, *cells, f"{figures.occupancy:.0%}")
+        for name, times in summary.stages.items():
+            cells = [f"{seconds:.1f}" for seconds in (times.busy_s, times.starved_s, times.blocked_s)]
+            stages.add_row(name, *cells, f"{times.occupancy:.0%}")
         console.print(stages)
         console.print(f"limited by: {summary.limited_by}")

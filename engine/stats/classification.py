@@ -14,7 +14,7 @@ def accuracy(labels: Integers, predictions: Integers) -> float:
 
 
 def macro_f1(labels: Integers, predictions: Integers, *, classes: int) -> float:
-    """Mean over all classes of 2 TP / (2 TP + FP + FN); a class that is never seen nor predicted gives 0."""
+    """Return the mean over classes of 2 TP / (2 TP + FP + FN); 0 for a class that does not occur."""
     hits = np.bincount(labels[labels == predictions], minlength=classes)
-    either = np.bincount(labels, minlength=classes) + np.bincount(predictions, minlength=classes)
-    return float(np.mean(2 * hits / np.maximum(either, 1)))
+    totals = np.bincount(labels, minlength=classes) + np.bincount(predictions, minlength=classes)
+    return float(np.mean(2 * hits / np.maximum(totals, 1)))

@@ -1,4 +1,4 @@
-"""Figures of merit with bootstrap intervals, JSON-ready: plain numbers, None for what is undefined."""
+"""Compute figures of merit with bootstrap intervals as JSON values; None if a figure is undefined."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Labels = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.int64]
 
 BINS = 15  # of equal mass, for reliability and ECE
-CURVE_POINTS = 200  # of a ROC curve that are kept
-MIN_LIKELIHOOD = 1e-12  # as in the weights search, so that both give the same nll
+CURVE_POINTS = 200  # maximum for a ROC curve
+MIN_LIKELIHOOD = 1e-12  # as in the weights search, for the same nll
 
 
 def evaluate(
@@ -39,7 +39,7 @@ def evaluate(
     seed: int,
     resamples: int = 1000,
 ) -> dict[str, Any]:
-    """Everything about one voter's `probabilities` [N, C] of images with `labels` and `groups` [N].
+    """Return all figures of `probabilities` [N, C] of images with `labels` and `groups` [N].
 
     Intervals are 95 % percentile bootstrap over whole groups (Field and Welsh 2007, "Bootstrapping
     clustered data"), since images of one patient are not independent.
@@ -55,7 +55,7 @@ def evaluate(
         **{name: _with_interval(value, drawn[name]) for name, value in single.items()},
         "per_class": _per_class_metrics(probabilities, labels, classes, counts, drawn),
         "confusion": counts.tolist(),
-        "roc": {name: _roc_curve(labels == one, probabilities[:, one]) for one, name in enumerate(classes)},
+        "roc": {name: _roc_curve(labels == i, probabilities[:, i]) for i, name in enumerate(classes)},
         "reliability": reliability_bins(probabilities, labels),
     }
 
@@ -70,9 +70,9 @@ def compare(
     resamples: int = 1000,
 ) -> dict[str, Any]:
     """Compare the ensemble with a member, both [N, C], by a paired bootstrap over groups."""
-    names = [str(one) for one in range(ensemble.shape[1])]
+    names = [str(index) for index in range(ensemble.shape[1])]
     voters = (ensemble, member)
-    point: list[dict[str, Any]] = [point_metrics(each, labels, classes=names) for each in voters]
+    point: list[dict[str, Any]] = [point_metrics(voter, labels, classes=names) for voter in voters]
     drawn = [
         _bootstrap_metrics(probabilities, labels, groups, seed=seed, resamples=resamples)
         for probabilities in voters
@@ -97,32 +97,32 @@ def point_metrics(
         labels, predictions, labels=every, average="macro", zero_division=0
     )
     present = np.unique(labels)
-    aucs = [_auc(labels == one, probabilities[:, one]) for one in every]
-    known = [auc for auc in aucs if auc is not None]
-    kappa = None  # of a single class: chance alone agrees
+    aucs = [_auc(labels == index, probabilities[:, index]) for index in every]
+    defined = [auc for auc in aucs if auc is not None]
+    kappa = None  # undefined for a single class, where chance agrees fully
     if len(np.union1d(labels, predictions)) > 1:
         kappa = cohen_kappa_score(labels, predictions, labels=every, weights="quadratic")
-    found = {
+    figures = {
         "accuracy": accuracy_score(labels, predictions),
         "macro_precision": precision,
         "macro_recall": recall,
         "macro_f1": f1,
-        "auc": np.mean(known) if len(known) == len(aucs) else None,
-        # balanced_accuracy_score warns of predictions that no label has
+        "auc": np.mean(defined) if len(defined) == len(aucs) else None,
+        # balanced_accuracy_score warns about predicted classes without labels
         "balanced_accuracy": recall_score(labels, predictions, labels=present, average="macro"),
         "kappa": kappa,
     }
-    return {name: _to_python(value) for name, value in found.items()}
+    return {name: _to_python(value) for name, value in figures.items()}
 
 
 def calibration_metrics(probabilities: Floats, labels: Labels) -> dict[str, float]:
-    """Negative log-likelihood in nats, Brier score summed over classes, expected calibration error."""
+    """Return negative log-likelihood in nats, Brier score summed over classes, expected calibration error."""
     classes = range(probabilities.shape[1])
     likely = np.maximum(probabilities.astype(np.float64), MIN_LIKELIHOOD)
     likely /= likely.sum(axis=1, keepdims=True)  # scikit-learn is strict about float32 sums
     gaps = [
-        one["count"] * abs(one["accuracy"] - one["confidence"])
-        for one in reliability_bins(probabilities, labels)
+        entry["count"] * abs(entry["accuracy"] - entry["confidence"])
+        for entry in reliability_bins(probabilities, labels)
     ]
     return {
         "nll": float(log_loss(labels, likely, labels=classes)),
@@ -132,24 +132,24 @@ def calibration_metrics(probabilities: Floats, labels: Labels) -> dict[str, floa
 
 
 def reliability_bins(probabilities: Floats, labels: Labels) -> list[dict[str, Any]]:
-    """Confidence and accuracy in bins of equal mass, by confidence; equal confidences share a bin."""
-    confidence, right, bins = _bin_by_confidence(probabilities, labels)
+    """Return confidence and accuracy in bins of equal mass; equal confidences share a bin."""
+    confidence, correct, bins = _bin_by_confidence(probabilities, labels)
     return [
         {
-            "confidence": float(confidence[bins == one].mean()),
-            "accuracy": float(right[bins == one].mean()),
-            "count": int((bins == one).sum()),
+            "confidence": float(confidence[bins == number].mean()),
+            "accuracy": float(correct[bins == number].mean()),
+            "count": int((bins == number).sum()),
         }
-        for one in np.unique(bins)
+        for number in np.unique(bins)
     ]
 
 
 def _bin_by_confidence(probabilities: Floats, labels: Labels) -> tuple[Floats, npt.NDArray[np.bool_], Labels]:
-    """Confidence, whether it is right, and the bin of equal mass, each [N]."""
+    """Return confidence, whether it is correct, and the bin of equal mass, each [N]."""
     confidence = probabilities.max(axis=1).astype(np.float64)
-    right = probabilities.argmax(axis=1) == labels
+    correct = probabilities.argmax(axis=1) == labels
     edges = np.quantile(confidence, np.arange(1, BINS) / BINS)
-    return confidence, right, np.searchsorted(edges, confidence)
+    return confidence, correct, np.searchsorted(edges, confidence)
 
 
 def _per_class_metrics(
@@ -161,26 +161,26 @@ def _per_class_metrics(
     rates = _confusion_rates(counts, images > 0)
     return {
         name: {
-            "images": int(images[one]),
-            "precision": _to_python(precision[one]),
-            "f1": _to_python(f1[one]),
-            "auc": _auc(labels == one, probabilities[:, one]),
+            "images": int(images[index]),
+            "precision": _to_python(precision[index]),
+            "f1": _to_python(f1[index]),
+            "auc": _auc(labels == index, probabilities[:, index]),
             **{
-                rate: _with_interval(_to_python(rates[rate][one]), drawn[rate][:, one])
+                rate: _with_interval(_to_python(rates[rate][index]), drawn[rate][:, index])
                 for rate in ("sensitivity", "specificity")
             },
         }
-        for one, name in enumerate(classes)
+        for index, name in enumerate(classes)
     }
 
 
 def _auc(positive: npt.NDArray[np.bool_], scores: Floats) -> float | None:
-    """Compute the AUC of one class against the rest; None without images of either."""
+    """Compute the AUC of one class against the rest; None if one side has no images."""
     return float(roc_auc_score(positive, scores)) if 0 < positive.sum() < len(positive) else None
 
 
 def _roc_curve(positive: npt.NDArray[np.bool_], scores: Floats) -> dict[str, list[float]]:
-    """Return at most CURVE_POINTS corners of the curve, from (0, 0) to (1, 1); none where it is undefined."""
+    """Return at most CURVE_POINTS corners of the curve, from (0, 0) to (1, 1); none if it is undefined."""
     if not 0 < positive.sum() < len(positive):
         return {"fpr": [], "tpr": []}
     fpr, tpr, _ = roc_curve(positive, scores)
@@ -189,9 +189,9 @@ def _roc_curve(positive: npt.NDArray[np.bool_], scores: Floats) -> dict[str, lis
 
 
 def _with_interval(value: float | None, drawn: Floats) -> dict[str, float | None]:
-    """`value` and the quantiles of what was drawn, without the resamples in which it is undefined.
+    """Return `value` and its interval from the resamples in which the figure is defined.
 
-    Where those are most of them, what is left says more of which images are rare than of the figure: None.
+    If these are not the majority, the interval would reflect which images are rare: None.
     """
     defined = drawn[np.isfinite(drawn)]
     if value is None or len(defined) <= len(drawn) / 2:
@@ -207,28 +207,28 @@ def _to_python(value: float | None) -> float | None:
 def _bootstrap_metrics(
     probabilities: Floats, labels: Labels, groups: Labels, *, seed: int, resamples: int
 ) -> dict[str, Floats]:
-    """Compute all figures of each resample, [B] or [B, C] by name; NaN where one is undefined.
+    """Compute all figures of each resample, [B] or [B, C] by name; NaN for undefined ones.
 
-    A resample that has lost a class has no macro figures. One group alone has no resamples.
+    A resample without images of a class has no macro figures. A single group has no resamples.
     """
     classes = probabilities.shape[1]
     cells = np.eye(classes**2)[labels * classes + probabilities.argmax(axis=1)]  # [N, C * C]
     present = np.bincount(labels, minlength=classes) > 0
-    confidence, right, bins = _bin_by_confidence(probabilities, labels)
-    gaps = np.eye(BINS)[bins] * (right - confidence)[:, None]  # [N, BINS]
+    confidence, correct, bins = _bin_by_confidence(probabilities, labels)
+    gaps = np.eye(BINS)[bins] * (correct - confidence)[:, None]  # [N, BINS]
     blocks = []
     for drawn in cluster_bootstrap(groups, seed=seed, resamples=resamples):  # [b, N]
         figures = _confusion_rates((drawn @ cells).reshape(-1, classes, classes), present)
-        aucs = [_bootstrap_auc(drawn, labels == one, probabilities[:, one]) for one in range(classes)]
+        aucs = [_bootstrap_auc(drawn, labels == index, probabilities[:, index]) for index in range(classes)]
         ece = np.abs(drawn @ gaps).sum(axis=1) / drawn.sum(axis=1)
         blocks.append(figures | {"auc": np.mean(aucs, axis=0), "ece": ece})
     return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def _confusion_rates(counts: Floats | Counts, present: npt.NDArray[np.bool_]) -> dict[str, Floats]:
-    """Figures of confusion matrices [..., C, C], many at once; `present` [C] are the classes there should be.
+    """Compute the figures of many confusion matrices [..., C, C]; `present` [C] marks the expected classes.
 
-    They equal scikit-learn's, which takes about a millisecond for each matrix.
+    They equal those of scikit-learn, which needs about a millisecond per matrix.
     """
     truth, predicted = counts.sum(axis=-1), counts.sum(axis=-2)  # [..., C]
     total = truth.sum(axis=-1)
@@ -253,7 +253,7 @@ def _confusion_rates(counts: Floats | Counts, present: npt.NDArray[np.bool_]) ->
 
 
 def _bootstrap_auc(drawn: Floats, positive: npt.NDArray[np.bool_], scores: Floats) -> Floats:
-    """Area under the curve [b] of each resample: how often a positive image is above a negative one."""
+    """Return the AUC [b] of each resample: the share of pairs whose positive image has the higher score."""
     _, tied = np.unique(scores, return_inverse=True)
     order = tied.argsort(kind="stable")
     starts = np.flatnonzero(np.diff(tied[order], prepend=-1))

@@ -1,4 +1,4 @@
-"""Keep the rows with the highest scores of a table that comes in pieces."""
+"""Keep the rows with the highest scores of a table that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ Floats = npt.NDArray[np.float32]
 
 
 class TopK:
-    """Keeps the `most` rows with the highest scores, of equal ones the first, and gives the highest first."""
+    """Keeps the `count` rows with the highest scores, highest first; ties keep the earlier row."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._tables: list[pa.Table] = []
         self._scores = np.empty(0, np.float32)
 
     def add(self, table: pa.Table, scores: Floats) -> None:
-        """Take in rows and their scores [n], which are numbers."""
-        full = len(self._scores) == self._most
-        may_enter = (
-            np.flatnonzero(scores > self._scores[-1]) if full and self._most else np.arange(len(scores))
-        )
-        if not len(may_enter) or not self._most:
+        """Add rows and their finite scores [n]."""
+        if not self._count:
             return
-        order = np.argsort(-scores[may_enter], kind="stable")[: self._most]
-        chosen = may_enter[order]
+        full = len(self._scores) == self._count
+        candidates = np.flatnonzero(scores > self._scores[-1]) if full else np.arange(len(scores))
+        if not len(candidates):
+            return
+        chosen = candidates[np.argsort(-scores[candidates], kind="stable")[: self._count]]
         rows = pa.concat_tables([*self._tables, table.take(chosen)])
         merged = np.concatenate([self._scores, scores[chosen]])
-        best = np.argsort(-merged, kind="stable")[: self._most]
+        best = np.argsort(-merged, kind="stable")[: self._count]
         self._tables, self._scores = [rows.take(best).combine_chunks()], merged[best]
 
     @property

@@ -119,7 +119,7 @@ def test_while_it_runs_and_when_it_stops(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("nowhere/a.prom", "No such file"), ("a.txt", r"end in \.prom"), (".prom", "prom")]
+    ("name", "words"), [("nowhere/a.prom", "No such file"), ("a.txt", r"ends in \.prom"), (".prom", "prom")]
 )
 def test_a_file_that_can_not_be_written(tmp_path: Path, name: str, words: str) -> None:
     with pytest.raises(UsageError, match=words), MetricsFile(tmp_path / name):
