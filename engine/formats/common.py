@@ -1,4 +1,4 @@
-"""Share the error that the parsers of all formats raise, and the check of the declared size."""
+"""The error that the parsers of all formats raise, and the check of the declared size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INT32_MAX = (1 << 31) - 1
 
 
 class HeaderError(Exception):
-    """The bytes can't be scored; `status` says why in the ledger's words.
+    """The file cannot be decoded; `status` becomes the status of its row.
 
     `size` is the declared (width, height) where it is known and fits int32.
     """
@@ -22,20 +22,21 @@ class HeaderError(Exception):
 
 @dataclass
 class SizeLimit:
-    """Takes the declared size as soon as a parser knows it; `size` goes into every later error."""
+    """The limit of an image's size, and the size that the parser found; every later error carries it."""
 
     max_pixels: int
     size: tuple[int, int] | None = None
 
     def check(self, name: str, width: int, height: int) -> None:
-        """Raises HeaderError: CORRUPT for an empty image, TOO_LARGE for more than `max_pixels`."""
+        """Raise HeaderError: CORRUPT for an empty image, TOO_LARGE for more than `max_pixels`."""
         if width <= 0 or height <= 0:
-            raise corrupt(f"{name} of {width} x {height} pixels")
+            raise corrupt(f"the {name} header declares a size of {width} x {height} pixels")
         if max(width, height) <= INT32_MAX:
             self.size = (width, height)
         if width * height > self.max_pixels:
             raise HeaderError(
-                Status.TOO_LARGE, f"{width} x {height} pixels; --max-pixels allows {self.max_pixels}"
+                Status.TOO_LARGE,
+                f"the image has {width} x {height} pixels; --max-pixels allows {self.max_pixels}",
             )
 
 
@@ -47,5 +48,6 @@ def truncated(message: str) -> HeaderError:
     return HeaderError(Status.TRUNCATED, message)
 
 
-def unsupported(message: str) -> HeaderError:
-    return HeaderError(Status.UNSUPPORTED, message)
+def unsupported(feature: str, supported: str = "") -> HeaderError:
+    message = f"{feature} is not supported"
+    return HeaderError(Status.UNSUPPORTED, f"{message}; supported: {supported}" if supported else message)

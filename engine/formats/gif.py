@@ -18,7 +18,7 @@ class GifLayout(NamedTuple):
     width: int
     height: int
     interlaced: bool
-    palette: tuple[int, int]  # first byte and end, red, green, blue
+    palette: tuple[int, int]  # first byte and end; entries of red, green, blue
     transparent: int  # index, -1 for none
     pixels: tuple[int, int]  # first byte and end: LZW code size and data blocks
 
@@ -45,11 +45,13 @@ def parse(data: bytes, limit: SizeLimit) -> Header:
         elif kind == _IMAGE:
             left, top, frame_width, frame_height, packed = struct.unpack_from("<HHHHB", data, position + 1)
             if not (0 < frame_width <= width - left and 0 < frame_height <= height - top):
-                raise corrupt(f"GIF frame of {frame_width} x {frame_height} pixels outside of its screen")
+                raise corrupt(
+                    f"the GIF frame of {frame_width} x {frame_height} pixels extends outside of its screen"
+                )
             start = position + 10 + _palette_bytes(packed)
             palette = (position + 10, start) if packed & 0x80 else palette
         else:
-            raise corrupt(f"GIF block of kind {kind} at byte {position}")
+            raise corrupt(f"the GIF file has an unknown block of kind {kind} at byte {position}")
         position, blocks = _blocks_end(data, start + (kind == _IMAGE), blocks)
         if kind == _IMAGE:
             layout = GifLayout(
@@ -63,9 +65,9 @@ def parse(data: bytes, limit: SizeLimit) -> Header:
                 (start, position),
             )
     if layout is None:
-        raise corrupt("GIF without an image")
+        raise corrupt("the GIF file has no image")
     if layout.palette[0] == layout.palette[1]:
-        raise corrupt("GIF without a palette")
+        raise corrupt("the GIF file has no palette")
     return Header("gif", width, height, ("first_frame",) if kind == _IMAGE else (), 1, layout)
 
 
@@ -74,13 +76,13 @@ def _palette_bytes(packed: int) -> int:
 
 
 def _blocks_end(data: bytes, position: int, blocks: int) -> tuple[int, int]:
-    """Return the byte after the data blocks that start at `position`, and the blocks seen so far."""
+    """Return the byte after the data blocks that start at `position`, and the count of blocks so far."""
     while blocks < MAX_BLOCKS:
         if position >= len(data):
-            raise truncated(f"GIF ends at byte {len(data)} inside its blocks")
+            raise truncated(f"the GIF file ends at byte {len(data)} inside its blocks")
         length = data[position]
         position += 1 + length
         blocks += 1
         if length == 0:
             return position, blocks
-    raise corrupt(f"GIF of more than {MAX_BLOCKS} blocks")
+    raise corrupt(f"the GIF file has more than {MAX_BLOCKS} blocks")

@@ -1,8 +1,8 @@
 """Parse an encoded image's header: format, size and layout, without decoding.
 
-One module per format, each with `matches(data)` and `parse(data, limit)`. Input is hostile: no loop runs
-longer than the file or a fixed bound, nothing is allocated in proportion to a declared number, and what a
-decoder would allocate beyond the declared pixels is refused here.
+One module per format, each with `matches(data)` and `parse(data, limit)`. Files may be hostile: no loop runs
+longer than the file or a fixed bound, no allocation is proportional to a declared number, and an image whose
+decoder would allocate much more than its pixels need is refused here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 from engine.core.errors import EngineError
 from engine.core.records import Header, Status
 from engine.formats import bmp, dicom, gif, jpeg, jpeg2000, png, pnm, tiff, webp
-from engine.formats.common import HeaderError, SizeLimit, truncated, unsupported
+from engine.formats.common import HeaderError, SizeLimit, truncated
 
 __all__ = ["SIGNATURE_BYTES", "HeaderError", "check", "may_be_image", "parse_header"]
 
@@ -39,21 +39,25 @@ _OTHER_SIGNATURES = ((b"%PDF", "a PDF file"), (b"PK\x03\x04", "a ZIP file"), (b"
 
 
 def parse_header(data: bytes, max_pixels: int) -> Header:
-    """Parse the header of an encoded image; its content decides the format.
+    """Parse the header of an encoded image, whose format is recognized by its content.
 
-    Raises HeaderError: TOO_LARGE (before any other verdict on an image whose size is known), UNSUPPORTED,
-    TRUNCATED (the end is missing), CORRUPT or, for a DICOM file that is no radiograph, SKIPPED.
+    Raises HeaderError: TOO_LARGE (checked first where the size is known), UNSUPPORTED, TRUNCATED (the end is
+    missing), CORRUPT or, for a DICOM file that is not a radiograph, SKIPPED.
     """
     name = next((name for name, module in _FORMATS.items() if module.matches(data)), None)
     if name is None and dicom.lacks_preamble(data):
         name = "DICOM"
     if name is None:
-        raise unsupported(f"{_name_of_unsupported(data)}; supported: {', '.join(_FORMATS)}")
+        file_type = next(
+            (name for magic, name in _OTHER_SIGNATURES if data.startswith(magic)), "not an image"
+        )
+        message = f"the file is {file_type}; supported formats: {', '.join(_FORMATS)}"
+        raise HeaderError(Status.UNSUPPORTED, message)
     limit = SizeLimit(max_pixels)
     try:
         return _FORMATS[name].parse(data, limit)
     except struct.error:
-        error = truncated(f"{name} ends inside its header at byte {len(data)}")
+        error = truncated(f"the {name} file ends inside its header at byte {len(data)}")
     except HeaderError as raised:
         error = raised
     error.size = limit.size
@@ -61,9 +65,9 @@ def parse_header(data: bytes, max_pixels: int) -> Header:
 
 
 def check(data: bytes, max_pixels: int) -> Header:
-    """Return the header of an image that may be decoded, whatever the bytes make of a parser.
+    """Return the header of an image that may be decoded.
 
-    Raises HeaderError as `parse` does, with EMPTY where there are no bytes, and CORRUPT where a parser fails.
+    Raises HeaderError as `parse_header` does, EMPTY for 0 bytes, and CORRUPT where a parser fails.
     """
     if not data:
         raise HeaderError(Status.EMPTY, "the file has 0 bytes")
@@ -72,19 +76,12 @@ def check(data: bytes, max_pixels: int) -> Header:
     except (HeaderError, EngineError, MemoryError):
         raise
     except Exception as error:  # no file may end the run
-        raise HeaderError(Status.CORRUPT, f"its header can't be read: {type(error).__name__}") from None
+        raise HeaderError(Status.CORRUPT, f"the header cannot be read: {type(error).__name__}") from None
 
 
-SIGNATURE_BYTES = 132  # bytes of a file that may_be_image wants
+SIGNATURE_BYTES = 132  # length of the start of a file that may_be_image needs
 
 
 def may_be_image(start: bytes) -> bool:
-    """Return whether a file that begins so may be an image in a supported format."""
+    """Return whether a file with this start may be an image in a supported format."""
     return any(module.matches(start) for module in _FORMATS.values()) or dicom.begins_without_preamble(start)
-
-
-def _name_of_unsupported(data: bytes) -> str:
-    for magic, name in _OTHER_SIGNATURES:
-        if data.startswith(magic):
-            return name
-    return "not an image"

@@ -1,4 +1,4 @@
-"""JPEG: ITU-T T.81, annex B; the Exif segment's orientation; the Adobe segment, which inverts CMYK."""
+"""JPEG: ITU-T T.81, annex B, with the Exif segment (orientation) and the Adobe segment (inverted CMYK)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FRAMES = frozenset((0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB,
 _JPEG_LS = 0xF7
 _DECODABLE_FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; all Huffman-coded
 _BETWEEN_SCANS = frozenset((0xC4, 0xDA, 0xDB, 0xDC, 0xDD, *range(0xE0, 0xF0), 0xFE))
-_RUN = bytes(48)  # longer than entropy coding makes of flat areas, mostly
+_ZEROS = bytes(48)  # entropy coding of flat areas rarely gives as many zeros
 _FILL = re.compile(rb"\xff+")
 
 
@@ -47,12 +47,15 @@ def parse(data: bytes, limit: SizeLimit) -> Header:
             assert limit.size is not None
             return Header("jpeg", *limit.size, orientation=orientation, layout=JpegLayout(frame[1], adobe))
         if marker in (0xD9, 0xDA) or length < 2:
-            raise corrupt("JPEG without a frame header")
-    raise corrupt(f"JPEG of more than {MAX_SEGMENTS} segments before its first scan")
+            raise corrupt("the JPEG file has no frame header")
+    raise corrupt(f"the JPEG file has more than {MAX_SEGMENTS} segments before its first scan")
 
 
 def frame_header(data: bytes) -> tuple[int, int, int, int, int]:
-    """Marker, bits, height, width and components of the frame header, of JPEG-LS too. Raises ValueError."""
+    """Return marker, bits, height, width and components of the frame header, also of JPEG-LS.
+
+    Raises ValueError.
+    """
     try:
         for marker, _, body, length in _segments(data):
             if marker in _FRAMES or marker == _JPEG_LS:
@@ -61,16 +64,16 @@ def frame_header(data: bytes) -> tuple[int, int, int, int, int]:
                 break
     except (struct.error, HeaderError):
         pass
-    raise ValueError("JPEG without a frame header")
+    raise ValueError("the JPEG file has no frame header")
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Marker, first byte, first byte of the body and length of each segment, the scans' not left out."""
+    """Yield marker, first byte, first byte of the body and length of each segment, including scans."""
     position = 2
     for _ in range(MAX_SEGMENTS):
         fill = _FILL.match(data, position)
         if fill is None and position < len(data):
-            raise corrupt(f"JPEG marker expected at byte {position}")
+            raise corrupt(f"the JPEG file has no marker at byte {position}, where one is expected")
         position = fill.end() if fill else position
         marker, length = struct.unpack_from(">BH", data, position)
         yield marker, position, position + 3, length
@@ -81,63 +84,65 @@ def _channels(data: bytes, marker: int, body: int, limit: SizeLimit) -> int:
     precision, height, width, channels = struct.unpack_from(">BHHB", data, body)
     limit.check("JPEG", width, height)
     if marker not in _DECODABLE_FRAMES:
-        raise unsupported(f"JPEG process SOF{marker & 15}; supported: baseline, progressive")
+        raise unsupported(f"JPEG process SOF{marker & 15}", "baseline, progressive")
     if precision != 8 or channels not in (1, 3, 4):
-        raise unsupported(f"JPEG of {precision} bits, {channels} components")
+        raise unsupported(f"JPEG of {precision} bits and {channels} components", "8 bits, 1, 3 or 4")
     return int(channels)
 
 
 def _check_scans(data: bytes, marker: int, channels: int, start: int) -> None:
     if data.rfind(b"\xff\xd9", start) < 0:
-        raise truncated(f"JPEG ends at byte {len(data)} without its end marker")
+        raise truncated(f"the JPEG file ends at byte {len(data)} without its end marker")
     scans = 1 + data.count(b"\xff\xda", start) if channels > 1 or marker == 0xC2 else 1
     if scans > MAX_SCANS:
-        raise corrupt(f"JPEG of {scans} scans; at most {MAX_SCANS}")
+        raise corrupt(f"the JPEG file has {scans} scans; at most {MAX_SCANS} are allowed")
 
 
 def looks_damaged(data: bytes) -> bool:
-    """Return whether the entropy-coded part of a JPEG that `parse` took looks damaged.
+    """Return whether the entropy-coded part of a JPEG that `parse` accepted looks damaged.
 
-    For decoders that give no warnings. Looks for markers that don't belong there, restart markers out of turn
-    or in a wrong number, and long runs of zeros. Sound files may look damaged, damaged ones sound.
+    This check is for decoders that give no warnings. It looks for markers that are not allowed there, restart
+    markers out of order or in a wrong number, and long runs of zeros. Neither answer is certain.
     """
     try:
-        interval, restarts, scan = _before_scan(data)
+        interval, restarts, scan = _read_scan_start(data)
     except (struct.error, IndexError, ZeroDivisionError):
         return True
-    if _RUN in data:
+    if _ZEROS in data:
         return True
     stream = np.frombuffer(data, np.uint8)
     escapes = np.flatnonzero(stream[scan:-1] == 0xFF) + scan
     codes = stream[escapes + 1]
-    marks, codes = escapes[codes != 0], codes[codes != 0]
-    end, place = 0, 0
-    while place < len(marks):  # one round for each scan and each segment between them
-        if marks[place] < end:  # inside a segment
-            place += 1
+    markers, codes = escapes[codes != 0], codes[codes != 0]
+    end, position = 0, 0
+    while position < len(markers):  # one round for each scan and each segment between them
+        if markers[position] < end:  # inside a segment
+            position += 1
             continue
-        ends = np.flatnonzero((codes[place:] < 0xD0) | (codes[place:] > 0xD7))
+        ends = np.flatnonzero((codes[position:] < 0xD0) | (codes[position:] > 0xD7))
         if not len(ends):
             return True
-        turns = codes[place : place + ends[0]].astype(np.intp) - 0xD0
-        if not np.array_equal(turns, np.arange(len(turns)) % 8) or (len(turns) and not interval):
+        numbers = codes[position : position + ends[0]].astype(np.intp) - 0xD0
+        if not np.array_equal(numbers, np.arange(len(numbers)) % 8) or (len(numbers) and not interval):
             return True
-        place += int(ends[0])
-        code = int(codes[place])
+        position += int(ends[0])
+        code = int(codes[position])
         if code == 0xD9:
-            return restarts is not None and len(turns) != restarts
+            return restarts is not None and len(numbers) != restarts
         if code not in _BETWEEN_SCANS:
             return True
-        restarts = None  # of several scans: not counted
-        end = int(marks[place]) + 2 + int.from_bytes(data[marks[place] + 2 : marks[place] + 4], "big")
-        place += 1
+        restarts = None  # with several scans they are not counted
+        end = (
+            int(markers[position])
+            + 2
+            + int.from_bytes(data[markers[position] + 2 : markers[position] + 4], "big")
+        )
+        position += 1
     return True
 
 
-def _before_scan(data: bytes) -> tuple[int, int | None, int]:
-    """Return the restart interval, the expected number of restart markers, and where the scan's data
-    start.
-    """
+def _read_scan_start(data: bytes) -> tuple[int, int | None, int]:
+    """Return the restart interval, the expected number of restart markers, and the scan's first byte."""
     position, interval, units = 2, 0, 0
     while True:
         while data[position + 1] == 0xFF:
@@ -151,10 +156,10 @@ def _before_scan(data: bytes) -> tuple[int, int | None, int]:
             factors = [data[body + 7 + 3 * channel] for channel in range(channels)]
             across, down = max(factor >> 4 for factor in factors), max(factor & 15 for factor in factors)
             if channels == 1:
-                across = down = 1  # a scan of one component counts blocks, whatever its factors say
+                across = down = 1  # a scan of one component counts blocks and ignores the factors
             units = -(-width // (8 * across)) * -(-height // (8 * down))
         if marker == 0xDA:
-            whole = bool(units) and data[body] == len(factors)
-            restarts = (-(-units // interval) - 1 if interval else 0) if whole else None
+            single_scan = bool(units) and data[body] == len(factors)
+            restarts = (-(-units // interval) - 1 if interval else 0) if single_scan else None
             return interval, restarts, body + length - 2
         position += 2 + length

@@ -1,7 +1,7 @@
 """JPEG 2000: codestream by ITU-T T.800 annex A, JP2 boxes by annex I.
 
-OpenJPEG allocates by the number of tiles, precincts, code-blocks and quality layers, all of which a few bytes
-can make enormous; so they are bounded here, in the main header and in those of the tile parts.
+OpenJPEG allocates in proportion to the numbers of tiles, precincts, code-blocks and quality layers, each of
+which a few bytes can make enormous. They are bounded here, in the main header and in the tile-part headers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PIXELS_PER_TILE, _PIXELS_PER_PRECINCT, _FREE = 4096, 256, 1024
 class Jpeg2000Layout(NamedTuple):
     codestream: tuple[int, int]  # first byte and end
     bits: int  # of a sample
-    channels: int  # 1 to 4: gray or colour, the 2nd or 4th is transparency
+    channels: int  # 1 to 4: gray or colour; the 2nd or 4th is transparency
     luma_first: bool  # the first channel is luma: YCC
     signed: bool
 
@@ -45,57 +45,57 @@ def matches(data: bytes) -> bool:
 
 
 def parse(data: bytes, limit: SizeLimit, *, frame: bool = False) -> Header:
-    """`frame`: of a DICOM file, where samples may be signed."""
+    """Parse a JP2 file or a codestream; `frame` of a DICOM file, whose samples may be signed."""
     if data.startswith(_START):
         start, end, colour = 0, len(data), 0
     else:
         start, end, colour = _boxes(data, limit)
     size, layout = _read_siz(data, start, end, colour, limit)
     if layout.signed and not frame:
-        raise unsupported("JPEG 2000 of signed samples")
+        raise unsupported("JPEG 2000 with signed samples")
     if end > len(data):
-        raise truncated(f"JPEG 2000 ends at byte {len(data)} of {end}")
+        raise truncated(f"the JPEG 2000 file ends at byte {len(data)} of {end}")
     _check_tile_parts(data, start, end, size)
     return Header("jpeg2000", size.width, size.height, (), 1, layout, layout.bits)
 
 
 def _boxes(data: bytes, limit: SizeLimit) -> tuple[int, int, int]:
-    """First byte and end of the codestream, and the enumerated colour space (0 where there is none)."""
+    """Return first byte and end of the codestream, and the enumerated colour space (0 for none)."""
     colour = 0
     for kind, start, end in _children(data, 0, len(data)):
         if kind == b"jp2h":
             if end > len(data):
-                raise truncated(f"JPEG 2000 ends at byte {len(data)} inside its header")
+                raise truncated(f"the JPEG 2000 file ends at byte {len(data)} inside its header")
             colour = _image_header(data, start, end, limit)
         if kind == b"jp2c":
             return start, end, colour
-    raise truncated(f"JPEG 2000 ends at byte {len(data)} without a codestream")
+    raise truncated(f"the JPEG 2000 file ends at byte {len(data)} without a codestream")
 
 
 def _children(data: bytes, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of the body of each box; the last one's end may lie beyond `end`."""
+    """Yield kind, start and end of the body of each box; the last box may end after `end`."""
     for _ in range(MAX_BOXES):
         if position >= end:
             return
         length, kind = struct.unpack_from(">I4s", data, position)
-        head = 8
+        header_bytes = 8
         if length == 1:
             (length,) = struct.unpack_from(">Q", data, position + 8)
-            head = 16
+            header_bytes = 16
         elif length == 0:
             length = end - position
-        if length < head:
-            raise corrupt(f"JPEG 2000 box of {length} bytes at byte {position}")
-        yield kind, position + head, position + length
+        if length < header_bytes:
+            raise corrupt(f"the JPEG 2000 file has a box of {length} bytes at byte {position}")
+        yield kind, position + header_bytes, position + length
         position += length
-    raise corrupt(f"JPEG 2000 of more than {MAX_BOXES} boxes")
+    raise corrupt(f"the JPEG 2000 file has more than {MAX_BOXES} boxes")
 
 
 def _image_header(data: bytes, start: int, end: int, limit: SizeLimit) -> int:
     colour = 0
     for kind, position, box_end in _children(data, start, end):
         if box_end > end:
-            raise corrupt(f"JPEG 2000 box at byte {position} is longer than the one around it")
+            raise corrupt(f"the JPEG 2000 box at byte {position} is longer than the box that contains it")
         if kind == b"ihdr":
             height, width = struct.unpack_from(">II", data, position)
             limit.check("JPEG 2000", width, height)
@@ -114,28 +114,32 @@ def _read_siz(
     """Read the codestream's SIZ segment, which holds the size."""
     if data[start : start + 4] != _START:
         if start + 4 > len(data):
-            raise truncated(f"JPEG 2000 ends at byte {len(data)} without a codestream")
-        raise corrupt("JPEG 2000 codestream without a size")
+            raise truncated(f"the JPEG 2000 file ends at byte {len(data)} without a codestream")
+        raise corrupt("the JPEG 2000 codestream has no size segment")
     length, right, bottom, left, top, *tile, channels = struct.unpack_from(">H2x8IH", data, start + 4)
-    boxed = limit.size
+    box_size = limit.size
     limit.check("JPEG 2000", right - left, bottom - top)
     width, height = right - left, bottom - top
-    if boxed not in (None, (width, height)):
-        raise corrupt(f"JPEG 2000 of {width} x {height} pixels, by its box {boxed[0]} x {boxed[1]}")
+    if box_size not in (None, (width, height)):
+        raise corrupt(
+            f"the JPEG 2000 codestream has {width} x {height} pixels, its box {box_size[0]} x {box_size[1]}"
+        )
     tile_width, tile_height, tile_left, tile_top = tile
     if not (tile_left <= left < tile_left + tile_width and tile_top <= top < tile_top + tile_height):
-        raise corrupt(f"JPEG 2000 tiles of {tile_width} x {tile_height} pixels at {tile_left}, {tile_top}")
+        raise corrupt(
+            f"the JPEG 2000 tiles of {tile_width} x {tile_height} pixels do not start at the image's origin"
+        )
     tiles = -(-(right - tile_left) // tile_width) * -(-(bottom - tile_top) // tile_height)
     if tiles > min(65_535, _FREE + width * height // _PIXELS_PER_TILE):
-        raise corrupt(f"JPEG 2000 of {tiles} tiles for {width} x {height} pixels")
+        raise corrupt(f"the JPEG 2000 header declares {tiles} tiles for {width} x {height} pixels")
     if length != 38 + 3 * channels or channels == 0:
-        raise corrupt(f"JPEG 2000 of {channels} channels in a segment of {length} bytes")
+        raise corrupt(f"the JPEG 2000 header declares {channels} channels in a segment of {length} bytes")
     if channels > 4:
-        raise unsupported(f"JPEG 2000 of {channels} channels; supported: 1 to 4")
+        raise unsupported(f"JPEG 2000 with {channels} channels", "1 to 4")
     components = struct.unpack_from(f">{3 * channels}B", data, start + 42)
     depth = components[0]
     if depth & 0x7F > 15 or components != (depth, 1, 1) * channels:
-        raise unsupported("JPEG 2000 of subsampled, mixed or more than 16-bit samples")
+        raise unsupported("JPEG 2000 with subsampled channels, mixed depths or over 16 bits")
     size = _Size(width, height, (min(tile_width, width), min(tile_height, height)), tiles, channels)
     return size, Jpeg2000Layout(
         (start, end), (depth & 0x7F) + 1, channels, colour == _YCC and channels >= 3, depth > 0x7F
@@ -143,7 +147,7 @@ def _read_siz(
 
 
 def _check_tile_parts(data: bytes, start: int, end: int, size: _Size) -> None:
-    """Check the main header and every tile part, by its length; all of them have to be there."""
+    """Check the main header and every tile part. Raises HeaderError where a part is missing."""
     layers, position = _segments(data, start + 2, end, _SOT, size, 1)
     parts: dict[int, list[int]] = {}  # tile -> parts seen, parts declared
     for _ in range(MAX_TILE_PARTS):
@@ -151,9 +155,9 @@ def _check_tile_parts(data: bytes, start: int, end: int, size: _Size) -> None:
             break
         marker, _, tile, length, _, declared = struct.unpack_from(">HHHIBB", data, position)
         if marker != _SOT or tile >= size.tiles or (length < 14 and length != 0):
-            raise corrupt(f"JPEG 2000 without a proper tile part at byte {position}")
+            raise corrupt(f"the JPEG 2000 codestream has no valid tile part at byte {position}")
         if position + length > end:
-            raise truncated(f"JPEG 2000 codestream ends at byte {end} inside tile {tile}")
+            raise truncated(f"the JPEG 2000 codestream ends at byte {end} inside tile {tile}")
         following = position + length if length else end
         _segments(data, position + 12, following, _SOD, size, layers)
         counts = parts.setdefault(tile, [0, 0])
@@ -161,41 +165,41 @@ def _check_tile_parts(data: bytes, start: int, end: int, size: _Size) -> None:
         counts[1] = max(counts[1], declared)
         position = following
     else:
-        raise corrupt(f"JPEG 2000 of more than {MAX_TILE_PARTS} tile parts")
+        raise corrupt(f"the JPEG 2000 codestream has more than {MAX_TILE_PARTS} tile parts")
     if len(parts) < size.tiles or any(seen < declared for seen, declared in parts.values()):
-        raise truncated(f"JPEG 2000 codestream ends at byte {end} without all of its {size.tiles} tiles")
+        raise truncated(f"the JPEG 2000 codestream ends at byte {end} without all of its {size.tiles} tiles")
 
 
 def _segments(data: bytes, position: int, end: int, last: int, size: _Size, layers: int) -> tuple[int, int]:
-    """Check the segments up to marker `last`: the most quality layers seen, and the marker's byte."""
+    """Check the segments up to marker `last`; return the most quality layers and the marker's byte."""
     for _ in range(MAX_SEGMENTS):
         (marker,) = struct.unpack_from(">H", data, position)
         if marker == last:
             return layers, position
         (length,) = struct.unpack_from(">H", data, position + 2)
         if marker < 0xFF00 or length < 2:
-            raise corrupt(f"JPEG 2000 marker expected at byte {position}")
+            raise corrupt(f"the JPEG 2000 codestream has no marker at byte {position}, where one is expected")
         if position + 2 + length > end:
-            raise truncated(f"JPEG 2000 codestream ends at byte {end} inside a header")
+            raise truncated(f"the JPEG 2000 codestream ends at byte {end} inside a header")
         body = data[position + 4 : position + 2 + length]
         if marker == _COD:
-            scheme, _, found, _ = struct.unpack_from(">BBHB", body)
-            layers = max(layers, found)
+            scheme, _, declared, _ = struct.unpack_from(">BBHB", body)
+            layers = max(layers, declared)
             _check_style(body[5:], bool(scheme & 1), size, layers)
         elif marker == _COC:
             _check_style(body[2:], bool(body[1:2] and body[1] & 1), size, layers)
         position += 2 + length
-    raise corrupt(f"JPEG 2000 header of more than {MAX_SEGMENTS} segments")
+    raise corrupt(f"the JPEG 2000 header has more than {MAX_SEGMENTS} segments")
 
 
 def _check_style(style: bytes, own_precincts: bool, size: _Size, layers: int) -> None:
-    """Bound what one tile takes: T.800 tables A.15 and A.20."""
+    """Bound the decoder's memory for one tile: T.800 tables A.15 and A.20."""
     levels, block_width, block_height, _, _ = struct.unpack_from(">5B", style)
     exponents = style[5 : 6 + levels] if own_precincts else b"\xff" * (levels + 1)
     if levels > 32 or len(exponents) != levels + 1 or layers == 0:
-        raise corrupt(f"JPEG 2000 of {levels} levels, {layers} layers")
+        raise corrupt(f"the JPEG 2000 header declares {levels} resolution levels and {layers} quality layers")
     if block_width + block_height < 4:
-        raise unsupported(f"JPEG 2000 code-blocks of {4 << block_width} x {4 << block_height} samples")
+        raise unsupported(f"JPEG 2000 with code-blocks of {4 << block_width} x {4 << block_height} samples")
     precincts = []
     for resolution, exponent in enumerate(exponents):
         shrink = levels - resolution
@@ -205,6 +209,6 @@ def _check_style(style: bytes, own_precincts: bool, size: _Size, layers: int) ->
     pixels = size.tile[0] * size.tile[1]
     packets = max(precincts) * len(precincts) * size.channels * layers
     if layers > MAX_LAYERS or sum(precincts) > _FREE + pixels // _PIXELS_PER_PRECINCT:
-        raise unsupported(f"JPEG 2000 of {layers} quality layers, {sum(precincts)} precincts in a tile")
+        raise unsupported(f"JPEG 2000 with {layers} quality layers and {sum(precincts)} precincts in a tile")
     if packets > (1 << 20) + 2 * pixels:
-        raise unsupported(f"JPEG 2000 of {packets} packets in a tile")
+        raise unsupported(f"JPEG 2000 with {packets} packets in a tile")

@@ -21,10 +21,10 @@ def matches(data: bytes) -> bool:
 def parse(data: bytes, limit: SizeLimit) -> Header:
     length, kind, width, height, depth, colour = struct.unpack_from(">I4sIIBB", data, 8)
     if kind != b"IHDR" or length != 13:
-        raise corrupt("PNG without a proper header chunk")
+        raise corrupt("the PNG file has no valid header chunk")
     limit.check("PNG", width, height)
     if depth not in _DEPTHS.get(colour, ()):
-        raise corrupt(f"PNG header of depth {depth}, colour type {colour}")
+        raise corrupt(f"the PNG header declares depth {depth} with colour type {colour}")
     kinds: set[bytes] = set()
     orientation = 1
     for kind, start, end in chunks(data):
@@ -36,14 +36,14 @@ def parse(data: bytes, limit: SizeLimit) -> Header:
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind, start and end of the body of each chunk up to IEND, which has to be there."""
+    """Yield kind, start and end of the body of each chunk before IEND. Raises HeaderError without IEND."""
     position, size = 8, len(data)
     for _ in range(MAX_CHUNKS):
         if position + 12 > size:
-            raise truncated(f"PNG ends at byte {size} without its end chunk")
+            raise truncated(f"the PNG file ends at byte {size} without its end chunk")
         length, kind = struct.unpack_from(">I4s", data, position)
         if kind == b"IEND":
             return
         yield kind, position + 8, position + 8 + length
         position += 12 + length
-    raise corrupt(f"PNG of more than {MAX_CHUNKS} chunks")
+    raise corrupt(f"the PNG file has more than {MAX_CHUNKS} chunks")

@@ -1,8 +1,8 @@
-"""Encoded bytes to pixels on the GPU: JPEG by DALI there, some DICOM by nvImageCodec, all else by the CPU.
+"""Encoded bytes to pixels on the GPU: JPEG by DALI, some DICOM by nvImageCodec; all other images by the CPU.
 
-Which of the two an image gets depends on its own bytes and on what the run has recorded, never on load or
-time. nvJPEG gives no warnings: damage that it can decode through is scored. So each JPEG's structure is
-scanned, and one that is in doubt gets libjpeg-turbo's strict look instead, as does one that DALI refuses.
+The bytes of an image and the recorded settings of the run decide which of them decodes it, never load or
+time. nvJPEG gives no warnings and decodes some damaged images. Therefore each JPEG's structure is scanned: a
+JPEG that looks damaged, and one that DALI refuses, is decoded strictly by libjpeg-turbo.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from engine.preprocess import gpu_dicom, resize
 from engine.preprocess.gpu_dicom import DicomBatch, DicomPipeline
 from engine.preprocess.stage import Preprocess
 
-PIPELINES = 2  # pipelines that take turns: one decodes while the other is fed, and an error stays in its own
+PIPELINES = 2  # pipelines used in turn: one decodes while the other gets its input
 HASH_BUCKETS = 1 << 16
 
 
 class DecodeOptions(DecodeTuning):
-    """The place and the options of decoding."""
+    """The split of images between GPU and CPU, and DALI's options."""
 
     def on_gpu(self, data: bytes, header: Header) -> bool:
-        """Return whether DALI decodes the image: a function of its bytes alone."""
+        """Return whether the GPU decodes the image; depends on its bytes alone."""
         if header.format == "dicom":
             return self.cpu_share < 1 and gpu_dicom.can_decode(header)
         if header.format != "jpeg" or header.layout.channels == 4:
@@ -48,11 +48,11 @@ class DecodeOptions(DecodeTuning):
 
 
 class BatchRefusedError(Exception):
-    """DALI could not decode a batch; it does not say which image."""
+    """DALI could not decode a batch; it does not report which image failed."""
 
 
 class JpegPipeline:
-    """DALI from encoded JPEGs to uint8 [N, 1, H, W] on a GPU; `device_id` None is the CPU, for tests."""
+    """Decodes JPEGs to uint8 [N, 1, H, W] by DALI on a GPU; `device_id` None is the CPU, for tests."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class JpegPipeline:
         device_id: int | None,
         decoding: DecodeOptions,
     ) -> None:
-        self._fed: list[npt.NDArray[np.uint8]] = []
-        os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "0")  # its words about single files
+        self._inputs: list[npt.NDArray[np.uint8]] = []
+        os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "0")  # no log lines about single files
         dali = resize.import_dali()
         fn, types = dali.fn, dali.types
         mixed = {
@@ -84,32 +84,35 @@ class JpegPipeline:
         self._pipeline = resize.build(pixels, batch_size=batch_size, threads=threads, device_id=device_id)
 
     def begin(self, images: Sequence[bytes]) -> None:
-        """Start on 1 to `batch_size` images; returns at once."""
-        self._fed = [np.frombuffer(image, np.uint8) for image in images]
-        self._pipeline.feed_input("encoded", self._fed)
+        """Start to decode 1 to `batch_size` images; return at once."""
+        self._inputs = [np.frombuffer(image, np.uint8) for image in images]
+        self._pipeline.feed_input("encoded", self._inputs)
         self._pipeline.schedule_run()
 
     def end(self) -> Any:
-        """DALI's output for what was begun; it stays valid while it is held. Raises RefusedError."""
+        """Return DALI's output for the images of `begin`, valid as long as it is referenced.
+
+        Raises BatchRefusedError.
+        """
         try:
             (output,) = self._pipeline.share_outputs()
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # as DALI maps its own
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:  # the types that DALI raises
             raise BatchRefusedError(" ".join(str(error).split())[-200:]) from None
         finally:
             self._pipeline.release_outputs()
-            self._fed = []
+            self._inputs = []
         return output.as_tensor()
 
 
 @dataclass
 class DecodedPixels:
-    """The pixels of k images on their way to a slot: those that DALI decoded, then those of the CPU."""
+    """The pixels of k images before they are copied to a slot: first those of DALI, then those of the CPU."""
 
     decoded: list[Any]  # DALI tensors, uint8 [g, 1, H, W] each
     host: npt.NDArray[np.uint8]  # [c, 1, H, W]
 
     def copy_to(self, slot: PixelSlot, stream: Any, cuda: Any) -> None:
-        """Copy k images to the first k places of `slot`, in the order of `stream`; must outlive the copy."""
+        """Copy k images to the first k rows of `slot`, in the order of `stream`; must outlive the copy."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         start = 0
@@ -122,18 +125,18 @@ class DecodedPixels:
 
 @dataclass
 class _BatchInProgress:
-    """A batch being decoded on both sides."""
+    """A batch that is being decoded on the GPU and the CPU."""
 
     batch: Batch
-    lane: JpegPipeline
+    pipeline: JpegPipeline
     on_gpu: list[int]  # positions of JPEGs
-    framed: Future[DicomBatch] | None  # of DICOM files
-    on_cpu: Future[npt.NDArray[np.uint8]]  # pixels of the positions that `batch.index` then names
-    index: npt.NDArray[np.intp]
+    dicom: Future[DicomBatch] | None
+    on_cpu: Future[npt.NDArray[np.uint8]]  # pixels of the positions in `decoded_on_cpu`
+    decoded_on_cpu: npt.NDArray[np.bool_]  # [n]
 
 
 class GpuPreprocess:
-    """Fills in pixels on the GPU; its stage is for one thread. Owns the pipelines; `cpu` is the caller's."""
+    """Decodes batches on the GPU, in one thread. Owns its pipelines; the caller closes `cpu`."""
 
     def __init__(
         self,
@@ -146,9 +149,9 @@ class GpuPreprocess:
         decoding: DecodeOptions,
     ) -> None:
         self._cpu, self._size = cpu, size
-        self.refusals = 0  # images that DALI refused and the CPU had to look at
+        self.refusals = 0  # images that the GPU refused and the CPU decoded or failed
         self.on_gpu = decoding.on_gpu
-        self._lanes = deque(
+        self._pipelines = deque(
             JpegPipeline(
                 size=size,
                 batch_size=batch_size,
@@ -158,10 +161,10 @@ class GpuPreprocess:
             )
             for _ in range(PIPELINES)
         )
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="cpu-decode")
-        self._framer = ThreadPoolExecutor(1, thread_name_prefix="dicom-decode")
-        self._frame_graph: DicomPipeline | None = None
-        self._shape: dict[str, Any] = {
+        self._cpu_thread = ThreadPoolExecutor(1, thread_name_prefix="cpu-decode")
+        self._dicom_thread = ThreadPoolExecutor(1, thread_name_prefix="dicom-decode")
+        self._dicom_pipeline: DicomPipeline | None = None
+        self._dicom_options: dict[str, Any] = {
             "size": size,
             "batch_size": batch_size,
             "threads": max(1, threads // PIPELINES),
@@ -169,95 +172,96 @@ class GpuPreprocess:
         }
 
     def check(self) -> None:
-        """Decode a sound image on each pipeline: raises EngineError where DALI can't decode at all."""
-        picture = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64, 1)
-        image = simplejpeg.encode_jpeg(picture, colorspace="GRAY", colorsubsampling="Gray")
-        for lane in self._lanes:
-            lane.begin([image])
+        """Decode a valid image on each pipeline. Raises EngineError where DALI cannot decode at all."""
+        gray = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64, 1)
+        image = simplejpeg.encode_jpeg(gray, colorspace="GRAY", colorsubsampling="Gray")
+        for pipeline in self._pipelines:
+            pipeline.begin([image])
             try:
-                lane.end()
+                pipeline.end()
             except BatchRefusedError as error:
-                raise EngineError(f"DALI can't decode a sound JPEG here: {error}") from None
+                raise EngineError(f"DALI cannot decode a valid JPEG on this GPU: {error}") from None
 
     @property
     def crashes(self) -> int:
-        """Return how often the decoder process had to be started anew."""
+        """Return how often the decoder process crashed."""
         return self._cpu.crashes
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
-        """Fill `device_pixels` and `index`; what can't be decoded gets its status."""
-        # not `ordered_map`: this thread takes the output of a lane before it begins the lane again
-        begun: deque[_BatchInProgress] = deque()
+        """Fill `device_pixels` and `index`; an image that cannot be decoded gets its status."""
+        # not `ordered_map`: this thread takes the output of a pipeline before it begins the next batch on it
+        in_flight: deque[_BatchInProgress] = deque()
         with meter.upstream(batches) as source:
             for batch in source:
                 start = time.perf_counter()
-                begun.append(self._start_batch(batch))
+                in_flight.append(self._start_batch(batch))
                 meter.add(time.perf_counter() - start)
-                if len(begun) == PIPELINES:
-                    yield self._end(begun.popleft(), meter)
-            while begun:
-                yield self._end(begun.popleft(), meter)
+                if len(in_flight) == PIPELINES:
+                    yield self._finish_batch(in_flight.popleft(), meter)
+            while in_flight:
+                yield self._finish_batch(in_flight.popleft(), meter)
 
     @nvtx.annotate("begin decoding")  # type: ignore[untyped-decorator,unused-ignore]
     def _start_batch(self, batch: Batch) -> _BatchInProgress:
-        """Start both sides on their share of a batch."""
-        on_gpu, of_dicom = [], {}
-        for position, there in enumerate(batch.on_gpu):
+        """Start to decode a batch on the GPU and the CPU."""
+        on_gpu, dicom_files = [], {}
+        for position, is_on_gpu in enumerate(batch.on_gpu):
             header = batch.headers[position]
-            if there and header and header.format == "dicom":
-                of_dicom[position] = (batch.encoded[position], header)
-            elif there:
+            if is_on_gpu and header and header.format == "dicom":
+                dicom_files[position] = (batch.encoded[position], header)
+            elif is_on_gpu:
                 on_gpu.append(position)
         on_cpu = [
             position for position, header in enumerate(batch.headers) if header and not batch.on_gpu[position]
         ]
-        lane = self._lanes[0]
-        self._lanes.rotate(-1)
+        pipeline = self._pipelines[0]
+        self._pipelines.rotate(-1)
         if on_gpu:
-            lane.begin([batch.encoded[position] for position in on_gpu])
-        index = np.zeros(batch.rows, bool)
-        framed = self._framer.submit(self._frames().run, of_dicom) if of_dicom else None
-        strict = self._worker.submit(self._strict, batch, on_cpu, index)
-        return _BatchInProgress(batch, lane, on_gpu, framed, strict, index)
+            pipeline.begin([batch.encoded[position] for position in on_gpu])
+        decoded = np.zeros(batch.rows, bool)
+        dicom = self._dicom_thread.submit(self._make_dicom().run, dicom_files) if dicom_files else None
+        cpu = self._cpu_thread.submit(self._decode_on_cpu, batch, on_cpu, decoded)
+        return _BatchInProgress(batch, pipeline, on_gpu, dicom, cpu, decoded)
 
-    def _frames(self) -> DicomPipeline:
-        """Made for the first DICOM file that is tried."""
-        if self._frame_graph is None:
-            self._frame_graph = DicomPipeline(**self._shape)
-        return self._frame_graph
+    def _make_dicom(self) -> DicomPipeline:
+        """Return the DICOM pipeline, which the first DICOM file creates."""
+        if self._dicom_pipeline is None:
+            self._dicom_pipeline = DicomPipeline(**self._dicom_options)
+        return self._dicom_pipeline
 
-    def _strict(
+    def _decode_on_cpu(
         self, batch: Batch, positions: list[int], decoded: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.uint8]:
-        """Decode `positions` strictly on the CPU; marks those that decoded, returns their pixels."""
+        """Decode `positions` strictly on the CPU; mark those that were decoded and return their pixels."""
         pixels = np.empty((batch.rows, 1, *self._size), np.uint8)
         decoded[self._cpu.decode(batch, positions, pixels)] = True
         return pixels[decoded]
 
     @nvtx.annotate("end decoding")  # type: ignore[untyped-decorator,unused-ignore]
-    def _end(self, begun: _BatchInProgress, meter: Meter) -> Batch:
+    def _finish_batch(self, work: _BatchInProgress, meter: Meter) -> Batch:
         start = time.perf_counter()
-        batch = begun.batch
-        host, cpu_index = begun.on_cpu.result(), np.flatnonzero(begun.index)
+        batch = work.batch
+        host, cpu_index = work.on_cpu.result(), np.flatnonzero(work.decoded_on_cpu)
         tensors: list[Any] = []
         gpu_index: list[int] = []
         refused: list[int] = []
-        if begun.on_gpu:
+        if work.on_gpu:
             try:
-                tensors, gpu_index = [begun.lane.end()], begun.on_gpu
+                tensors, gpu_index = [work.pipeline.end()], work.on_gpu
             except BatchRefusedError:
-                self._bisect(batch, begun.lane, begun.on_gpu, tensors, gpu_index, refused)
-        if begun.framed:
-            framed = begun.framed.result()
-            tensors, gpu_index = tensors + framed.tensors, gpu_index + framed.decoded
-            refused += framed.refused
-            for position, flags in framed.flags.items():
+                self._bisect(batch, work.pipeline, work.on_gpu, tensors, gpu_index, refused)
+        if work.dicom:
+            dicom = work.dicom.result()
+            tensors, gpu_index = tensors + dicom.tensors, gpu_index + dicom.decoded
+            refused += dicom.refused
+            for position, flags in dicom.flags.items():
                 batch.flags.setdefault(position, []).extend(flags)
         if refused:
             self.refusals += len(refused)
-            looked = np.zeros(batch.rows, bool)
-            host = np.concatenate([host, self._worker.submit(self._strict, batch, refused, looked).result()])
-            cpu_index = np.concatenate([cpu_index, np.flatnonzero(looked)])
+            decoded = np.zeros(batch.rows, bool)
+            pixels = self._cpu_thread.submit(self._decode_on_cpu, batch, refused, decoded).result()
+            host = np.concatenate([host, pixels])
+            cpu_index = np.concatenate([cpu_index, np.flatnonzero(decoded)])
         batch.index = np.concatenate([np.array(gpu_index, np.intp), cpu_index])
         batch.device_pixels = DecodedPixels(tensors, host)
         batch.drop_encoded()
@@ -267,33 +271,33 @@ class GpuPreprocess:
     def _bisect(
         self,
         batch: Batch,
-        lane: JpegPipeline,
+        pipeline: JpegPipeline,
         positions: list[int],
         tensors: list[Any],
         decoded: list[int],
         refused: list[int],
     ) -> None:
-        """Decode `positions`, which failed together, in halves, down to the images that DALI refuses alone.
+        """Decode `positions`, which failed together, in halves, down to the images that DALI refuses.
 
-        Short of memory on the GPU, halves are what helps too.
+        Halves also help where GPU memory was short.
         """
         if len(positions) == 1:
             refused += positions
             return
         middle = len(positions) // 2
         for half in (positions[:middle], positions[middle:]):
-            lane.begin([batch.encoded[position] for position in half])
+            pipeline.begin([batch.encoded[position] for position in half])
             try:
-                tensors.append(lane.end())
+                tensors.append(pipeline.end())
                 decoded += half
             except BatchRefusedError:
-                self._bisect(batch, lane, half, tensors, decoded, refused)
+                self._bisect(batch, pipeline, half, tensors, decoded, refused)
 
     def close(self) -> None:
-        self._worker.shutdown(cancel_futures=True)
-        self._framer.shutdown(cancel_futures=True)
-        self._frame_graph = None
-        self._lanes.clear()
+        self._cpu_thread.shutdown(cancel_futures=True)
+        self._dicom_thread.shutdown(cancel_futures=True)
+        self._dicom_pipeline = None
+        self._pipelines.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,7 @@
-"""Frames of DICOM files by nvImageCodec, looked up and resized on the GPU.
+"""Frames of DICOM files decoded by nvImageCodec, windowed and resized on the GPU.
 
-JPEG 2000 and JPEG Lossless, gray: there is no damage that the strict look of the CPU would see in them. What
-nvImageCodec does not decode goes to the CPU.
+Only gray JPEG 2000 and JPEG Lossless frames, in which the strict decoders of the CPU would find no more
+damage. The CPU decodes what nvImageCodec refuses.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from engine.formats.dicom import LOSSLESS_JPEG, DicomLayout
 from engine.preprocess import resize
 from engine.preprocess.codecs.dicom_windowing import display, display_samples
 
-FILES_AT_ONCE = 16  # files whose stored values are held together
+FILES_AT_ONCE = 16  # files whose stored values are in memory together
 
 
 def can_decode(header: Header) -> bool:
-    """Return whether a DICOM file is tried here, by its header alone."""
+    """Return whether the GPU tries to decode a DICOM file; depends on its header alone."""
     layout: DicomLayout = header.layout
     return layout.channels == 1 and (layout.compression == "JPEG 2000" or layout.syntax in LOSSLESS_JPEG)
 
@@ -36,7 +36,7 @@ def can_decode(header: Header) -> bool:
 class DicomBatch:
     """The outcome of some files of a batch."""
 
-    tensors: list[Any] = field(default_factory=list)  # of DALI, uint8 [k, 1, H, W]
+    tensors: list[Any] = field(default_factory=list)  # DALI tensors, uint8 [k, 1, H, W]
     decoded: list[int] = field(default_factory=list)  # [k], positions
     refused: list[int] = field(default_factory=list)
     flags: dict[int, list[str]] = field(default_factory=dict)
@@ -48,65 +48,62 @@ class DicomPipeline:
     def __init__(
         self, *, size: tuple[int, int], batch_size: int, threads: int, device_id: int | None
     ) -> None:
-        os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # its words about single files
+        os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # no log lines about single files
         try:
             from nvidia import nvimgcodec
         except ImportError as error:
-            raise UsageError(f"nvImageCodec can't be imported ({error}); it comes with nvidia-dali") from None
+            raise UsageError(f"nvImageCodec, part of nvidia-dali, cannot be imported ({error})") from None
         self._codec, self._on_gpu = nvimgcodec, device_id is not None
         backends = None if self._on_gpu else [nvimgcodec.Backend(nvimgcodec.CPU_ONLY)]
-        device = device_id if device_id is not None else -99999  # its number for the CPU
+        device = device_id if device_id is not None else -99999  # nvImageCodec's number for the CPU
         self._decoder = nvimgcodec.Decoder(device_id=device, max_num_cpu_threads=threads, backends=backends)
         self._as_stored = nvimgcodec.DecodeParams(
             allow_any_depth=True, color_spec=nvimgcodec.ColorSpec.UNCHANGED, apply_exif_orientation=False
         )
         dali = resize.import_dali()
-        where: Literal["cpu", "gpu"] = "gpu" if self._on_gpu else "cpu"
+        memory: Literal["cpu", "gpu"] = "gpu" if self._on_gpu else "cpu"
 
         def pixels() -> Any:
             gray = dali.fn.external_source(
-                name="gray", device=where, dtype=dali.types.UINT8, ndim=3, layout="HWC"
+                name="gray", device=memory, dtype=dali.types.UINT8, ndim=3, layout="HWC"
             )
-            return resize.resize_nodes(gray, *size, where)
+            return resize.resize_nodes(gray, *size, memory)
 
         self._pipeline = resize.build(pixels, batch_size=batch_size, threads=threads, device_id=device_id)
 
     def run(self, files: dict[int, tuple[bytes, Header]]) -> DicomBatch:
-        """Files by position: the pixels of those that decode; what fails here is the CPU's to judge."""
-        found = DicomBatch()
+        """Decode files, given by position; those that fail here are `refused`, and the CPU decodes them."""
+        result = DicomBatch()
         with contextlib.suppress(RuntimeError, ValueError):
-            found = self._run(files)
-        found.refused = [position for position in files if position not in set(found.decoded)]
-        return found
+            result = self._decode(files)
+        result.refused = [position for position in files if position not in set(result.decoded)]
+        return result
 
-    def _run(self, files: dict[int, tuple[bytes, Header]]) -> DicomBatch:
-        found, encoded, gray = DicomBatch(), {}, []
+    def _decode(self, files: dict[int, tuple[bytes, Header]]) -> DicomBatch:
+        result, encoded, gray = DicomBatch(), {}, []
         for position, (data, header) in files.items():
-            with contextlib.suppress(Exception):  # whatever pydicom makes of a damaged file
+            with contextlib.suppress(Exception):  # pydicom raises many types for a damaged file
                 encoded[position] = _first_frame(data, header)
-        waiting = list(encoded)
-        while together := waiting[:FILES_AT_ONCE]:
-            waiting = waiting[FILES_AT_ONCE:]
+        for start in range(0, len(encoded), FILES_AT_ONCE):
+            positions = list(encoded)[start : start + FILES_AT_ONCE]
             images = self._decoder.decode(
-                [encoded[position] for position in together], params=self._as_stored
+                [encoded[position] for position in positions], params=self._as_stored
             )
-            for position, image in zip(together, images, strict=True):
-                shown = None if image is None else self._shown(image, files[position][1])
-                if shown:
-                    gray.append(shown[0])
-                    found.decoded.append(position)
-                    if shown[1]:
-                        found.flags[position] = shown[1]
+            for position, image in zip(positions, images, strict=True):
+                displayed = None if image is None else self._display(image, files[position][1])
+                if displayed:
+                    gray.append(displayed[0])
+                    result.decoded.append(position)
+                    if displayed[1]:
+                        result.flags[position] = displayed[1]
         if gray:
             self._pipeline.feed_input("gray", gray)
             (output,) = self._pipeline.run()
-            found.tensors.append(output.as_tensor())
-        return found
+            result.tensors.append(output.as_tensor())
+        return result
 
-    def _shown(self, image: Any, header: Header) -> tuple[Any, list[str]] | None:
-        """Return the displayed 8-bit image [H, W, 1] on its device and its flags, None where the CPU
-        has to decode it.
-        """
+    def _display(self, image: Any, header: Header) -> tuple[Any, list[str]] | None:
+        """Return the displayed 8-bit image [H, W, 1] on its device and its flags, None if it is refused."""
         inverted = header.photometric == "MONOCHROME1"
         if not self._on_gpu:
             samples = np.asarray(image)
@@ -126,7 +123,7 @@ class DicomPipeline:
             torch.int16 if bits == 16 else torch.uint8
         )
         cells = cells.to(torch.int32) & (1 << bits) - 1
-        shown, flags = display(
+        gray, flags = display(
             lambda levels: torch.from_numpy(levels).to(cells.device)[cells],
             torch.count_nonzero,
             lambda: torch.bincount(cells.reshape(-1), minlength=1 << bits).cpu().numpy(),
@@ -134,12 +131,12 @@ class DicomPipeline:
             header.layout,
             inverted=inverted,
         )
-        torch.cuda.current_stream(tensor.device).synchronize()  # DALI copies on a stream of its own
-        return shown, flags
+        torch.cuda.current_stream(tensor.device).synchronize()  # DALI copies on another stream
+        return gray, flags
 
 
 def _first_frame(data: bytes, header: Header) -> npt.NDArray[np.uint8]:
-    """Return the encoded first frame. Raises where it is missing or its size differs from the data set's."""
+    """Return the encoded first frame. Raises if it is missing or its size differs from the data set's."""
     from pydicom.encaps import get_frame
 
     layout: DicomLayout = header.layout
@@ -153,5 +150,5 @@ def _first_frame(data: bytes, header: Header) -> npt.NDArray[np.uint8]:
         _, _, height, width, _ = jpeg.frame_header(frame)
         size = (width, height)
     if size != (header.width, header.height):
-        raise ValueError("another size")
+        raise ValueError("the frame's size is not the header's")
     return np.frombuffer(frame, np.uint8)

@@ -1,4 +1,4 @@
-"""Decoding tuned at the start of a long run, on the archive's own first files. What is chosen is recorded."""
+"""Tune decoding at the start of a long run on the first files of the manifest; the run records the choice."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from engine.core.records import Batch
 from engine.core.tuning import DecodeTrial
 from engine.preprocess.gpu import DecodeOptions
 
-TUNE_ROWS = 50_000  # a shorter run is over before tuning pays
+TUNE_ROWS = 50_000  # in a shorter run tuning takes longer than it saves
 SAMPLE_BATCHES = 6
 TIMED_S = 1.0  # for each candidate
-MIN_SPEEDUP = 1.03  # a candidate has to be this much faster to replace the best so far
+MIN_SPEEDUP = 1.03  # a candidate must be this much faster to replace the best one so far
 
-HW_LOADS = (0.0, 0.4, 0.9, 1.0)  # beside the default
+HW_LOADS = (0.0, 0.4, 0.9, 1.0)  # candidates other than the default
 HUFFMAN_THRESHOLDS = (250_000, 0)
 CPU_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -31,7 +31,7 @@ def tune_decoding(
 ) -> tuple[DecodeOptions, tuple[DecodeTrial, ...]]:
     """Find the fastest settings for `sample`; return them and each tried setting with its images/s.
 
-    One knob after the other, each from where the last one ended.
+    Options are tuned one after the other, each with the best values of those before it.
     """
     jpegs = [header for batch in sample for header in batch.headers if header and header.format == "jpeg"]
     best = DecodeOptions(
@@ -40,25 +40,25 @@ def tune_decoding(
     )
     tried: list[DecodeTrial] = []
 
-    def measured(candidate: DecodeOptions) -> float:
-        found = rate(candidate)
-        tried.append(DecodeTrial(**structs.asdict(candidate), images_per_s=round(found, 1)))
-        return found
+    def measure(candidate: DecodeOptions) -> float:
+        images_per_s = rate(candidate)
+        tried.append(DecodeTrial(**structs.asdict(candidate), images_per_s=round(images_per_s, 1)))
+        return images_per_s
 
-    fastest = measured(best)
-    for knob, values in (
+    fastest = measure(best)
+    for option, values in (
         ("hw_decoder_load", HW_LOADS),
         ("hybrid_huffman_threshold", HUFFMAN_THRESHOLDS),
         ("cpu_share", CPU_SHARES),
     ):
         start = best
         for value in values:
-            candidate = structs.replace(start, **{knob: value})
-            found = measured(candidate)
-            if found > MIN_SPEEDUP * fastest:
-                best, fastest = candidate, found
-            elif knob == "cpu_share":
-                break  # the CPU has its fill
+            candidate = structs.replace(start, **{option: value})
+            images_per_s = measure(candidate)
+            if images_per_s > MIN_SPEEDUP * fastest:
+                best, fastest = candidate, images_per_s
+            elif option == "cpu_share":
+                break  # the CPU is saturated
     return best, tuple(tried)
 
 
@@ -68,7 +68,7 @@ def measure_rate(
     on_gpu: Callable[[Any, Any], bool],
     timed_s: float = TIMED_S,
 ) -> float:
-    """Images/s that `stage` decodes, going round `sample`; the first round is not timed."""
+    """Measure the images/s that `stage` decodes of `sample`, repeated; the first round is not timed."""
 
     def copies() -> Iterator[Batch]:
         for batch in sample:

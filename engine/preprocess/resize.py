@@ -1,13 +1,13 @@
 """The one resize: gray images of any size to uint8 [N, 1, H, W], by DALI. Training and screening both run it.
 
 Where the triangle filter reaches over the edge, DALI repeats the image's outermost line, so that a frame of
-one pixel counts many times over; Pillow leaves that share w out and scales the rest up, and so is it done
-here: the first and last line of the small image become (line - w * outermost) / (1 - w), the outermost line
-resized alike. When s source pixels become one, w = n (s - n) / (2 s^2) with n = floor(s / 2 + 1/2), about
-1/8. An enlarged image (s < 1) has w = 0.
+one pixel has a large weight. Pillow leaves out that share w and scales up the rest. This module does so too:
+the first and last line of the small image become (line - w * outermost) / (1 - w), with the outermost line
+resized in the same way. When s source pixels become one, w = n (s - n) / (2 s^2) with n = floor(s / 2 + 1/2),
+about 1/8. An enlarged image (s < 1) has w = 0.
 
-`Graph` does that in NumPy, `small_pixels` in nodes, for images that stay on the GPU; their pixels are the
-same, but on a CPU the nodes would take longer than the resize.
+`ResizePipeline` does that in NumPy, `resize_nodes` in DALI nodes for images that stay on the GPU. The pixels
+are equal, but on a CPU the nodes would take longer than the resize.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Floats = npt.NDArray[np.float32]
 
 
 def import_dali() -> Any:
-    """DALI. Raises UsageError when it is missing."""
+    """Import and return DALI. Raises UsageError when it is missing."""
     try:
         import nvidia.dali
         import nvidia.dali.fn
         import nvidia.dali.math
     except ImportError as error:
-        raise UsageError(f"DALI can't be imported ({error}); install it with: {install_command()}") from None
+        raise UsageError(f"DALI cannot be imported ({error}); install it with: {install_command()}") from None
     return nvidia.dali
 
 
@@ -71,7 +71,7 @@ def _resize(image: Any, height: int, width: int, dtype: Any, **region: Any) -> A
 
 
 def _border_removal_nodes(small: Any, gray: Any, axis: int, size: tuple[int, int], device: str) -> Any:
-    """Take the repeated border out of the first and last line of `small` along `axis`."""
+    """Remove the repeated border from the first and last line of `small` along `axis`."""
     from nvidia.dali import fn, math, types
 
     length = fn.cast(gray.shape()[axis], dtype=types.FLOAT)
@@ -125,40 +125,40 @@ class ResizePipeline:
     def run(self, images: Sequence[Pixels], margins: Sequence[Margins] | None = None) -> Pixels:
         """Resize 1 to `batch_size` gray images [h, w], each without its margins, to uint8 [N, 1, H, W]."""
         margins = margins or [((0, 0), (0, 0))] * len(images)
-        beyond = np.array(margins, np.float32)  # [N, axis, end]
+        outside = np.array(margins, np.float32)  # [N, axis, end]
         lengths = np.array([image.shape for image in images], np.float32)  # [N, axis]
-        start, end = beyond[:, :, 0], lengths - beyond[:, :, 1]
-        rows, columns = (np.array(one, np.float32) for one in ([1, 0], [0, 1]))
-        fed = {  # a pair of lines is resized along them only: across, all of it is its region
+        start, end = outside[:, :, 0], lengths - outside[:, :, 1]
+        rows, columns = np.eye(2, dtype=np.float32)
+        inputs = {  # a pair of lines is resized along the lines only
             "images": (images, start, end),
             "rows": ([image[[0, -1]] for image in images], start * columns, end * columns + 2 * rows),
             "columns": ([image[:, [0, -1]] for image in images], start * rows, end * rows + 2 * columns),
         }
-        held = []  # DALI copies nothing
-        for name, (pictures, first, last) in fed.items():
+        buffers = []  # kept alive until the run: DALI does not copy them
+        for name, (pictures, first, last) in inputs.items():
             for key, value in (
                 (name, [np.ascontiguousarray(picture)[:, :, None] for picture in pictures]),
                 (f"{name} start", np.ascontiguousarray(first)),
                 (f"{name} end", np.ascontiguousarray(last)),
             ):
                 self._pipeline.feed_input(key, value)
-                held.append(value)
+                buffers.append(value)
         outputs = self._pipeline.run()
         small: Pixels = np.array(outputs[0].as_tensor())[..., 0]
         lines = [np.asarray(output.as_tensor())[..., 0] for output in outputs[1:]]
-        _remove_border(small, lines[0], lines[1], _border_shares(beyond, end - start, self.size))
+        _remove_border(small, lines[0], lines[1], _border_shares(outside, end - start, self.size))
         return small[:, None]
 
 
-def _border_shares(beyond: Floats, lengths: Floats, size: tuple[int, int]) -> Floats:
+def _border_shares(outside: Floats, lengths: Floats, size: tuple[int, int]) -> Floats:
     """Return the share of the repeated border in the first and last line, [N, axis, end].
 
-    Lines `beyond` the picture are no border yet: with d of them n = floor(s / 2 - d + 1/2), and
+    The padding `outside` the picture is not a border: with d lines of it n = floor(s / 2 - d + 1/2), and
     w = n (s - n - 2 d) / (2 s^2).
     """
     s = (lengths / np.array(size, np.float32))[:, :, None]
-    n = np.floor(s / 2 - beyond + 0.5)
-    return np.where(s > 1, n * (s - n - 2 * beyond) / (2 * s * s), np.float32(0))
+    n = np.floor(s / 2 - outside + 0.5)
+    return np.where(s > 1, n * (s - n - 2 * outside) / (2 * s * s), np.float32(0))
 
 
 def _remove_border(small: Pixels, rows: Floats, columns: Floats, share: Floats) -> None:

@@ -1,4 +1,4 @@
-"""The stage between reader and members: encoded bytes to pixels; a bad image costs only its own row."""
+"""The stage between reader and members: encoded bytes to pixels. A bad image fails only its own row."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from engine.preprocess.decoder import CrashedError, DecoderProcess
 
 
 class Preprocess:
-    """Fills in pixels through a decoder process, which it owns; use from one thread at a time."""
+    """Decodes batches in a decoder process, which it owns; use from one thread at a time."""
 
-    on_gpu, refusals = None, 0  # there is no GPU
+    on_gpu, refusals = None, 0  # nothing is decoded on a GPU
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class Preprocess:
 
     @property
     def crashes(self) -> int:
-        """Return how often the decoder had to be started anew."""
+        """Return how often the decoder process crashed."""
         return self.decoder.crashes
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
-        """Fill `pixels` and `index` of each batch; what can't be decoded gets its status."""
+        """Fill `pixels` and `index` of each batch; an image that cannot be decoded gets its status."""
         with meter.upstream(batches) as source:
             for batch in source:
                 start = time.perf_counter()
@@ -55,15 +55,15 @@ class Preprocess:
         batch.pixels = pixels if decoded.all() else pixels[decoded]
 
     def decode(self, batch: Batch, positions: Iterable[int], pixels: npt.NDArray[np.uint8]) -> list[int]:
-        """Decode `positions` of a batch into `pixels`, [n, 1, H, W]; the others get their status.
+        """Decode `positions` of a batch into `pixels`, [n, 1, H, W]; return those that were decoded.
 
-        Returns the positions that decoded.
+        The others get their status.
         """
         chunks = self._chunks(batch, positions)
         return [position for chunk in chunks for position in self._decode(batch, chunk, pixels)]
 
     def _chunks(self, batch: Batch, positions: Iterable[int]) -> Iterator[list[int]]:
-        """Runs of `positions` that can be decoded together within the memory allowed."""
+        """Cut `positions` into runs that can be decoded together within `decoding_bytes`."""
         chunk: list[int] = []
         held = 0
         for position in positions:
@@ -82,30 +82,30 @@ class Preprocess:
     def _decode(
         self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8], *, again: bool = False
     ) -> list[int]:
-        """Decode `positions` together into `pixels`. Returns those that decoded.
+        """Decode `positions` together into `pixels`; return those that were decoded.
 
-        If the decoder dies over them each is tried alone, and once more, since it can die of something else.
+        If the decoder process crashes, each image is decoded alone, twice if it crashes again: the cause may
+        be another.
         """
         try:
             return self._request(batch, positions, pixels)
         except CrashedError as error:
             if len(positions) > 1:
-                return [one for position in positions for one in self._decode(batch, [position], pixels)]
+                return [done for position in positions for done in self._decode(batch, [position], pixels)]
             if not again:
                 return self._decode(batch, positions, pixels, again=True)
             (position,) = positions
-            batch.fail(position, Status.CRASHED, f"{_format_name(batch, position)} decoder: {error}")
+            _fail(batch, position, Status.CRASHED, error)
             return []
 
     def _request(self, batch: Batch, positions: list[int], pixels: npt.NDArray[np.uint8]) -> list[int]:
         headers = [header for position in positions if (header := batch.headers[position])]
         reply = self.decoder.decode([batch.encoded[position] for position in positions], headers)
-        for place, error in reply.failed.items():
-            position = positions[place]
-            batch.fail(position, Status.CORRUPT, f"{_format_name(batch, position)} decoder: {error}")
-        for place, flags in reply.flags.items():
-            batch.flags.setdefault(positions[place], []).extend(flags)
-        decoded = [position for place, position in enumerate(positions) if place not in reply.failed]
+        for number, error in reply.failed.items():
+            _fail(batch, positions[number], Status.CORRUPT, error)
+        for number, flags in reply.flags.items():
+            batch.flags.setdefault(positions[number], []).extend(flags)
+        decoded = [position for number, position in enumerate(positions) if number not in reply.failed]
         pixels[decoded] = reply.pixels
         return decoded
 
@@ -119,7 +119,7 @@ class Preprocess:
         self.close()
 
 
-def _format_name(batch: Batch, position: int) -> str:
+def _fail(batch: Batch, position: int, status: Status, error: object) -> None:
     header = batch.headers[position]
     assert header is not None
-    return header.format
+    batch.fail(position, status, f"decoding the {header.format} image failed: {error}")

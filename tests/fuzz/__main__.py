@@ -190,7 +190,7 @@ def check_row(row: Row, file: File, folder: Path) -> Iterator[str]:
         yield f"status {status!r} of a file of {file.size} bytes"
     if status == "crashed":
         yield "a decoder crashed"
-    if error and "its header can't be read" in error:
+    if error and "the header cannot be read" in error:
         yield f"a parser failed: {error}"
     if ok != (error is None):
         yield f"status {status!r} with the error {error!r}"

@@ -396,6 +396,6 @@ def test_a_crash_of_the_decoder_is_told(start: Start, tmp_path: Path) -> None:
     found = table(tmp_path / "out").to_pandas()
     crashed = found[found.status == "crashed"]
     assert set(crashed.path) == {"images/nowhere"}
-    assert set(crashed.error) == {"jpeg decoder: ended by SIGSEGV"}
+    assert set(crashed.error) == {"decoding the jpeg image failed: the decoder process was ended by SIGSEGV"}
     success = json.loads((tmp_path / "out" / "_SUCCESS").read_text())
     assert success["last_start"]["decoder_restarts"] >= 3

@@ -1,4 +1,4 @@
-"""BMP: an uncompressed raster, which needs no library (imagecodecs reads 8 and 24 bits only)."""
+"""BMP: an uncompressed raster, read without a library (imagecodecs reads only 8 and 24 bits)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DICOM: the first frame, as it would be exported for display. pydicom takes it out of the file."""
+"""DICOM: the first frame, extracted by pydicom, as it would be exported for display."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from engine.preprocess.codecs import dicom_frames
 from engine.preprocess.codecs.dicom_windowing import apply_stored_lut, display_samples
 from engine.preprocess.codecs.gray import Gray, Samples, apply_lut, to_gray
 
-import_pydicom()  # its settings, in the process that decodes
+import_pydicom()  # sets its options in the decoder process
 
 
 def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:
-    """Gray uint8 [H, W], and flags: "window_fallback" where the file has no window that shows anything."""
+    """Return gray uint8 [H, W] and flags: "window_fallback" where the file has no usable window."""
     layout: DicomLayout = header.layout
     try:
         samples, photometric = _read_stored(data, header, layout)
@@ -27,7 +27,7 @@ def decode(data: bytes, header: Header) -> tuple[Gray, list[str]]:
         return _to_luma(samples, photometric, header, layout), []
     except MemoryError:
         raise
-    except Exception:  # pydicom raises what comes, with header values in it
+    except Exception:  # pydicom raises many types, with header values in the text
         raise ValueError("the image is damaged") from None
 
 
@@ -61,7 +61,7 @@ def _read_stored(data: bytes, header: Header, layout: DicomLayout) -> tuple[Samp
 
 
 def _to_luma(samples: Samples, photometric: str, header: Header, layout: DicomLayout) -> Gray:
-    """Colour to gray by its luma, which YBR stores first."""
+    """Convert colour to gray by its luma, which is the first channel of YBR."""
     white = (1 << header.bits) - 1
     if photometric == "PALETTE COLOR":
         return _apply_palette(samples, layout.dataset)
@@ -69,17 +69,17 @@ def _to_luma(samples: Samples, photometric: str, header: Header, layout: DicomLa
 
 
 def _apply_palette(samples: Samples, dataset: Any) -> Gray:
-    """Indexes [H, W] to gray."""
+    """Convert palette indexes [H, W] to gray."""
     if not dataset.get("RedPaletteColorLookupTableData"):
-        colours = apply_color_lut(samples, dataset)  # in segments, which pydicom expands
+        colours = apply_color_lut(samples, dataset)  # a segmented palette, which pydicom expands
         return to_gray(colours, white=int(np.iinfo(colours.dtype).max))
-    # not by pydicom, which takes big-endian entries for little-endian and 12-bit indexes for 8-bit ones
+    # not by pydicom, which reads big-endian entries as little-endian and 12-bit indexes as 8-bit ones
     indexes = np.arange(1 << 8 * samples.dtype.itemsize, dtype=np.float64)
     names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
-    found = [
+    tables = [
         apply_stored_lut(indexes, dataset[f"{name}Descriptor"].value, dataset[f"{name}Data"].value, dataset)
         for name in names
     ]
-    table = np.stack([values for values, _ in found], -1).astype(np.uint16)
-    white = 65535 if found[0][1] else 255
+    table = np.stack([values for values, _ in tables], -1).astype(np.uint16)
+    white = 65535 if tables[0][1] else 255
     return apply_lut(samples, to_gray(table[None], white=white)[0])

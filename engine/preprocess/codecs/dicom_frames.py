@@ -1,7 +1,7 @@
-"""Frames of DICOM files by imagecodecs, as a plugin of pydicom.
+"""A pydicom plugin that decodes frames of DICOM files with imagecodecs.
 
-RLE, JPEG (8 to 16 bits, lossless too) by libjpeg-turbo, JPEG-LS by CharLS, JPEG 2000 by OpenJPEG. A frame
-whose size is not the data set's is refused before its decoder allocates anything.
+Libraries: libjpeg-turbo for JPEG (8 to 16 bits, also lossless), CharLS for JPEG-LS, OpenJPEG for JPEG 2000. A
+frame whose size differs from the data set's is refused before its decoder allocates anything.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Shape = tuple[int, int, int]  # height, width, samples a pixel
 
 
 def is_available(syntax: str) -> bool:
-    """pydicom's plugin protocol: whether frames of this transfer syntax are decoded here."""
+    """Return whether frames of this transfer syntax are decoded here (pydicom's plugin protocol)."""
     return syntax in _DECODERS
 
 
 def decode_frame(frame: bytes, runner: Any) -> Samples:
-    """pydicom's plugin protocol: an encoded frame to samples in rows, their colours together.
+    """Decode a frame to samples [H, W] or [H, W, 3] (pydicom's plugin protocol).
 
-    Raises ValueError when it is damaged or not what the data set announces.
+    Raises ValueError when it is damaged or differs from the data set.
     """
     shape = (runner.rows, runner.columns, runner.samples_per_pixel)
     samples = _DECODERS[runner.transfer_syntax](frame, runner, shape)
@@ -43,7 +43,7 @@ def decode_frame(frame: bytes, runner: Any) -> Samples:
     runner.set_option("bits_allocated", 8 * samples.dtype.itemsize)
     if shape[2] == 3:
         runner.set_option("planar_configuration", 0)
-    return samples if samples.flags.c_contiguous else samples.copy()  # pydicom takes anything with a buffer
+    return samples if samples.flags.c_contiguous else samples.copy()  # pydicom reads its buffer
 
 
 def _decode_jpeg(frame: bytes, runner: Any, shape: Shape) -> Samples:
@@ -55,7 +55,7 @@ def _decode_jpeg(frame: bytes, runner: Any, shape: Shape) -> Samples:
         if precision == 8 and marker != 0xC3:
             return np.asarray(simplejpeg.decode_jpeg(frame, "GRAY", strict=True))
         return np.asarray(imagecodecs_call.call_codec(imagecodecs.jpeg8_decode, frame))
-    untransformed = runner.photometric_interpretation == "RGB"  # whatever libjpeg would guess
+    untransformed = runner.photometric_interpretation == "RGB"  # libjpeg would guess it
     if marker != 0xC3:
         samples = np.asarray(simplejpeg.decode_jpeg(frame, "RGB", strict=True))
         if not untransformed:
@@ -85,21 +85,21 @@ def _decode_jpeg2000(frame: bytes, runner: Any, shape: Shape) -> Samples:
 
 
 def _decode_rle(frame: bytes, runner: Any, shape: Shape) -> Samples:
-    """PS3.5 annex G: a PackBits segment for each byte of a sample, the highest first.
+    """Decode PS3.5 annex G: a PackBits segment for each byte of a sample, the highest first.
 
-    Not by imagecodecs' own decoder of it, which leaves what a damaged segment lacks as it was in memory.
+    imagecodecs' own RLE decoder is not used: it leaves the missing bytes of a damaged segment uninitialized.
     """
     height, width, channels = shape
     depth = runner.bits_allocated // 8
     count, *starts = struct.unpack_from("<16I", frame)
     if count != channels * depth:
-        raise ValueError(f"{count} segments")
+        raise ValueError(f"the frame has {count} segments; {channels * depth} expected")
     ends = [*starts[1:count], len(frame)]
     planes = [
         _unpack_bits(frame[start:end], height * width) for start, end in zip(starts, ends, strict=False)
     ]
-    whole = np.stack(planes).reshape(channels, depth, height, width)
-    samples = np.ascontiguousarray(whole.transpose(2, 3, 0, 1)).view(">u2" if depth == 2 else np.uint8)
+    stacked = np.stack(planes).reshape(channels, depth, height, width)
+    samples = np.ascontiguousarray(stacked.transpose(2, 3, 0, 1)).view(">u2" if depth == 2 else np.uint8)
     return samples[..., 0].astype(f"=u{depth}")
 
 
@@ -108,17 +108,17 @@ def _unpack_bits(segment: bytes, size: int) -> Samples:
         imagecodecs_call.call_codec(imagecodecs.packbits_decode, segment, out=size), np.uint8
     )
     if len(plane) < size:
-        raise ValueError("a segment that runs short")
+        raise ValueError("a segment is too short")
     return plane[:size]
 
 
-_BY_NAME: dict[str, Callable[[bytes, Any, Shape], Samples]] = {
+_BY_COMPRESSION: dict[str, Callable[[bytes, Any, Shape], Samples]] = {
     "RLE": _decode_rle,
     "JPEG": _decode_jpeg,
     "JPEG-LS": _decode_jpeg_ls,
     "JPEG 2000": _decode_jpeg2000,
 }
-_DECODERS = {syntax: _BY_NAME[name] for syntax, name in SYNTAXES.items() if name in _BY_NAME}
+_DECODERS = {syntax: _BY_COMPRESSION[name] for syntax, name in SYNTAXES.items() if name in _BY_COMPRESSION}
 DECODER_DEPENDENCIES = dict.fromkeys(_DECODERS, ("imagecodecs",))
 
 for _syntax in _DECODERS:

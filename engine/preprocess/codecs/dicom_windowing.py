@@ -1,8 +1,7 @@
-"""Stored values to what is seen: PS3.3 C.7.6.3.1.2, C.11.1, C.11.2; PS3.4 N.2.
+"""Stored values to displayed gray levels: PS3.3 C.7.6.3.1.2, C.11.1, C.11.2; PS3.4 N.2.
 
-Modality LUT or rescale, VOI LUT or window, scaled by its own range, inversion of MONOCHROME1, in this order.
-All of it depends on the stored value alone, so it is computed once for each value there can be, not for each
-pixel.
+Steps: modality LUT or rescale; VOI LUT or window, scaled by its own range; inversion of MONOCHROME1. They
+depend on the stored value alone, so they are computed once for each possible value and not for each pixel.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ import numpy.typing as npt
 from engine.formats.dicom import DicomLayout
 from engine.preprocess.codecs.gray import DEPTHS, Gray, Samples, apply_lut
 
-RAIL = 0.98  # a window that leaves more of the pixels than that black, or white, is none
+MAX_CLIPPED = 0.98  # a window that makes a larger share of the pixels black, or white, is ignored
 PERCENTILES = (0.5, 99.5)
 
 T = TypeVar("T", bound=Any)  # a NumPy array or a tensor
-Values = npt.NDArray[np.float64]  # one for each content that a sample's cell can have
+Values = npt.NDArray[np.float64]  # one for each possible content of a sample's cell
 
 
 def display(
@@ -36,23 +35,23 @@ def display(
 ) -> tuple[T, list[str]]:
     """Return the pixels of an image as it is displayed, and flags; `inverted` for MONOCHROME1.
 
-    `apply` replaces the image's samples, of unsigned `dtype`, by their levels in a table, to a NumPy array or
-    a tensor, for which `count_nonzero` is made; `counts` says how often each content of a sample's cell
-    occurs. The flag "window_fallback" is set where the file has no window, or one that shows nothing.
+    `apply` looks up the image's samples, of unsigned `dtype`, in a table of levels and returns an array or a
+    tensor, which `count_nonzero` counts. `counts` returns how often each content of a sample's cell occurs.
+    The flag "window_fallback" is set where the file has no window or its window is ignored.
     """
     values = _modality(_numbers(dtype, layout), layout.dataset)
     window = _voi(values, layout.dataset)
     if window is not None:
         gray = apply(_levels(window, inverted=inverted))
-        black, white = (int(count_nonzero(gray == rail)) for rail in (0, 255))
-        if max(black, white) <= RAIL * math.prod(gray.shape):
+        black, white = (int(count_nonzero(gray == level)) for level in (0, 255))
+        if max(black, white) <= MAX_CLIPPED * math.prod(gray.shape):
             return gray, []
     window = _percentiles(counts(), values, dtype, layout)
     return apply(_levels(window, inverted=inverted)), ["window_fallback"]
 
 
 def display_samples(samples: Samples, layout: DicomLayout, *, inverted: bool) -> tuple[Gray, list[str]]:
-    """Return samples [H, W] as stored, of unsigned type, as they are displayed, and flags: see `display`."""
+    """Return stored samples [H, W], of unsigned type, as they are displayed, and flags: see `display`."""
     return display(
         lambda levels: apply_lut(samples, levels),
         np.count_nonzero,
@@ -74,7 +73,7 @@ def _numbers(dtype: npt.DTypeLike, layout: DicomLayout) -> Values:
 
 
 def _modality(numbers: Values, dataset: Any) -> Values:
-    """PS3.3 C.11.1."""
+    """Apply the modality LUT or the rescale: PS3.3 C.11.1."""
     if dataset.get("ModalityLUTSequence"):
         return _apply_table(numbers, dataset.ModalityLUTSequence[0], dataset)
     slope, intercept = _first_number(dataset, "RescaleSlope"), _first_number(dataset, "RescaleIntercept")
@@ -86,12 +85,12 @@ def _modality(numbers: Values, dataset: Any) -> Values:
 
 
 def _voi(values: Values, dataset: Any) -> Values | None:
-    """Black as 0, white as 1: PS3.3 C.11.2. None where the file has no proper VOI LUT or window."""
+    """Apply the VOI LUT or window (PS3.3 C.11.2): black is 0, white is 1. None where neither is valid."""
     if dataset.get("VOILUTSequence"):
-        with suppress(ValueError, TypeError, AttributeError):  # a LUT that is none; there may be a window
+        with suppress(ValueError, TypeError, AttributeError):  # an invalid LUT; there may be a window
             item = dataset.VOILUTSequence[0]
-            found = _apply_table(values, item, dataset)
-            return found / _white(int(item.LUTDescriptor[2]), int(found.max()))
+            entries = _apply_table(values, item, dataset)
+            return entries / _white(int(item.LUTDescriptor[2]), int(entries.max()))
     centre, width = _first_number(dataset, "WindowCenter"), _first_number(dataset, "WindowWidth")
     if centre is None or width is None or width < 1:
         return None
@@ -104,9 +103,9 @@ def _voi(values: Values, dataset: Any) -> Values | None:
 
 
 def _white(declared: int, largest: int) -> int:
-    """White of a VOI LUT by the bits that it declares, unless its entries can't be of that many."""
+    """Return the white of a VOI LUT from its declared bits, unless its entries contradict them."""
     white = (1 << declared) - 1
-    if declared in range(8, 17) and white >= largest > white // 8:  # 12 bits declared as 16 show black
+    if declared in range(8, 17) and white >= largest > white // 8:  # 12 bits declared as 16 would look black
         return white
     return next((1 << bits) - 1 for bits in DEPTHS if largest < 1 << bits)
 
@@ -114,9 +113,9 @@ def _white(declared: int, largest: int) -> int:
 def _percentiles(
     counts: npt.NDArray[np.int64], values: Values, dtype: npt.DTypeLike, layout: DicomLayout
 ) -> Values:
-    """Derive a window from the pixels themselves, without padding unless there is nothing else."""
-    wanted = counts * ~_padding(dtype, layout)
-    counts = wanted if wanted.any() else counts
+    """Apply a window made of the pixels' percentiles, without padding unless all pixels are padding."""
+    unpadded = counts * ~_padding(dtype, layout)
+    counts = unpadded if unpadded.any() else counts
     order = np.argsort(values, kind="stable")
     below = np.cumsum(counts[order])
     low, high = (values[order[np.searchsorted(below, below[-1] * p / 100)]] for p in PERCENTILES)
@@ -129,22 +128,25 @@ def _padding(dtype: npt.DTypeLike, layout: DicomLayout) -> npt.NDArray[np.bool_]
     ends = [_first_number(layout.dataset, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     if ends[0] is None:
         return np.zeros(len(numbers), bool)
-    # readers disagree on the sign of what may be of either
+    # readers disagree on the sign of these attributes, so they are compared modulo 2^bits
     first, last = ((end if end is not None else ends[0]) % (1 << bits) for end in ends)
-    place = numbers % (1 << bits)
-    return (place >= min(first, last)) & (place <= max(first, last))
+    numbers = numbers % (1 << bits)
+    return (numbers >= min(first, last)) & (numbers <= max(first, last))
 
 
 def _apply_table(values: Values, item: Any, dataset: Any) -> Values:
-    """`values` through a modality or VOI LUT."""
+    """Look up `values` in a modality or VOI LUT."""
     return apply_stored_lut(values, item.LUTDescriptor, item.LUTData, dataset)[0]
 
 
 def apply_stored_lut(values: Values, descriptor: Any, stored: Any, dataset: Any) -> tuple[Values, bool]:
-    """`values` through a LUT, and if its entries have 16 bits: PS3.3 C.11.1.1, C.11.2.1.1, C.7.6.3.1.5."""
+    """Look up `values` in a LUT: PS3.3 C.11.1.1, C.11.2.1.1, C.7.6.3.1.5.
+
+    Returns the entries and whether they have 16 bits.
+    """
     entries, first, _ = (int(number) for number in descriptor)
     entries, wide = entries & 0xFFFF or 1 << 16, True
-    if first > 0x7FFF and values.min() < 0:  # signed, and read as if it weren't
+    if first > 0x7FFF and values.min() < 0:  # a signed number that was read as unsigned
         first -= 1 << 16
     if isinstance(stored, bytes):
         order = "<" if dataset.original_encoding[1] is not False else ">"
@@ -154,13 +156,13 @@ def apply_stored_lut(values: Values, descriptor: Any, stored: Any, dataset: Any)
         table = np.asarray(stored, np.int64).reshape(-1)
     entries = min(entries, len(table))
     if not entries:
-        raise ValueError("a LUT without entries")
-    place = np.clip(np.floor(values) - first, 0, entries - 1).astype(np.intp)
-    return np.asarray(table[place], np.float64), wide
+        raise ValueError("the LUT has no entries")
+    indexes = np.clip(np.floor(values) - first, 0, entries - 1).astype(np.intp)
+    return np.asarray(table[indexes], np.float64), wide
 
 
 def _first_number(dataset: Any, keyword: str) -> float | None:
-    """Return the first value of a number, None where there is no finite one."""
+    """Return the first value of a numeric element, None where it is missing or not finite."""
     value = dataset.get(keyword)
     if isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue":
         value = value[0] if len(value) else None
@@ -171,6 +173,6 @@ def _first_number(dataset: Any, keyword: str) -> float | None:
     return number if np.isfinite(number) else None
 
 
-def _levels(shown: Values, *, inverted: bool) -> Gray:
-    levels = np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)
+def _levels(values: Values, *, inverted: bool) -> Gray:
+    levels = np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
     return 255 - levels if inverted else levels

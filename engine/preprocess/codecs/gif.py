@@ -1,4 +1,4 @@
-"""GIF by giflib, given the first frame only."""
+"""GIF by giflib, which gets only the first frame."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INTERLACED = 0x40
 
 def decode(data: bytes, header: Header) -> Gray:
     layout: GifLayout = header.layout
-    frame = struct.pack(
+    head = struct.pack(
         "<6sHH3xBHHHHB",
         b"GIF89a",
         layout.width,
@@ -29,8 +29,8 @@ def decode(data: bytes, header: Header) -> Gray:
         layout.height,
         _INTERLACED if layout.interlaced else 0,
     )
-    alone = frame + data[slice(*layout.pixels)] + b";"
-    indexes = imagecodecs_call.call_codec(imagecodecs.gif_decode, alone, index=0, asrgb=False)
+    frame = head + data[slice(*layout.pixels)] + b";"
+    indexes = imagecodecs_call.call_codec(imagecodecs.gif_decode, frame, index=0, asrgb=False)
     if indexes.shape != (layout.height, layout.width):
         raise ValueError("the image is damaged")
     colours = np.frombuffer(data[slice(*layout.palette)], np.uint8).reshape(-1, 3)

@@ -1,14 +1,14 @@
 """Samples of any depth to 8-bit gray.
 
-DALI divides 16-bit samples by 257, which leaves a 12-bit radiograph 16 gray levels. Here the *significant*
-bits decide:
+DALI divides 16-bit samples by 257, which leaves a 12-bit radiograph 16 gray levels. Here the scale depends on
+the *significant* bits:
 
 - samples that are all multiples of 257 are 8-bit samples stretched to 16, and are divided by 257;
 - otherwise the smallest of 8, 10, 12, 14, 16 bits that holds the largest sample is the depth, and the
   samples are scaled by 255 / (2^depth - 1), rounded.
 
-A file that declares fewer than 16 bits, another white, or PNG's sBIT is believed. Colour becomes ITU-R BT.601
-luma; what is transparent is laid over black.
+If a file declares fewer than 16 bits, another white, or PNG's sBIT, the declaration is used. Colour becomes
+ITU-R BT.601 luma; transparent pixels are blended with black.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import numpy.typing as npt
 DEPTHS = (8, 10, 12, 14, 16)
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BLOCK = 1 << 20  # pixels
-_CACHED = 1 << 16  # pixels that are looked up together, so that they stay in the cache
+_LUT_BLOCK = 1 << 16  # pixels that are looked up together and fit into the cache
 
 Gray = npt.NDArray[np.uint8]
 Samples = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-# pixels, or parts of one, at (top, bottom) and (left, right) that are not of the picture
+# pixels, or fractions of one, at (top, bottom) and (left, right) that are outside of the picture
 Margins = tuple[tuple[float, float], tuple[float, float]]
 
 
 def to_gray(samples: Samples, *, white: int | None = None) -> Gray:
-    """Samples [H, W] or [H, W, 1 | 2 | 3 | 4] (gray, gray + alpha, RGB, RGBA) to gray [H, W].
+    """Convert samples [H, W] or [H, W, 1 | 2 | 3 | 4] (gray, gray + alpha, RGB, RGBA) to gray [H, W].
 
-    `white` is the sample value that means white where the format says it; alpha's is the type's largest, or
-    `white` too.
+    `white` is the sample value of white and of opaque alpha where the format defines it; otherwise opaque is
+    the largest value of the type.
     """
     if samples.ndim == 2:
         samples = samples[:, :, None]
@@ -39,23 +39,23 @@ def to_gray(samples: Samples, *, white: int | None = None) -> Gray:
     opaque = channels in (1, 3)
     if white is None:
         white = white_of(samples if opaque else samples[:, :, :-1])
-        solid = int(np.iinfo(samples.dtype).max)
+        opaque_alpha = int(np.iinfo(samples.dtype).max)
     else:
-        solid = white
+        opaque_alpha = white
     if channels == 1 and samples.dtype == np.uint8 and white == 255:
         return np.ascontiguousarray(samples[:, :, 0], np.uint8)
     if channels == 1:
         levels = np.arange(1 + int(np.iinfo(samples.dtype).max), dtype=np.float32) * np.float32(255.0 / white)
         return apply_lut(samples[:, :, 0], np.clip(np.rint(levels), 0, 255).astype(np.uint8))
     gray = np.empty((height, width), np.uint8)
-    rows = max(1, _BLOCK // width)  # block by block, so that floats never cost more than the samples
+    rows = max(1, _BLOCK // width)  # in blocks: the floats take less memory than the samples
     for start in range(0, height, rows):
         block = samples[start : start + rows]
         colour = block if opaque else block[:, :, :-1]
         level = colour @ _LUMA if colour.shape[2] == 3 else colour[:, :, 0].astype(np.float32)
         level = level * np.float32(255.0 / white)
         if not opaque:
-            level *= block[:, :, -1] / np.float32(solid)
+            level *= block[:, :, -1] / np.float32(opaque_alpha)
         gray[start : start + rows] = np.clip(np.rint(level), 0, 255)
     return gray
 
@@ -76,7 +76,7 @@ def declared_white(bits: int) -> int | None:
 
 
 def palette_gray(indexes: npt.NDArray[np.uint8], colours: Samples, *, transparent: int = -1) -> Gray:
-    """Indexes [H, W] into uint8 colours [n, 3] to gray; black where transparent or beyond the palette."""
+    """Convert indexes [H, W] into uint8 colours [n, 3] to gray; transparent and unknown ones are black."""
     table = np.zeros(256, np.uint8)
     table[: len(colours)] = to_gray(colours[None], white=255)[0]
     if transparent >= 0:
@@ -87,7 +87,7 @@ def palette_gray(indexes: npt.NDArray[np.uint8], colours: Samples, *, transparen
 def apply_lut(samples: Samples, levels: Gray) -> Gray:
     """Replace samples [H, W] by `levels`, one for each value of their type."""
     gray = np.empty(samples.shape, np.uint8)
-    rows = max(1, _CACHED // samples.shape[1])
+    rows = max(1, _LUT_BLOCK // samples.shape[1])
     for start in range(0, len(samples), rows):
         block = slice(start, start + rows)
         np.take(levels, samples[block], out=gray[block], mode="clip")
@@ -95,13 +95,13 @@ def apply_lut(samples: Samples, levels: Gray) -> Gray:
 
 
 def unpack_bits(rows: Gray, bits: int) -> Gray:
-    """Rows [n, stride] of packed samples of 1, 2 or 4 bits, the highest first, to one byte each."""
+    """Unpack rows [n, stride] of samples of 1, 2 or 4 bits, the highest first, to one byte each."""
     samples = [rows >> shift & (1 << bits) - 1 for shift in range(8 - bits, -1, -bits)]
     return np.stack(samples, axis=2).reshape(len(rows), -1)
 
 
 def apply_orientation(gray: Gray, value: int) -> Gray:
-    """[H, W] as it should be seen: EXIF 2.32, tag 0x0112."""
+    """Turn and mirror [H, W] upright: EXIF 2.32, tag 0x0112."""
     if value >= 5:
         gray = gray.T
     if value in (2, 3, 6, 7):
@@ -112,7 +112,7 @@ def apply_orientation(gray: Gray, value: int) -> Gray:
 
 
 def orient_margins(bottom: float, right: float, value: int) -> Margins:
-    """Margins of an image after `oriented`, from those that it has as stored."""
+    """Return the margins of an image after `apply_orientation`, from those of the stored image."""
     rows, columns = (0.0, bottom), (0.0, right)
     if value >= 5:
         rows, columns = columns, rows

@@ -1,4 +1,4 @@
-"""JPEG by libjpeg-turbo, strictly: what it decodes only with a warning is damaged."""
+"""JPEG by libjpeg-turbo, strictly: an image that it decodes with a warning is damaged."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from engine.formats.jpeg import JpegLayout
 from engine.preprocess.codecs import imagecodecs_call
 from engine.preprocess.codecs.gray import Gray, to_gray
 
-# warnings about valid pixels; only the first of an image's warnings is told, so that it may hide another
+# warnings about valid pixels; only the first warning of an image is reported, so it may hide another one
 _HARMLESS_WARNINGS = (
-    "tjDecompressHeader3(): Could not determine subsampling level",  # unusual ones are decoded all the same
+    "tjDecompressHeader3(): Could not determine subsampling level",  # it is decoded correctly
     "Corrupt JPEG data: bad ICC marker",
     "Invalid SOS parameters for sequential JPEG",
     "Unknown Adobe color transform code",
     "Warning: unknown JFIF revision number",
 )
 
-
-# of the scaled DCTs those with SIMD code: 3/8 or 5/8 of the size take as long as 1/2 or 1/1
+# the scaled DCTs with SIMD code: 3/8 or 5/8 of the size take as long as 1/2 or 1/1
 _SCALES = (8, 4, 2)
 
 
 def decode(data: bytes, header: Header, least: tuple[int, int] | None) -> tuple[Gray, list[str], int]:
-    """Gray uint8 [H, W] as stored, flags ("decoder_warning" where damage could go unseen), and scale.
+    """Return gray uint8 [H, W] as stored, flags ("decoder_warning": damage may be undetected), and scale.
 
     With a scale of 2, 4 or 8, gray is [ceil(H / scale), ceil(W / scale)].
     """
@@ -40,9 +39,7 @@ def decode(data: bytes, header: Header, least: tuple[int, int] | None) -> tuple[
         if not str(error).startswith(_HARMLESS_WARNINGS):
             raise
         space, scale = "GRAYSCALE" if space == "GRAY" else space, 1
-        samples = imagecodecs_call.call_codec(
-            imagecodecs.jpeg8_decode, data, outcolorspace=space
-        )  # it can only decode in full
+        samples = imagecodecs_call.call_codec(imagecodecs.jpeg8_decode, data, outcolorspace=space)
         flags = ["decoder_warning"]
     if layout.channels == 4:
         return _from_cmyk(samples, inverted=layout.adobe), flags, scale
@@ -50,19 +47,20 @@ def decode(data: bytes, header: Header, least: tuple[int, int] | None) -> tuple[
 
 
 def choose_scale(header: Header, least: tuple[int, int]) -> int:
-    """Choose the reduction, 1, 2, 4 or 8, for a JPEG that must have `least` pixels when upright.
+    """Choose the reduction, 1, 2, 4 or 8, for a JPEG that must have `least` (height, width) when upright.
 
-    CMYK is not scaled: its gray is no sum of its channels.
+    CMYK is not scaled: its gray is not a sum of its channels.
     """
     height, width = least if header.orientation < 5 else least[::-1]
     if header.layout.channels == 4:
         return 1
-    fitting = (one for one in _SCALES if header.height >= one * height and header.width >= one * width)
-    return next(fitting, 1)
+    return next(
+        (scale for scale in _SCALES if header.height >= scale * height and header.width >= scale * width), 1
+    )
 
 
 def _from_cmyk(samples: Gray, *, inverted: bool) -> Gray:
-    """[H, W, 4] to gray; red is what neither cyan nor black takes, and so on."""
+    """Convert [H, W, 4] to gray; red is the light that neither cyan nor black absorbs, and so on."""
     light = samples if inverted else 255 - samples
     colour = (light[:, :, :3].astype(np.uint16) * light[:, :, 3:] + 127) // 255
     return to_gray(colour.astype(np.uint8))

@@ -1,4 +1,4 @@
-"""JPEG 2000 by OpenJPEG, given the bare codestream: no palettes, no colour profiles."""
+"""JPEG 2000 by OpenJPEG, which gets only the codestream: no palettes, no colour profiles."""
 
 from __future__ import annotations
 

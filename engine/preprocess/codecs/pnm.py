@@ -1,4 +1,4 @@
-"""PNM: text or a raster, which needs no library."""
+"""PNM: text or a raster, read without a library."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def decode(data: bytes, header: Header) -> Gray:
         _read_plain_samples(data, layout, shape) if layout.plain else _read_raw_samples(data, layout, shape)
     )
     if samples.max() > layout.white:
-        raise ValueError(f"a sample over {layout.white}, the largest allowed")
-    # 65535 is what a writer of 16-bit samples declares whatever is in them
+        raise ValueError(f"a sample is over {layout.white}, the declared maximum")
+    # writers of 16-bit samples declare 65535 for any number of significant bits
     return to_gray(samples, white=layout.white if layout.white < 65535 else None)
 
 
@@ -39,7 +39,7 @@ def _read_bitmap(data: bytes, layout: PnmLayout, height: int, width: int) -> Gra
     digits = _COMMENT.sub(b"", data[layout.start :]).translate(None, _GAPS)[: height * width]
     bits = np.frombuffer(digits, np.uint8) - np.uint8(ord("0"))
     if len(bits) < height * width or bits.max() > 1:
-        raise ValueError(f"not {height * width} pixels of 0 or 1")
+        raise ValueError(f"it does not have {height * width} pixels of 0 or 1")
     return bits.reshape(height, width)
 
 
@@ -51,7 +51,7 @@ def _read_raw_samples(data: bytes, layout: PnmLayout, shape: tuple[int, int, int
 
 
 def _read_plain_samples(data: bytes, layout: PnmLayout, shape: tuple[int, int, int]) -> Samples:
-    """Samples of a plain file, a piece of its text at a time."""
+    """Parse the samples of a plain file, one piece of its text at a time."""
     text = _COMMENT.sub(b"", data[layout.start :])
     count = shape[0] * shape[1] * shape[2]
     samples: Samples = np.empty(count, np.uint8) if layout.white < 256 else np.empty(count, np.uint16)
@@ -59,20 +59,20 @@ def _read_plain_samples(data: bytes, layout: PnmLayout, shape: tuple[int, int, i
     while filled < len(samples) and position < len(text):
         gap = _GAP.search(text, position + _PIECE)
         end = gap.start() if gap else len(text)
-        found = _parse_numbers(text[position:end], layout.white)[: len(samples) - filled]
-        samples[filled : filled + len(found)] = found
-        filled, position = filled + len(found), end
+        numbers = _parse_numbers(text[position:end], layout.white)[: len(samples) - filled]
+        samples[filled : filled + len(numbers)] = numbers
+        filled, position = filled + len(numbers), end
     if filled < len(samples):
-        raise ValueError(f"{filled} of {len(samples)} samples")
+        raise ValueError(f"it has {filled} of {len(samples)} samples")
     return samples.reshape(shape)
 
 
 def _parse_numbers(text: bytes, white: int) -> npt.NDArray[np.int64]:
     if text.translate(None, b"0123456789" + _GAPS):
-        raise ValueError("something that isn't a number among the samples")
+        raise ValueError("a sample is not a number")
     if not text.strip(_GAPS):
         return np.empty(0, np.int64)
-    found = np.fromstring(text, np.int64, sep=" ")
-    if found.max() > white or found.min() < 0:  # an overflow may come out negative
-        raise ValueError(f"a sample over {white}, the largest allowed")
-    return found
+    numbers = np.fromstring(text, np.int64, sep=" ")
+    if numbers.max() > white or numbers.min() < 0:  # an overflow may give a negative number
+        raise ValueError(f"a sample is over {white}, the declared maximum")
+    return numbers

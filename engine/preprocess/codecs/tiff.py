@@ -1,9 +1,9 @@
-"""TIFF: strips and tiles put together here, each through its own codec.
+"""TIFF: each strip or tile is decoded by its codec and copied into the image.
 
-Not the whole file by the libtiff of imagecodecs: it would parse the file once more, past the header's checks,
-and damaged deflate strips come out of it as pixels that differ from call to call. Here a strip that runs
-short is an error. LZW alone is libtiff's, strip by strip: `imagecodecs.lzw_decode` follows codes that are
-not yet in its table through unset pointers.
+libtiff (in imagecodecs) does not decode the whole file: it would parse the file again without the checks of
+the header, and returns pixels that differ from call to call for damaged deflate strips. Here a short strip is
+an error. libtiff decodes only LZW, strip by strip: `imagecodecs.lzw_decode` follows unset pointers for codes
+that are not yet in its table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def decode(data: bytes, header: Header) -> Gray:
     samples = _read_samples(data, layout)
     if layout.palette:
         colours = np.array(layout.palette, np.uint16).reshape(3, -1).T
-        if colours.max() > 255:  # else a writer took 8 bits for 16
+        if colours.max() > 255:  # otherwise the writer stored 8-bit colours
             colours >>= 8
         return palette_gray(samples[:, :, 0].astype(np.uint8), colours.astype(np.uint8))
     if layout.channels in (2, 4) and not layout.alpha:
@@ -41,11 +41,9 @@ def _read_samples(data: bytes, layout: TiffLayout) -> Samples:
     )
     pieces = layout.across * layout.down
     for index, (start, end) in enumerate(layout.spans):
-        piece = _decode_piece(
-            data[start:end], layout, layout.rows(index)
-        )  # [rows, piece_width, channels or 1]
-        channel, place = divmod(index, pieces) if layout.planar else (slice(None), index)
-        y, x = place // layout.across * layout.piece_height, place % layout.across * layout.piece_width
+        piece = _decode_piece(data[start:end], layout, layout.rows(index))  # [rows, piece_width, channels]
+        channel, number = divmod(index, pieces) if layout.planar else (slice(None), index)
+        y, x = number // layout.across * layout.piece_height, number % layout.across * layout.piece_width
         part = samples[y : y + layout.piece_height, x : x + layout.piece_width, channel]
         inside = piece[: part.shape[0], : part.shape[1]]
         part[...] = inside[:, :, 0] if layout.planar else inside
@@ -73,12 +71,12 @@ def _decompress(stored: bytes, layout: TiffLayout, size: int) -> bytes:
     if layout.compression == "deflate":
         inflate = zlib.decompressobj()
         try:
-            # some writers pad the last strip; one byte more, so that the end and its checksum are reached
+            # some writers pad the last strip; with one byte more, zlib reaches the end and its checksum
             raw = inflate.decompress(stored, layout.piece_height * layout.stride + 1)
         except zlib.error:
-            raise ValueError("a damaged strip or tile") from None
+            raise ValueError("a strip or tile is damaged") from None
         if not inflate.eof:
-            raise ValueError("a strip or tile that doesn't end where it should")
+            raise ValueError("a strip or tile is longer than its size or cut short")
     elif layout.compression == "lzw":
         raw = imagecodecs_call.call_codec(imagecodecs.tiff_decode, _wrap_lzw(stored, size), index=0).tobytes()
     elif layout.compression == "packbits":
@@ -86,7 +84,7 @@ def _decompress(stored: bytes, layout: TiffLayout, size: int) -> bytes:
     else:
         raw = stored
     if len(raw) < size:
-        raise ValueError(f"a strip or tile of {len(raw)} bytes; {size} expected")
+        raise ValueError(f"a strip or tile has {len(raw)} bytes; {size} expected")
     return raw[:size]
 
 

@@ -1,4 +1,4 @@
-"""WebP by libwebp, given the image's own chunks only: neither profiles nor an animation's other frames."""
+"""WebP by libwebp, which gets only the image's own chunks: no profiles, no later frames of an animation."""
 
 from __future__ import annotations
 

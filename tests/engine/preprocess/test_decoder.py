@@ -45,7 +45,7 @@ def test_an_image_that_ends_the_decoder_costs_only_its_row(
     images = [*good[:3], smooth_jpeg(3, word), *good[4:]]
     (batch, after) = decoded(preprocess, tmp_path / "images", images)
     assert batch.status.tolist() == [0, 0, 0, Status.CRASHED, 0, 0, 0, 0]
-    assert batch.errors == {3: f"jpeg decoder: {reason}"}
+    assert batch.errors == {3: f"decoding the jpeg image failed: the decoder process was {reason}"}
     assert np.array_equal(batch.pixels, np.delete(first.pixels, 3, axis=0))
     assert np.array_equal(after.pixels, second.pixels)
     assert preprocess.decoder.crashes == 3  # together, alone, and alone once more
@@ -57,7 +57,9 @@ def test_a_header_that_cannot_be_sent_costs_only_its_row(preprocess: Preprocess,
     (batch,) = read_batches(tmp_path / "images", ["0", "1", "2"], threads=1)
     batch.headers[1] = batch.headers[1]._replace(layout=lambda: None)
     preprocess.fill(batch)
-    assert batch.errors == {1: "jpeg decoder: its header can't be sent to the process that decodes"}
+    assert batch.errors == {
+        1: "decoding the jpeg image failed: the header cannot be sent to the decoder process"
+    }
     assert np.array_equal(batch.pixels, before.pixels[[0, 2]])
     assert preprocess.decoder.crashes == 0
 
@@ -86,7 +88,7 @@ def test_a_decoder_that_never_starts_is_one_line(
 ) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     preprocess.decoder._process.kill()
-    with pytest.raises(EngineError, match="the decoder does not start: ended with status 1"):
+    with pytest.raises(EngineError, match="does not start: the decoder process ended with status 1"):
         preprocess.decoder.await_start()
 
 
@@ -147,7 +149,9 @@ def test_a_jpeg_with_a_damaged_middle_is_corrupt(preprocess: Preprocess, tmp_pat
 def test_a_jpeg_cut_short_and_ended_is_corrupt(preprocess: Preprocess, tmp_path: Path) -> None:
     good = smooth_jpeg(0)
     (batch,) = decoded(preprocess, tmp_path / "images", [good, good[: len(good) // 2] + b"\xff\xd9"])
-    assert batch.errors == {1: "jpeg decoder: Corrupt JPEG data: premature end of data segment"}
+    assert batch.errors == {
+        1: "decoding the jpeg image failed: Corrupt JPEG data: premature end of data segment"
+    }
 
 
 def test_a_warning_that_may_hide_damage_is_a_flag(preprocess: Preprocess, tmp_path: Path) -> None:

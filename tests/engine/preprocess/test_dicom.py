@@ -91,7 +91,9 @@ def test_every_file_of_pydicom_has_a_verdict() -> None:
 
 def test_samples_are_those_that_pydicom_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompressed, RLE and JPEG 2000 of all modalities, by an implementation of its own."""
-    monkeypatch.setattr(dicom_header, "MODALITIES", (*dicom_header.MODALITIES, *dicom_header._OTHERS))
+    monkeypatch.setattr(
+        dicom_header, "MODALITIES", (*dicom_header.MODALITIES, *dicom_header._OTHER_MODALITIES)
+    )
     compared = set()
     for path in (FILES / name for name, _ in VERDICTS):
         data = path.read_bytes()
@@ -346,7 +348,7 @@ def test_flags() -> None:
 def test_what_is_skipped() -> None:
     assert refusal(dicom(TWELVE, Modality="CT"))[:2] == (
         "skipped",
-        f"modality CT; screened are {', '.join(dicom_header.MODALITIES)}",
+        f"the modality is CT; screened modalities: {', '.join(dicom_header.MODALITIES)}",
     )
     status, text = refusal(dicom(TWELVE, Modality="DOE^JANE"))
     assert (status, "DOE" in text) == ("skipped", False)
@@ -354,7 +356,7 @@ def test_what_is_skipped() -> None:
     del whole.PixelData
     bare = io.BytesIO()
     whole.save_as(bare)
-    assert refusal(bare.getvalue()) == ("skipped", "a DICOM file without an image")
+    assert refusal(bare.getvalue()) == ("skipped", "the DICOM file contains no image")
     for modality in ("", *dicom_header.MODALITIES):
         assert parse(dicom(TWELVE, Modality=modality)).format == "dicom"
 
@@ -432,7 +434,7 @@ def test_a_deflated_bomb_stops_where_the_image_ends() -> None:
 @pytest.mark.parametrize("tag", [b"\x09\0\x02\x10", b"\x28\0\x10\x30"])  # a private one, VOILUTSequence
 def test_a_header_of_a_million_items(tag: bytes, length: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would become an object; the limits are lowered so that the test is quick."""
-    monkeypatch.setattr(dicom_header._LimitedReads, "_left", 2000)
+    monkeypatch.setattr(dicom_header._LimitedReads, "_reads_left", 2000)
     data = dicom(TWELVE, bits=12)
     items = b"\xfe\xff\0\xe0\0\0\0\0" * 3000
     size = len(items) if length == "defined" else 0xFFFFFFFF

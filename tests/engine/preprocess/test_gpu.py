@@ -105,7 +105,7 @@ def test_a_dali_that_can_not_decode_at_all_is_said_when_it_is_opened(monkeypatch
             raise BatchRefusedError("nvJPEG is missing")
 
         monkeypatch.setattr(JpegPipeline, "end", broken)
-        with pytest.raises(EngineError, match="can't decode a sound JPEG here: nvJPEG is missing"):
+        with pytest.raises(EngineError, match="cannot decode a valid JPEG on this GPU: nvJPEG is missing"):
             preprocess.check()
 
 

@@ -119,7 +119,7 @@ def test_what_it_refuses_goes_to_the_cpu(pacs: Path, monkeypatch: pytest.MonkeyP
         raise RuntimeError("out of memory")
 
     before = decoded(pacs)
-    monkeypatch.setattr(DicomPipeline, "_run", fails)
+    monkeypatch.setattr(DicomPipeline, "_decode", fails)
     after = decoded(pacs)
     for name, row in before.items():
         if name != "picture":
