@@ -1,1 +1,1 @@
-"""Bundle to compiled plans: each with a passport, each through the parity gate."""
+"""Compile a bundle's members into plans, each with a passport and a parity check."""

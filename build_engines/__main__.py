@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """\
 examples:
-  python -m build_engines bundle --calibration images    FP16 plans for the GPU here
+  python -m build_engines bundle --calibration images    FP16 plans for this machine's GPU
   python -m build_engines bundle --target tensorrt_rtx --compute-capability sm86,sm89
-                                                         the same without having that GPU
+                                                         the same for GPUs of other machines
   python -m build_engines bundle --target onnx --precision int8 --calibration images
                                                          INT8 graphs for the CPU
 
 A plan that differs from the float32 reference by more than --limit is not installed: exit status 4.
-INT8 is calibrated on some of the images and judged on the others, member by member and as a whole.
-Class folders, or a column with labels, say what is true; without them float32 does."""
+INT8 is calibrated on some of the images and compared on the others, each member and the ensemble.
+Labels come from class folders or a label column; without them, float32's classes are the labels."""
 
 
 def option_parser() -> Parser:
@@ -52,12 +52,12 @@ def option_parser() -> Parser:
     )
     add = parser.add
     add("bundle", type=Path, metavar="BUNDLE", help="model folder; the plans go into BUNDLE/plans")
-    add("--target", choices=TARGETS, default=defaults.target, help="what runs it (%(default)s)")
+    add("--target", choices=TARGETS, default=defaults.target, help="runtime of the plans (%(default)s)")
     add(
         "--frontend",
         choices=FRONTENDS,
         default=defaults.frontend,
-        help="what reads the members (%(default)s)",
+        help="the parser of the members (%(default)s)",
         more=True,
     )
     add("--precision", choices=PRECISIONS, default=defaults.precision, help="of the members (%(default)s)")
@@ -66,7 +66,7 @@ def option_parser() -> Parser:
         type=whole(1, 4096),
         default=defaults.batch_size,
         metavar="N",
-        help="most images a batch (%(default)s)",
+        help="largest batch, in images (%(default)s)",
     )
     add(
         "--compute-capability",
@@ -74,37 +74,37 @@ def option_parser() -> Parser:
         type=parse_capabilities,
         default=(),
         metavar="SM",
-        help="tensorrt_rtx: GPUs to build for, such as sm86,sm89 (the GPU here)",
+        help="tensorrt_rtx: GPUs to build for, such as sm86,sm89 (this machine's)",
     )
     add(
         "--hardware-compatible",
         action="store_true",
-        help="tensorrt: one plan for Ampere and newer",
+        help="tensorrt: build one plan for Ampere and newer GPUs",
         more=True,
     )
     add(
         "--version-compatible",
         action="store_true",
-        help="tensorrt: runs under later minor versions too",
+        help="tensorrt: build plans that later minor versions can run",
         more=True,
     )
     add(
         "--timing-cache",
         type=Path,
         metavar="FILE",
-        help="tensorrt: kept timings make rebuilds faster",
+        help="tensorrt: file with kernel timings; makes rebuilds faster",
         more=True,
     )
-    add("--workspace", type=size, metavar="SIZE", help="most scratch memory, such as 2GiB", more=True)
-    add("--optimization-level", type=whole(0, 5), metavar="0..5", help="the builder's effort", more=True)
+    add("--workspace", type=size, metavar="SIZE", help="largest scratch memory, such as 2GiB", more=True)
+    add("--optimization-level", type=whole(0, 5), metavar="0..5", help="effort of the builder", more=True)
     add("--max-aux-streams", type=whole(0, 16), metavar="N", help="streams inside one member", more=True)
-    add("--calibration", type=Path, metavar="DIR", help="images to calibrate and compare on (synthetic ones)")
+    add("--calibration", type=Path, metavar="DIR", help="images to calibrate and compare on (synthetic)")
     add(
         "--calibration-images",
         type=whole(1, 100_000),
         default=defaults.calibration_images,
         metavar="N",
-        help="of these, at most (%(default)s)",
+        help="largest number of these images (%(default)s)",
     )
     add(
         "--limit",
@@ -116,7 +116,7 @@ def option_parser() -> Parser:
         "--agreement",
         type=number(0, 1),
         metavar="F",
-        help=f"share of images that keep their class ({MIN_AGREEMENT:g}; int8: {INT8_MIN_AGREEMENT:g})",
+        help=f"least share of images with the same class ({MIN_AGREEMENT:g}; int8: {INT8_MIN_AGREEMENT:g})",
     )
     add(
         "--auc-limit",
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Build and report. Returns the exit status."""
     console = Console(stderr=True, emoji=False)
 
-    def work() -> int:
+    def build_and_report() -> int:
         options = BuildOptions(**vars(option_parser().parse_args(arguments)))
         from build_engines.build import build  # seconds of imports: after --help and wrong arguments
         from build_engines.progress import show_phases
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return f"{error.filename or 'writing the plans'}: {error.strerror or error}"
 
     return run_command(
-        work,
+        build_and_report,
         console,
         interrupted=("stopped; nothing was installed", 130),
         describe_os_error=describe_os_error,
@@ -159,20 +159,20 @@ def _show(console: Console, options: BuildOptions, built: list[BuiltMember]) -> 
     table = Table(
         "member", "built in", "size", "largest difference", "same class", "AUC" if int8 else "compared"
     )
-    for one in built:
-        found = one.parity
-        compared = "on the GPU" if found.executed else "its graph, on ONNX Runtime"
+    for result in built:
+        agreement = result.parity
+        compared = "on the GPU" if agreement.executed else "its graph, on ONNX Runtime"
         table.add_row(
-            one.member,
-            f"{one.build_s:.1f} s",
-            f"{one.size / 1e6:.1f} MB",
-            f"{found.max:.2g}",
-            f"{found.agreement:.2%} of {found.counted}" if found.counted else "no clear call",
-            f"{found.auc:.4f} (float32: {found.auc_reference:.4f})" if int8 else compared,
+            result.member,
+            f"{result.build_s:.1f} s",
+            f"{result.size / 1e6:.1f} MB",
+            f"{agreement.max:.2g}",
+            f"{agreement.agreement:.2%} of {agreement.counted}" if agreement.counted else "no clear case",
+            f"{agreement.auc:.4f} (float32: {agreement.auc_reference:.4f})" if int8 else compared,
         )
     console.print(table)
-    if not all(one.parity.executed for one in built) and options.target != "onnx":
-        console.print("the plans were not executed here; the engine compares them at their first load")
+    if not all(result.parity.executed for result in built) and options.target != "onnx":
+        console.print("the plans were not executed here; the engine checks them when it first loads them")
 
 
 if __name__ == "__main__":

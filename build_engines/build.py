@@ -1,4 +1,4 @@
-"""Build a bundle's plans: compile, gate, inspect, write the passports, rename into place."""
+"""Build a bundle's plans: compile, compare, inspect, write the passports, install."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from build_engines.options import BuildOptions
 from build_engines.plans import build_plans
 from build_engines.progress import Phases
 from build_engines.session import (
+    BuildSession,
     BuiltMember,
     OnMessage,
-    _BuildSession,
-    _check_graph_parity,
-    _fp16_name,
-    _source_graph,
+    check_graph_parity,
+    fp16_name,
+    source_graph,
 )
 from engine.bundle import bundle as bundles
 from engine.bundle import plans
@@ -32,9 +32,9 @@ from engine.storage.locks import lock_file
 def build(
     options: BuildOptions, phases: Phases, say: OnMessage = lambda _: None
 ) -> tuple[Path, list[BuiltMember]]:
-    """Build all members for the target; returns the folder of the results and what was built.
+    """Build all members for the target; return the folder of the plans and the built members.
 
-    Raises UsageError, EngineError (a build failed) or ParityError; then nothing is replaced.
+    Raises UsageError, EngineError (a build failed) or ParityError, and then replaces nothing.
     """
     bundle = bundles.load_bundle(options.bundle)
     gpu = None if options.target == "onnx" else _require_gpu(options)
@@ -44,9 +44,11 @@ def build(
     try:
         lock = lock_file(folder / ".lock")
     except BlockingIOError:
-        raise UsageError(f"{folder}: another process builds there; wait for it") from None
+        raise UsageError(
+            f"{folder}: another process is building in this folder; wait until it ends"
+        ) from None
     try:
-        session = _BuildSession(bundle, options, say, phases, parity.load_images(bundle, options))
+        session = BuildSession(bundle, options, say, phases, parity.load_images(bundle, options))
         if options.precision == "int8":
             return build_quantized(session)
         if backend is None:
@@ -57,33 +59,33 @@ def build(
 
 
 def _require_gpu(options: BuildOptions) -> Gpu | None:
-    """Return the GPU, None where TensorRT for RTX builds ahead of time for others."""
+    """Return this machine's GPU, or None if TensorRT for RTX builds for other GPUs."""
     if options.target == "tensorrt_rtx":
-        without = "without one, name the GPUs to build for: --compute-capability sm86,sm89"
+        hint = "without a GPU, name the GPUs to build for: --compute-capability sm86,sm89"
     else:
-        without = "without one: --target tensorrt_rtx --compute-capability sm86,sm89, for RTX GPUs"
+        hint = "without a GPU: --target tensorrt_rtx --compute-capability sm86,sm89, for RTX GPUs"
     try:
-        return hardware.require_gpu(without=without)
+        return hardware.require_gpu(without=hint)
     except UsageError:
         if options.compute_capabilities:
             return None
         raise
 
 
-def _build_graphs(session: _BuildSession) -> list[BuiltMember]:
-    """FP16 graphs of all members, written once all are accepted."""
-    made = []
+def _build_graphs(session: BuildSession) -> list[BuiltMember]:
+    """Build the FP16 graphs of all members; write them after all are accepted."""
+    accepted = []
     for member in session.bundle.members:
-        graph = _source_graph(session, member)
-        made.append((member, graph, _check_graph_parity(session, member, graph)))
+        graph = source_graph(session, member)
+        accepted.append((member, graph, check_graph_parity(session, member, graph)))
     return [
-        BuiltMember(member.name, _install_graph(session, member, graph), len(graph), 0.0, found)
-        for member, graph, found in made
+        BuiltMember(member.name, _install_graph(session, member, graph), len(graph), 0.0, agreement)
+        for member, graph, agreement in accepted
     ]
 
 
-def _install_graph(session: _BuildSession, member: Member, graph: bytes) -> Path:
-    file = session.bundle.path / _fp16_name(member)
+def _install_graph(session: BuildSession, member: Member, graph: bytes) -> Path:
+    file = session.bundle.path / fp16_name(member)
     with atomic(file) as temporary:
         temporary.write_bytes(graph)
     return file

@@ -1,4 +1,4 @@
-"""ONNX graph to serialized plan, by TensorRT 10, 11 or TensorRT for RTX."""
+"""Compile an ONNX graph into a serialized plan with TensorRT 10, 11 or TensorRT for RTX."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompiledPlan:
-    """A plan in memory, and what is known of its layers."""
+    """A plan in memory and its layers."""
 
     plan: bytes
     layers: tuple[Layer, ...]
@@ -36,10 +36,10 @@ class CompiledPlan:
 def compile_graph(
     backend: TensorRTBackend, graph: bytes, options: BuildOptions, size: tuple[int, int], phases: Phases
 ) -> CompiledPlan:
-    """Build a plan for `options`; reports the builder's phases to `phases`.
+    """Build a plan for `options` and report the builder's phases to `phases`.
 
-    TensorRT 11 knows only strongly typed networks: the graph's own types decide. Raises EngineError with
-    TensorRT's words, also when a convolution or matrix product of an FP16 plan is not FP16.
+    TensorRT 11 accepts only strongly typed networks, so the graph's types set the precision. Raises
+    EngineError with TensorRT's message, also if a convolution or matrix product of an FP16 plan is not FP16.
     """
     checked, api = backend.checked, backend.trt
     builder = checked(api.Builder(backend.logger), "starting the builder")
@@ -51,7 +51,7 @@ def compile_graph(
         raise EngineError(f"{backend.name} {backend.version} can't parse the graph: {problems[:1]}")
     config = _make_config(backend, builder, network, options, size)
     start = time.perf_counter()
-    serialized = _build_interruptibly(backend, builder, network, config, phases)
+    serialized = _build_in_thread(backend, builder, network, config, phases)
     plan = bytes(checked(serialized, "building the plan"))
     build_s = time.perf_counter() - start
     _save_timing_cache(config, options)
@@ -61,16 +61,16 @@ def compile_graph(
     return CompiledPlan(plan, layers, "network", build_s)
 
 
-def _build_interruptibly(
+def _build_in_thread(
     backend: TensorRTBackend,
     builder: trt.Builder,
     network: trt.INetworkDefinition,
     config: trt.IBuilderConfig,
     phases: Phases,
 ) -> trt.IHostMemory | None:
-    """Build, which may take minutes, in a thread of its own, so that Ctrl-C is heard here.
+    """Build in a separate thread, so that Ctrl-C can stop a build of minutes.
 
-    Inside TensorRT's callbacks its bindings would swallow it.
+    TensorRT's bindings discard a KeyboardInterrupt that is raised in their callbacks.
     """
     stop = threading.Event()
     config.progress_monitor = monitor_for(backend, phases, stop)
@@ -79,10 +79,10 @@ def _build_interruptibly(
             try:
                 return worker.submit(builder.build_serialized_network, network, config).result()
             except KeyboardInterrupt:
-                stop.set()  # and wait for the builder, which ends at its next step
+                stop.set()  # the builder ends at its next step
                 raise
     except KeyboardInterrupt:
-        backend.logger.errors.clear()  # what the builder said of it is no reason for what fails later
+        backend.logger.errors.clear()  # its errors do not explain later failures
         raise
 
 
@@ -122,9 +122,7 @@ def _make_config(
 
 
 def _configure_rtx(backend: TensorRTBackend, config: Any, options: BuildOptions) -> None:
-    """Configure what only TensorRT for RTX has: the GPUs to build for, none of which it needs; and plans
-    that a CUDA graph can capture.
-    """
+    """Set the GPUs to build for, which need not be in this machine, and allow capture by CUDA graphs."""
     capability = backend.trt.ComputeCapability  # type: ignore[attr-defined,unused-ignore]
     names = ["SM" + text.replace(".", "") for text in options.compute_capabilities] or ["CURRENT"]
     config.num_compute_capabilities = len(names)
@@ -150,7 +148,7 @@ def _save_timing_cache(config: trt.IBuilderConfig, options: BuildOptions) -> Non
 
 
 def _network_layers(backend: TensorRTBackend, network: trt.INetworkDefinition) -> Iterator[Layer]:
-    """List the layers of a strongly typed network, whose types the builder has to keep."""
+    """List the layers of a strongly typed network; the builder keeps their types."""
     for index in range(network.num_layers):
         layer = backend.checked(network.get_layer(index), "reading a layer")
         tensor = layer.get_input(0) or layer.get_output(0)
@@ -166,16 +164,16 @@ def _network_layers(backend: TensorRTBackend, network: trt.INetworkDefinition) -
 
 def _refuse_float32(layers: Sequence[Layer], half: str) -> None:
     weighted = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM")
-    wide = [str(layer.name) for layer in layers if layer.type in weighted and layer.input != half]
-    if wide:
-        raise EngineError(f"FP16 was requested, but {', '.join(wide[:5])} would run in another precision")
+    float32 = [str(layer.name) for layer in layers if layer.type in weighted and layer.input != half]
+    if float32:
+        raise EngineError(f"FP16 was requested, but {', '.join(float32[:5])} would run in another precision")
 
 
 def inspect_layers(backend: TensorRTBackend, plan: bytes, options: BuildOptions) -> tuple[Layer, ...]:
     """List the layers of a plan as the engine inspector reports them on this GPU.
 
-    Raises EngineError when it can't be loaded, or when FP16 was asked for and a convolution or matrix product
-    is not in FP16.
+    Raises EngineError if it can't be loaded, or if FP16 was requested and a convolution or matrix
+    product is not in FP16.
     """
     api = backend.trt
     engine = deserialize_engine(backend, plan, version_compatible=options.version_compatible)
@@ -183,7 +181,7 @@ def inspect_layers(backend: TensorRTBackend, plan: bytes, options: BuildOptions)
     text = inspector.get_engine_information(api.LayerInformationFormat.JSON)
     layers = []
     for layer in json.loads(text)["Layers"]:
-        if isinstance(layer, str):  # without detail: the name alone
+        if isinstance(layer, str):  # only the name is known
             layers.append(Layer(name=layer))
             continue
         tensors = {
@@ -206,16 +204,18 @@ def inspect_layers(backend: TensorRTBackend, plan: bytes, options: BuildOptions)
 
 
 def _refuse_float32_kernels(layers: Sequence[Layer]) -> None:
-    """Refuse float32 kernels; the inspector gives each tensor's format, such as "Row major linear FP16".
+    """Refuse float32 kernels by the tensor formats of the inspector, such as "Row major linear FP16".
 
-    A kernel with FP16 weights computes in FP16, also when it reads float32: a cast went into it.
+    A kernel with FP16 weights computes in FP16, even if it reads float32, because it includes a cast.
     """
     kinds = ("conv", "gemm", "matrix_multiply", "matmul")
-    wide = [
+    float32 = [
         str(layer.name)
         for layer in layers
         if any(kind in str(layer.type).lower() for kind in kinds)
         and not re.search("fp16|half", f"{layer.input} {layer.weights}", re.IGNORECASE)
     ]
-    if wide:
-        raise EngineError(f"FP16 was requested, but the plan runs {', '.join(wide[:5])} in another precision")
+    if float32:
+        raise EngineError(
+            f"FP16 was requested, but the plan runs {', '.join(float32[:5])} in another precision"
+        )

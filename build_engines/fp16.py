@@ -1,4 +1,4 @@
-"""The FP16 graph: strongly typed, float32 only before the first convolution and after the last layer."""
+"""Convert a graph to FP16, except before its first convolution and after its last layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_FP16 = 65_504.0
 def convert_to_fp16(data: bytes) -> bytes:
     """Convert convolutions and matrix products of a float32 ONNX graph to FP16; inputs and outputs stay.
 
-    The scaling of the pixels stays in float32: gray levels over 255 are exact there. Raises EngineError
+    The division of gray levels by 255 stays in float32, where it is exact. Raises EngineError
     for a graph that can't be converted, UsageError when the converter is missing.
     """
     try:
@@ -35,9 +35,9 @@ def convert_to_fp16(data: bytes) -> bytes:
     try:
         model = onnx.load_model_from_string(data)
         for number, node in enumerate(model.graph.node):
-            node.name = node.name or f"node_{number}"  # the converter tells nodes apart by their names
+            node.name = node.name or f"node_{number}"  # the converter identifies nodes by name
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of each weight that FP16 can't hold: parity is measured
+            warnings.simplefilter("ignore")  # about weights outside FP16's range; parity is measured later
             half = float16.convert_float_to_float16(
                 model, keep_io_types=True, max_finite_val=_MAX_FP16, node_block_list=_before_weights(model)
             )
@@ -50,13 +50,13 @@ def convert_to_fp16(data: bytes) -> bytes:
     ) as error:
         reason = " ".join(str(error).split())[:200]
         raise EngineError(f"the graph can't be converted to FP16: {reason}") from None
-    if wide := _float32_layers(half):
-        raise EngineError(f"the FP16 graph keeps {', '.join(wide[:5])} in float32")
+    if float32_layers := _float32_layers(half):
+        raise EngineError(f"the FP16 graph keeps {', '.join(float32_layers[:5])} in float32")
     return half.SerializeToString(deterministic=True)
 
 
 def _before_weights(model: onnx.ModelProto) -> list[str]:
-    """Names of the nodes that scale the pixels: downstream of the input, upstream of all weights."""
+    """Return the names of the nodes that scale the pixels: those between the input and the first weights."""
     tensors = {value.name for value in model.graph.input}
     names = []
     for node in model.graph.node:  # in topological order
@@ -67,7 +67,7 @@ def _before_weights(model: onnx.ModelProto) -> list[str]:
 
 
 def _float32_layers(model: onnx.ModelProto) -> list[str]:
-    """Convolutions and matrix products whose first input is not FP16."""
+    """List convolutions and matrix products whose first input is not FP16."""
     inferred = onnx.shape_inference.infer_shapes(model).graph
     values = (*inferred.value_info, *inferred.input, *inferred.output)
     types = {value.name: value.type.tensor_type.elem_type for value in values}

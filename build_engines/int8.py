@@ -1,10 +1,10 @@
-"""The INT8 graph: what ONNX Runtime runs fastest on a CPU, with the same input and output as the float32 one.
+"""Quantize a float32 graph to INT8 for ONNX Runtime on a CPU; inputs and outputs stay the same.
 
-Static, in QDQ form, which ONNX Runtime fuses when it loads the graph. Activations are uint8, clipped at a
-percentile of what calibration images give; weights are symmetric int8 per output channel. In 8 bits they
-need a CPU with VNNI: without it, x86 adds two products in 16 bits, which overflow without a word. There
-they have 7 bits: 2 * 255 * 64 fits. The head stays in float32, and of the first layers, whose errors all
-others amplify, as many as it takes.
+Quantization is static and in QDQ form, which ONNX Runtime fuses when it loads the graph. Activations are
+uint8, clipped at a percentile of their values on the calibration images; weights are symmetric int8 per
+output channel. Weights have 8 bits on CPUs with VNNI and 7 elsewhere: without VNNI, x86 adds two products in
+16 bits, where 2 * 255 * 64 fits and larger weights would overflow. The head stays in float32, and so do as
+many of the first layers as accuracy needs, because later layers amplify their errors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Floats = npt.NDArray[np.float32]
 PERCENTILE = 99.99
 RECIPE = f"static, QDQ, uint8 activations to percentile {PERCENTILE}, weights per channel, biases corrected"
 FINE_FIRST_LAYERS = (1, 2, 4, 8, 16)  # layers in float32, tried in turn
-HEAD_LAYERS = 2  # layers that make logits of features
+HEAD_LAYERS = 2  # layers between features and logits
 _BATCH = 4  # all activations of a batch are held at once
 _QUANTIZE_ERRORS = (DecodeError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -44,24 +44,25 @@ _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 @dataclass(frozen=True)
 class QuantizedGraph:
-    """A graph and what its layers are in."""
+    """A graph and the precision of its layers."""
 
     graph: bytes
     layers: tuple[Layer, ...]  # name, type and precision of each layer with weights
 
 
 def quantize_to_int8(
-    data: bytes, pixels: Pixels, fine: Callable[[bytes], bool], *, bits: int
+    data: bytes, pixels: Pixels, is_accurate: Callable[[bytes], bool], *, bits: int
 ) -> QuantizedGraph:
     """Quantize a float32 ONNX graph, calibrated on uint8 [N, 1, H, W], with weights of `bits` bits, 7 or 8.
 
-    The first that is `fine`, or the last tried. Raises EngineError for a graph that can't be quantized.
+    Return the first graph that `is_accurate` accepts, else the last one. Raises EngineError if it can't be
+    quantized.
     """
     before = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # what goes wrong is raised too; the rest is advice
+    logging.disable(logging.ERROR)  # errors are raised as exceptions too
     try:
         with tempfile.TemporaryDirectory(prefix="int8-") as scratch:
-            return _quantize(data, pixels, fine, bits, Path(scratch))
+            return _quantize(data, pixels, is_accurate, bits, Path(scratch))
     except (*_QUANTIZE_ERRORS, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise EngineError(f"the graph can't be quantized: {reason}") from None
@@ -70,74 +71,80 @@ def quantize_to_int8(
 
 
 def _quantize(
-    data: bytes, pixels: Pixels, fine: Callable[[bytes], bool], bits: int, scratch: Path
+    data: bytes, pixels: Pixels, is_accurate: Callable[[bytes], bool], bits: int, scratch: Path
 ) -> QuantizedGraph:
-    plain, prepared, ranges, made = (scratch / name for name in ("plain", "prepared", "ranges", "made"))
-    plain.write_bytes(data)
-    quant_pre_process(plain, prepared, skip_symbolic_shape=True)
+    source, prepared, ranges, output = (scratch / name for name in ("source", "prepared", "ranges", "output"))
+    source.write_bytes(data)
+    quant_pre_process(source, prepared, skip_symbolic_shape=True)
     model = onnx.load(prepared)
     for number, node in enumerate(model.graph.node):
-        node.name = node.name or f"node_{number}"  # what is left out is told by its name
+        node.name = node.name or f"node_{number}"  # layers are excluded by name
     weighted = [node for node in model.graph.node if node.op_type in _WEIGHTED]
-    _pool_by_convolution(model)
+    _replace_pooling(model)
     onnx.save(model, prepared)
     tries = [first for first in FINE_FIRST_LAYERS if first + HEAD_LAYERS < len(weighted)]
     if not tries:
-        raise EngineError(f"of its {len(weighted)} layers none is between the first one and the head")
+        raise EngineError(f"none of its {len(weighted)} layers is between the first one and the head")
     _calibrate(prepared, pixels, scratch, ranges)
     means = _input_means(model, pixels)
     for first in tries:
-        kept = {node.name for node in (*weighted[:first], *weighted[-HEAD_LAYERS:])} | _preprocessing_nodes(
-            model, weighted[0]
-        )
+        float32_nodes = {
+            node.name for node in (*weighted[:first], *weighted[-HEAD_LAYERS:])
+        } | _preprocessing_nodes(model, weighted[0])
         quantize_static(
             prepared,
-            made,
+            output,
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             reduce_range=bits == 7,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=sorted(kept),
+            nodes_to_exclude=sorted(float32_nodes),
             calibrate_method=CalibrationMethod.Percentile,
             calibration_cache_path=ranges,
         )
-        quantized = onnx.load(made)
+        quantized = onnx.load(output)
         _correct_biases(quantized.graph, model.graph, means)
         onnx.checker.check_model(quantized, full_check=True)
         graph = quantized.SerializeToString(deterministic=True)
-        if fine(graph):
+        if is_accurate(graph):
             break
     layers = tuple(
-        Layer(name=node.name, type=node.op_type, precision="FLOAT" if node.name in kept else "INT8")
+        Layer(name=node.name, type=node.op_type, precision="FLOAT" if node.name in float32_nodes else "INT8")
         for node in weighted
     )
     return QuantizedGraph(graph, layers)
 
 
-def _pool_by_convolution(model: onnx.ModelProto) -> None:
-    """Average pooling of one step becomes the same depthwise convolution: in INT8, several times as fast."""
+def _replace_pooling(model: onnx.ModelProto) -> None:
+    """Replace average pooling by an equal depthwise convolution, which is several times as fast in INT8."""
     values = onnx.shape_inference.infer_shapes(model).graph.value_info
     shapes = {value.name: value.type.tensor_type.shape.dim for value in values}
     for node in model.graph.node:
-        given = {one.name: helper.get_attribute_value(one) for one in node.attribute}
-        padded = any(given.get("pads", [])) and not given.get("count_include_pad")
-        strange = padded or given.get("ceil_mode") or given.get("auto_pad", b"NOTSET") != b"NOTSET"
+        attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+        padded = any(attributes.get("pads", [])) and not attributes.get("count_include_pad")
+        is_unsupported = (
+            padded or attributes.get("ceil_mode") or attributes.get("auto_pad", b"NOTSET") != b"NOTSET"
+        )
         shape = shapes.get(node.input[0], ()) if node.op_type == "AveragePool" else ()
-        if strange or len(shape) != 4 or not shape[1].dim_value:
+        if is_unsupported or len(shape) != 4 or not shape[1].dim_value:
             continue
-        channels, kernel = shape[1].dim_value, given["kernel_shape"]
+        channels, kernel = shape[1].dim_value, attributes["kernel_shape"]
         means = np.full((channels, 1, *kernel), 1 / np.prod(kernel), np.float32)
         model.graph.initializer.append(numpy_helper.from_array(means, f"{node.name}.means"))
-        kept = {
-            name: given[name] for name in ("kernel_shape", "pads", "strides", "dilations") if name in given
+        kept_attributes = {
+            name: attributes[name]
+            for name in ("kernel_shape", "pads", "strides", "dilations")
+            if name in attributes
         }
         inputs = [node.input[0], f"{node.name}.means"]
-        node.CopyFrom(helper.make_node("Conv", inputs, node.output, name=node.name, group=channels, **kept))
+        node.CopyFrom(
+            helper.make_node("Conv", inputs, node.output, name=node.name, group=channels, **kept_attributes)
+        )
 
 
 def _preprocessing_nodes(model: onnx.ModelProto, layer: onnx.NodeProto) -> set[str]:
-    """Names of the nodes that stand before the first layer: they scale the pixels."""
+    """Return the names of the nodes before the first layer, which scale the pixels."""
     names = [node.name for node in model.graph.node]
     return set(names[: names.index(layer.name)])
 
@@ -155,8 +162,8 @@ def _batches(pixels: Pixels) -> Iterator[Pixels]:
 
 
 def _calibrate(model: Path, pixels: Pixels, scratch: Path, ranges: Path) -> None:
-    """Write the range of each tensor. Batch by batch: ONNX Runtime holds all that one reader gives."""
-    with contextlib.redirect_stdout(io.StringIO()):  # standard output is for results
+    """Write the range of each tensor, batch by batch, because ONNX Runtime holds all batches of a reader."""
+    with contextlib.redirect_stdout(io.StringIO()):  # standard output holds only results
         calibrator = create_calibrator(
             model,
             augmented_model_path=str(scratch / "augmented"),
@@ -169,47 +176,47 @@ def _calibrate(model: Path, pixels: Pixels, scratch: Path, ranges: Path) -> None
 
 
 def _input_means(model: onnx.ModelProto, pixels: Pixels) -> dict[str, Floats]:
-    """Return the mean [channels] of each convolution's input, by name, over all images and places."""
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    graph = probed.graph
+    """Return the mean [channels] of each convolution's input, by name, over all images and positions."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    graph = probe.graph
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
     graph.initializer.append(numpy_helper.from_array(np.array([0, 2, 3]), "means.axes"))
     for node in convolutions:
         name = f"means.{node.name}"
         graph.node.append(helper.make_node("ReduceMean", [node.input[0], "means.axes"], [name], keepdims=0))
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
-    session = InferenceSession(probed.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = InferenceSession(probe.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [f"means.{node.name}" for node in convolutions]
-    found = [session.run(names, {graph.input[0].name: batch}) for batch in _batches(pixels)]
+    batch_means = [session.run(names, {graph.input[0].name: batch}) for batch in _batches(pixels)]
     return {
         node.name: np.mean(means, axis=0)
-        for node, means in zip(convolutions, zip(*found, strict=True), strict=True)
+        for node, means in zip(convolutions, zip(*batch_means, strict=True), strict=True)
     }
 
 
 def _correct_biases(quantized: onnx.GraphProto, original: onnx.GraphProto, means: dict[str, Floats]) -> None:
-    """Give each output channel the mean that rounding its weights took away (Nagel et al. 2019, section 4.2).
+    """Correct each output channel's mean for the rounding of its weights (Nagel et al. 2019, section 4.2).
 
-    Activations after a ReLU are positive, so that the errors of a filter's weights add up to an offset.
+    Activations after a ReLU are positive, so the errors of a filter's weights add up to an offset.
     """
     weights = {node.name: node.input[1] for node in original.node if node.op_type == "Conv"}
     exact = {tensor.name: tensor for tensor in original.initializer}
     tensors = {tensor.name: tensor for tensor in quantized.initializer}
-    made_by = {output: node for node in quantized.node for output in node.output}
+    producers = {output: node for node in quantized.node for output in node.output}
     for node in quantized.node:
-        pair = [made_by.get(name) for name in node.input[1:3]] if node.op_type == "Conv" else []
-        if len(pair) < 2 or not all(one and one.op_type == "DequantizeLinear" for one in pair):
+        pair = [producers.get(name) for name in node.input[1:3]] if node.op_type == "Conv" else []
+        if len(pair) < 2 or not all(source and source.op_type == "DequantizeLinear" for source in pair):
             continue  # in float32, or without a bias
         if weights.get(node.name) not in exact:
-            continue  # weights that the graph computes
+            continue  # the graph computes these weights
         rounded, scale, steps, step = (
-            numpy_helper.to_array(tensors[name]) for one in pair if one for name in one.input[:2]
+            numpy_helper.to_array(tensors[name]) for source in pair if source for name in source.input[:2]
         )
         error = numpy_helper.to_array(exact[weights[node.name]]) - rounded * scale[:, None, None, None]
-        # of a grouped convolution: each sees its own channels
+        # in a grouped convolution each output reads the channels of its group
         groups = len(means[node.name]) // error.shape[1]
-        seen = np.repeat(means[node.name].reshape(groups, -1), len(error) // groups, axis=0)  # [out, in]
-        missing = (error.sum(axis=(2, 3)) * seen).sum(axis=1)
+        inputs = np.repeat(means[node.name].reshape(groups, -1), len(error) // groups, axis=0)  # [out, in]
+        missing = (error.sum(axis=(2, 3)) * inputs).sum(axis=1)
         bias = tensors[pair[1].input[0]]
         bias.CopyFrom(numpy_helper.from_array((steps + np.rint(missing / step)).astype(np.int32), bias.name))

@@ -1,4 +1,4 @@
-"""Build INT8 graphs for the CPU: quantize, gate, write passports."""
+"""Build INT8 graphs for the CPU: quantize, compare, write passports."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 from build_engines import parity
 from build_engines.int8 import RECIPE, QuantizedGraph, quantize_to_int8
 from build_engines.session import (
+    BuildSession,
     BuiltMember,
     Floats,
-    _BuildSession,
-    _check_parity,
-    _compare_logits,
-    _reference_logits,
-    _replace_folder,
-    _run_graph,
+    check_parity,
+    compare_logits,
+    reference_logits,
+    replace_folder,
+    run_graph,
 )
 from engine.bundle import plans
 from engine.bundle.bundle import Bundle, Member
@@ -32,32 +32,32 @@ from engine.core.hardware import processor_name
 from engine.scoring.ensemble import combine_logits, softmax
 
 
-def build_quantized(session: _BuildSession) -> tuple[Path, list[BuiltMember]]:
+def build_quantized(session: BuildSession) -> tuple[Path, list[BuiltMember]]:
     """Build the INT8 graph of each member and compare members and ensemble with float32."""
     bundle, folder = session.bundle, session.bundle.path / plans.PLANS_FOLDER / plans.INT8_TARGET
-    calibrating, comparing = session.images.split()
+    calibration, comparison = session.images.split()
     session.say(
-        f"calibrating on {len(calibrating.pixels)}, comparing on {len(comparing.pixels)} images: "
-        f"{comparing.origin}, {'with' if comparing.labels is not None else 'without'} labels"
+        f"calibrating on {len(calibration.pixels)}, comparing on {len(comparison.pixels)} images: "
+        f"{comparison.origin}, {'with' if comparison.labels is not None else 'without'} labels"
     )
-    session = replace(session, images=comparing, references={})
+    session = replace(session, images=comparison, references={})
     bits = 8 if hardware.has_vnni() else 7
-    made, references, candidates = [], [], []
+    quantized, references, candidates = [], [], []
     for member in bundle.members:
         start = time.perf_counter()
         session.say(f"{member.name}: quantizing, weights in {bits} bits")
-        graph = _int8_graph(session, member, calibrating.pixels, bits)
+        graph = _int8_graph(session, member, calibration.pixels, bits)
         build_s = time.perf_counter() - start
-        kept = sum(layer.precision == "FLOAT" for layer in graph.layers)
+        float32_layers = sum(layer.precision == "FLOAT" for layer in graph.layers)
         session.say(
-            f"{member.name}: {kept} of {len(graph.layers)} layers stay in float32; "
+            f"{member.name}: {float32_layers} of {len(graph.layers)} layers stay in float32; "
             "comparing it with float32, on ONNX Runtime"
         )
-        references.append(_reference_logits(session, member))
-        candidates.append(_run_graph(session, member, graph.graph))
-        found = _compare_logits(session, member, candidates[-1], "its graph", executed=True)
-        made.append((member, graph, found, build_s))
-    together = _check_parity(
+        references.append(reference_logits(session, member))
+        candidates.append(run_graph(session, member, graph.graph))
+        agreement = compare_logits(session, member, candidates[-1], "its graph", executed=True)
+        quantized.append((member, graph, agreement, build_s))
+    ensemble = check_parity(
         session,
         _combined_probabilities(bundle, references),
         _combined_probabilities(bundle, candidates),
@@ -67,36 +67,38 @@ def build_quantized(session: _BuildSession) -> tuple[Path, list[BuiltMember]]:
     facts: dict[str, str | int | float | bool | None] = {
         "recipe": RECIPE,
         "weight_bits": bits,
-        "calibration_images": len(calibrating.pixels),
-        "calibration_sha256": hashlib.sha256(calibrating.pixels.tobytes()).hexdigest(),
+        "calibration_images": len(calibration.pixels),
+        "calibration_sha256": hashlib.sha256(calibration.pixels.tobytes()).hexdigest(),
         "onnx": metadata.version("onnx"),
         "processor": processor_name(),
     }
     built = []
-    with _replace_folder(folder) as unfinished:
-        for member, graph, found, build_s in made:
-            passport = _int8_passport(member, graph, found, together, build_s, facts)
+    with replace_folder(folder) as unfinished:
+        for member, graph, agreement, build_s in quantized:
+            passport = _int8_passport(member, graph, agreement, ensemble, build_s, facts)
             (unfinished / passport.plan).write_bytes(graph.graph)
             plans.write_passport(unfinished, passport)
-            built.append(BuiltMember(member.name, folder / passport.plan, len(graph.graph), build_s, found))
-    size, build_s = sum(one.size for one in built), sum(one.build_s for one in built)
-    return folder, [*built, BuiltMember("ensemble", folder, size, build_s, together)]
+            built.append(
+                BuiltMember(member.name, folder / passport.plan, len(graph.graph), build_s, agreement)
+            )
+    size, build_s = sum(member.size for member in built), sum(member.build_s for member in built)
+    return folder, [*built, BuiltMember("ensemble", folder, size, build_s, ensemble)]
 
 
-def _int8_graph(session: _BuildSession, member: Member, pixels: parity.Pixels, bits: int) -> QuantizedGraph:
-    """Fine is what agrees twice as well as it has to on the images it is calibrated on."""
-    reference = softmax(_run_graph(session, member, None, pixels))
-    enough = (1 + session.options.limits[1]) / 2
+def _int8_graph(session: BuildSession, member: Member, pixels: parity.Pixels, bits: int) -> QuantizedGraph:
+    """Quantize until the disagreement on the calibration images is at most half of the limit."""
+    reference = softmax(run_graph(session, member, None, pixels))
+    min_agreement = (1 + session.options.limits[1]) / 2
 
-    def fine(graph: bytes) -> bool:
-        candidate = softmax(_run_graph(session, member, graph, pixels))
-        found = parity.compare_probabilities(
+    def is_accurate(graph: bytes) -> bool:
+        candidate = softmax(run_graph(session, member, graph, pixels))
+        agreement = parity.compare_probabilities(
             reference, candidate, executed=True, calibration="", options=session.options
         )
-        return found.agreement >= enough
+        return agreement.agreement >= min_agreement
 
     try:
-        return quantize_to_int8(member.files["onnx"].path.read_bytes(), pixels, fine, bits=bits)
+        return quantize_to_int8(member.files["onnx"].path.read_bytes(), pixels, is_accurate, bits=bits)
     except EngineError as error:
         raise type(error)(f"{member.name}: {error}") from None
 
@@ -112,8 +114,8 @@ def _combined_probabilities(bundle: Bundle, logits: list[Floats]) -> Floats:
 def _int8_passport(
     member: Member,
     graph: QuantizedGraph,
-    found: Parity,
-    together: Parity,
+    agreement: Parity,
+    ensemble: Parity,
     build_s: float,
     facts: dict[str, str | int | float | bool | None],
 ) -> Passport:
@@ -143,6 +145,6 @@ def _int8_passport(
         layers_from="graph",
         build_s=round(build_s, 3),
         built=datetime.now(UTC).isoformat(timespec="seconds"),
-        parity=found,
-        ensemble=together,
+        parity=agreement,
+        ensemble=ensemble,
     )

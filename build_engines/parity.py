@@ -1,12 +1,12 @@
-"""The parity gate: a plan, or the graph it is made from, beside the float32 reference.
+"""Compare a plan, or the graph it is made from, with the float32 reference.
 
-FP16 rounds: every probability has to be near, and the class the same unless it was a close call. INT8 does
-more than round, and what counts is the work list: the class of 99 % of the images, those apart whose two best
-classes are as close as a close call in FP16, and the AUC (one class against the rest, mean over the classes)
-within 0.002. AUC needs the truth. Where the images are in class folders, or in a table with labels, that is
-the truth; else it is the reference's own class, and the AUC tells only whether INT8 puts the images in the
-order that float32 does, not how good either is. What was used is in the passport. INT8 is compared on images
-that it was not calibrated on, where there are enough.
+In FP16 each probability must be near the reference, and the class must be the same unless the two best
+classes are close. In INT8 probabilities may differ, but 99 % of the images must keep their class, except
+images whose two best classes are close, and the AUC (one class against the rest, mean over the classes) may
+drop by at most 0.002. The labels for the AUC come from class folders or a table. Without labels they are the
+reference's classes; the AUC then only measures whether INT8 ranks the images as float32 does. The passport
+records which labels were used. INT8 is compared on images that were not used for calibration, if there are
+enough.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
 
 _BATCH = 8
-_MIN_SPLIT_IMAGES = 32  # images: with fewer to calibrate on, or to compare on, all are for both
-_MAX_BATCH = 128  # images to calibrate on; more change nothing and take seconds each
+_MIN_SPLIT_IMAGES = 32  # with fewer images on a side, all are used for both
+_MAX_BATCH = 128  # largest number of calibration images; more do not improve the ranges
 
 
 @dataclass(frozen=True)
@@ -47,27 +47,27 @@ class CalibrationImages:
 
     pixels: Pixels  # [N, 1, H, W]
     origin: str
-    labels: Labels | None = None  # [N], positions in the bundle's classes; None where they are not known
+    labels: Labels | None = None  # [N], positions in the bundle's classes; None if unknown
 
     def split(self) -> tuple[CalibrationImages, CalibrationImages]:
-        """Split into images to calibrate on and images to compare on; too few serve for both."""
+        """Split into images to calibrate on and images to compare on; use too few images for both."""
         count = len(self.pixels)
         if count < 2 * _MIN_SPLIT_IMAGES:
-            again = f"{self.origin}, calibrated on too"
-            return self, replace(self, origin=again)
+            origin = f"{self.origin}, calibrated on too"
+            return self, replace(self, origin=origin)
         first = np.arange(count) % max(2, -(-count // _MAX_BATCH)) == 0
-        return self._only(first), self._only(~first)
+        return self._select(first), self._select(~first)
 
-    def _only(self, chosen: npt.NDArray[np.bool_]) -> CalibrationImages:
-        labels = None if self.labels is None else self.labels[chosen]
-        return replace(self, pixels=self.pixels[chosen], labels=labels)
+    def _select(self, mask: npt.NDArray[np.bool_]) -> CalibrationImages:
+        labels = None if self.labels is None else self.labels[mask]
+        return replace(self, pixels=self.pixels[mask], labels=labels)
 
 
 def load_images(bundle: Bundle, options: BuildOptions) -> CalibrationImages:
-    """Images to compare on.
+    """Load the images to calibrate and compare on.
 
-    From `--calibration`, spread evenly over the list or folder; else the bundle's canaries and their mirror
-    images, which are synthetic.
+    They are spread evenly over the list or folder of `--calibration`. Without it they are the bundle's
+    synthetic canaries and their mirror images.
     """
     if options.calibration is None:
         canaries, _ = load_canaries(bundle)
@@ -87,43 +87,45 @@ def load_images(bundle: Bundle, options: BuildOptions) -> CalibrationImages:
             f"--calibration {options.calibration}: no image can be read; the first is {status}: {error}"
         )
     labels = _read_labels(options.calibration, bundle, [chosen[number] for number in loaded.index])
-    return CalibrationImages(loaded.pixels, "images given", labels)  # a folder's name may be a patient's
+    return CalibrationImages(
+        loaded.pixels, "images given", labels
+    )  # not the folder's name, which may be a patient's
 
 
 def _read_labels(source: Path, bundle: Bundle, paths: list[Path]) -> Labels | None:
-    """Read labels as training does, if all of `paths` have one."""
+    """Read labels as training does, if all of `paths` have a label."""
     try:
         listing = list_images(source, classes=bundle.classes)
     except UsageError:  # neither class folders nor a column with labels
         return None
-    known = {path.absolute(): label for path, label in zip(listing.paths, listing.labels, strict=True)}
-    found = [known.get(path.absolute()) for path in paths]
-    return None if None in found else np.array(found, np.int64)
+    by_path = {path.absolute(): label for path, label in zip(listing.paths, listing.labels, strict=True)}
+    labels = [by_path.get(path.absolute()) for path in paths]
+    return None if None in labels else np.array(labels, np.int64)
 
 
 def run_in_batches(infer: Callable[[Pixels], Floats], pixels: Pixels) -> Floats:
-    """`infer` on all of `pixels`, as many batches at once as there are cores."""
+    """Run `infer` on all of `pixels`, on as many batches at once as there are cores."""
     batches = [pixels[start : start + _BATCH] for start in range(0, len(pixels), _BATCH)]
     with ThreadPoolExecutor(available_cpus()) as pool:
         return np.concatenate(list(pool.map(infer, batches)))
 
 
 def run_on_gpu(runner: Runner, pixels: Pixels, batch_size: int, classes: int) -> Floats:
-    """Logits [N, C] of uint8 [N, 1, H, W] through `runner` on the current GPU, in padded batches."""
+    """Return logits [N, C] of uint8 [N, 1, H, W] from `runner` on the current GPU, in padded batches."""
     import torch
 
     stream = torch.cuda.Stream()
     buffer = torch.zeros((batch_size, *pixels.shape[1:]), dtype=torch.uint8, device="cuda")
     logits = torch.empty((batch_size, classes), dtype=torch.float32, device="cuda")
-    found = []
+    outputs = []
     for start in range(0, len(pixels), batch_size):
         batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + batch_size]))
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             buffer[: len(batch)].copy_(batch)
             runner.enqueue(buffer, logits, stream)
-            found.append(logits[: len(batch)].cpu().numpy())  # waits for the stream
-    return np.concatenate(found)
+            outputs.append(logits[: len(batch)].cpu().numpy())  # waits for the stream
+    return np.concatenate(outputs)
 
 
 def compare_probabilities(
@@ -135,10 +137,10 @@ def compare_probabilities(
     options: BuildOptions,
     labels: Labels | None = None,
 ) -> Parity:
-    """Compare probabilities [N, C]. A call closer than twice the limit counts for no agreement; in INT8,
-    whose probabilities have none, twice FP16's.
+    """Compare probabilities [N, C].
 
-    `labels` [N] are for INT8's AUC.
+    The agreement counts only images whose two best classes differ by at least twice the limit (in INT8, twice
+    the limit of FP16). `labels` [N] are for INT8's AUC.
     """
     int8 = options.precision == "int8"
     limit, agreement = options.limits
@@ -146,7 +148,7 @@ def compare_probabilities(
     best = np.sort(reference, axis=1)
     clear = best[:, -1] - best[:, -2] >= 2 * (MAX_DIFFERENCE if int8 else limit)
     same = reference.argmax(axis=1) == candidate.argmax(axis=1)
-    found = Parity(
+    parity = Parity(
         executed=executed,
         images=len(reference),
         calibration=calibration,
@@ -158,10 +160,10 @@ def compare_probabilities(
         agreement_limit=agreement,
     )
     if not int8:
-        return found
+        return parity
     truth = reference.argmax(axis=1) if labels is None else labels
     return structs.replace(
-        found,
+        parity,
         auc=macro_auc(truth, candidate),
         auc_reference=macro_auc(truth, reference),
         auc_limit=options.auc_limit,
@@ -170,23 +172,23 @@ def compare_probabilities(
 
 
 def macro_auc(labels: Labels, probabilities: Floats) -> float:
-    """Mean over the classes of the area under the curve of one [N] against the rest; ties count half.
+    """Return the mean AUC of each class against the rest; ties count half.
 
-    A class that all or none of the images have gives none; 1 if that is so of all.
+    Classes that all or none of the images have are left out; the AUC is 1 if no class remains.
     """
-    found = []
+    areas = []
     for index, scores in enumerate(probabilities.T):
         positive = labels == index
         count, others = int(positive.sum()), int((~positive).sum())
         if count and others:
-            _, place, ties = np.unique(scores, return_inverse=True, return_counts=True)
-            ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
-            found.append((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
-    return float(np.mean(found)) if found else 1.0
+            _, level, ties = np.unique(scores, return_inverse=True, return_counts=True)
+            ranks = (np.cumsum(ties) - (ties - 1) / 2)[level]
+            areas.append((ranks[positive].sum() - count * (count + 1) / 2) / (count * others))
+    return float(np.mean(areas)) if areas else 1.0
 
 
 def require_parity(parity: Parity, what: str, precision: str) -> None:
-    """Raise ParityError unless it passed."""
+    """Raise ParityError unless the comparison passed."""
     if parity.passed:
         return
     auc = (
@@ -197,6 +199,6 @@ def require_parity(parity: Parity, what: str, precision: str) -> None:
     raise ParityError(
         f"{what} in {precision} differs from float32 by up to {parity.max:.2g} in probability (allowed: "
         f"{parity.limit:g}), same class in {parity.agreement:.2%} of {parity.counted} "
-        f"clear calls (allowed: {parity.agreement_limit:.2%}){auc} on "
-        f"{parity.images} images; it is not installed (--precision fp32 rounds nothing)"
+        f"clear cases (allowed: {parity.agreement_limit:.2%}){auc} on "
+        f"{parity.images} images; it is not installed; --precision fp32 keeps full precision"
     )

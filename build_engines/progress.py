@@ -1,4 +1,4 @@
-"""The builder's phases on a terminal, from TensorRT's progress monitor."""
+"""Show the builder's phases on a terminal, from TensorRT's progress monitor."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Phases(Protocol):
 
 
 class NoProgress:
-    """Nobody watches."""
+    """Phases that are not shown."""
 
     def start(self, name: str, steps: int) -> None:
         pass
@@ -40,7 +40,7 @@ class NoProgress:
 
 
 class ProgressBars:
-    """A bar for each open phase, on a terminal only."""
+    """Progress bars, one for each open phase."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -60,7 +60,7 @@ class ProgressBars:
 
 @contextmanager
 def show_phases(console: Console) -> Iterator[Phases]:
-    """Bars while the builder works; nothing where there is no terminal."""
+    """Show bars while the builder works; show nothing without a terminal."""
     if not console.is_terminal:
         yield NoProgress()
         return
@@ -88,7 +88,7 @@ def monitor_for(backend: TensorRTBackend, phases: Phases, stop: threading.Event)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             phases.step(phase_name, step)
-            return not stop.is_set()  # whether to go on
+            return not stop.is_set()  # False ends the build
 
         def phase_finish(self, phase_name: str) -> None:
             phases.finish(phase_name)

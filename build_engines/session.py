@@ -1,4 +1,4 @@
-"""Share one build's bundle, options and reference logits; gate what was built against them."""
+"""Hold one build's bundle, options and reference logits; compare built graphs with them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class BuiltMember:
 
 
 @dataclass(frozen=True)
-class _BuildSession:
+class BuildSession:
     """The state that the builds of all members share."""
 
     bundle: Bundle
@@ -48,9 +48,9 @@ class _BuildSession:
     references: dict[str, Floats] = field(default_factory=dict)  # float32 logits [N, C], by member
 
 
-def _source_graph(session: _BuildSession, member: Member) -> bytes:
+def source_graph(session: BuildSession, member: Member) -> bytes:
     """Return the graph to compile: the float32 graph, or its FP16 form."""
-    _reference_logits(session, member)  # first: ONNX Runtime says best what is wrong with a graph
+    reference_logits(session, member)  # first, because ONNX Runtime reports errors of a graph best
     reference = member.files["onnx"].path.read_bytes()
     if session.options.precision == "fp32":
         return reference
@@ -58,12 +58,12 @@ def _source_graph(session: _BuildSession, member: Member) -> bytes:
     return convert_to_fp16(reference)
 
 
-def _fp16_name(member: Member) -> str:
+def fp16_name(member: Member) -> str:
     return f"{member.name}.fp16.onnx"
 
 
 @contextmanager
-def _replace_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to write to, which replaces `folder` at the end if there is no error."""
     unfinished = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -76,47 +76,47 @@ def _replace_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _check_graph_parity(session: _BuildSession, member: Member, graph: bytes) -> Parity:
-    """Compare the graph on ONNX Runtime; an unconverted one is the reference itself."""
+def check_graph_parity(session: BuildSession, member: Member, graph: bytes) -> Parity:
+    """Compare the graph on ONNX Runtime; an unconverted graph is the reference itself."""
     options = session.options
     if options.precision == "fp16":
         session.say(f"{member.name}: comparing the FP16 graph with float32, on ONNX Runtime")
-        found = _run_graph(session, member, graph)
+        logits = run_graph(session, member, graph)
     else:
-        found = _reference_logits(session, member)
-    return _compare_logits(session, member, found, "its graph", executed=False)
+        logits = reference_logits(session, member)
+    return compare_logits(session, member, logits, "its graph", executed=False)
 
 
-def _reference_logits(session: _BuildSession, member: Member) -> Floats:
+def reference_logits(session: BuildSession, member: Member) -> Floats:
     if member.name not in session.references:
-        session.references[member.name] = _run_graph(session, member, None)
+        session.references[member.name] = run_graph(session, member, None)
     return session.references[member.name]
 
 
-def _run_graph(
-    session: _BuildSession, member: Member, graph: bytes | None, pixels: parity.Pixels | None = None
+def run_graph(
+    session: BuildSession, member: Member, graph: bytes | None, pixels: parity.Pixels | None = None
 ) -> Floats:
     """Run `graph` in place of the member's own on ONNX Runtime."""
     with OnnxRunner(member, session.bundle, graph=graph) as runner:
         return parity.run_in_batches(runner.infer, session.images.pixels if pixels is None else pixels)
 
 
-def _compare_logits(
-    session: _BuildSession, member: Member, logits: Floats, what: str, *, executed: bool
+def compare_logits(
+    session: BuildSession, member: Member, logits: Floats, what: str, *, executed: bool
 ) -> Parity:
     temperature = np.float32(member.temperature)
     reference, candidate = (
-        softmax(_reference_logits(session, member) / temperature),
+        softmax(reference_logits(session, member) / temperature),
         softmax(logits / temperature),
     )
-    return _check_parity(session, reference, candidate, f"{member.name}: {what}", executed=executed)
+    return check_parity(session, reference, candidate, f"{member.name}: {what}", executed=executed)
 
 
-def _check_parity(
-    session: _BuildSession, reference: Floats, candidate: Floats, what: str, *, executed: bool
+def check_parity(
+    session: BuildSession, reference: Floats, candidate: Floats, what: str, *, executed: bool
 ) -> Parity:
-    """Compare probabilities [N, C]. Raises ParityError."""
-    found = parity.compare_probabilities(
+    """Compare probabilities [N, C]. Raises ParityError if they differ too much."""
+    agreement = parity.compare_probabilities(
         reference,
         candidate,
         executed=executed,
@@ -124,5 +124,5 @@ def _check_parity(
         options=session.options,
         labels=session.images.labels,
     )
-    parity.require_parity(found, what, session.options.precision)
-    return found
+    parity.require_parity(agreement, what, session.options.precision)
+    return agreement

@@ -1,4 +1,4 @@
-"""The other frontend: a torch.export program to a serialized engine, by Torch-TensorRT's own converter."""
+"""Compile a torch.export program into a serialized plan with Torch-TensorRT's converter."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def compile_module(bundle: Bundle, member: Member, options: BuildOptions) -> CompiledPlan:
-    """Export a member's module in its precision and convert it for the GPU here: it decides the types.
+    """Export a member's module in its precision and convert it for this machine's GPU.
 
-    One profile, up to the batch size. What ran in which precision, the engine inspector says afterwards.
-    Raises UsageError where Torch-TensorRT is missing, EngineError where it fails.
+    The plan has one profile, up to the batch size. Torch-TensorRT chooses the types; the engine inspector
+    reports them later. Raises UsageError if Torch-TensorRT is missing, EngineError if it fails.
     """
     try:
         import torch
         import torch_tensorrt
-    except Exception as error:  # its libraries are loaded on import, and fail in many ways
+    except Exception as error:  # loading its libraries raises many types
         reason = " ".join(f"{error}".split())[:160]
         raise UsageError(
             f"Torch-TensorRT can't be imported ({reason}); install it with: " + install_command("gpu")
@@ -59,10 +59,10 @@ def compile_module(bundle: Bundle, member: Member, options: BuildOptions) -> Com
 
 
 def export_member(bundle: Bundle, member: Member, options: BuildOptions, device: str) -> ExportedProgram:
-    """uint8 [N, 1, H, W] to float32 logits [N, C] in the precision asked for, N from 1 to the batch size.
+    """Export a member, uint8 [N, 1, H, W] to float32 logits [N, C], for N up to the batch size.
 
-    Not channels-last: pooling would restride by as_strided, which Torch-TensorRT can't convert for a dynamic
-    N. TensorRT chooses layouts itself.
+    The module is not channels-last: pooling would use as_strided, which Torch-TensorRT can't convert for a
+    dynamic N. TensorRT chooses layouts itself.
     """
     import torch
 

@@ -167,13 +167,13 @@ def check(request: pytest.FixtureRequest, cache: Path) -> Checker:
     return _checker(request.param, cache)
 
 
-def test_our_calls_are_right(check: Checker) -> None:
+def test_calls_match_the_api(check: Checker) -> None:
     sources = bindings.users(ROOT)
     assert sources
     _none(check(*sources))
 
 
-def test_good_code_passes(check: Checker, tmp_path: Path) -> None:
+def test_correct_code_passes(check: Checker, tmp_path: Path) -> None:
     _none(check(_source(tmp_path, GOOD)))
 
 
@@ -191,7 +191,7 @@ def test_good_code_passes(check: Checker, tmp_path: Path) -> None:
         pytest.param(WRONG_OVERRIDE, "override", id="a monitor that can't be called"),
     ],
 )
-def test_mistakes_are_found(code: str, kind: str, cache: Path, tmp_path: Path) -> None:
+def test_mypy_reports_mistakes(code: str, kind: str, cache: Path, tmp_path: Path) -> None:
     errors = _checker(TRT_11_4, cache)(_source(tmp_path, code))
     assert [error for error in errors if error.endswith(f"[{kind}]")], errors
 

@@ -69,7 +69,7 @@ def built(copied, real_bundle) -> tuple[Path, subprocess.CompletedProcess[str]]:
     return copied, run
 
 
-def test_each_member_has_a_plan_with_a_passport_that_is_true(built):
+def test_each_member_has_a_plan_with_a_correct_passport(built):
     bundle, run = built
     assert run.stdout.strip() == str(bundle / "plans" / TARGET)
     assert "not executed here" in run.stderr
@@ -96,8 +96,8 @@ def test_each_member_has_a_plan_with_a_passport_that_is_true(built):
 
 def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
     bundle = bundles.load_bundle(built[0])
-    found, _ = select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)
-    assert [plan.passport.member for plan in found] == list(REAL_WEIGHTS)
+    result, _ = select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)
+    assert [plan.passport.member for plan in result] == list(REAL_WEIGHTS)
     for gpu, precision, batch, complaint, rebuild in [
         (
             *(HOPPER, "fp16", None, "built for compute capability 8.6, 8.9, this GPU has 9.0"),
@@ -112,8 +112,8 @@ def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
             "--target tensorrt_rtx --precision fp16 --batch-size 64",
         ),
     ]:
-        found, reason = select_gpu.find_fitting_plans(bundle, gpu, precision, batch)
-        assert not found
+        result, reason = select_gpu.find_fitting_plans(bundle, gpu, precision, batch)
+        assert not result
         assert complaint in reason
         assert reason.endswith(f"python -m build_engines {bundle.path} {rebuild}")
     monkeypatch.setattr(select_gpu, "tensorrt_version", lambda backend: "1.6.0.1")
@@ -123,7 +123,7 @@ def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
     assert "tensorrt_rtx is not installed; install it with: pip install" in reason
 
 
-def test_batches_are_what_the_plans_are_made_for(built):
+def test_batch_sizes_are_those_of_the_plans(built):
     plan = plans.load_plan(built[0] / "plans" / TARGET / "resnet50.json")
     large = plan.with_facts(profiles=(plans.OptimizationProfile(min=1, opt=256, max=256),))
     for made, batch in [((plan,), 32), ((large,), 256), ((plan, large), 32), ((), 128)]:
@@ -131,7 +131,7 @@ def test_batches_are_what_the_plans_are_made_for(built):
         assert default_sizes(chosen)[0] == batch
 
 
-def test_the_doctor_says_which_plans_fit(built, monkeypatch):
+def test_the_doctor_reports_which_plans_fit(built, monkeypatch):
     bundle, _ = built
     settings = Settings(manifest=Path(), bundle=bundle)
 
@@ -161,7 +161,7 @@ def test_the_doctor_says_which_plans_fit(built, monkeypatch):
     (bundle / "plans" / "tensorrt-old").rmdir()
 
 
-def test_a_plan_over_the_limit_is_not_installed_and_the_old_ones_stay(built, real_bundle):
+def test_a_plan_over_the_limit_does_not_replace_the_old_plans(built, real_bundle):
     bundle = built[0]
 
     def installed() -> dict[Path, int]:
@@ -252,14 +252,14 @@ def test_small_bundles_build_in_both_precisions(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--target", "tensorrt"], "without one: --target tensorrt_rtx --compute-capability"),
+        (["--target", "tensorrt"], "without a GPU: --target tensorrt_rtx --compute-capability"),
         (["--compute-capability", "sm86"], "--compute-capability is for --target tensorrt_rtx"),
         (["--target", "tensorrt_rtx", "--hardware-compatible"], "is for --target tensorrt, not"),
         (["--target", "tensorrt_rtx", "--timing-cache", "x"], "is for --target tensorrt, not"),
         (["--target", "tensorrt_rtx", "--compute-capability", "sm90"], "builds for sm75, sm80, sm86"),
         (["--target", "tensorrt_rtx", "--version-compatible"], "is for --target tensorrt, not"),
         (["--target", "tensorrt_rtx", "--frontend", "torch-tensorrt"], "is for --target tensorrt"),
-        (["--target", "tensorrt_rtx"], "without one, name the GPUs to build for: --compute-capability"),
+        (["--target", "tensorrt_rtx"], "without a GPU, name the GPUs to build for: --compute-capability"),
         (["--target", "onnx", "--max-aux-streams", "0"], "--max-aux-streams is for"),
         (["--timing-cache", "nowhere/cache"], "its folder does not exist"),
         (["--frontend", "torch-tensorrt", "--batch-size", "1"], "--batch-size 2 or more"),
@@ -282,7 +282,7 @@ def test_wrong_usage_is_one_line_and_status_2(bundle, arguments, complaint):
 
 
 def test_ctrl_c_ends_a_build_at_its_next_step(bundle):
-    """TensorRT's bindings would swallow it inside their callbacks."""
+    """TensorRT's bindings discard a KeyboardInterrupt inside their callbacks."""
     backend = TensorRTBackend("tensorrt_rtx")
     graph = convert_to_fp16((bundle / "member0.onnx").read_bytes())
     options = BuildOptions(bundle=bundle, target="tensorrt_rtx", compute_capabilities=("8.6",))
@@ -300,15 +300,15 @@ def test_ctrl_c_ends_a_build_at_its_next_step(bundle):
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
                 time.sleep(0.5)  # until it is heard
 
-    stopped, whole = Watching(interrupts=True), Watching(interrupts=False)
+    stopped, complete = Watching(interrupts=True), Watching(interrupts=False)
     with pytest.raises(KeyboardInterrupt):
         compiler.compile_graph(backend, graph, options, (64, 64), stopped)
-    compiler.compile_graph(backend, graph, options, (64, 64), whole)
-    assert stopped.phases < whole.phases
+    compiler.compile_graph(backend, graph, options, (64, 64), complete)
+    assert stopped.phases < complete.phases
 
 
-def test_torch_tensorrt_gets_a_program_that_it_can_convert(real_bundle):
-    """It can't be imported without a GPU. Of all that ours could hold, it lacks as_strided with dynamic N."""
+def test_the_program_for_torch_tensorrt_has_only_supported_operators(real_bundle):
+    """Torch-TensorRT needs a GPU to import; it can't convert as_strided with a dynamic N."""
     from build_engines.torch_tensorrt import export_member
 
     bundle = bundles.load_bundle(real_bundle)
@@ -319,7 +319,7 @@ def test_torch_tensorrt_gets_a_program_that_it_can_convert(real_bundle):
         assert called.count("aten.convolution.default") == {"resnet50": 53, "inception_v3": 94}[member.name]
 
 
-def test_a_bundle_without_its_files_or_a_graph_that_is_none_is_one_line(tmp_path):
+def test_missing_files_and_invalid_graphs_are_one_line_errors(tmp_path):
     bundle = write_bundle(tmp_path / "bundle")
     graph = bundle / "member0.onnx"
     good = graph.read_bytes()
@@ -337,7 +337,7 @@ def test_a_bundle_without_its_files_or_a_graph_that_is_none_is_one_line(tmp_path
             convert_to_fp16(wrong)
 
 
-def test_canaries_that_are_none_are_one_line(tmp_path):
+def test_invalid_canaries_are_one_line_errors(tmp_path):
     bundle = write_bundle(tmp_path / "bundle")
     pixels, logits = np.zeros((4, 1, 64, 64), np.uint8), np.zeros((2, 4, 3), np.float32)
     for wrong, complaint in [
@@ -379,7 +379,7 @@ def test_calibration_images_are_read_as_screening_reads_them(tmp_path):
         parity.load_images(bundle, options)
 
 
-def test_the_gate_counts_clear_calls_only_and_refuses_what_is_no_number():
+def test_parity_counts_only_clear_cases_and_refuses_nan():
     options = BuildOptions(bundle=Path(), limit=0.01)
     reference = np.array([[0.9, 0.1], [0.505, 0.495], [0.2, 0.8]], np.float32)
     swapped = np.array([[0.9, 0.1], [0.495, 0.505], [0.2, 0.8]], np.float32)
@@ -415,7 +415,7 @@ def test_a_convolution_in_another_precision_is_refused():
     compiler._refuse_float32_kernels(fine)
 
 
-def test_the_half_graph_keeps_the_scaling_and_the_logits_in_float32(real_bundle):
+def test_the_fp16_graph_keeps_scaling_and_logits_in_float32(real_bundle):
     for name in REAL_WEIGHTS:
         graph = onnx.load_model_from_string(
             convert_to_fp16((real_bundle / f"{name}.onnx").read_bytes())
@@ -428,5 +428,5 @@ def test_the_half_graph_keeps_the_scaling_and_the_logits_in_float32(real_bundle)
         assert kinds[division.output[0]] == onnx.TensorProto.FLOAT
 
 
-def test_capabilities_are_read_in_any_spelling():
+def test_parse_capabilities_accepts_all_spellings():
     assert parse_capabilities("sm86, SM_89,12.0,sm86") == ("8.6", "8.9", "12.0")

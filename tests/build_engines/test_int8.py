@@ -93,9 +93,9 @@ def write_network(path: Path, images: parity.CalibrationImages, seed: int) -> No
 
     save("positive", 16)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"pixels": images.pixels})
+    (result,) = session.run(None, {"pixels": images.pixels})
     wanted = 8 * np.eye(len(CLASSES), dtype=np.float32)[images.labels]
-    arrays["out"] = np.linalg.lstsq(found, wanted, rcond=None)[0]
+    arrays["out"] = np.linalg.lstsq(result, wanted, rcond=None)[0]
     save("logits", len(CLASSES))
 
 
@@ -125,7 +125,7 @@ def built(small) -> Path:
     return small
 
 
-def test_each_graph_has_a_passport_that_is_true(built):
+def test_each_graph_has_a_correct_passport(built):
     bundle = bundles.load_bundle(built)
     for member, plan in zip(bundle.members, plans.load_int8_graphs(bundle), strict=True):
         passport = plan.passport
@@ -135,24 +135,24 @@ def test_each_graph_has_a_passport_that_is_true(built):
         assert passport.options["calibration_images"] == 36
         assert passport.options["weight_bits"] == (8 if hardware.has_vnni() else 7)
         assert len(passport.options["calibration_sha256"]) == 64
-        for found in (passport.parity, passport.ensemble):
-            assert found.passed
-            assert (found.images, found.counted) == (36, 36)
-            assert found.max > 0
-            assert abs(found.auc - found.auc_reference) <= 0.002
-            assert found.labels == "labels of the images"
+        for result in (passport.parity, passport.ensemble):
+            assert result.passed
+            assert (result.images, result.counted) == (36, 36)
+            assert result.max > 0
+            assert abs(result.auc - result.auc_reference) <= 0.002
+            assert result.labels == "labels of the images"
         graph = onnx.load_model_from_string(plan.read()).graph
         kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
         made_by = {output: node for node in graph.node for output in node.output}
         layers = {node.name: node for node in graph.node}
-        assert [one.type for one in passport.layers] == ["Conv"] * 5 + ["Gemm"] * 2
+        assert [layer.type for layer in passport.layers] == ["Conv"] * 5 + ["Gemm"] * 2
         assert "AveragePool" not in {node.op_type for node in graph.node}
         assert passport.layers[0].precision == passport.layers[-1].precision == "FLOAT"
-        assert "INT8" in {one.precision for one in passport.layers}
-        for one in passport.layers:
-            source = made_by.get(layers[one.name].input[1])
+        assert "INT8" in {layer.precision for layer in passport.layers}
+        for layer in passport.layers:
+            source = made_by.get(layers[layer.name].input[1])
             quantized = source is not None and kinds[source.input[0]] == onnx.TensorProto.INT8
-            assert quantized == (one.precision == "INT8"), one
+            assert quantized == (layer.precision == "INT8"), layer
 
 
 def test_seven_bits_never_overflow_where_there_is_no_vnni(small):
@@ -168,16 +168,18 @@ def test_seven_bits_never_overflow_where_there_is_no_vnni(small):
     assert max(int(np.abs(tensor.astype(int)).max()) for tensor in weights) == 64
 
 
-def test_as_many_first_layers_stay_in_float32_as_it_takes(small):
+def test_first_layers_stay_in_float32_until_the_graph_is_accurate(small):
     pixels = np.random.default_rng(3).integers(0, 256, (8, 1, 64, 64), np.uint8)
     data = (small / "member0.onnx").read_bytes()
     for answers, kept in [([True], 1), ([False, True], 2), ([False, False, False], 4)]:
         left = iter(answers)
         layers = quantize_to_int8(data, pixels, lambda _: next(left), bits=8).layers  # noqa: B023
-        assert [one.precision for one in layers] == ["FLOAT"] * kept + ["INT8"] * (5 - kept) + ["FLOAT"] * 2
+        assert [layer.precision for layer in layers] == ["FLOAT"] * kept + ["INT8"] * (5 - kept) + [
+            "FLOAT"
+        ] * 2
 
 
-def test_the_engine_runs_them_when_asked_and_records_it(built, archive, engine_run):
+def test_the_engine_runs_int8_graphs_and_records_them(built, archive, engine_run):
     arguments = [archive, "-b", built, "-o", "results", "--device", "cpu", "--precision", "int8"]
     run = engine_run(*arguments)
     assert run.returncode == 0, run.stderr
@@ -185,8 +187,8 @@ def test_the_engine_runs_them_when_asked_and_records_it(built, archive, engine_r
     results = archive.parent / "results"
     recorded = json.loads((results / "_run.json").read_text())
     options = recorded["result_options"]
-    found = plans.load_int8_graphs(bundles.load_bundle(built))
-    hashes = {plan.passport.member: plan.passport.plan_sha256 for plan in found}
+    result = plans.load_int8_graphs(bundles.load_bundle(built))
+    hashes = {plan.passport.member: plan.passport.plan_sha256 for plan in result}
     assert (options["precision"], options["plans"]) == ("int8", hashes)
     part = pq.read_metadata(results / "part-00000.parquet").metadata
     assert json.loads(part[b"engine"])["result_options"]["plans"] == hashes
@@ -198,7 +200,7 @@ def test_the_engine_runs_them_when_asked_and_records_it(built, archive, engine_r
     assert 0 < difference.max() < 0.2
 
 
-def test_missing_altered_or_foreign_graphs_are_refused_with_the_command(built, tmp_path, monkeypatch):
+def test_missing_altered_or_foreign_graphs_are_refused_with_the_build_command(built, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(built, tmp_path / "bundle"))
     bundle = bundles.load_bundle(folder)
     command = f"python -m build_engines {folder} --target onnx --precision int8"
@@ -240,7 +242,7 @@ def test_missing_altered_or_foreign_graphs_are_refused_with_the_command(built, t
     refused("has no INT8 graphs")
 
 
-def test_what_fails_the_gate_is_not_installed(built):
+def test_a_graph_that_fails_the_parity_check_is_not_installed(built):
     before = {path.name: path.stat().st_mtime_ns for path in (built / "plans" / "onnx-int8").iterdir()}
     run = run_module("build_engines", [built, *INT8, "--limit", "1e-9"], folder=built.parent, timeout_s=300)
     assert run.returncode == 4
@@ -250,73 +252,73 @@ def test_what_fails_the_gate_is_not_installed(built):
     assert after == before
 
 
-def test_without_a_layer_to_quantize_it_says_so(bundle):
-    with pytest.raises(EngineError, match="none is between"):
+def test_a_graph_without_a_layer_to_quantize_is_an_error(bundle):
+    with pytest.raises(EngineError, match="layers is between"):
         quantize_to_int8(
             (bundle / "member0.onnx").read_bytes(), np.zeros((1, 1, 64, 64), np.uint8), bool, bits=8
         )
     for wrong in (b"", b"not a graph"):
-        with pytest.raises(EngineError, match=r"quantized|none is between"):
+        with pytest.raises(EngineError, match=r"quantized|layers is between"):
             quantize_to_int8(wrong, np.zeros((1, 1, 64, 64), np.uint8), bool, bits=8)
     with pytest.raises(UsageError, match="--target onnx"):
         BuildOptions(bundle=bundle, target="tensorrt", precision="int8")
 
 
-def test_labels_are_those_of_training_and_the_images_are_held_apart(bundle, tmp_path):
+def test_labels_are_read_as_in_training_and_images_are_split(bundle, tmp_path):
     write_images(tmp_path / "plain", 66)
     write_labelled(tmp_path / "labelled", 66)
-    found = {}
+    result = {}
     for folder in (tmp_path / "plain", tmp_path / "labelled"):
         options = BuildOptions(bundle=bundle, target="onnx", precision="int8", calibration=folder)
-        found[folder.name] = parity.load_images(bundles.load_bundle(bundle), options)
-    assert found["plain"].labels is None
-    images = found["labelled"]
+        result[folder.name] = parity.load_images(bundles.load_bundle(bundle), options)
+    assert result["plain"].labels is None
+    images = result["labelled"]
     assert np.bincount(images.labels).tolist() == [22, 22, 22]
     first, second = images.split()
     assert (len(first.pixels), len(second.pixels)) == (33, 33)
-    both = {one.tobytes() for one in first.pixels} & {one.tobytes() for one in second.pixels}
+    both = {image.tobytes() for image in first.pixels} & {image.tobytes() for image in second.pixels}
     assert not both
     few = parity.CalibrationImages(images.pixels[:20], "images given").split()
     assert few[0].pixels is few[1].pixels
     assert few[1].origin == "images given, calibrated on too"
 
 
-def test_int8_is_judged_by_class_and_auc():
+def test_int8_is_compared_by_class_and_auc():
     labels = np.array([0, 0, 0, 1, 1, 1])
     reference = np.array([0.9, 0.8, 0.52, 0.48, 0.3, 0.1], np.float32)
     reference = np.stack([reference, 1 - reference], axis=1)
     options = BuildOptions(bundle=Path(), target="onnx", precision="int8", agreement=0.8)
 
     def judged(candidate, truth):
-        found = parity.compare_probabilities(
+        result = parity.compare_probabilities(
             reference, candidate, executed=True, calibration="", options=options, labels=truth
         )
-        assert found.counted == 6
-        return found
+        assert result.counted == 6
+        return result
 
     assert judged(reference, labels).auc == 1
     swapped = reference[[0, 1, 3, 2, 4, 5]]
-    found = judged(swapped, labels)
-    assert found.agreement == pytest.approx(4 / 6)
-    assert found.auc == pytest.approx(8 / 9)
+    result = judged(swapped, labels)
+    assert result.agreement == pytest.approx(4 / 6)
+    assert result.auc == pytest.approx(8 / 9)
     assert judged(swapped, None).auc == pytest.approx(8 / 9)
     near = reference.copy()
     near[2] = 0.5
     assert judged(near, labels).passed
     worse = reference.copy()
     worse[1] = [0.45, 0.55]  # one class of six changes, but the order too
-    found = judged(worse, labels)
-    assert found.agreement >= 0.8
-    assert not found.passed
+    result = judged(worse, labels)
+    assert result.agreement >= 0.8
+    assert not result.passed
     with pytest.raises(ParityError, match=r"AUC 0\.8889 against 1\.0000"):
-        parity.require_parity(found, "its graph", "int8")
+        parity.require_parity(result, "its graph", "int8")
     reference[2] = [0.504, 0.496]  # a close call
     other = reference.copy()
     other[2] = [0.496, 0.504]
-    found = parity.compare_probabilities(
+    result = parity.compare_probabilities(
         reference, other, executed=True, calibration="", options=options, labels=labels
     )
-    assert (found.counted, found.agreement) == (5, 1.0)
+    assert (result.counted, result.agreement) == (5, 1.0)
 
 
 def test_graphs_stay_valid_when_the_bundle_is_calibrated(built, tmp_path, capsys):
@@ -327,10 +329,10 @@ def test_graphs_stay_valid_when_the_bundle_is_calibrated(built, tmp_path, capsys
     assert calibrate.main([str(folder), *asked, "--ood", "--precision", "int8"]) == 2
     assert "--ood needs the float32 graphs on the CPU" in capsys.readouterr().err
     assert calibrate.main([str(folder), *asked, "--ood"]) == 0
-    said = []
-    engine.screen(images, output=tmp_path / "out", bundle=folder, precision="int8", say=said.append)
-    assert "out of distribution is not looked at: onnx in int8 gives no distances" in said
-    assert any("in fp32); this run is in int8" in line for line in said)
+    log = []
+    engine.screen(images, output=tmp_path / "out", bundle=folder, precision="int8", say=log.append)
+    assert "out of distribution is not looked at: onnx in int8 gives no distances" in log
+    assert any("in fp32); this run is in int8" in line for line in log)
     rows = engine.read_results(tmp_path / "out")
     assert rows.attrs["provenance"]["out_of_distribution"] == "not looked at: onnx in int8"
     assert set(rows.triage) <= {"rule_out", "gray_zone", "refer"}
