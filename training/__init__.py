@@ -1,7 +1,7 @@
-"""Labelled radiographs in, a bundle out: `python -m training DATA -o BUNDLE`."""
+"""Train a bundle from labelled radiographs: `python -m training DATA -o BUNDLE`."""
 
 import os
 
-# Before torch is imported: its threads spin while they wait for each other, and beside one other busy process
-# on two cores that makes small operations forty times slower.
+# Set before torch is imported. By default its threads spin while they wait, which makes small operations
+# forty times slower on two cores with another busy process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -26,32 +26,32 @@ MIN_COLUMNS = 100  # of the table at the end
 _EXAMPLES = """\
 examples:
   python -m training radiographs -o bundle
-  python -m training radiographs -o bundle --freeze       heads only, on cached features: for a CPU
-  python -m training radiographs -o bundle --check-data   copies, leaks, shortcuts; trains nothing
-  python -m training labels.csv -o bundle --folds 5       columns path, label; maybe patient, split
+  python -m training radiographs -o bundle --freeze       heads only, on cached features, on a CPU
+  python -m training radiographs -o bundle --check-data   only report copies, leaks and shortcuts
+  python -m training labels.csv -o bundle --folds 5       columns path, label [, patient, split]
 
-Beside the bundle, BUNDLE.training holds split.csv, copies.csv and left_out.csv, which name files.
+The folder BUNDLE.training gets split.csv, copies.csv and left_out.csv, which contain file names.
 Research use only, not a medical device."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train and report. Returns the exit status."""
+    """Train and report; return the exit status."""
 
-    def work() -> int:
+    def train_and_report() -> int:
         options = _parse(arguments)
         from training.recipe import train  # seconds of imports: after --help and wrong arguments
 
         with _StepProgress() as steps:
             result = train(options, step=steps.step, note=steps.note)
         if result.evaluation is None:
-            print("nothing was trained: --check-data")
+            print("--check-data: the data were checked and nothing was trained")
         else:
             _show(result.evaluation, options)
         return 0
 
     stopped = "stopped; no bundle was written; run the same command with --resume to continue"
     return run_command(
-        work,
+        train_and_report,
         interrupted=(stopped, Stopped.exit_status),
         describe_os_error=_describe_unexpected,
         describe_unexpected=_describe_unexpected,
@@ -65,7 +65,7 @@ def _describe_unexpected(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; fix this, then run the same command with --resume to continue"
-    return f"{type(error).__name__}: {text}; with ENGINE_DEBUG=1 it comes with its traceback"
+    return f"{type(error).__name__}: {text}; set ENGINE_DEBUG=1 for the traceback"
 
 
 def option_parser() -> Parser:
@@ -84,13 +84,13 @@ def option_parser() -> Parser:
 
 
 def _parse(arguments: Sequence[str] | None) -> TrainingOptions:
-    given = vars(option_parser().parse_args(arguments))
-    given["size"] = tuple(given["size"])
-    return TrainingOptions(**given)
+    values = vars(option_parser().parse_args(arguments))
+    values["size"] = tuple(values["size"])
+    return TrainingOptions(**values)
 
 
 def _option_adder(parser: Parser, title: str) -> Callable[..., None]:
-    """Adds an option with the default that the dataclass has."""
+    """Return a function that adds an option with the default of TrainingOptions."""
     group = parser.add_argument_group(title)
 
     def add(flag: str, text: str, **rest: Any) -> None:
@@ -103,58 +103,60 @@ def _option_adder(parser: Parser, title: str) -> Callable[..., None]:
 
 def _add_data(parser: Parser) -> None:
     parser.add("data", metavar="DATA", type=Path, help="folder of class folders, or a CSV")
-    parser.add(*("-o", "--output"), metavar="BUNDLE", type=Path, required=True, help="where the bundle goes")
+    parser.add(
+        *("-o", "--output"), metavar="BUNDLE", type=Path, required=True, help="folder of the new bundle"
+    )
     add = _option_adder(parser, "data")
-    add("--classes", "names of the classes, in order (what the data says)", nargs="+", metavar="NAME")
-    add("--path-column", "of a CSV (path, else the first)", metavar="NAME")
-    add("--label-column", "of a CSV", metavar="NAME")
+    add("--classes", "names of the classes, in order (those of the data)", nargs="+", metavar="NAME")
+    add("--path-column", "column of image paths in a CSV (path, else the first)", metavar="NAME")
+    add("--label-column", "column of labels in a CSV", metavar="NAME")
     add(
         "--root",
-        "folder that relative paths of a CSV start at (its own)",
+        "base folder of relative paths in a CSV (the CSV's folder)",
         type=Path,
         metavar="DIR",
         more=True,
     )
     add(
         "--duplicates",
-        "copies of one image: group keeps them on one side of the split, drop uses one of them and none with "
-        "contradicting labels, ignore is the paper's protocol and leaks",
+        "copies of one image: group keeps them on one side of the split, drop uses one of them and none if "
+        "labels contradict, ignore splits them freely as the paper does, which leaks",
         choices=literal_choices(Duplicates),
         more=True,
     )
     add(
         "--allow-leak",
-        "use the split that the data comes with even if it leaks",
+        "accept a split of the data that leaks",
         action="store_true",
         more=True,
     )
     add(
         "--decode",
-        "of JPEG: in full, or fast by a scaled DCT, which the bundle then asks of screening",
+        "JPEG decoding: exact, or fast with a scaled DCT; screening with the bundle does the same",
         choices=DECODES,
         more=True,
     )
-    add("--check-data", "look at the data and stop", action="store_true")
+    add("--check-data", "check the data, then stop", action="store_true")
 
 
 def _add_members(parser: Parser) -> None:
     add = _option_adder(parser, "members")
     add(
         "--members",
-        "torchvision's classifiers (resnet50 inception_v3)",
+        "classifiers of torchvision (resnet50 inception_v3)",
         nargs="+",
         metavar="NAME",
     )
     add(
         "--weights",
-        "of the bases: imagenet (default), none (random) or files; one for all members, or one each",
+        "initial weights: imagenet (default), none (random) or a file; one for all members, or one each",
         nargs="+",
         metavar="W",
     )
-    add("--size", "input in pixels (224 224)", nargs=2, metavar=("H", "W"), type=int, more=True)
+    add("--size", "input size in pixels (224 224)", nargs=2, metavar=("H", "W"), type=int, more=True)
     add(
         "--normalization",
-        "after the division by 255, inside the graphs",
+        "normalization inside the graphs, after the division by 255",
         choices=literal_choices(Normalization),
         more=True,
     )
@@ -164,11 +166,11 @@ def _add_recipe(parser: Parser) -> None:
     add = _option_adder(parser, "recipe")
     add("--freeze", "train the heads only", action="store_true")
     add("--copies", "augmented copies of each training image for the heads", type=int, metavar="N", more=True)
-    add("--head-epochs", "of the heads, at most", type=int, metavar="N", more=True)
+    add("--head-epochs", "most epochs of the heads", type=int, metavar="N", more=True)
     add("--head-rate", "learning rate of the heads", type=float, metavar="R", more=True)
     add(
         "--epochs",
-        "of the whole network, at most (40; 150 from random weights)",
+        "most epochs of the whole network (40; 150 from random weights)",
         type=int,
         metavar="N",
         more=True,
@@ -182,16 +184,16 @@ def _add_recipe(parser: Parser) -> None:
     )
     add(
         "--patience",
-        "epochs without a better validation macro-F1 (heads 40; whole network 10, 40 from random weights)",
+        "epochs without a better validation macro-F1 (heads 40; whole network 10, or 40 if random)",
         type=int,
         metavar="N",
         more=True,
     )
-    add("--batch-size", "images at once", type=int, metavar="N", more=True)
-    add("--schedule", "of the learning rate", choices=literal_choices(Schedule), more=True)
+    add("--batch-size", "images per batch", type=int, metavar="N", more=True)
+    add("--schedule", "schedule of the learning rate", choices=literal_choices(Schedule), more=True)
     add(
         "--balance",
-        "classes by weights in the loss, or by sampling",
+        "balance classes by weights in the loss or by sampling",
         choices=literal_choices(Balance),
         more=True,
     )
@@ -202,14 +204,14 @@ def _add_recipe(parser: Parser) -> None:
         more=True,
     )
     add("--folds", "also cross-validate with this many folds", type=int, metavar="K")
-    add("--seed", "of everything random", type=int, metavar="N", more=True)
+    add("--seed", "seed of all random choices", type=int, metavar="N", more=True)
 
 
 def _add_run(parser: Parser) -> None:
     add = _option_adder(parser, "run")
-    add("--device", "auto, cpu, cuda or cuda:N", metavar="D")
+    add("--device", "device: auto, cpu, cuda or cuda:N", metavar="D")
     add("--resume", "continue an interrupted training", action="store_true")
-    add("--overwrite", "replace a bundle that is there, and an unfinished training", action="store_true")
+    add("--overwrite", "replace an existing bundle or an unfinished training", action="store_true")
 
 
 class _StepProgress:
@@ -244,7 +246,7 @@ class _StepProgress:
             self._bars.advance(task, done)
 
         yield progress
-        self._bars.update(task, total=count)  # early stopping: it is done all the same
+        self._bars.update(task, total=count)  # a step may end early
         if not self._console.is_terminal:
             self.note(f"{what}: {count} of {total} in {time.monotonic() - start:.1f} s")
 
@@ -264,8 +266,8 @@ def _show(evaluation: dict[str, Any], options: TrainingOptions) -> None:
     weights = [f"{weight:.2f}" for weight in evaluation["weights_search"]["chosen"]["weights"]]
     for (name, scores), weight in zip(evaluation["voters"].items(), [*weights, ""], strict=True):
         figures = [
-            scores[which][figure]["value"]
-            for which in ("validation", "test")
+            scores[subset][figure]["value"]
+            for subset in ("validation", "test")
             for figure in ("accuracy", "macro_f1")
         ]
         interval = scores["test"]["macro_f1"]
@@ -273,19 +275,21 @@ def _show(evaluation: dict[str, Any], options: TrainingOptions) -> None:
         table.add_row(name, weight, *(f"{figure:.3f}" for figure in figures), span)
     console.print(table)
     for candidate in evaluation["weights_search"]["beside"]:
-        mix = " / ".join(f"{weight:g}" for weight in candidate["weights"])
-        console.print(f"beside: {mix} gives macro-F1 {candidate['macro_f1']:.3f} on the validation set")
+        weights = " / ".join(f"{weight:g}" for weight in candidate["weights"])
+        console.print(
+            f"for comparison: weights {weights} give validation macro-F1 {candidate['macro_f1']:.3f}"
+        )
     if evaluation["folds"]:
         figure = evaluation["folds"]["voters"]["ensemble"]["macro_f1"]
         console.print(
             f"{evaluation['folds']['count']} folds: ensemble macro-F1 {figure['mean']:.3f} "
-            f"+- {figure['deviation']:.3f} on images not trained on"
+            f"+- {figure['deviation']:.3f} on held-out images"
         )
     bundle = shlex.quote(str(options.output))
     console.print(
         f"bundle: {bundle}; report: {shlex.quote(str(options.output / 'report.html'))}", markup=False
     )
-    console.print(f"use it: python -m engine.run manifest.csv -b {bundle}", markup=False)
+    console.print(f"next: python -m engine.run manifest.csv -b {bundle}", markup=False)
 
 
 if __name__ == "__main__":

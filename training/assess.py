@@ -23,7 +23,7 @@ from training.phases.features import Floats
 from training.settings import TrainingOptions
 from training.split import Split
 
-TABLE_ROWS = 21  # of the weights search that are kept: all of them for two members
+TABLE_ROWS = 21  # of the weights search; enough for all weights of two members
 PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime", "numpy", "scikit-learn")
 FOLD_FIGURES = ("accuracy", "macro_f1", "auc", "balanced_accuracy")
 ENSEMBLE = "ensemble"
@@ -56,10 +56,10 @@ PAPER_FIGURES = {
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The data once it is settled what is used, and for what."""
+    """The images in use, their groups, splits and audit findings."""
 
     dataset: Dataset
-    families: audit.ImageGroups
+    groups: audit.ImageGroups
     parts: Split
     folds: list[Split]
     findings: dict[str, Any]
@@ -79,7 +79,7 @@ class ChosenWeights:
         return self.searched[0].weights
 
     def voters(self, trained: Sequence[TrainedMember]) -> dict[str, Floats]:
-        """Probabilities [N, C] of each member and of the ensemble."""
+        """Return probabilities [N, C] of each member and of the ensemble."""
         logits = np.stack([member.logits for member in trained])
         names = [member.plan.name for member in trained]
         return dict(zip(names, softmax(logits), strict=True)) | {
@@ -88,7 +88,7 @@ class ChosenWeights:
 
 
 def _combine_logits(logits: Floats, weights: Sequence[float], temperature: float) -> Floats:
-    """Logits [M, N, C] to the ensemble's probabilities [N, C]."""
+    """Return the ensemble's probabilities [N, C] for logits [M, N, C]."""
     return combine_logits(logits, weights=weights, temperatures=[1.0] * len(logits), temperature=temperature)[
         1
     ]
@@ -97,7 +97,7 @@ def _combine_logits(logits: Floats, weights: Sequence[float], temperature: float
 def choose_weights(
     trained: Sequence[TrainedMember], labels: Labels, parts: Split, options: TrainingOptions
 ) -> ChosenWeights:
-    """Search the weights on the validation set, and fit a temperature if asked to."""
+    """Search the weights on the validation set, and fit a temperature if requested."""
     logits = np.stack([member.logits for member in trained])[:, parts.validation]
     truth = labels[parts.validation]
     searched = weight_search.search_weights(logits, truth)
@@ -110,7 +110,7 @@ def choose_weights(
 def assess(
     trained: Sequence[TrainedMember], mix: ChosenWeights, prepared: PreparedData, options: TrainingOptions
 ) -> dict[str, Any]:
-    """Everything the report says and evaluation.json holds, JSON-ready, with no file's name."""
+    """Return the content of evaluation.json and the report, without file names."""
     dataset, parts = prepared.dataset, prepared.parts
     voters = mix.voters(trained)
     members = [name for name in voters if name != ENSEMBLE]
@@ -119,22 +119,22 @@ def assess(
         voter: {name: _figures(probabilities, prepared, chosen, options) for name, chosen in sets.items()}
         for voter, probabilities in voters.items()
     }
-    better = max(members, key=lambda name: figures[name]["validation"]["macro_f1"]["value"])
+    best = max(members, key=lambda name: figures[name]["validation"]["macro_f1"]["value"])
     return {
         "classes": list(dataset.classes),
-        "demo": options.freeze and "none" in options.weights,  # convolutions that nobody trained
+        "demo": options.freeze and "none" in options.weights,  # the convolutions are untrained
         "images": {
             name: count_per_class(dataset.labels[chosen], dataset.classes) for name, chosen in parts.named()
         },
         "voters": figures,
         "difference": {
-            "from": better,
+            "from": best,
             **{
                 name: metrics.compare(
                     voters[ENSEMBLE][chosen],
-                    voters[better][chosen],
+                    voters[best][chosen],
                     dataset.labels[chosen],
-                    groups=prepared.families.together[chosen],
+                    groups=prepared.groups.together[chosen],
                     seed=options.seed,
                 )
                 for name, chosen in sets.items()
@@ -173,7 +173,7 @@ def _figures(
         probabilities[chosen],
         prepared.dataset.labels[chosen],
         classes=prepared.dataset.classes,
-        groups=prepared.families.together[chosen],
+        groups=prepared.groups.together[chosen],
         seed=options.seed,
     )
 
@@ -207,9 +207,7 @@ def _recipe(options: TrainingOptions) -> dict[str, Any]:
 
 
 def cross_validate(trainer: Trainer, folds: Sequence[Split]) -> dict[str, Any] | None:
-    """Run the whole recipe once per fold, weight search included; return mean and deviation of each
-    model's figures.
-    """
+    """Run the recipe once per fold; return mean and deviation of each model's figures."""
     if not folds:
         return None
     dataset = trainer.dataset
@@ -218,21 +216,21 @@ def cross_validate(trainer: Trainer, folds: Sequence[Split]) -> dict[str, Any] |
         trained = trainer.fit(parts, fold=number)
         mix = choose_weights(trained, dataset.labels, parts, trainer.options)
         for voter, probabilities in mix.voters(trained).items():
-            found = metrics.point_metrics(
+            scores = metrics.point_metrics(
                 probabilities[parts.test], dataset.labels[parts.test], classes=dataset.classes
             )
             for figure in FOLD_FIGURES:
-                values.setdefault(voter, {}).setdefault(figure, []).append(found[figure])
+                values.setdefault(voter, {}).setdefault(figure, []).append(scores[figure])
     return {
         "count": len(folds),
         "voters": {
-            voter: {figure: _mean_and_deviation(each) for figure, each in figures.items()}
+            voter: {figure: _mean_and_deviation(scores) for figure, scores in figures.items()}
             for voter, figures in values.items()
         },
     }
 
 
 def _mean_and_deviation(values: Sequence[float | None]) -> dict[str, Any]:
-    assert None not in values, "every class is in every fold"
+    assert None not in values, "every fold has every class"
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
     return {"mean": mean, "deviation": deviation, "values": list(values)}

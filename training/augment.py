@@ -1,4 +1,4 @@
-"""The method's augmentation, on whole batches and any device; for training images only."""
+"""Augment batches of training images on any device, as the method describes."""
 
 from __future__ import annotations
 
@@ -35,10 +35,9 @@ class AugmentPlan:
 def draw_changes(
     count: int, *, size: tuple[int, int], seed: tuple[int, ...], ranges: AugmentRanges = AugmentRanges()
 ) -> AugmentPlan:
-    """Changes for `count` images of `size` = (height, width).
+    """Draw changes for `count` images of `size` = (height, width).
 
-    They depend on `seed` alone, not on batches or devices, so that a resumed training sees what an
-    uninterrupted one does.
+    They depend only on `seed`, not on batches or devices, so a resumed training repeats an uninterrupted one.
     """
     rng = np.random.default_rng(seed)
     angle = np.radians(rng.uniform(-ranges.rotation, ranges.rotation, count))
@@ -56,9 +55,9 @@ def draw_changes(
 
 
 def apply_changes(pixels: Tensor, changes: AugmentPlan, positions: npt.NDArray[np.int64]) -> Tensor:
-    """uint8 [N, 1, H, W] to float32 gray levels 0-255 of the same shape, image i changed by `positions[i]`.
+    """Change image i of uint8 [N, 1, H, W] by `changes` at `positions[i]`: float32 gray levels 0-255.
 
-    What moves in from outside repeats the border.
+    Areas outside the image repeat its border.
     """
     gray = pixels.to(torch.float32)
     matrix = torch.from_numpy(changes.matrix[positions]).to(gray.device)

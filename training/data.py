@@ -1,4 +1,4 @@
-"""Listed images to pixels, as the engine's preprocess graph gives them, and what their files are like."""
+"""Load listed images as the engine preprocesses them, with facts about their files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from engine.pipeline.load_pixels import load_pixels
 from training.listing import ImageListing, Labels, check_counts
 
 Pixels = npt.NDArray[np.uint8]
-Progress = Callable[[int], None]  # gets the number of images, batches or epochs just done
+Progress = Callable[[int], None]  # called with the number of images, batches or epochs just done
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """The facts about a file apart from its picture; they should not reveal the class."""
+    """The properties of a file besides its picture, which should not reveal the class."""
 
     width: int
     height: int
@@ -43,8 +43,8 @@ class Dataset:
     facts: list[FileFacts]  # [N]
     hashes: list[str]  # [N], sha256 of the files
     patients: list[str | None] | None  # [N]
-    given: list[str | None] | None  # [N], names of sets
-    failures: list[tuple[Path, str, str]]  # what did not decode: status and a one-line reason
+    set_names: list[str | None] | None  # [N], names of sets
+    failures: list[tuple[Path, str, str]]  # files that did not decode: path, status, one-line reason
 
     def __post_init__(self) -> None:
         assert len(self.paths) == len(self.labels) == len(self.pixels) == len(self.facts) == len(self.hashes)
@@ -57,8 +57,8 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """Hash everything that decides a training: files in order, labels, patients, sets."""
-        content = (self.classes, self.labels.tolist(), self.hashes, self.patients, self.given)
+        """Hash everything that determines a training: files in order, labels, patients, sets."""
+        content = (self.classes, self.labels.tolist(), self.hashes, self.patients, self.set_names)
         return hashlib.sha256(repr(content).encode("utf-8", "backslashreplace")).hexdigest()
 
     def take(self, positions: Labels) -> Dataset:
@@ -66,7 +66,7 @@ class Dataset:
         chosen = {
             field.name: [getattr(self, field.name)[position] for position in positions]
             for field in fields(self)
-            if field.name in ("paths", "facts", "hashes", "patients", "given")
+            if field.name in ("paths", "facts", "hashes", "patients", "set_names")
             and getattr(self, field.name) is not None
         }
         return replace(self, labels=self.labels[positions], pixels=self.pixels[positions], **chosen)
@@ -75,24 +75,26 @@ class Dataset:
 def load_dataset(
     listing: ImageListing, *, size: tuple[int, int], decode: Decode = "exact", progress: Progress
 ) -> Dataset:
-    """Decode everything at `size` = (height, width). Raises UsageError when a class has too few left."""
+    """Decode all images at `size` = (height, width). Raises UsageError if a class has too few."""
     loaded = load_pixels(listing.paths, size=size, decode=decode, progress=progress)
     labels = listing.labels[loaded.index]
     check_counts(labels, listing.classes, "readable images")
     paths = [listing.paths[position] for position in loaded.index]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # nothing is decompressed
-        read = [_read_facts(path, header) for path, header in zip(paths, loaded.headers, strict=True)]
+        facts_and_hashes = [
+            _read_facts(path, header) for path, header in zip(paths, loaded.headers, strict=True)
+        ]
     return Dataset(
         classes=listing.classes,
         paths=paths,
         labels=labels,
         pixels=loaded.pixels,
-        facts=[facts for facts, _ in read],
-        hashes=[sha256 for _, sha256 in read],
+        facts=[facts for facts, _ in facts_and_hashes],
+        hashes=[sha256 for _, sha256 in facts_and_hashes],
         patients=_take_positions(listing.patients, loaded.index),
-        given=_take_positions(listing.given, loaded.index),
-        failures=[(listing.paths[position], *why) for position, *why in loaded.failures],
+        set_names=_take_positions(listing.set_names, loaded.index),
+        failures=[(listing.paths[position], *reason) for position, *reason in loaded.failures],
     )
 
 
@@ -111,7 +113,7 @@ def _read_facts(path: Path, header: Header) -> tuple[FileFacts, str]:
 
 
 def _pillow_mode(path: Path) -> str:
-    """Pillow's name for the samples; it reads the header only."""
+    """Return Pillow's mode of the image, from the header."""
     try:
         with Image.open(path) as image:
             return image.mode

@@ -1,4 +1,4 @@
-"""Trained members to a bundle on disk: written beside its place, checked, then renamed into it."""
+"""Write trained members as a bundle: to a temporary folder, checked, then renamed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Floats = npt.NDArray[np.float32]
 
 OPSET = 20
 CANARY_COUNT = 32
-CANARY_SEED = 871_236_455  # of its own, so that no synthetic training set holds the same images
+CANARY_SEED = 871_236_455  # differs from the seeds of synthetic training sets
 CANARY_SIDES = (256, 640)  # pixels; height and width of the radiographs they are made from
 PROBABILITY_LIMIT = 1e-4  # largest difference between the exported graph and the torch module
 
@@ -60,19 +60,19 @@ class ExportedMember:
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise UsageError unless a bundle may be put at `target`. Only a bundle is ever overwritten."""
+    """Raise UsageError unless a bundle may be written to `target`. Only bundles are overwritten."""
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise UsageError(f"{target} exists; choose another place or give --overwrite")
+        raise UsageError(f"{target} exists; choose another folder or set --overwrite")
     if not (target / bundles.DESCRIPTION_FILE).is_file():
         raise UsageError(
-            f"{target} is not a bundle (no {bundles.DESCRIPTION_FILE}): --overwrite does not touch it"
+            f"{target} is not a bundle (no {bundles.DESCRIPTION_FILE}): --overwrite only replaces bundles"
         )
 
 
 def canary_pixels(*, size: tuple[int, int], decode: Decode = "exact") -> Pixels:
-    """Synthetic radiographs through the engine's preprocess graph: uint8 [32, 1, H, W]. Never a patient's."""
+    """Return synthetic radiographs, preprocessed by the engine: uint8 [32, 1, H, W]."""
     from engine.pipeline.load_pixels import load_pixels
     from training.synthetic import write_archive
 
@@ -105,11 +105,11 @@ def write_bundle(
     documents: Mapping[str, str] = MappingProxyType({}),
     overwrite: bool = False,
 ) -> None:
-    """Write a bundle at `target`, whole or not at all.
+    """Write a bundle to `target` atomically.
 
-    `canaries` and `check` are uint8 [N, 1, H, W], decoded as `decode` says; every exported graph is compared
-    with its network on both. `documents` are texts by file name, for people. Raises UsageError for a target
-    that exists, ParityError for a graph that differs.
+    `canaries` and `check` are uint8 [N, 1, H, W], decoded with `decode`; each exported graph is compared
+    with its network on both. `documents` are texts for people, by file name. Raises UsageError if the target
+    exists, ParityError if a graph differs.
     """
     check_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def write_bundle(
 
 
 def export_onnx(network: Network, file: Path, *, size: tuple[int, int]) -> None:
-    """`network` as a float32 graph `pixels` uint8 [N, 1, H, W] -> `logits` [N, C] with a dynamic N."""
+    """Export `network` as a float32 graph, `pixels` uint8 [N, 1, H, W] -> `logits` [N, C] with dynamic N."""
     example = torch.zeros(2, 1, *size, dtype=torch.uint8)
     with _silence_exporter():
         program = torch.onnx.export(
@@ -162,7 +162,7 @@ def export_onnx(network: Network, file: Path, *, size: tuple[int, int]) -> None:
 
 
 def _write_members(folder: Path, members: Sequence[ExportedMember], canaries: Pixels) -> Floats:
-    """Graphs and weights. Returns the canaries' logits [M, N, C] as torch gives them."""
+    """Write graphs and weights; return PyTorch's logits [M, N, C] of the canaries."""
     size = (canaries.shape[2], canaries.shape[3])
     for member in members:
         export_onnx(member.network, folder / f"{member.name}.onnx", size=size)
@@ -215,8 +215,8 @@ def _check_parity(
     for member, entry, logits in zip(members, bundle.members, canary_logits, strict=True):
         expected = softmax(np.concatenate([logits, infer(member.network, torch.from_numpy(check)).numpy()]))
         with OnnxRunner(entry, bundle) as runner:
-            found = softmax(runner.infer(pixels))
-        difference = float(np.abs(found - expected).max())
+            probabilities = softmax(runner.infer(pixels))
+        difference = float(np.abs(probabilities - expected).max())
         if not difference <= PROBABILITY_LIMIT:  # also when it is not a number
             raise ParityError(
                 f"{member.name}: the exported graph differs from the network by {difference:.2g} in "
@@ -225,7 +225,7 @@ def _check_parity(
 
 
 def _fsync_folder(folder: Path) -> None:
-    """Everything in `folder` to the disk, files before the folders that name them."""
+    """Flush `folder` to the disk, files before the folders that list them."""
     for path in [*sorted(folder.rglob("*"), reverse=True), folder]:
         _fsync(path)
 
@@ -239,7 +239,7 @@ def _fsync(path: Path) -> None:
 
 
 def _move_into_place(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`; a bundle that is there goes once the new one is in its place."""
+    """Rename `folder` to `target` and delete the previous bundle."""
     old = target.with_name(f".{target.name}.training-old")
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -34,14 +34,14 @@ _LONGEST_NAME = 64  # of a class: what a bundle holds
 
 @dataclass(frozen=True)
 class ImageListing:
-    """Image files and what they show, in sorted or table order."""
+    """Image files with their labels, in sorted or table order."""
 
     classes: tuple[str, ...]
     paths: list[Path]
     labels: Labels  # [N], positions in `classes`
     patients: list[str | None] | None = None  # [N], None without such a column
-    given: list[str | None] | None = None  # [N], names of SETS; None without such folders or column
-    notes: list[str] = field(default_factory=list)  # what was passed over or read in a special way
+    set_names: list[str | None] | None = None  # [N], names of SETS; None without such folders or column
+    notes: list[str] = field(default_factory=list)  # files that were skipped and names that were translated
 
     def __post_init__(self) -> None:
         assert len(self.paths) == len(self.labels)
@@ -59,21 +59,21 @@ def list_images(
 ) -> ImageListing:
     """List a folder of class folders, or a CSV or Parquet table with path and label. Raises UsageError."""
     if classes is not None and len({label_key(name) for name in classes}) < max(2, len(classes)):
-        raise UsageError(f"--classes {' '.join(classes)}: two or more distinct names")
+        raise UsageError(f"--classes {' '.join(classes)}: at least two distinct names are needed")
     if data.is_dir():
         return _from_folder(data, classes)
     if not data.exists():
-        raise UsageError(f"{data}: no such file or folder; give a folder of class folders, or a CSV")
+        raise UsageError(f"{data}: no such file or folder; allowed: a folder of class folders, or a CSV")
     return _from_table(open_manifest(data, path_column=path_column, root=root), classes, label_column)
 
 
 def count_per_class(labels: Labels, classes: Sequence[str]) -> dict[str, int]:
-    """Images per class, in the order of `classes`."""
+    """Count the images per class, in the order of `classes`."""
     return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
 
 
 def check_counts(labels: Labels, classes: Sequence[str], what: str) -> None:
-    """Raise UsageError for a class with too few to split."""
+    """Raise UsageError if a class has too few images to split."""
     for name, count in count_per_class(labels, classes).items():
         if count < MIN_PER_CLASS:
             raise UsageError(f"class {name!r} has {count} {what}; at least {MIN_PER_CLASS} are needed")
@@ -82,53 +82,53 @@ def check_counts(labels: Labels, classes: Sequence[str], what: str) -> None:
 def _check_names(classes: Sequence[str]) -> None:
     for name in classes:
         if not (0 < len(name) <= _LONGEST_NAME and name.isprintable()):
-            raise UsageError(f"class name {name[:80]!r}: 1 to {_LONGEST_NAME} printable characters")
+            raise UsageError(f"class name {name[:80]!r}: allowed: 1 to {_LONGEST_NAME} printable characters")
 
 
-def _spelled_classes(found: Iterable[str]) -> ClassNames:
-    """Names that mean nothing to us, sorted; those that differ in case only are one."""
-    folded = {label_key(name): name.strip() for name in sorted(found, reverse=True)}
+def _spelled_classes(texts: Iterable[str]) -> ClassNames:
+    """Return unknown names as classes, sorted; names that differ only in case are one class."""
+    folded = {label_key(name): name.strip() for name in sorted(texts, reverse=True)}
     return ClassNames(sorted(folded.values()), digits=False)
 
 
-def _clinical_classes(found: Iterable[str]) -> ClassNames | None:
+def _clinical_classes(texts: Iterable[str]) -> ClassNames | None:
     """Return the method's classes among the names, when there are two or more of them."""
-    keys = {label_key(name) for name in found}
-    digits = {one for one in keys if one.isdigit()} == DIGITS
-    present = {CANONICAL[one] for one in keys if one in CANONICAL and (digits or one not in DIGITS)}
+    keys = {label_key(name) for name in texts}
+    digits = {key for key in keys if key.isdigit()} == DIGITS
+    present = {CANONICAL[key] for key in keys if key in CANONICAL and (digits or key not in DIGITS)}
     if len(present) < 2:
         return None
     return ClassNames([name for name in VOCABULARY if name in present], digits=digits)
 
 
 def _notes(names: ClassNames) -> list[str]:
-    read = names.aliases_used()
-    return [f"read {', '.join(read)}; --classes keeps names as they are"] if read else []
+    aliases = names.aliases_used()
+    return [f"read {', '.join(aliases)}; to keep the names as they are, set --classes"] if aliases else []
 
 
 @dataclass(frozen=True)
 class _File:
     path: Path
     folders: tuple[str, ...]  # below the root, without the folders of a split
-    given: str | None
+    set_names: str | None
 
 
 def _from_folder(root: Path, classes: Sequence[str] | None) -> ImageListing:
     files = list(_walk(root))
-    every = {name for file in files for name in file.folders}
-    names = ClassNames.of(classes) if classes else _clinical_classes(every)
-    found = _group_by_class_folder(files, names) if names else _group_by_first_folder(files)
+    folder_names = {name for file in files for name in file.folders}
+    names = ClassNames.of(classes) if classes else _clinical_classes(folder_names)
+    members = _group_by_class_folder(files, names) if names else _group_by_first_folder(files)
     if names is None:
-        names = _spelled_classes({file.folders[place] for file, place in found})
-    labels = [names.find(file.folders[place]) for file, place in found]
-    _check_found(root, names.classes, labels, every, asked=classes is not None)
-    notes = _notes(names) + _note_outside(root, files, found, named=classes is not None)
-    given = [file.given for file, _ in found]
+        names = _spelled_classes({file.folders[depth] for file, depth in members})
+    labels = [names.find(file.folders[depth]) for file, depth in members]
+    _check_classes(root, names.classes, labels, folder_names, must_have_all=classes is not None)
+    notes = _notes(names) + _note_unused_files(root, files, members, allow_beside=classes is not None)
+    set_names = [file.set_names for file, _ in members]
     return ImageListing(
         names.classes,
-        [file.path for file, _ in found],
+        [file.path for file, _ in members],
         np.array(labels, np.int64),
-        given=given if any(given) else None,
+        set_names=set_names if any(set_names) else None,
         notes=notes,
     )
 
@@ -147,65 +147,72 @@ def _walk(root: Path) -> Iterator[_File]:
 
 def _group_by_class_folder(files: Sequence[_File], names: ClassNames) -> list[tuple[_File, int]]:
     """Group the files by the deepest folder that has a class's name."""
-    found = []
+    members = []
     for file in files:
-        places = [place for place, name in enumerate(file.folders) if names.find(name) is not None]
-        if places:
-            found.append((file, places[-1]))
-    return found
+        depths = [depth for depth, name in enumerate(file.folders) if names.find(name) is not None]
+        if depths:
+            members.append((file, depths[-1]))
+    return members
 
 
 def _group_by_first_folder(files: Sequence[_File]) -> list[tuple[_File, int]]:
-    """Names that mean nothing to us: the classes are the first folders that are not alone on their level."""
+    """Group by unknown names: the classes are the folders of the first level with several folders."""
     inside = [file for file in files if file.folders]
-    place = 0
-    while inside and len({file.folders[: place + 1] for file in inside}) == 1:
-        if any(len(file.folders) <= place + 1 for file in inside):
+    depth = 0
+    while inside and len({file.folders[: depth + 1] for file in inside}) == 1:
+        if any(len(file.folders) <= depth + 1 for file in inside):
             break
-        place += 1
-    return [(file, place) for file in inside if len(file.folders) > place]
+        depth += 1
+    return [(file, depth) for file in inside if len(file.folders) > depth]
 
 
-def _check_found(
-    root: Path, classes: Sequence[str], labels: Sequence[int | None], every: set[str], *, asked: bool
+def _check_classes(
+    root: Path,
+    classes: Sequence[str],
+    labels: Sequence[int | None],
+    folder_names: set[str],
+    *,
+    must_have_all: bool,
 ) -> None:
-    if asked:
+    if must_have_all:
         for position, name in enumerate(classes):
             if position not in labels:
-                folders = ", ".join(sorted(every)[:10]) or "none"
-                raise UsageError(f"{root}: no class folder {name!r}; folders there: {folders}")
+                folders = ", ".join(sorted(folder_names)[:10]) or "none"
+                raise UsageError(f"{root}: no class folder {name!r}; its folders are: {folders}")
     if len(set(labels)) < 2:
         listed = ", ".join(classes) or "none"
-        raise UsageError(f"{root}: two or more class folders with images are needed, found: {listed}")
+        raise UsageError(f"{root}: at least two class folders with images are needed; there are: {listed}")
 
 
-def _note_outside(
-    root: Path, files: Sequence[_File], found: Sequence[tuple[_File, int]], *, named: bool
+def _note_unused_files(
+    root: Path, files: Sequence[_File], members: Sequence[tuple[_File, int]], *, allow_beside: bool
 ) -> list[str]:
-    """Return a note on files that are in no class. Raises UsageError if their folder is beside a class's."""
-    used = {file.path for file, _ in found}
+    """Return a note on files without a class. Raises UsageError if their folder is beside class folders."""
+    used = {file.path for file, _ in members}
     rest = [file for file in files if file.path not in used]
     if not rest:
         return []
-    above = {file.folders[:place] for file, place in found}
+    above = {file.folders[:depth] for file, depth in members}
     beside = sorted(
         folder for file in rest for depth, folder in enumerate(file.folders) if file.folders[:depth] in above
     )
-    if beside and not named:
+    if beside and not allow_beside:
         raise UsageError(
-            f"{root}: folder {beside[0]!r} stands beside class folders, but it is no class that I know; "
+            f"{root}: folder {beside[0]!r} is beside class folders, but its name is not a known class; "
             "name all classes with --classes"
         )
     folders = Counter("/".join(file.folders) or "." for file in rest)
     shown = ", ".join(f"{name} ({count})" for name, count in sorted(folders.items())[:5])
-    return [f"passed over {len(rest)} files outside the class folders, in: {shown}"]
+    return [f"skipped {len(rest)} files outside the class folders, in: {shown}"]
 
 
 def _from_table(manifest: Manifest, classes: Sequence[str] | None, label_column: str) -> ImageListing:
     source = manifest.source
     if label_column not in manifest.columns.names:
         others = ", ".join(map(repr, manifest.columns.names[:10])) or "only paths"
-        raise UsageError(f"{source}: no column {label_column!r}; it has {others}; see --label-column")
+        raise UsageError(
+            f"{source}: no column {label_column!r}; it has {others}; name one with --label-column"
+        )
     paths: list[Path] = []
     columns: dict[str, list[str]] = {label_column: [], "patient": [], "split": []}
     for part in manifest.parts(65_536):
@@ -219,13 +226,13 @@ def _from_table(manifest: Manifest, classes: Sequence[str] | None, label_column:
     )
     labels = [_parse_label(source, row, text, names) for row, text in enumerate(texts)]
     if len(names.classes) < 2:
-        raise UsageError(f"{source}: two or more labels are needed, found: {', '.join(names.classes)}")
+        raise UsageError(f"{source}: at least two labels are needed; there are: {', '.join(names.classes)}")
     return ImageListing(
         names.classes,
         paths,
         np.array(labels, np.int64),
         patients=[text or None for text in columns["patient"]] or None,
-        given=[_parse_given(source, row, text) for row, text in enumerate(columns["split"])] or None,
+        set_names=[_parse_set_name(source, row, text) for row, text in enumerate(columns["split"])] or None,
         notes=_notes(names),
     )
 
@@ -241,7 +248,7 @@ def _parse_label(source: Path, row: int, text: str, names: ClassNames) -> int:
     return position
 
 
-def _parse_given(source: Path, row: int, text: str) -> str:
+def _parse_set_name(source: Path, row: int, text: str) -> str:
     try:
         return _SET_NAMES[text.casefold()]
     except KeyError:

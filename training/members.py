@@ -26,7 +26,7 @@ from training.split import Split
 CALIBRATION_IMAGES = 64  # enough for the running statistics of a random base
 
 OnNote = Callable[[str], None]
-# `with step("features of resnet50", 450) as progress:` shows one; progress(16) tells that 16 more are done
+# `with step("features of resnet50", 450) as progress:` shows a step; progress(16) adds 16 to it
 StartStep = Callable[[str, int], AbstractContextManager[Progress]]
 
 
@@ -61,7 +61,7 @@ class TrainedMember:
 
 
 def plan_members(options: TrainingOptions) -> list[MemberPlan]:
-    """Members of one architecture get numbered names, all of them seeds of their own."""
+    """Plan the members; those of one architecture get numbered names, each its own seed."""
     seen: Counter[str] = Counter()
     plans = []
     for index, architecture in enumerate(options.members):
@@ -72,7 +72,7 @@ def plan_members(options: TrainingOptions) -> list[MemberPlan]:
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, or the CPU. Raises UsageError."""
+    """Return the device; "auto" is the first GPU, else the CPU. Raises UsageError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -103,28 +103,28 @@ class Trainer:
 class _MemberTraining:
     def __init__(self, trainer: Trainer, plan: MemberPlan, parts: Split, fold: int | None) -> None:
         self.trainer, self.plan, self.parts = trainer, plan, parts
-        self.shown = plan.name if fold is None else f"fold {fold}: {plan.name}"
+        self.title = plan.name if fold is None else f"fold {fold}: {plan.name}"
         self.work = trainer.work / ("main" if fold is None else f"fold-{fold}")
 
     def fit(self) -> TrainedMember:
         """Fit the head on the frozen base first, then every layer at a lower rate.
 
-        A random base has nothing to keep, so it is trained at once unless --freeze asks for a demonstration.
+        Every layer of a random base is trained at once, except with --freeze, which makes a demonstration.
         """
         options, dataset, device = self.trainer.options, self.trainer.dataset, self.trainer.device
         network = self.plan.build(options, len(dataset.classes)).to(device)
         if self.plan.weights == "none":
             random = np.random.default_rng(self.plan.seed)
-            some = random.permutation(self.parts.train)[:CALIBRATION_IMAGES]
-            features.calibrate_batch_norm(network, dataset.pixels[some], device=device)
+            sample = random.permutation(self.parts.train)[:CALIBRATION_IMAGES]
+            features.calibrate_batch_norm(network, dataset.pixels[sample], device=device)
         phases: dict[str, FitResult] = {}
         inputs = torch.from_numpy(dataset.pixels)
         module: torch.nn.Module = network
         if options.freeze or self.plan.weights != "none":
-            found = self._features(network)
-            phases["head"] = self._fit_head(network, found)
+            raw_features = self._features(network)
+            phases["head"] = self._fit_head(network, raw_features)
             if options.freeze:
-                inputs, module = torch.from_numpy(found[0]), network.head
+                inputs, module = torch.from_numpy(raw_features[0]), network.head
         if not options.freeze:
             phases["whole"] = self._fit_whole(network)
         logits = features.infer(module, inputs, device=device).numpy()
@@ -133,7 +133,7 @@ class _MemberTraining:
     def _features(self, network: Network) -> Floats:
         trainer, copies = self.trainer, self.trainer.options.copies
         total = len(trainer.dataset) + copies * len(self.parts.train)
-        with trainer.step(f"{self.shown}: features", total) as progress:
+        with trainer.step(f"{self.title}: features", total) as progress:
             return features.cached_features(
                 network,
                 trainer.dataset.pixels,
@@ -145,13 +145,13 @@ class _MemberTraining:
                 progress=progress,
             )
 
-    def _fit_head(self, network: Network, found: Floats) -> FitResult:
+    def _fit_head(self, network: Network, raw_features: Floats) -> FitResult:
         trainer = self.trainer
         fitting = trainer.options.head(self.plan.seed)
-        with trainer.step(f"{self.shown}: head, epochs", fitting.epochs) as progress:
+        with trainer.step(f"{self.title}: head, epochs", fitting.epochs) as progress:
             return fit_head(
                 network,
-                found,
+                raw_features,
                 trainer.dataset.labels,
                 self.parts,
                 fitting,
@@ -163,12 +163,12 @@ class _MemberTraining:
     def _fit_whole(self, network: Network) -> FitResult:
         trainer = self.trainer
         fitting = trainer.options.whole(self.plan.weights, self.plan.seed)
-        with trainer.step(f"{self.shown}: whole network, epochs", fitting.epochs) as progress:
+        with trainer.step(f"{self.title}: whole network, epochs", fitting.epochs) as progress:
 
-            def tell(epoch: Epoch) -> None:
+            def report(epoch: Epoch) -> None:
                 progress(1)
                 trainer.note(
-                    f"{self.shown}: epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, validation loss "
+                    f"{self.title}: epoch {epoch.epoch}: loss {epoch.train_loss:.3f}, validation loss "
                     f"{epoch.validation_loss:.3f}, macro-F1 {epoch.validation_macro_f1:.3f}"
                 )
 
@@ -181,5 +181,5 @@ class _MemberTraining:
                 classes=len(trainer.dataset.classes),
                 checkpoint=self.work / f"{self.plan.name}-whole.pt",
                 device=trainer.device,
-                progress=tell,
+                progress=report,
             )

@@ -1,4 +1,4 @@
-"""Members to be trained: built with a seed, a head, and weights from elsewhere."""
+"""Build the members to train, with seeded heads and initial weights."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def build_network(
 ) -> Network:
     """Build a network with a new head, both seeded.
 
-    `weights` of the base: "imagenet" (downloaded once), "none" (random) or a file, safetensors or a torch
-    state dict. Raises UsageError.
+    `weights` of the base are "imagenet" (downloaded once), "none" (random) or a file, safetensors or a torch
+    state dict. Raises UsageError if they can't be used.
     """
     torch.manual_seed(seed)
     model = build_architecture(architecture)
@@ -61,12 +61,12 @@ def _count_features(model: nn.Module, size: tuple[int, int], architecture: str) 
 
 
 def _initialise_weights(model: nn.Module) -> None:
-    """Random weights whose features tell images apart and survive half precision.
+    """Set random weights whose features differ between images and survive half precision.
 
     Batch-normalised random networks amplify small differences layer by layer (Yang et al. 2019, "A mean field
-    theory of batch normalization"). Two usual remedies: ResNet's residual branches start small (not at zero:
-    every layer has to count when forms of the model are compared), and where there are none a bias keeps most
-    of each ReLU's inputs in its linear part. The first filters sum to zero: they see texture, not brightness.
+    theory of batch normalization"). So ResNet's residual branches start small, but not at zero, since every
+    layer has to matter when forms of the model are compared; in other networks a bias keeps most inputs of
+    each ReLU in its linear part. The first filters sum to zero, so they respond to texture, not brightness.
     """
     for module in model.modules():
         if isinstance(module, Bottleneck):
@@ -83,15 +83,15 @@ def _initialise_weights(model: nn.Module) -> None:
 
 
 def _imagenet_weights(architecture: str) -> dict[str, Tensor]:
-    known = torchvision.models.get_model_weights(architecture)
-    entry = known[PREFERRED_WEIGHTS] if PREFERRED_WEIGHTS in known.__members__ else next(iter(known))
+    choices = torchvision.models.get_model_weights(architecture)
+    entry = choices[PREFERRED_WEIGHTS] if PREFERRED_WEIGHTS in choices.__members__ else next(iter(choices))
     try:
         return dict(entry.get_state_dict(progress=False, check_hash=True, weights_only=True))
     except (OSError, RuntimeError) as error:  # no network, no space; a hash that differs
         reason = " ".join(str(error).split())[:120]
         raise UsageError(
             f"ImageNet weights of {architecture} can't be downloaded ({reason}); "
-            "give them with --weights FILE, or train on a random base with --weights none"
+            "set --weights FILE, or train from random weights with --weights none"
         ) from None
 
 
@@ -104,29 +104,33 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         states = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise UsageError(f"--weights {file}: not safetensors nor a torch state dict ({reason})") from None
+        raise UsageError(
+            f"--weights {file}: it is neither safetensors nor a torch state dict ({reason})"
+        ) from None
     if not isinstance(states, dict) or not all(isinstance(value, Tensor) for value in states.values()):
-        raise UsageError(f"--weights {file}: a {type(states).__name__}, not a state dict of tensors")
+        raise UsageError(
+            f"--weights {file}: it holds a {type(states).__name__}; allowed: a state dict of tensors"
+        )
     return states
 
 
 def _load_base(model: nn.Module, states: dict[str, Tensor], what: str, classifier: str) -> None:
     """Load all but the classifiers, strictly: torchvision's weights, or those of a bundle's member.
 
-    Raises UsageError for weights of another network.
+    Raises UsageError if the weights are of another network.
     """
     own = model.state_dict().keys()
     if any(name.startswith("base.") for name in states):
         states = {
             name.removeprefix("base."): value for name, value in states.items() if name.startswith("base.")
         }
-    known = {
+    base_states = {
         name: value
         for name, value in states.items()
         if name in own or not name.startswith((classifier, *_AUXILIARY))
     }
     try:
-        model.load_state_dict(known)
+        model.load_state_dict(base_states)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(f"{what} do not fit: {reason}") from None
+        raise UsageError(f"{what} do not fit the network: {reason}") from None

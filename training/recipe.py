@@ -1,4 +1,4 @@
-"""The recipe, from labelled images to a bundle: look at the data, fit the members, weigh, judge, export."""
+"""Train a bundle from labelled images: check the data, fit the members, assess, export."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class TrainingResult:
 
 
 def train(options: TrainingOptions, *, step: StartStep, note: OnNote) -> TrainingResult:
-    """Train all members, choose their weights, write the bundle. `note` takes lines for the user.
+    """Train all members, choose their weights, write the bundle. `note` gets lines for the user.
 
-    Raises UsageError for what the user got wrong, EngineError for a loss that is not a number, ParityError
-    when an exported graph differs.
+    Raises UsageError for wrong options or data, EngineError if a loss is not finite, ParityError if an
+    exported graph differs.
     """
     device = choose_device(options.device)
     if options.output.resolve().is_relative_to(options.data.resolve()):
         raise UsageError(
-            f"-o {options.output} is inside DATA, and would be taken for images; choose another place"
+            f"-o {options.output} is inside DATA, where it would be read as images; choose another folder"
         )
     if not options.check_data:
         export.check_target(options.output, overwrite=options.overwrite)
@@ -64,7 +64,7 @@ def train(options: TrainingOptions, *, step: StartStep, note: OnNote) -> Trainin
 def prepare_data(
     options: TrainingOptions, state: TrainingState, step: StartStep, note: OnNote
 ) -> PreparedData:
-    """List, decode, look for copies and leaks, split; every file that can't be used is counted and listed."""
+    """List, decode, audit and split the images; list the files that can't be used."""
     listing = list_images(
         options.data,
         classes=options.classes,
@@ -82,53 +82,56 @@ def prepare_data(
     state.write_table("left_out.csv", ("path", "status", "error"), dataset.failures)
     if dataset.failures:
         note(
-            f"{len(dataset.failures)} of {len(listing.paths)} files left out: {state.folder / 'left_out.csv'}"
+            f"{len(dataset.failures)} of {len(listing.paths)} files are left out, see "
+            f"{state.folder / 'left_out.csv'}"
         )
-    with step("look for copies", len(dataset)) as progress:
-        families = audit.group_images(dataset, progress)
+    with step("find copies", len(dataset)) as progress:
+        image_groups = audit.group_images(dataset, progress)
     state.write_table(
-        "copies.csv", ("path", "label", "identical", "copies"), _copies_table(dataset, families)
+        "copies.csv", ("path", "label", "identical", "copies"), _copies_table(dataset, image_groups)
     )
-    audit.check_given_split(dataset.given, families, allow_leak=options.allow_leak)
+    audit.check_data_split(dataset.set_names, image_groups, allow_leak=options.allow_leak)
     images = len(dataset)
     if options.duplicates == "drop":
-        stay = audit.drop_copies(dataset, families)
-        dataset, families = dataset.take(stay), families.take(stay)
-    groups = np.arange(len(dataset)) if options.duplicates == "ignore" else families.together
-    cut = {"classes": dataset.classes, "seed": options.seed}
-    parts = split.split_dataset(dataset.labels, groups, given=dataset.given, **cut)
-    folds = list(split.make_folds(dataset.labels, groups, options.folds, **cut)) if options.folds else []
+        kept = audit.drop_copies(dataset, image_groups)
+        dataset, image_groups = dataset.take(kept), image_groups.take(kept)
+    groups = np.arange(len(dataset)) if options.duplicates == "ignore" else image_groups.together
+    shared = {"classes": dataset.classes, "seed": options.seed}
+    parts = split.split_dataset(dataset.labels, groups, set_names=dataset.set_names, **shared)
+    folds = list(split.make_folds(dataset.labels, groups, options.folds, **shared)) if options.folds else []
     sets = parts.names()
-    state.write_table("split.csv", ("path", "label", "split", "group"), _split_table(dataset, families, sets))
-    findings = audit.audit_findings(dataset, families, sets, seed=options.seed)
+    state.write_table(
+        "split.csv", ("path", "label", "split", "group"), _split_table(dataset, image_groups, sets)
+    )
+    findings = audit.audit_findings(dataset, image_groups, sets, seed=options.seed)
     findings |= {"duplicates": options.duplicates, "dropped": images - len(dataset)}
     for line in audit.describe_findings(findings):
         note(line)
-    return PreparedData(dataset, families, parts, folds, findings)
+    return PreparedData(dataset, image_groups, parts, folds, findings)
 
 
 def _split_table(
-    dataset: Dataset, families: audit.ImageGroups, sets: Sequence[str]
+    dataset: Dataset, image_groups: audit.ImageGroups, sets: Sequence[str]
 ) -> Iterator[tuple[object, ...]]:
     for path, label, name, group in zip(
-        dataset.paths, dataset.labels, sets, families.together.tolist(), strict=True
+        dataset.paths, dataset.labels, sets, image_groups.together.tolist(), strict=True
     ):
         yield path, dataset.classes[label], name, group
 
 
-def _copies_table(dataset: Dataset, families: audit.ImageGroups) -> list[tuple[object, ...]]:
-    """Return every image that has a copy: path, label, group of identical files, group of near copies."""
-    _, inverse, sizes = np.unique(families.near, return_inverse=True, return_counts=True)
+def _copies_table(dataset: Dataset, image_groups: audit.ImageGroups) -> list[tuple[object, ...]]:
+    """Return the images with copies: path, label, group of identical files, group of near copies."""
+    _, inverse, sizes = np.unique(image_groups.near, return_inverse=True, return_counts=True)
     positions = np.flatnonzero(sizes[inverse] > 1)
-    order = positions[np.argsort(families.near[positions], kind="stable")]
+    order = positions[np.argsort(image_groups.near[positions], kind="stable")]
     return [
         (
-            dataset.paths[one],
-            dataset.classes[dataset.labels[one]],
-            int(families.exact[one]),
-            int(families.near[one]),
+            dataset.paths[position],
+            dataset.classes[dataset.labels[position]],
+            int(image_groups.exact[position]),
+            int(image_groups.near[position]),
         )
-        for one in order
+        for position in order
     ]
 
 
@@ -140,7 +143,7 @@ def write_trained_bundle(
     evaluation: dict[str, Any],
     step: StartStep,
 ) -> None:
-    """Export, check and put the bundle in its place."""
+    """Export the members, check them and write the bundle."""
     dataset = prepared.dataset
     with step("export and check members", len(trained)) as progress:
         export.write_bundle(
@@ -170,7 +173,7 @@ def write_trained_bundle(
 
 
 def _take_evenly(positions: Labels, count: int) -> Labels:
-    """Take at most `count` of `positions`, evenly: files are in the order of their classes."""
+    """Take at most `count` of `positions`, evenly, because they are sorted by class."""
     return positions[np.unique(np.linspace(0, len(positions) - 1, count).round().astype(np.int64))]
 
 

@@ -32,7 +32,7 @@ SEARCHED = {"macro_f1": 2, "nll": 0}  # colour
 
 
 def render(evaluation: dict[str, Any]) -> str:
-    """Render the page; the same input gives the same text. Names in it may hold anything."""
+    """Render the page; the same input gives the same text. Names may contain any character."""
     facts = printable(evaluation)
     template = make_environment(Path(__file__).parent, attribute=attribute_text).get_template(TEMPLATE)
     return template.render(
@@ -48,24 +48,21 @@ def render(evaluation: dict[str, Any]) -> str:
     )
 
 
-# What the page says in words
-
-
 def verdict_text(facts: dict[str, Any]) -> list[str]:
-    """Two or three sentences: how it fared, whether averaging helped, what spoils the figures."""
+    """Summarise in two or three sentences: accuracy, gain of averaging, doubts about the figures."""
     test = facts["voters"]["ensemble"]["test"]
     accuracy, f1 = test["accuracy"], test["macro_f1"]
     first = (
-        f"On {format_count(test['images'])} test images the ensemble is right for "
+        f"On {format_count(test['images'])} test images the ensemble is correct for "
         f"{format_percent(accuracy['value'])}"
     )
     if accuracy["low"] is not None:
         first += f" (95 % interval {format_percent(accuracy['low'])} to {format_percent(accuracy['high'])})"
     first += f"; its macro-F1 is {format_number(f1['value'])}{_interval_text(f1)}."
     warnings = list_caveats(facts)
-    last = "The checks of the data found nothing that would flatter these figures."
+    last = "The checks of the data interval no reason to doubt these figures."
     if warnings:
-        last = f"To keep in mind: {'; '.join(warnings)}."
+        last = f"Caveats: {'; '.join(warnings)}."
     return [first, _difference_text(facts["difference"]), last]
 
 
@@ -79,42 +76,43 @@ def _difference_text(difference: dict[str, Any]) -> str:
         return f"{start}; there are too few images for an interval."
     start += f" ({format_interval(gain, signed=True)})"
     if gain["low"] > 0:
-        return f"{start}: the interval excludes zero, averaging helped."
+        return f"{start}: the interval excludes zero, averaging was better."
     if gain["high"] < 0:
-        return f"{start}: the interval excludes zero, averaging did harm."
-    return f"{start}: the interval includes zero, so this test set does not show whether averaging helps."
+        return f"{start}: the interval excludes zero, averaging was worse."
+    return f"{start}: the interval includes zero, so this test set does not show whether averaging is better."
 
 
 def list_caveats(facts: dict[str, Any]) -> list[str]:
-    """List the reasons to doubt the figures, the worst first."""
+    """List the reasons to doubt the figures, most serious first."""
     data, test = facts["data"], facts["images"]["test"]
-    found = []
+    caveats = []
     if facts["demo"]:
-        found.append("the bases are random, so the figures say nothing about radiographs")
+        caveats.append("the bases are random, so the figures say nothing about radiographs")
     if data["across"]["groups"]:
-        found.append(
-            f"the split leaks ({format_count(data['across']['images'])} images have a copy, or the "
-            "same patient, on "
-            "another side), so these figures are too good"
+        caveats.append(
+            f"the split leaks ({format_count(data['across']['images'])} images have a copy, or the same "
+            "patient, on another side), so these figures are too good"
         )
     if data["shortcuts"]["suspicious"]:
-        found.append(
-            "the files give the class away without the picture, so the network may have learned that"
+        caveats.append(
+            "the files' properties predict the class without the picture; the network may have learned these"
         )
     if data["conflicts"]["groups"]:
-        found.append(
+        caveats.append(
             f"{count_noun(data['conflicts']['groups'], 'group')} of identical files with contradicting labels"
         )
     rare = min(test, key=lambda name: test[name])
     if test[rare] < FEW_IMAGES:
-        found.append(f"the smallest class, {rare}, has only {count_noun(test[rare], 'test image')}")
+        caveats.append(f"the smallest class, {rare}, has only {count_noun(test[rare], 'test image')}")
     if data["patients"] is None:
-        found.append("the data name no patients, so images of one patient may be on several sides")
-    return found
+        caveats.append(
+            "the data have no patient identifiers, so images of one patient may be on several sides"
+        )
+    return caveats
 
 
 def describe_data_findings(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """Describe the checks of the data: a heading, a sentence, whether it is a warning."""
+    """Return the checks of the data: heading, text, whether it is a warning."""
     left_out, dropped = data["left_out"], data["dropped"]
     unused = ", ".join(f"{format_count(number)} {status}" for status, number in left_out.items())
     return [
@@ -152,8 +150,7 @@ def _copies_finding(data: dict[str, Any]) -> str:
         )
     return (
         f"{format_count(near['images'])} images are in {count_noun(near['groups'], 'group')} of "
-        "copies, identical or "
-        f"changed a little; {identical}. {treatment}"
+        f"copies, identical or slightly changed; {identical}. {treatment}"
     )
 
 
@@ -164,17 +161,17 @@ def _conflicts_finding(data: dict[str, Any]) -> str:
     return (
         f"{count_noun(exact['groups'], 'group')} of identical files ({format_count(exact['images'])} "
         "images) with "
-        f"several labels; {format_count(near['groups'])} if near copies count. No voter can be right "
-        "on all of them."
+        f"several labels; {format_count(near['groups'])} if near copies count. No model can be correct "
+        "for all of them."
     )
 
 
 def _split_finding(data: dict[str, Any]) -> str:
-    origin = "The data came with a split." if data["given_split"] else "The split was drawn, class by class."
+    origin = "The data came with a split." if data["given_split"] else "The split was figure, class by class."
     patients = (
-        "The data name no patients, so images of one patient may be on several sides."
+        "The data have no patient identifiers, so images of one patient may be on several sides."
         if data["patients"] is None
-        else f"{format_count(data['patients'])} patients are named."
+        else f"{format_count(data['patients'])} patients are identified."
     )
     across = data["across"]
     if not across["groups"]:
@@ -182,26 +179,23 @@ def _split_finding(data: dict[str, Any]) -> str:
     return (
         f"{origin} It leaks: copies, or images of one patient, are on more than one side "
         f"({count_noun(across['groups'], 'group')}, {format_count(across['images'])} images), so the "
-        "figures are too "
-        f"good. {patients}"
+        f"figures are too good. {patients}"
     )
 
 
 def _shortcut_finding(shortcuts: dict[str, Any]) -> str:
     score, chance = shortcuts["balanced_accuracy"], shortcuts["chance"]
     if score is None:
-        return (
-            "There are too few images of a class to say whether size and format of the files tell the class."
-        )
+        return "There are too few images of a class to test whether size and format of the files predict it."
     measured = (
-        "From size and format of the files alone, without the picture, a small decision tree tells the class "
-        f"with a balanced accuracy of {format_number(score, 2)}; chance is {format_number(chance, 2)}"
+        "From size and format of the files alone, without the picture, a small decision tree predicts the "
+        f"class with a balanced accuracy of {format_number(score, 2)}; chance is {format_number(chance, 2)}"
     )
     if shortcuts.get("p_value") is not None:
         measured += f" (p = {format_number(shortcuts['p_value'], 2)}, against shuffled labels)"
     if shortcuts["suspicious"]:
-        return f"{measured}. A network can learn that instead of the bone, and then fails elsewhere."
-    return f"{measured}. That is not enough to call it a shortcut."
+        return f"{measured}. A network can learn this instead of the bone, and then fails on other data."
+    return f"{measured}. This is not a shortcut."
 
 
 def temperature_text(temperature: dict[str, Any]) -> str:
@@ -215,13 +209,15 @@ def temperature_text(temperature: dict[str, Any]) -> str:
     direction = "softer" if fitted > 1 else "sharper"
     text = f"The temperature fitted on the validation set is {format_number(fitted, 2)}"
     if temperature["applied"] == fitted:
-        return f"{text}: it makes the probabilities {direction} and changes no decision."
+        return f"{text}: it makes the probabilities {direction} and does not change the predicted classes."
     return f"{text}; the bundle applies {format_number(temperature['applied'], 2)}."
 
 
-def _interval_text(found: dict[str, Any]) -> str:
+def _interval_text(interval: dict[str, Any]) -> str:
     return (
-        "" if found["low"] is None else f" ({format_number(found['low'])} to {format_number(found['high'])})"
+        ""
+        if interval["low"] is None
+        else f" ({format_number(interval['low'])} to {format_number(interval['high'])})"
     )
 
 
@@ -236,17 +232,17 @@ def attribute_text(values: Sequence[float] | dict[str, int], name: str) -> str:
     return f"{middle}{unit} ({low}{DASH}{high})"
 
 
-# Plots. No name of a class or member is drawn: legends and captions are HTML
+# Plots contain no names of classes or members; legends and captions are HTML
 
 
 def _plots(facts: dict[str, Any]) -> dict[str, Any]:
     ensemble = facts["voters"]["ensemble"]["test"]
     plots = {
-        "roc": plot_svg("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
+        "roc": plot_svg("roc", "ROC curves", lambda figure: draw_roc(figure, ensemble["roc"])),
         "reliability": plot_svg(
             "reliability",
             "Reliability diagram",
-            lambda drawn: draw_reliability(drawn, ensemble["reliability"], len(facts["classes"])),
+            lambda figure: draw_reliability(figure, ensemble["reliability"], len(facts["classes"])),
         ),
         "history": {
             member: _history(f"history-{number}", rows, facts["best"][member])
@@ -257,18 +253,18 @@ def _plots(facts: dict[str, Any]) -> dict[str, Any]:
     search = facts["weights_search"]
     if len(search["chosen"]["weights"]) == 2:
         plots["weights"] = plot_svg(
-            "weights", "Weights search", lambda drawn: _draw_weights(drawn, search), height=3.2
+            "weights", "Weights search", lambda figure: _draw_weights(figure, search), height=3.2
         )
     return plots
 
 
 def _history(name: str, rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> Markup:
-    return plot_svg(name, "Learning curves", lambda drawn: _draw_history(drawn, rows, best), height=3.6)
+    return plot_svg(name, "Learning curves", lambda figure: _draw_history(figure, rows, best), height=3.6)
 
 
-def _draw_history(drawn: Figure, rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> None:
-    """Losses above, macro-F1 below, the second phase goes on where the first ended."""
-    above, below = drawn.subplots(2, sharex=True, height_ratios=(3, 2))
+def _draw_history(figure: Figure, rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> None:
+    """Draw losses above and macro-F1 below, the second phase after the first."""
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     start = 0
     for phase in dict.fromkeys(row["phase"] for row in rows):
         part = [row for row in rows if row["phase"] == phase]
@@ -292,23 +288,23 @@ def _draw_epochs(
     axes: Axes, start: int, rows: Sequence[dict[str, Any]], series: Sequence[str], best: int | None
 ) -> None:
     epochs = [row["epoch"] for row in rows]
-    at = np.array(epochs) + start
+    x = np.array(epochs) + start
     for name in series:
         values = np.array([row[name] for row in rows], float)
-        drawn = line_style(*CURVES[name])
-        axes.plot(at, values, marker="." if len(rows) < 4 else "", **drawn)
+        style = line_style(*CURVES[name])
+        axes.plot(x, values, marker="." if len(rows) < 4 else "", **style)
         if best is not None and name != "train_loss":
-            place = epochs.index(best)
-            axes.plot(at[place], values[place], "o", color=drawn["color"], markersize=5)
+            index = epochs.index(best)
+            axes.plot(x[index], values[index], "o", color=style["color"], markersize=5)
 
 
-def _draw_weights(drawn: Figure, search: dict[str, Any]) -> None:
-    """Both figures of the search over the first member's weight; a dot where the choice fell."""
+def _draw_weights(figure: Figure, search: dict[str, Any]) -> None:
+    """Draw both figures of the search over the first member's weight, with a dot at the chosen weight."""
     table = sorted(search["table"], key=lambda row: row["weights"][0])
     first = [row["weights"][0] for row in table]
-    for axes, (name, colour) in zip(drawn.subplots(2, sharex=True), SEARCHED.items(), strict=True):
+    for axes, (name, colour) in zip(figure.subplots(2, sharex=True), SEARCHED.items(), strict=True):
         axes.plot(first, [row[name] for row in table], ".-", color=LINES[colour], markersize=3.5)
-        at = search["chosen"]["weights"][0]
-        axes.plot(at, search["chosen"][name], "o", color=LINES[colour], markersize=6)
+        weight = search["chosen"]["weights"][0]
+        axes.plot(weight, search["chosen"][name], "o", color=LINES[colour], markersize=6)
         axes.set(ylabel=name.replace("macro_f1", "macro-F1"))
     axes.set(xlabel="weight of the first member", xlim=(-0.03, 1.03))

@@ -1,4 +1,4 @@
-"""Options of a training: frozen dataclasses whose defaults the command line shows."""
+"""Define the options of a training as frozen dataclasses with defaults."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class FitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """Options of `python -m training`. Defaults that depend on the weights are None here."""
+    """Options of `python -m training`. Defaults that depend on the weights are None."""
 
     data: Path
     output: Path
     # data
-    classes: Sequence[str] | None = None  # None: what the data says
+    classes: Sequence[str] | None = None  # None: those of the data
     path_column: str | None = None
     label_column: str = "label"
     root: Path | None = None
@@ -75,23 +75,23 @@ class TrainingOptions:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        """Raises UsageError: the value, then what is allowed."""
+        """Raise UsageError with the value and what is allowed."""
         _check_at_least("--copies", self.copies, 0)
         _check_at_least("--seed", self.seed, 0)
         for name in ("head_epochs", "epochs", "patience", "batch_size"):
             _check_at_least(f"--{name.replace('_', '-')}", getattr(self, name), 1)
         for name, value in (("--head-rate", self.head_rate), ("--rate", self.rate)):
             if value is not None and not 0 < value <= 1:
-                raise UsageError(f"{name} {value}: above 0, at most 1; usual are 1e-5 to 1e-2")
+                raise UsageError(f"{name} {value}: allowed: above 0 and at most 1, usually 1e-5 to 1e-2")
         if not (self.folds == 0 or 2 <= self.folds <= MAX_FOLDS):
-            raise UsageError(f"--folds {self.folds}: 2 to {MAX_FOLDS}, or 0 for none")
+            raise UsageError(f"--folds {self.folds}: allowed: 2 to {MAX_FOLDS}, or 0 for none")
         if not all(MIN_SIDE <= side <= MAX_SIDE for side in self.size):
             height, width = self.size
-            raise UsageError(f"--size {height} {width}: {MIN_SIDE} to {MAX_SIDE} each")
+            raise UsageError(f"--size {height} {width}: allowed: {MIN_SIDE} to {MAX_SIDE} for each")
         if len(self.weights) not in (1, len(self.members)):
             raise UsageError(
-                f"--weights: {len(self.weights)} given for {len(self.members)} members; "
-                "allowed: one for all, or one each"
+                f"--weights: {len(self.weights)} values for {len(self.members)} members; "
+                "allowed: one for all, or one for each"
             )
 
     def weights_of(self, member: int) -> str:
@@ -102,9 +102,7 @@ class TrainingOptions:
         return self._fitting(self.head_epochs, self.patience or 40, self.head_rate, seed)
 
     def whole(self, weights: str, seed: int) -> FitOptions:
-        """Return the options of the second phase: nothing is frozen, the rate is lower; random weights
-        take longer.
-        """
+        """Return the options of the second phase, which trains all layers at a lower rate."""
         epochs, patience, rate = (150, 40, 1e-3) if weights == "none" else (40, 10, 1e-4)
         return self._fitting(self.epochs or epochs, self.patience or patience, self.rate or rate, seed)
 
@@ -120,11 +118,11 @@ class TrainingOptions:
         )
 
     def recorded(self) -> dict[str, Any]:
-        """Return the options that decide the result, JSON-ready: a resumed training must have the same."""
+        """Return the options that determine the result, JSON-ready; a resumed training must have the same."""
         values = {
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in _RUN_ONLY
         }
-        return {name: _plain(value) for name, value in values.items()}
+        return {name: _to_json(value) for name, value in values.items()}
 
 
 def literal_choices(literal: Any) -> tuple[str, ...]:
@@ -134,10 +132,10 @@ def literal_choices(literal: Any) -> tuple[str, ...]:
 
 def _check_at_least(name: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
-        raise UsageError(f"{name} {value}: at least {least}")
+        raise UsageError(f"{name} {value}: allowed: at least {least}")
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.absolute())
     return list(value) if isinstance(value, (tuple, list)) else value

@@ -1,4 +1,4 @@
-"""Train, validation and test: stratified by class, whole groups on one side, a given split respected."""
+"""Split images into train, validation and test by class; groups stay together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from engine.core.errors import UsageError
 from training.listing import SETS, Labels
 
-SHARE = 0.15  # of all images, for validation and for test each
+SHARE = 0.15  # of all images, for each of validation and test
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,23 @@ def split_dataset(
     *,
     classes: Sequence[str],
     seed: int,
-    given: Sequence[str | None] | None = None,
+    set_names: Sequence[str | None] | None = None,
 ) -> Split:
-    """70 / 15 / 15 of every class, at least one image each; images of one group stay together.
+    """Split every class 70 / 15 / 15, at least one image each; images of one group stay together.
 
-    `given` names sets that exist already: they stay, and those that are missing are cut from the training
-    images. Raises UsageError when a class can't be in all three sets.
+    Sets in `set_names` are kept, and missing ones are cut from the training images. Raises UsageError if a
+    class can't be in all three sets.
     """
-    sets = np.array([name or "train" for name in given or [None] * len(labels)], object)
+    sets = np.array([name or "train" for name in set_names or [None] * len(labels)], object)
     missing = [name for name in ("validation", "test") if name not in sets]
     if missing:
         pool = np.flatnonzero(sets == "train")
         share = SHARE / (1 - SHARE * (2 - len(missing)))
         cut = _draw_sets(labels[pool], groups[pool], [share] * len(missing), seed)
         sets[pool] = np.array(["train", *missing], object)[cut]
-    found = Split(*(np.flatnonzero(sets == name) for name in SETS))
-    _check_sets(found, labels, groups, classes, given)
-    return found
+    split = Split(*(np.flatnonzero(sets == name) for name in SETS))
+    _check_sets(split, labels, groups, classes, set_names)
+    return split
 
 
 def make_folds(
@@ -66,18 +66,16 @@ def make_folds(
     for index in range(count):
         rest = np.flatnonzero(fold != index)
         cut = _draw_sets(labels[rest], groups[rest], [SHARE / (1 - 1 / count)], seed + 1 + index)
-        found = Split(rest[cut == 0], rest[cut == 1], np.flatnonzero(fold == index))
-        _check_sets(found, labels, groups, classes, None)
-        yield found
+        split = Split(rest[cut == 0], rest[cut == 1], np.flatnonzero(fold == index))
+        _check_sets(split, labels, groups, classes, None)
+        yield split
 
 
 def _draw_sets(labels: Labels, groups: Labels, shares: Sequence[float], seed: int) -> Labels:
-    """Draw the set of each image: 0 the rest, 1, 2, ... the shares, each with at least one image of
-    every class.
-    """
-    every = _per_class(labels)
-    wanted = [np.where(every > 0, np.maximum(1, np.round(share * every)), 0) for share in shares]
-    return _assign_groups(labels, groups, np.stack([every - sum(wanted), *wanted]), seed)
+    """Draw the set of each image: 0 the rest; 1, 2, ... the shares, with every class in each."""
+    counts = _per_class(labels)
+    wanted = [np.where(counts > 0, np.maximum(1, np.round(share * counts)), 0) for share in shares]
+    return _assign_groups(labels, groups, np.stack([counts - sum(wanted), *wanted]), seed)
 
 
 def _per_class(labels: Labels) -> npt.NDArray[np.float64]:
@@ -85,10 +83,10 @@ def _per_class(labels: Labels) -> npt.NDArray[np.float64]:
 
 
 def _assign_groups(labels: Labels, groups: Labels, wanted: npt.NDArray[np.float64], seed: int) -> Labels:
-    """Put groups, the largest first and otherwise in random order, where they are missed most.
+    """Assign groups to sets, largest first and otherwise in random order.
 
-    `wanted` [S, C] are images per set and class. The squared error over all sets and classes is lowered
-    greedily, as scikit-learn's StratifiedGroupKFold does; singletons end up exactly as wanted.
+    `wanted` [S, C] are images per set and class. Each group goes where it lowers the squared error over sets
+    and classes most, as in scikit-learn's StratifiedGroupKFold; groups of one image meet `wanted` exactly.
     """
     _, group = np.unique(groups, return_inverse=True)
     sizes = np.zeros((group.max(initial=-1) + 1, wanted.shape[1]))
@@ -96,29 +94,29 @@ def _assign_groups(labels: Labels, groups: Labels, wanted: npt.NDArray[np.float6
     order = np.random.default_rng(seed).permutation(len(sizes))
     order = order[np.argsort(-sizes.sum(axis=1)[order], kind="stable")]
     lacking = wanted.copy()
-    place = np.empty(len(sizes), np.int64)
-    for one in order:
-        change = (sizes[one] * (sizes[one] - 2 * lacking)).sum(axis=1)
-        place[one] = change.argmin()
-        lacking[place[one]] -= sizes[one]
-    return place[group]
+    assigned = np.empty(len(sizes), np.int64)
+    for number in order:
+        change = (sizes[number] * (sizes[number] - 2 * lacking)).sum(axis=1)
+        assigned[number] = change.argmin()
+        lacking[assigned[number]] -= sizes[number]
+    return assigned[group]
 
 
 def _check_sets(
-    found: Split,
+    split: Split,
     labels: Labels,
     groups: Labels,
     classes: Sequence[str],
-    given: Sequence[str | None] | None,
+    set_names: Sequence[str | None] | None,
 ) -> None:
-    for set_name, chosen in found.named():
+    for set_name, chosen in split.named():
         for label, name in enumerate(classes):
             if label in labels[chosen]:
                 continue
-            if given and set_name in given:
-                raise UsageError(f"the given {set_name} set has no image of class {name!r}")
+            if set_names and set_name in set_names:
+                raise UsageError(f"the {set_name} set of the data has no image of class {name!r}")
             own = labels == label
             raise UsageError(
-                f"class {name!r} does not reach the {set_name} set: its {own.sum()} images count as "
+                f"class {name!r} has no image in the {set_name} set: its {own.sum()} images count as "
                 f"{len(np.unique(groups[own]))}, since copies and images of a patient stay together"
             )

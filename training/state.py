@@ -1,4 +1,4 @@
-"""The folder beside a bundle that holds its training: lists for people, checkpoints to go on from."""
+"""Manage the folder of a training beside its bundle: tables and checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECORD_FILE, WORK_FOLDER, LOCK_FILE = "training.json", "work", ".lock"
 class TrainingState:
     """`BUNDLE.training`, locked for this process while it is open.
 
-    Its tables name files, so they stay out of the bundle, which is passed on. `work/` goes when the bundle is
+    Its tables contain file names, so they are not part of the bundle. `work/` is deleted when the bundle is
     written.
     """
 
@@ -36,47 +36,53 @@ class TrainingState:
 
     def __enter__(self) -> Self:
         try:
-            self._refuse_foreign()
+            self._check_folder()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock_file(self.folder / LOCK_FILE)
         except BlockingIOError:
-            raise UsageError(f"{self.folder}: another training is under way there") from None
+            raise UsageError(
+                f"{self.folder}: another training is running in this folder; wait until it ends"
+            ) from None
         except OSError as error:
             raise UsageError(f"{self.folder}: {error.strerror}") from None
         return self
 
     def __exit__(self, *_: object) -> None:
-        if [entry.name for entry in self.folder.iterdir()] == [
-            LOCK_FILE
-        ]:  # nothing was begun: leave no trace
+        if [entry.name for entry in self.folder.iterdir()] == [LOCK_FILE]:  # nothing was begun
             (self.folder / LOCK_FILE).unlink()
             self.folder.rmdir()
         os.close(self._lock)
 
-    def _refuse_foreign(self) -> None:
+    def _check_folder(self) -> None:
         if self.folder.is_dir():
             names = {entry.name for entry in self.folder.iterdir()}
             if names and LOCK_FILE not in names:
-                raise UsageError(f"{self.folder}: it is needed, but holds something that is no training's")
+                raise UsageError(
+                    f"{self.folder}: the training needs this folder, but it holds other files; delete it or "
+                    "choose another --output"
+                )
         elif self.folder.exists():
-            raise UsageError(f"{self.folder}: it is needed, but is a file")
+            raise UsageError(
+                f"{self.folder}: the training needs a folder here, but this is a file; delete it or choose "
+                "another --output"
+            )
 
     def check(self) -> None:
-        """Before the long part: raise UsageError if an earlier training was left unfinished here."""
+        """Raise UsageError if an earlier training is unfinished here."""
         recorded = self._recorded()
         if recorded is None or recorded.get("finished") or self._options.resume or self._options.overwrite:
             return
         raise UsageError(
-            f"{self.folder} holds an unfinished training: continue with --resume, or start again "
-            "with --overwrite"
+            f"{self.folder} holds an unfinished training: to continue, set --resume; to start again, "
+            "set --overwrite"
         )
 
     def begin(self, data_sha256: str) -> None:
         """Record this training, or check that the one to resume has the same options and data."""
-        now = {"options": self._options.recorded(), "data_sha256": data_sha256}
+        current = {"options": self._options.recorded(), "data_sha256": data_sha256}
         recorded = self._recorded()
         if self._options.resume and recorded is not None and not recorded.get("finished"):
-            old, new = recorded["options"], now["options"]
+            old, new = recorded["options"], current["options"]
             changed = [
                 f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
                 for name in {**old, **new}
@@ -87,15 +93,15 @@ class TrainingState:
             if changed:
                 raise UsageError(
                     f"{self.folder} holds another training: {'; '.join(changed)}; "
-                    "start again with --overwrite"
+                    "to start again, set --overwrite"
                 )
             return
         shutil.rmtree(self.work, ignore_errors=True)
         self.work.mkdir()
-        self._write(RECORD_FILE, json.dumps(now | {"finished": False}, indent=2) + "\n")
+        self._write(RECORD_FILE, json.dumps(current | {"finished": False}, indent=2) + "\n")
 
     def finish(self) -> None:
-        """Delete what was needed to resume, once the bundle is in place."""
+        """Delete the checkpoints after the bundle is written."""
         recorded = self._recorded()
         assert recorded is not None
         self._write(RECORD_FILE, json.dumps(recorded | {"finished": True}, indent=2) + "\n")
@@ -126,5 +132,5 @@ class TrainingState:
                 f"{self.folder}: {RECORD_FILE} can't be read ({error}); delete the folder"
             ) from None
         if not isinstance(recorded, dict) or not {"options", "data_sha256"} <= recorded.keys():
-            raise UsageError(f"{self.folder}: {RECORD_FILE} makes no sense; delete the folder")
+            raise UsageError(f"{self.folder}: {RECORD_FILE} has a wrong format; delete the folder")
         return recorded

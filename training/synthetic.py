@@ -1,12 +1,12 @@
-"""Synthetic knee radiographs whose right answer is known: `python -m training.synthetic OUT --count N`.
+"""Draw synthetic knee radiographs with known labels: `python -m training.synthetic OUT --count N`.
 
-A latent T-score gives the label; a noisy surrogate of it draws the image, so P(class | surrogate) has an
-exact closed form that no classifier can beat. The class is written into structure alone: cortical thickness,
-and the spacing, volume fraction, anisotropy and roughness of the trabeculae. Mean mineral content, exposure,
-window and gamma are drawn apart from it, and thin cortices are denser than true, to keep the gray level mute:
-on 600 balanced images of 256 x 256, logistic regression finds the class from mean and spread of the gray
-level in 0.34 of the cases, from its histogram in 0.44, from a 16 x 16 thumbnail in 0.49, from 30 texture
-features in 0.85; the ceiling is 0.94.
+A latent T-score gives the label; a noisy surrogate of it shapes the image, so P(class | surrogate) has an
+exact closed form, the ceiling of any classifier. The class changes only structure: cortical thickness, and
+the spacing, volume fraction, anisotropy and roughness of the trabeculae. Mean mineral content, exposure,
+window and gamma are independent of it, and thin cortices are denser than in reality, so that the gray level
+does not predict the class: on 600 balanced images of 256 x 256, logistic regression has an accuracy of 0.34
+from mean and spread of the gray level, 0.44 from its histogram, 0.49 from a 16 x 16 thumbnail and 0.85 from
+30 texture features; the ceiling is 0.94.
 
 The knee is drawn at about half of life size, in a field of 62-76 mm, while its trabeculae keep their true
 spacing: after a resize to 224 x 224 a pixel is 0.28-0.34 mm, and the finest spacing (0.7 mm) still resolved.
@@ -100,16 +100,16 @@ class Sample:
 
 
 def label_of(t_score: float) -> int:
-    """Index into CLASSES by the WHO cuts."""
+    """Return the index into CLASSES by the WHO thresholds."""
     return 0 if t_score >= NORMAL_FROM else 2 if t_score <= OSTEOPOROSIS_TO else 1
 
 
 def posterior(
     surrogate: float, label_noise_sd: float, *, t_mean: float = Recipe.t_mean, t_sd: float = Recipe.t_sd
 ) -> NDArray[np.float64]:
-    """P(class | surrogate) [3], exact: T given s is normal, cut at the WHO thresholds.
+    """Return the exact P(class | surrogate) [3]: T given s is normal, cut at the WHO thresholds.
 
-    The prior is the natural one. For class-balanced data, divide by `class_priors` and renormalise.
+    The prior is that of natural data. For class-balanced data, divide by `class_priors` and renormalise.
     """
     gain = t_sd**2 / (t_sd**2 + label_noise_sd**2)
     mean, sd = t_mean + gain * (surrogate - t_mean), label_noise_sd * np.sqrt(gain)
@@ -117,7 +117,7 @@ def posterior(
 
 
 def class_priors(recipe: Recipe = Recipe()) -> NDArray[np.float64]:
-    """P(class) [3] in natural data."""
+    """Return P(class) [3] in natural data."""
     return _class_masses(recipe.t_mean, recipe.t_sd)
 
 
@@ -128,7 +128,7 @@ def _class_masses(mean: float, sd: float) -> NDArray[np.float64]:
 
 
 def bone_structure(surrogate: float) -> Structure:
-    """Bone structure at a surrogate T-score, by the quality q = logistic(0.9 (s + 1.75))."""
+    """Return the bone structure at a surrogate T-score, by the quality q = logistic(0.9 (s + 1.75))."""
     q = float(expit(0.9 * (surrogate + 1.75)))
     return Structure(
         cortex_mm=1.2 + 2.6 * q,
@@ -171,7 +171,7 @@ def render(
 
 
 def _plane(rng: np.random.Generator, rows: int, columns: int, step: float) -> tuple[Floats, Floats]:
-    """Coordinates of each pixel in mm from the joint centre, [H, W] each; y points to the foot."""
+    """Return the coordinates of each pixel in mm from the joint centre, [H, W] each; y points to the foot."""
     x = ((np.arange(columns) - columns / 2) * step - rng.uniform(-3, 3)).astype(np.float32)
     y = ((np.arange(rows) - rows / 2) * step - rng.uniform(-5, 5)).astype(np.float32)
     angle, zoom = rng.uniform(-0.1, 0.1), rng.uniform(0.92, 1.08)
@@ -182,7 +182,7 @@ def _plane(rng: np.random.Generator, rows: int, columns: int, step: float) -> tu
 def _anatomy(
     rng: np.random.Generator, x: Floats, y: Floats, cortex: float, side: Side
 ) -> tuple[Floats, Floats, Floats]:
-    """Path lengths in mm through cortical bone, trabecular bone and soft tissue, [H, W] each."""
+    """Return path lengths in mm through cortical bone, trabecular bone and soft tissue, [H, W] each."""
     lateral = x * (-1 if side == "R" else 1)  # an AP view shows the patient's right at the left
     condyle, gap = rng.uniform(19, 21.5), rng.uniform(1.4, 2.6)
     shaft = condyle * rng.uniform(0.38, 0.52)
@@ -195,18 +195,18 @@ def _anatomy(
     cortical = sum((shell for shell, _ in parts), np.zeros_like(x))
     marrow = _smooth((np.abs(y) - 12) / 22)  # shafts hold fat where the ends hold struts
     trabecular = sum((core for _, core in parts), np.zeros_like(x)) * (1 - 0.75 * marrow)
-    density = rng.uniform(0.8, 1.2) * math.sqrt(2.5 / cortex)  # keeps the gray level mute
+    density = rng.uniform(0.8, 1.2) * math.sqrt(2.5 / cortex)  # makes the gray level independent of the class
     return density * cortical, trabecular, _soft_tissue(rng, x, y, condyle)
 
 
 def _smooth(t: Floats) -> Floats:
-    """Cubic step from 0 at t <= 0 to 1 at t >= 1."""
+    """Return a cubic step from 0 at t <= 0 to 1 at t >= 1."""
     t = np.clip(t, 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def _chord(x: Floats, half_width: Floats | float, depth: float) -> Floats:
-    """Path length through an ellipse `depth` times as deep as it is wide."""
+    """Return the path length through an ellipse `depth` times as deep as it is wide."""
     return 2 * depth * np.sqrt(np.maximum(np.maximum(half_width, 0) ** 2 - x**2, 0))
 
 
@@ -218,10 +218,10 @@ def _cap(from_end: Floats, rounding: float) -> Floats:
 def _shell_and_core(
     x: Floats, half_width: Floats, from_end: Floats, wall: Floats, depth: float = 0.8, rounding: float = 8
 ) -> tuple[Floats, Floats]:
-    """Paths through a bone's cortical shell, `wall` mm thick, and through what the shell encloses."""
-    whole = _chord(x, half_width, depth) * _cap(from_end, rounding)
-    core = np.minimum(_chord(x, half_width - wall, depth) * _cap(from_end - wall, rounding), whole)
-    return whole - core, core
+    """Return the paths through a bone's cortical shell, `wall` mm thick, and through its core."""
+    total = _chord(x, half_width, depth) * _cap(from_end, rounding)
+    core = np.minimum(_chord(x, half_width - wall, depth) * _cap(from_end - wall, rounding), total)
+    return total - core, core
 
 
 def _femur(x: Floats, up: Floats, condyle: float, shaft: float, cortex: float) -> tuple[Floats, Floats]:
@@ -252,14 +252,14 @@ def _patella(x: Floats, y: Floats, radius: float) -> tuple[Floats, Floats]:
 
 
 def _soft_tissue(rng: np.random.Generator, x: Floats, y: Floats, condyle: float) -> Floats:
-    """Path through skin, fat and muscle in mm of muscle: fat attenuates a fifth less."""
+    """Return the path through skin, fat and muscle in mm of muscle: fat attenuates a fifth less."""
     bulge = rng.uniform(1, 5) * _smooth(-y / 35) + rng.uniform(1, 4) * _smooth((y - 8) / 25)
     skin = condyle + rng.uniform(5, 8) + bulge
     return _chord(x, skin, 0.8) + 0.25 * _chord(x, skin - rng.uniform(2, 4), 0.8)
 
 
 def _mineral(rng: np.random.Generator, shape: tuple[int, int], step: float, bone: Structure) -> Floats:
-    """Mineral fraction along the path, [H, W]: its texture tells the class, its mean and slow drift don't."""
+    """Return the mineral fraction, [H, W]; its texture depends on the class, its mean and drift do not."""
     layers = [(0.0, 1.0), (0.0, 1.0), (0.5, 0.7), (1.57, 0.7)]  # tilt in radians, weight: load runs down
     texture = np.zeros(shape, np.float32)
     for tilt, weight in layers:
@@ -274,9 +274,7 @@ def _mineral(rng: np.random.Generator, shape: tuple[int, int], step: float, bone
 def _struts(
     rng: np.random.Generator, shape: tuple[int, int], step: float, bone: Structure, tilt: float
 ) -> Floats:
-    """Draw one layer of trabeculae, [H, W] in 0-1: a band-limited power-law field, soft-thresholded to
-    BV/TV.
-    """
+    """Draw one layer of trabeculae, [H, W] in 0-1: a power-law field, soft-thresholded to BV/TV."""
     rows, columns = (fft.next_fast_len(n, real=True) for n in shape)
     fy = fft.fftfreq(rows, step).astype(np.float32)[:, None]  # cycles per mm
     fx = fft.rfftfreq(columns, step).astype(np.float32)
@@ -292,7 +290,7 @@ def _struts(
 
 
 def _metal(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
-    """Path in mm through one screw, in bone."""
+    """Return the path in mm through one screw in the bone."""
     angle, length, radius = rng.uniform(-0.6, 0.6), rng.uniform(8, 18), rng.uniform(0.8, 1.5)
     x, y = x - rng.uniform(-10, 10), y - math.copysign(rng.uniform(10, 22), rng.random() - 0.5)
     along, across = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
@@ -323,7 +321,7 @@ def _resize(image: Floats, shape: tuple[int, int]) -> Floats:
 
 
 def _to_display_values(rng: np.random.Generator, exposure: Floats, gamma: tuple[float, float]) -> Floats:
-    """Negative logarithm (bone bright), a percentile window with random rails, gamma; 0-1, in place."""
+    """Apply negative logarithm (bone bright), a random percentile window and gamma; 0-1, in place."""
     film = np.negative(np.log(exposure, out=exposure), out=exposure)
     stride = max(1, max(film.shape) // 256)
     low, high = np.percentile(film[::stride, ::stride], [rng.uniform(1, 12), rng.uniform(98.5, 99.9)])
@@ -366,7 +364,7 @@ def draw_sample(
 ) -> Sample:
     """Draw radiograph `index` of the stream `seed`; it does not depend on other draws.
 
-    `label` draws the T-score from that class alone. Sides lie within `size_range`, both ends included.
+    With `label`, the T-score is drawn from that class. Sides are within `size_range`, both ends included.
     """
     low, high = size_range
     if not 32 <= low <= high:
@@ -408,18 +406,18 @@ def _draw_encoding(rng: np.random.Generator, recipe: Recipe) -> dict[str, float 
     }
 
 
-def encode_sample(drawn: Sample) -> tuple[bytes, str]:
+def encode_sample(sample: Sample) -> tuple[bytes, str]:
     """Encode a sample; return the bytes of its file and the file's suffix."""
-    kind = drawn.metadata["encoding"]
+    kind = sample.metadata["encoding"]
     stream = io.BytesIO()
     if kind == "png16":
-        Image.fromarray(drawn.pixels).save(stream, "PNG", compress_level=1)
+        Image.fromarray(sample.pixels).save(stream, "PNG", compress_level=1)
         return stream.getvalue(), ".png"
-    picture = Image.fromarray(drawn.pixels8).convert(str(drawn.metadata["mode"]))
+    picture = Image.fromarray(sample.pixels8).convert(str(sample.metadata["mode"]))
     if kind == "png":
         picture.save(stream, "PNG", compress_level=1)
     else:
-        picture.save(stream, "JPEG", quality=int(drawn.metadata["quality"]))
+        picture.save(stream, "JPEG", quality=int(sample.metadata["quality"]))
     return stream.getvalue(), f".{kind}"
 
 
@@ -428,18 +426,18 @@ def _write_one(
 ) -> tuple[str, int, float, int]:
     """Draw and write one (index, label); returns its path below the folder, index, T-score and label."""
     index, label = task
-    drawn = draw_sample(seed, index, label=label, **options)
-    content, suffix = encode_sample(drawn)
+    sample = draw_sample(seed, index, label=label, **options)
+    content, suffix = encode_sample(sample)
     name = hashlib.blake2s(f"{seed}/{index}".encode(), digest_size=6).hexdigest()  # hides the order
-    place = CLASSES[drawn.label] if by_class else SITES[int(name, 16) % len(SITES)]
-    path = folder / place / (name + suffix)
+    subfolder = CLASSES[sample.label] if by_class else SITES[int(name, 16) % len(SITES)]
+    path = folder / subfolder / (name + suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_atomically(path, content)
-    return f"{place}/{path.name}", index, drawn.t_score, drawn.label
+    return f"{subfolder}/{path.name}", index, sample.t_score, sample.label
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for half of it."""
+    """Write a file atomically."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content)
     os.replace(part, path)
@@ -472,7 +470,7 @@ def write_archive(
 ) -> Path:
     """Write `count` images in sub-folders and `manifest.csv` beside them; returns the manifest's path.
 
-    The manifest comes last, so its presence says that the archive is whole; a killed call can be repeated.
+    The manifest is written last, so it exists only beside a complete archive; a killed call can be repeated.
     """
     if balance not in get_args(Balance):
         raise ValueError(f"balance must be one of {get_args(Balance)}, got {balance!r}")
@@ -520,33 +518,40 @@ def option_parser() -> Parser:
         examples="example: python -m training.synthetic archive --count 200 --seed 7 --size 500 1400",
     )
     add = parser.add
-    add("out", type=Path, metavar="OUT", help="folder to write, made if absent")
+    add("out", type=Path, metavar="OUT", help="folder to write to")
     add("--count", type=int, required=True, metavar="N", help="images; with --class-folders, of each class")
     add("--seed", type=int, default=0, metavar="S", help="the same seed draws the same images (%(default)s)")
-    add("--size", type=int, nargs=2, default=(500, 2600), metavar=("MIN", "MAX"), help="pixels a side")
-    add("--class-folders", action="store_true", help="a folder per class and no manifest: for training")
-    add("--balanced", action="store_true", help="as many images of each class in the manifest")
-    add("--processes", type=int, metavar="P", help="at once (one per core)")
+    add(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(500, 2600),
+        metavar=("MIN", "MAX"),
+        help="range of sides, pixels",
+    )
+    add("--class-folders", action="store_true", help="write class folders for training, without a manifest")
+    add("--balanced", action="store_true", help="draw equally many images of each class")
+    add("--processes", type=int, metavar="P", help="number of worker processes (one per core)")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; 0 when all is written, 2 with one line on stderr when it cannot be."""
+    """Write the images; return the exit status."""
 
-    def work() -> int:
-        given = option_parser().parse_args(arguments)
-        shared = {"seed": given.seed, "size_range": tuple(given.size), "processes": given.processes}
+    def write() -> int:
+        options = option_parser().parse_args(arguments)
+        shared = {"seed": options.seed, "size_range": tuple(options.size), "processes": options.processes}
         try:
-            if given.class_folders:
-                print(write_class_folders(given.out, per_class=given.count, **shared))
+            if options.class_folders:
+                print(write_class_folders(options.out, per_class=options.count, **shared))
             else:
-                balance: Balance = "balanced" if given.balanced else "natural"
-                print(write_archive(given.out, count=given.count, balance=balance, **shared))
+                balance: Balance = "balanced" if options.balanced else "natural"
+                print(write_archive(options.out, count=options.count, balance=balance, **shared))
         except (ValueError, OSError) as error:
             raise UsageError(str(error)) from None
         return 0
 
-    return run_command(work)
+    return run_command(write)
 
 
 if __name__ == "__main__":

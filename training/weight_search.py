@@ -1,4 +1,4 @@
-"""The members' weights, chosen on the validation set."""
+"""Choose the members' weights on the validation set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Labels = npt.NDArray[np.int64]
 
 GRID_STEPS = 20  # of 0.05
 MAX_CANDIDATES = 20_000
-PAPER_WEIGHTS = ((0.5, 0.5), (0.4, 0.6))  # what the paper reports for its two members
+PAPER_WEIGHTS = ((0.5, 0.5), (0.4, 0.6))  # weights of the paper's two members
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Candidate:
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """Sorts the best first: macro-F1, then likelihood, then nearest to equal weights."""
+        """Return the sort key, best first: macro-F1, then likelihood, then nearest to equal weights."""
         spread = sum((weight - 1 / len(self.weights)) ** 2 for weight in self.weights)
         return -round(self.macro_f1, 9), round(self.nll, 7), spread
 
@@ -41,15 +41,15 @@ def search_weights(logits: Floats, labels: Labels) -> list[Candidate]:
     members, steps = len(logits), GRID_STEPS
     while math.comb(steps + members - 1, members - 1) > MAX_CANDIDATES and steps > 1:
         steps //= 2  # many members: a coarser grid
-    tried = [evaluate_candidate(logits, labels, weights) for weights in weight_grid(members, steps)]
-    return sorted(tried, key=lambda candidate: candidate.rank)
+    candidates = [evaluate_candidate(logits, labels, weights) for weights in weight_grid(members, steps)]
+    return sorted(candidates, key=lambda candidate: candidate.rank)
 
 
 def reference_candidates(logits: Floats, labels: Labels) -> list[Candidate]:
     """Return the paper's choices for comparison: equal weights; 0.4 / 0.6 for two members."""
     members = len(logits)
-    fixed = PAPER_WEIGHTS if members == 2 else ((1 / members,) * members,)
-    return [evaluate_candidate(logits, labels, weights) for weights in fixed]
+    weight_sets = PAPER_WEIGHTS if members == 2 else ((1 / members,) * members,)
+    return [evaluate_candidate(logits, labels, weights) for weights in weight_sets]
 
 
 def evaluate_candidate(
@@ -69,7 +69,7 @@ def evaluate_candidate(
 
 
 def weight_grid(members: int, steps: int = GRID_STEPS) -> Iterator[tuple[float, ...]]:
-    """Return all weights of `members` members in units of 1 / `steps` that add up to 1."""
+    """Yield all weights of `members` members in units of 1 / `steps` that add up to 1."""
     for units in _compositions(members, steps):
         yield tuple(unit / steps for unit in units)
 

@@ -28,20 +28,20 @@ def test_no_change_is_no_change():
 
 
 def test_flip():
-    found, _ = change(flip=1.0)
-    assert np.allclose(found[0], picture()[:, ::-1], atol=1e-2)
+    result, _ = change(flip=1.0)
+    assert np.allclose(result[0], picture()[:, ::-1], atol=1e-2)
     share = np.mean([np.allclose(one, picture(), atol=1) for one in change(200, flip=0.5)[0]])
     assert 0.4 < share < 0.6
 
 
-def test_rotation_keeps_the_shape_of_things_and_its_range():
-    found, changes = change(50, rotation=15.0)
+def test_rotation_keeps_shapes_and_its_range():
+    actual, changes = change(50, rotation=15.0)
     height, width = SIZE
     angles = np.degrees(np.arctan2(changes.matrix[:, 1, 0] * height / width, changes.matrix[:, 0, 0]))
     assert -15 <= angles.min() < -10 < 10 < angles.max() <= 15
     expected = Image.fromarray(picture()).rotate(angles[0], Image.Resampling.BILINEAR)
     inner = slice(20, 40), slice(28, 56)
-    assert np.abs(found[0][inner] - np.asarray(expected, float)[inner]).mean() < 1.5
+    assert np.abs(actual[0][inner] - np.asarray(expected, float)[inner]).mean() < 1.5
 
 
 def test_zoom_and_shift_keep_their_ranges():
@@ -55,19 +55,19 @@ def test_zoom_and_shift_keep_their_ranges():
 
 
 def test_shift_repeats_the_border():
-    found, changes = change(shift=0.1)
+    result, changes = change(shift=0.1)
     down = round(float(-changes.matrix[0, 1, 2]) / 2 * SIZE[0])
     assert down != 0
-    edge = found[0][0] if down > 0 else found[0][-1]
-    assert np.allclose(edge, found[0][1 if down > 0 else -2], atol=1e-3)
+    edge = result[0][0] if down > 0 else result[0][-1]
+    assert np.allclose(edge, result[0][1 if down > 0 else -2], atol=1e-3)
 
 
 def test_contrast_keeps_the_mean():
-    found, changes = change(40, contrast=0.2)
+    actual, changes = change(40, contrast=0.2)
     assert 0.8 <= changes.contrast.min() < 0.83 < 1.17 < changes.contrast.max() <= 1.2
     gray = picture().astype(float)
     expected = (gray.mean() + changes.contrast[0] * (gray - gray.mean())).clip(0, 255)
-    assert np.allclose(found[0], expected, atol=1e-2)
+    assert np.allclose(actual[0], expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("batch", [1, 7])
@@ -83,7 +83,7 @@ def test_an_image_keeps_its_change_in_any_batch(batch):
     assert not torch.allclose(together[0], together[1], atol=5)
 
 
-def test_other_seeds_change_otherwise():
+def test_other_seeds_give_other_changes():
     first, again, other = (augment.draw_changes(5, size=SIZE, seed=(0, 0, epoch)) for epoch in (1, 1, 2))
     assert np.array_equal(first.matrix, again.matrix)
     assert not np.array_equal(first.matrix, other.matrix)

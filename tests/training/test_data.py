@@ -57,7 +57,7 @@ def test_files_are_described(tmp_path):
     make_folders(tmp_path, {"a": 3, "b": 3})
     Image.new("RGB", (50, 20)).save(tmp_path / "b" / "0.jpg")
     Image.fromarray(np.zeros((20, 60), np.uint16)).save(tmp_path / "b" / "1.png")
-    facts = {(one.width, one.height, one.mode, one.format) for one in load(tmp_path).facts}
+    facts = {(fact.width, fact.height, fact.mode, fact.format) for fact in load(tmp_path).facts}
     assert facts == {(40, 30, "L", "png"), (50, 20, "RGB", "jpeg"), (60, 20, "I;16", "png")}
 
 
@@ -79,7 +79,7 @@ def test_take_keeps_rows_together(tmp_path):
     assert len(taken) == 2
 
 
-def test_a_training_sees_the_pixels_that_its_bundle_will_ask_for(tmp_path):
+def test_training_uses_the_decoding_of_its_bundle(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / "in" / name).mkdir(parents=True)
         for number in range(4):

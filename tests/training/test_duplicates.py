@@ -96,7 +96,7 @@ def test_identical_pixels_are_similar_by_1_and_cost_nothing(distinct, monkeypatc
     compared = []
     compare = duplicates._compare
     monkeypatch.setattr(
-        duplicates, "_compare", lambda *given: compared.append(len(given[0])) or compare(*given)
+        duplicates, "_compare", lambda *arguments: compared.append(len(arguments[0])) or compare(*arguments)
     )
     pairs = duplicates.near_pairs(np.concatenate([distinct[:2], distinct[[1] * 300], distinct[[0]]]))
     expected = [(0, 302), *((1, copy) for copy in range(2, 302))]
@@ -104,7 +104,7 @@ def test_identical_pixels_are_similar_by_1_and_cost_nothing(distinct, monkeypatc
     assert sum(compared) == 1
 
 
-def test_pairs_are_ordered_and_say_how_similar(distinct):
+def test_pairs_are_ordered_and_have_a_similarity(distinct):
     pixels = np.stack([encoded(distinct[3], 40), distinct[0], distinct[3], encoded(distinct[3], 95)])
     pairs = duplicates.near_pairs(pixels)
     assert pairs == sorted(pairs)
@@ -113,13 +113,13 @@ def test_pairs_are_ordered_and_say_how_similar(distinct):
     assert duplicates.SAME < similarity[0, 2] < similarity[2, 3] <= 1
 
 
-def test_a_family_is_connected_without_its_original(distinct):
+def test_copies_are_connected_without_their_original(distinct):
     rng = np.random.default_rng(0)
     family = [augmented(distinct[0], rng) for _ in range(20)]
     assert grouped(np.stack([*distinct[1:9], *family])) == [*range(8), *[8] * 20]
 
 
-def test_tight_clusters_of_one_family_are_connected(distinct):
+def test_tight_clusters_of_copies_are_connected(distinct):
     """Each image has more near-identical neighbours than are looked at."""
     turned = moved(distinct[0], degrees=13, zoom=0.92)
     clusters = [encoded(image, quality) for image in (distinct[0], turned) for quality in range(70, 94, 2)]
@@ -178,11 +178,11 @@ def test_blocks_and_threads_change_nothing(distinct, monkeypatch):
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
-    found = grouped(pixels)
-    assert found == [*range(9), *range(4)]
+    result = grouped(pixels)
+    assert result == [*range(9), *range(4)]
     monkeypatch.setattr(duplicates, "ROWS", 4)  # the last block is a single image
     monkeypatch.setattr(duplicates, "BATCH", 1)
-    assert grouped(pixels) == found
+    assert grouped(pixels) == result
 
 
 @pytest.mark.parametrize(

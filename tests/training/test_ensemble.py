@@ -44,9 +44,9 @@ def test_equal_f1_goes_to_the_better_likelihood():
 
 @pytest.mark.parametrize("members", [1, 2, 3])
 def test_grid_is_complete_and_adds_up(members):
-    found = list(weight_search.weight_grid(members))
-    assert len(set(found)) == len(found) == math.comb(20 + members - 1, members - 1)
-    assert all(sum(weights) == pytest.approx(1) and min(weights) >= 0 for weights in found)
+    result = list(weight_search.weight_grid(members))
+    assert len(set(result)) == len(result) == math.comb(20 + members - 1, members - 1)
+    assert all(sum(weights) == pytest.approx(1) and min(weights) >= 0 for weights in result)
 
 
 def test_many_members_stay_cheap():
@@ -54,12 +54,12 @@ def test_many_members_stay_cheap():
     assert len(weight_search.search_weights(logits, LABELS)) <= weight_search.MAX_CANDIDATES
 
 
-def test_what_the_paper_chose_is_reported():
+def test_the_weights_of_the_paper_are_reported():
     logits = np.stack([confident(LABELS)] * 3)
-    assert [one.weights for one in weight_search.reference_candidates(logits[:2], LABELS)] == [
+    assert [candidate.weights for candidate in weight_search.reference_candidates(logits[:2], LABELS)] == [
         (0.5, 0.5),
         (0.4, 0.6),
     ]
-    assert [one.weights for one in weight_search.reference_candidates(logits, LABELS)] == [
+    assert [candidate.weights for candidate in weight_search.reference_candidates(logits, LABELS)] == [
         (1 / 3, 1 / 3, 1 / 3)
     ]

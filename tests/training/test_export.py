@@ -29,14 +29,14 @@ def members() -> list[export.ExportedMember]:
 
 
 def write(target, **changes):
-    given = {
+    arguments = {
         "classes": CLASSES,
         "documents": {"report.html": "<p>ümlaut"},
         "canaries": random_pixels(32, SIZE),
         "check": random_pixels(3, SIZE, 1),
         "training": {"a": 1},
     }
-    export.write_bundle(target, members(), **{**given, **changes})
+    export.write_bundle(target, members(), **{**arguments, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +65,13 @@ def test_every_hash_matches(bundle):
 @pytest.mark.parametrize("count", [1, 5])
 def test_graph_equals_torch_for_any_batch(bundle, count):
     session = onnxruntime.InferenceSession(bundle / "one.onnx", providers=["CPUExecutionProvider"])
-    (given,), (made,) = session.get_inputs(), session.get_outputs()
-    assert (given.name, given.type, given.shape[1:]) == ("pixels", "tensor(uint8)", [1, *SIZE])
-    assert (made.name, made.type) == ("logits", "tensor(float)")
+    (graph_input,), (graph_output,) = session.get_inputs(), session.get_outputs()
+    assert (graph_input.name, graph_input.type, graph_input.shape[1:]) == (
+        "pixels",
+        "tensor(uint8)",
+        [1, *SIZE],
+    )
+    assert (graph_output.name, graph_output.type) == ("logits", "tensor(float)")
     pixels = random_pixels(count, SIZE, 7)
     (logits,) = session.run(None, {"pixels": pixels})
     assert np.allclose(logits, infer(tiny_network(2), torch.from_numpy(pixels)).numpy(), atol=1e-5)
@@ -85,15 +89,15 @@ def test_safetensors_hold_the_module(bundle):
     assert all(np.array_equal(states[name], value) for name, value in expected.items())
 
 
-def test_canaries_are_what_torch_and_the_ensemble_say(bundle):
+def test_canaries_equal_torch_and_the_ensemble(bundle):
     canaries = load_file(bundle / "canaries" / "canaries.safetensors")
     assert np.array_equal(canaries["pixels"], random_pixels(32, SIZE))
     assert canaries["logits"].shape == (2, 32, 2)
     _, expected = combine_logits(canaries["logits"], weights=[0.4, 0.6], temperatures=[1.0, 1.0])
-    pixels, found = scoring_canaries.load_canaries(bundles.load_bundle(bundle))
+    pixels, actual = scoring_canaries.load_canaries(bundles.load_bundle(bundle))
     assert np.array_equal(pixels, canaries["pixels"])
-    assert np.array_equal(found, expected)
-    assert found.dtype == canaries["logits"].dtype == np.float32
+    assert np.array_equal(actual, expected)
+    assert actual.dtype == canaries["logits"].dtype == np.float32
 
 
 def test_a_temperature_is_recorded_and_used(tmp_path, quick_export):
@@ -148,7 +152,7 @@ def quick_export(monkeypatch, bundle):
     )
 
 
-def test_overwrite_replaces_a_bundle_whole(tmp_path, quick_export):
+def test_overwrite_replaces_a_bundle_completely(tmp_path, quick_export):
     write(tmp_path / "bundle")
     (tmp_path / "bundle" / "plans").mkdir()
     write(tmp_path / "bundle", overwrite=True, training={"a": 2})
@@ -158,7 +162,7 @@ def test_overwrite_replaces_a_bundle_whole(tmp_path, quick_export):
 
 
 @pytest.mark.parametrize("there_before", [False, True])
-def test_what_a_killed_training_left_goes(tmp_path, quick_export, there_before):
+def test_leftovers_of_a_killed_training_are_deleted(tmp_path, quick_export, there_before):
     if there_before:
         write(tmp_path / "bundle")
     for name in (".bundle.training-new", ".bundle.training-old"):
@@ -170,7 +174,7 @@ def test_what_a_killed_training_left_goes(tmp_path, quick_export, there_before):
 
 
 @pytest.mark.parametrize("there_before", [False, True])
-def test_a_failing_export_leaves_what_was_there(tmp_path, quick_export, monkeypatch, there_before):
+def test_a_failed_export_keeps_the_old_bundle(tmp_path, quick_export, monkeypatch, there_before):
     if there_before:
         write(tmp_path / "bundle", training={"a": 1})
     monkeypatch.setattr(export, "_fsync_folder", lambda folder: (_ for _ in ()).throw(OSError("disk full")))

@@ -30,11 +30,11 @@ def test_calibration_gives_the_statistics_of_the_pixels():
 def test_inference_does_not_depend_on_the_batch():
     network, pixels = tiny_network(), torch.from_numpy(random_pixels(features.batch_size_for(CPU) + 3))
     done = []
-    found = features.infer(network, pixels, progress=done.append)
-    assert found.shape == (len(pixels), 3)
-    assert found.dtype == torch.float32
+    result = features.infer(network, pixels, progress=done.append)
+    assert result.shape == (len(pixels), 3)
+    assert result.dtype == torch.float32
     assert done == [features.batch_size_for(CPU), 3]
-    assert torch.allclose(found[-1:], features.infer(network, pixels[-1:]), atol=1e-6)
+    assert torch.allclose(result[-1:], features.infer(network, pixels[-1:]), atol=1e-6)
 
 
 TRAIN = np.array([1, 4, 5])
@@ -54,13 +54,13 @@ def extract(folder, network=None, copies=2, train=TRAIN, progress=features.no_pr
 
 
 def test_only_training_images_get_augmented_copies(tmp_path):
-    found = extract(tmp_path)
-    assert found.shape == (3, 8, 16)
+    result = extract(tmp_path)
+    assert result.shape == (3, 8, 16)
     plain = features.infer(tiny_network().base, torch.from_numpy(random_pixels(8)).repeat(1, 3, 1, 1) / 255)
-    assert np.allclose(found[0], plain, atol=1e-6)
-    assert np.isnan(found[1:, [0, 2, 3, 6, 7]]).all()
-    assert not np.isnan(found[1:, TRAIN]).any()
-    assert np.abs(found[1, TRAIN] - found[2, TRAIN]).max() > 1e-3
+    assert np.allclose(result[0], plain, atol=1e-6)
+    assert np.isnan(result[1:, [0, 2, 3, 6, 7]]).all()
+    assert not np.isnan(result[1:, TRAIN]).any()
+    assert np.abs(result[1, TRAIN] - result[2, TRAIN]).max() > 1e-3
 
 
 def test_features_are_computed_once(tmp_path):
@@ -78,7 +78,7 @@ def test_features_are_computed_once(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2, "another base has a file of its own"
 
 
-def test_a_damaged_cache_is_made_anew(tmp_path):
+def test_a_damaged_cache_is_rebuilt(tmp_path):
     expected = extract(tmp_path).copy()
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:200])
@@ -90,17 +90,19 @@ def blobs(count: int = 120, copies: int = 1) -> tuple[np.ndarray, np.ndarray, sp
     labels = np.arange(count) % 3
     random = np.random.default_rng(0)
     centres = (labels[:, None] == np.arange(16)).astype(float)
-    found = random.normal(centres, 0.1, (copies + 1, count, 16)) * random.uniform(1e-2, 10, 16) + 5
+    result = random.normal(centres, 0.1, (copies + 1, count, 16)) * random.uniform(1e-2, 10, 16) + 5
     parts = split.split_dataset(labels, np.arange(count), classes=("a", "b", "c"), seed=0)
-    found[1:, np.concatenate([parts.validation, parts.test])] = np.nan
-    return found.astype(np.float32), labels, parts
+    result[1:, np.concatenate([parts.validation, parts.test])] = np.nan
+    return result.astype(np.float32), labels, parts
 
 
-def fit_blobs(folder, given=None, **changes) -> tuple[fit.FitResult, Network]:
-    found, labels, parts = given or blobs()
+def fit_blobs(folder, blobs_used=None, **changes) -> tuple[fit.FitResult, Network]:
+    actual, labels, parts = blobs_used or blobs()
     network = tiny_network()
     fitting = FitOptions(**{"epochs": 60, "patience": 60, "learning_rate": 3e-3, **changes})
-    result = heads.fit_head(network, found, labels, parts, fitting, checkpoint=folder / "head.pt", device=CPU)
+    result = heads.fit_head(
+        network, actual, labels, parts, fitting, checkpoint=folder / "head.pt", device=CPU
+    )
     return result, network
 
 
@@ -111,19 +113,19 @@ def logits_of(network: Network, found: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("balance", ["loss", "sampling"])
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
 def test_a_head_learns_raw_features_and_stops_early(tmp_path, balance, schedule):
-    found, labels, parts = blobs()
+    actual, labels, parts = blobs()
     result, network = fit_blobs(tmp_path, epochs=400, patience=10, balance=balance, schedule=schedule)
     assert result.best.validation_macro_f1 == 1.0
-    assert (logits_of(network, found).argmax(axis=1) == labels)[parts.test].all()
+    assert (logits_of(network, actual).argmax(axis=1) == labels)[parts.test].all()
     assert len(result.history) < 400
 
 
-def test_the_best_epoch_is_what_remains(tmp_path):
-    found, labels, parts = blobs()
+def test_the_weights_of_the_best_epoch_are_kept(tmp_path):
+    actual, labels, parts = blobs()
     result, network = fit_blobs(tmp_path, learning_rate=0.5, epochs=30, schedule="plateau")
     targets = torch.from_numpy(labels)
     loss = nn.functional.cross_entropy(
-        torch.from_numpy(logits_of(network, found))[parts.validation],
+        torch.from_numpy(logits_of(network, actual))[parts.validation],
         targets[parts.validation],
         heads.class_weights_of(targets[parts.train], 3),
     )
@@ -132,8 +134,8 @@ def test_the_best_epoch_is_what_remains(tmp_path):
 
 
 def test_folding_is_exact():
-    found, _, parts = blobs()
-    head, raw = models.make_head(16, 3).eval(), torch.from_numpy(found[0])
+    actual, _, parts = blobs()
+    head, raw = models.make_head(16, 3).eval(), torch.from_numpy(actual[0])
     mean, scale = heads.feature_statistics(raw[parts.train])
     with torch.inference_mode():
         expected = head((raw - mean) / scale)
@@ -148,7 +150,7 @@ def test_a_constant_feature_keeps_its_scale():
     assert mean.tolist() == [1e6, 1e6]
 
 
-def test_balance_gives_every_class_the_same_say():
+def test_balance_weights_all_classes_equally():
     labels = torch.tensor([0] * 6 + [1] * 3 + [2])
     weights = heads.class_weights_of(labels, 3)
     assert (weights * torch.bincount(labels)).tolist() == pytest.approx([10 / 3] * 3)
@@ -159,18 +161,18 @@ def test_balance_gives_every_class_the_same_say():
 
 
 def test_fitting_follows_the_seed(tmp_path):
-    found = blobs()[0]
-    runs = [logits_of(fit_blobs(tmp_path / str(n), epochs=5, seed=seed)[1], found)
+    result = blobs()[0]
+    runs = [logits_of(fit_blobs(tmp_path / str(n), epochs=5, seed=seed)[1], result)
             for n, seed in enumerate((0, 0, 1))]  # fmt: skip
     assert np.array_equal(runs[0], runs[1])
     assert not np.array_equal(runs[0], runs[2])
 
 
 def test_a_loss_that_is_not_a_number_is_one_line(tmp_path):
-    found, labels, parts = blobs()
-    found[0, parts.train[0]] = np.inf
+    result, labels, parts = blobs()
+    result[0, parts.train[0]] = np.inf
     with np.errstate(invalid="ignore"), pytest.raises(EngineError, match="epoch 1: the training loss is nan"):
-        fit_blobs(tmp_path, (found, labels, parts), epochs=3)
+        fit_blobs(tmp_path, (result, labels, parts), epochs=3)
 
 
 def fit_stripes(folder, progress=lambda epoch: None, **changes) -> tuple[fit.FitResult, Network]:
@@ -191,11 +193,11 @@ def fit_stripes(folder, progress=lambda epoch: None, **changes) -> tuple[fit.Fit
     return result, network
 
 
-def test_the_whole_network_learns_what_a_frozen_one_can_not_see(tmp_path):
+def test_the_whole_network_learns_more_than_a_frozen_base(tmp_path):
     pixels, labels, parts = stripes(90)
     result, network = fit_stripes(tmp_path, epochs=30)
-    found = features.infer(network, torch.from_numpy(pixels)).argmax(dim=1).numpy()
-    assert (found == labels)[parts.test].mean() > 0.9
+    actual = features.infer(network, torch.from_numpy(pixels)).argmax(dim=1).numpy()
+    assert (actual == labels)[parts.test].mean() > 0.9
     assert result.history[0].train_loss > 2 * result.history[-1].train_loss
 
 
@@ -204,7 +206,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "plateau"])
-def test_an_interrupted_training_ends_like_one_that_was_not(tmp_path, schedule):
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path, schedule):
     expected, through = fit_stripes(tmp_path / "a", schedule=schedule)
 
     def kill(epoch: fit.Epoch) -> None:
@@ -214,8 +216,8 @@ def test_an_interrupted_training_ends_like_one_that_was_not(tmp_path, schedule):
     with pytest.raises(KilledError):
         fit_stripes(tmp_path / "b", kill, schedule=schedule)
     seen = []
-    found, resumed = fit_stripes(tmp_path / "b", seen.append, schedule=schedule)
-    assert found == expected
+    actual, resumed = fit_stripes(tmp_path / "b", seen.append, schedule=schedule)
+    assert actual == expected
     assert seen == expected.history
     for name, value in through.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
@@ -234,7 +236,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path):
     fit_stripes(tmp_path, epochs=1)
     for content in (b"", b"nonsense", (tmp_path / "whole.pt").read_bytes()[:3000]):
         (tmp_path / "whole.pt").write_bytes(content)
-        with pytest.raises(EngineError, match="can't be read; start again with --overwrite"):
+        with pytest.raises(EngineError, match="can't be read; to start again, set --overwrite"):
             fit_stripes(tmp_path, epochs=2)
 
 
@@ -253,5 +255,5 @@ def test_the_whole_network_learns_on_a_gpu(tmp_path):
         device=device,
         progress=lambda epoch: None,
     )
-    found = features.infer(network, torch.from_numpy(pixels), device=device).argmax(dim=1).numpy()
-    assert (found == labels)[parts.test].mean() > 0.9
+    result = features.infer(network, torch.from_numpy(pixels), device=device).argmax(dim=1).numpy()
+    assert (result == labels)[parts.test].mean() > 0.9

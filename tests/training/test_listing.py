@@ -36,7 +36,7 @@ def test_unknown_names_are_sorted(tmp_path):
     assert listing.classes == ("a", "b")
     assert listing.labels.tolist() == [0] * 4 + [1] * 3
     assert [path.parent.name for path in listing.paths] == ["a"] * 4 + ["b"] * 3
-    assert listing.given is None
+    assert listing.set_names is None
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_class_folders_as_they_come(tmp_path, folders, found):
     assert min(by_class(listing).values()) >= 3
 
 
-def test_names_that_stand_for_others_are_said(tmp_path):
+def test_translated_names_are_reported(tmp_path):
     (note,) = list_images(make(tmp_path, {"healthy": 3, "OS": 3})).notes
     assert "OS as osteoporosis, healthy as normal" in note
 
@@ -72,11 +72,11 @@ def test_names_that_stand_for_others_are_said(tmp_path):
 def test_split_folders_in_any_place(tmp_path):
     folders = {"Train/normal": 3, "TEST/Normal": 2, "train/osteoporosis": 4, "osteoporosis/valid": 1}
     listing = list_images(make(tmp_path, folders))
-    found = {
-        str(path.relative_to(tmp_path).parent): given
-        for path, given in zip(listing.paths, listing.given, strict=True)
+    result = {
+        str(path.relative_to(tmp_path).parent): set_name
+        for path, set_name in zip(listing.paths, listing.set_names, strict=True)
     }
-    assert found == {
+    assert result == {
         "Train/normal": "train",
         "TEST/Normal": "test",
         "train/osteoporosis": "train",
@@ -90,26 +90,26 @@ def test_classes_can_be_named_in_another_order(tmp_path):
     listing = list_images(tmp_path, classes=["c", "b"])
     assert listing.classes == ("c", "b")
     assert by_class(listing) == {"c": 3, "b": 3}
-    assert listing.notes == ["passed over 3 files outside the class folders, in: a (3)"]
+    assert listing.notes == ["skipped 3 files outside the class folders, in: a (3)"]
 
 
 def test_files_elsewhere_are_counted(tmp_path):
     make(tmp_path, {"x/normal": 3, "x/osteoporosis": 3, "masks": 2})
     (tmp_path / "README.md").touch()
     (note,) = list_images(tmp_path).notes
-    assert note == "passed over 3 files outside the class folders, in: . (1), masks (2)"
+    assert note == "skipped 3 files outside the class folders, in: . (1), masks (2)"
 
 
 @pytest.mark.parametrize(
     ("counts", "classes", "message"),
     [
-        ({}, None, "two or more class folders"),
-        ({"a": 5}, None, "found: a"),
+        ({}, None, "at least two class folders"),
+        ({"a": 5}, None, "there are: a"),
         ({"a": 5, "b": 2}, None, "class 'b' has 2 images; at least 3"),
-        ({"a": 5, "b": 0}, None, "found: a"),
-        ({"a": 5, "b": 5}, ["a", "x"], "no class folder 'x'; folders there: a, b"),
+        ({"a": 5, "b": 0}, None, "there are: a"),
+        ({"a": 5, "b": 5}, ["a", "x"], "no class folder 'x'; its folders are: a, b"),
         ({"a": 5, "b": 5}, ["a", "A"], "distinct"),
-        ({"normal": 5, "osteoporosis": 5, "severe": 5}, None, "'severe' stands beside.*--classes"),
+        ({"normal": 5, "osteoporosis": 5, "severe": 5}, None, "'severe' is beside.*--classes"),
         ({"a\nb": 5, "c": 5}, None, "printable"),
         ({"a" * 65: 5, "c": 5}, None, "64"),
     ],
@@ -143,7 +143,7 @@ def test_a_table(tmp_path):
     assert listing.labels.tolist() == [2, 0, 1] * 3
     assert listing.paths[0] == tmp_path / "0.png"
     assert listing.patients == ["7", "8", None] * 3
-    assert listing.given == ["train"] * 6 + ["validation", "test", "test"]
+    assert listing.set_names == ["train"] * 6 + ["validation", "test", "test"]
 
 
 def test_a_table_with_other_columns(tmp_path):
@@ -153,7 +153,7 @@ def test_a_table_with_other_columns(tmp_path):
     assert listing.classes == ("normal", "osteopenia", "osteoporosis")
     assert list_images(source, label_column="grade", classes=["2", "1", "0"]).labels.tolist() == [2, 1, 0] * 3
     assert listing.patients is None
-    assert listing.given is None
+    assert listing.set_names is None
 
 
 def test_a_parquet_table(tmp_path):
@@ -164,11 +164,11 @@ def test_a_parquet_table(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"class": ["a", "b", "b"] * 3}, {}, "no column 'label'; it has 'class'; see --label-column"),
+        ({"class": ["a", "b", "b"] * 3}, {}, "no column 'label'; it has 'class'; name one with"),
         ({"label": ["normal", "osteoporosis", "osteoporsis"] * 3}, {"classes": ["normal", "osteoporosis"]},
          "row 3: label 'osteoporsis' is not one of normal, osteoporosis; osteoporosis"),
         ({"label": ["a", "b", None] * 3}, {}, "row 3: label '' is not one of a, b"),
-        ({"label": ["a"] * 9}, {}, "two or more labels"),
+        ({"label": ["a"] * 9}, {}, "at least two labels"),
         ({"label": ["a", "b", "b"] * 2 + ["a", "b", "c"]}, {}, "class 'c' has 1 images"),
         ({"label": ["a", "b", "b"] * 3, "split": ["train"] * 8 + ["exam"]}, {}, "row 9: split 'exam'"),
     ],

@@ -18,8 +18,8 @@ SMALL = "shufflenet_v2_x0_5"  # quick to build and run
 
 
 def build(architecture: str, **changes) -> Network:
-    given = {"classes": 3, "weights": "none", "seed": 0, "size": (64, 64)} | changes
-    return models.build_network(architecture, **given)
+    arguments = {"classes": 3, "weights": "none", "seed": 0, "size": (64, 64)} | changes
+    return models.build_network(architecture, **arguments)
 
 
 def run(network: torch.nn.Module, pixels: np.ndarray) -> torch.Tensor:
@@ -47,7 +47,7 @@ def test_the_only_dropout_before_the_classes_is_the_heads():
         assert not any(isinstance(module, torch.nn.Dropout) for module in modules)
 
 
-def test_the_traps_of_inception(tmp_path):
+def test_inception_without_its_auxiliary_and_input_transform(tmp_path):
     """Weights as torchvision trains them bring an auxiliary head and its own scaling of the input."""
     published = torchvision.models.inception_v3(aux_logits=True, transform_input=True, init_weights=False)
     torch.save(published.state_dict(), tmp_path / "inception.pth")
@@ -92,9 +92,9 @@ def test_bad_weights_are_one_line(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "other.pt")
     for name, message in {
         "absent.pt": "no such file",
-        "broken.pt": "not safetensors nor",
-        "broken.safetensors": "not safetensors nor",
-        "list.pt": "not a state dict",
+        "broken.pt": "neither safetensors nor",
+        "broken.safetensors": "neither safetensors nor",
+        "list.pt": "it holds a list; allowed: a state dict",
         "other.pt": "do not fit",
     }.items():
         with pytest.raises(UsageError, match=message) as caught:
@@ -102,7 +102,7 @@ def test_bad_weights_are_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_no_network_names_the_ways_on(monkeypatch):
+def test_without_a_connection_the_alternatives_are_named(monkeypatch):
     def refuse(*_, **__):
         raise OSError("Name or service not known")
 
@@ -120,7 +120,7 @@ def test_no_network_names_the_ways_on(monkeypatch):
         ("inception_v3", (32, 32), "can't take images of 32 x 32"),
     ],
 )
-def test_what_can_not_be_a_member_is_one_line(architecture, size, message):
+def test_unsupported_members_are_one_line_errors(architecture, size, message):
     with pytest.raises(UsageError, match=message) as caught:
         build(architecture, size=size)
     assert "\n" not in str(caught.value)
@@ -149,9 +149,9 @@ def test_a_shift_can_not_be_folded_under_zero_padding():
     wrong = OneChannel(network.base, network.head)
     wrong.base[0] = _fold_stem(stem, network.mean, network.std)
     pixels = random_pixels(5, (20, 28))
-    found = run(wrong, pixels)
+    result = run(wrong, pixels)
     network.base[0] = stem
-    assert not torch.allclose(found, run(network, pixels), atol=1e-3)
+    assert not torch.allclose(result, run(network, pixels), atol=1e-3)
 
 
 def test_normalization_is_imagenets():

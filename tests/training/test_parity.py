@@ -49,9 +49,9 @@ def assert_parity(engine_run: Command, bundle: Path, folder: Path, paths: list[P
     pd.DataFrame({"path": [str(path) for path in paths]}).to_csv(manifest, index=False)
     run = engine_run(manifest, "-b", bundle, "-o", "parity")
     assert run.returncode == 0, run.stderr
-    found = engine.read_results(folder / "parity")
-    assert (found.status == "ok").all()
-    scores = found[[f"p_{name}" for name in CLASSES]].to_numpy()
+    actual = engine.read_results(folder / "parity")
+    assert (actual.status == "ok").all()
+    scores = actual[[f"p_{name}" for name in CLASSES]].to_numpy()
     expected = plain_pytorch(bundle, paths)
     assert np.abs(scores - expected).max() <= PARITY
     assert expected.std(axis=0).max() > 10 * PARITY, "scores that hardly differ would prove nothing"

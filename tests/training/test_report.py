@@ -109,7 +109,7 @@ def changed(two):
         (("resnet50", HOSTILE), (HOSTILE, *"abcdefg")),
     ],
 )
-def test_it_is_whole_and_alone(members, classes):
+def test_the_page_is_complete_and_self_contained(members, classes):
     evaluation = facts(members, classes)
     html = report.render(evaluation)
     page = Page(html)
@@ -176,7 +176,7 @@ def test_plots_take_the_colours_of_the_page(two):
         assert "<text" in plot
 
 
-def test_what_is_undefined_is_a_dash(changed):
+def test_undefined_figures_are_dashes(changed):
     test = changed["voters"]["ensemble"]["test"]
     test["auc"] = test["kappa"] = {"value": None, "low": None, "high": None}
     test["accuracy"] |= {"low": None, "high": None}
@@ -196,8 +196,8 @@ def test_what_is_undefined_is_a_dash(changed):
 @pytest.mark.parametrize(
     ("value", "low", "high", "said"),
     [
-        (0.05, 0.01, 0.09, "+0.050 (+0.010 to +0.090): the interval excludes zero, averaging helped"),
-        (-0.05, -0.09, -0.01, "−0.050 (−0.090 to −0.010): the interval excludes zero, averaging did harm"),
+        (0.05, 0.01, 0.09, "+0.050 (+0.010 to +0.090): the interval excludes zero, averaging was better"),
+        (-0.05, -0.09, -0.01, "−0.050 (−0.090 to −0.010): the interval excludes zero, averaging was worse"),
         (0.01, -0.03, 0.05, "+0.010 (−0.030 to +0.050): the interval includes zero"),
         (0.0, 0.0, 0.0, "the macro-F1 is the same"),
     ],
@@ -205,13 +205,13 @@ def test_what_is_undefined_is_a_dash(changed):
 def test_the_verdict_on_averaging(changed, value, low, high, said):
     changed["difference"]["test"]["macro_f1"] = {"value": value, "low": low, "high": high}
     first, second, _ = report.verdict_text(changed)
-    assert first.startswith("On 90 test images the ensemble is right for ")
+    assert first.startswith("On 90 test images the ensemble is correct for ")
     assert said in second
     assert "resnet50" in second
 
 
-def test_the_verdict_names_what_spoils_it(changed):
-    assert "nothing that would flatter" in report.verdict_text(changed)[2]
+def test_the_verdict_lists_caveats(changed):
+    assert "no reason to doubt" in report.verdict_text(changed)[2]
     assert report.list_caveats(changed) == []
     some = {"groups": 2, "images": 5}
     changed["demo"] = True
@@ -222,10 +222,10 @@ def test_the_verdict_names_what_spoils_it(changed):
     for part in (
         "bases are random",
         "the split leaks (5 images",
-        "give the class away",
+        "predict the class without the picture",
         "2 groups of identical files",
         "the smallest class, osteopenia, has only 1 test image;",
-        "name no patients",
+        "have no patient identifiers",
     ):
         assert part in last
 
@@ -241,17 +241,17 @@ def test_findings(changed):
         "given_split": True,
     }
     changed["data"]["shortcuts"] |= {"balanced_accuracy": 0.62, "suspicious": True}
-    found = {
+    result = {
         heading: (sentence, warns)
         for heading, sentence, warns in report.describe_data_findings(changed["data"])
     }
-    assert "Left out: 2 corrupt, 1 missing." in found["Files"][0]
-    assert "3 images are in 1 group of copies" in found["Copies"][0]
-    assert "1\u202f234 images were dropped" in found["Copies"][0]
-    assert "1 group of identical files (3 images)" in found["Contradicting labels"][0]
-    assert "It leaks" in found["Split"][0]
-    assert "of 0.62; chance is 0.33 (p = 0.30, against shuffled labels). A network" in found["Shortcuts"][0]
-    assert all(found[heading][1] for heading in ("Files", "Contradicting labels", "Split", "Shortcuts"))
+    assert "Left out: 2 corrupt, 1 missing." in result["Files"][0]
+    assert "3 images are in 1 group of copies" in result["Copies"][0]
+    assert "1\u202f234 images were dropped" in result["Copies"][0]
+    assert "1 group of identical files (3 images)" in result["Contradicting labels"][0]
+    assert "It leaks" in result["Split"][0]
+    assert "of 0.62; chance is 0.33 (p = 0.30, against shuffled labels). A network" in result["Shortcuts"][0]
+    assert all(result[heading][1] for heading in ("Files", "Contradicting labels", "Split", "Shortcuts"))
     page = Page(report.render(changed))
     assert page.values("class").count("warning") == 4
 

@@ -1,4 +1,4 @@
-"""Stratified, whole groups on one side, given sets respected."""
+"""Splits are stratified, keep groups together and respect existing sets."""
 
 import numpy as np
 import pytest
@@ -47,8 +47,8 @@ def test_groups_stay_together_and_shares_stay_near(seed):
     owners = [set(groups[chosen]) for _, chosen in parts.named()]
     assert sum(map(len, owners)) == len(set.union(*owners))
     for chosen, share in ((parts.train, 0.7), (parts.validation, 0.15), (parts.test, 0.15)):
-        found = np.bincount(labels[chosen]) / np.bincount(labels)
-        assert np.abs(found - share).max() < 0.03
+        result = np.bincount(labels[chosen]) / np.bincount(labels)
+        assert np.abs(result - share).max() < 0.03
 
 
 def test_a_class_in_too_few_groups_is_one_line():
@@ -60,32 +60,35 @@ def test_a_class_in_too_few_groups_is_one_line():
 
 def test_a_given_split_is_kept_and_completed():
     labels = np.tile([0, 1, 2], 40)
-    given = ["test" if position < 30 else None for position in range(120)]
-    parts = cut(labels, given=given)
+    set_names = ["test" if position < 30 else None for position in range(120)]
+    parts = cut(labels, set_names=set_names)
     assert parts.test.tolist() == list(range(30))
     assert np.bincount(labels[parts.validation]).tolist() == [5, 5, 5]  # 15 of the 85 % that are left
-    both = cut(labels, given=["train"] * 60 + ["validation"] * 30 + ["test"] * 30)
+    both = cut(labels, set_names=["train"] * 60 + ["validation"] * 30 + ["test"] * 30)
     assert (len(both.train), len(both.validation), len(both.test)) == (60, 30, 30)
 
 
 def test_an_empty_set_is_one_line():
     labels = np.tile([0, 1, 2], 20)
-    with pytest.raises(UsageError, match="the given test set has no image of class 'b'"):
-        cut(labels, given=["test" if place < 30 and place % 3 != 1 else "train" for place in range(60)])
-    with pytest.raises(UsageError, match="class 'a' does not reach the train set"):
-        cut(labels, given=["test"] * 60)
+    with pytest.raises(UsageError, match="the test set of the data has no image of class 'b'"):
+        cut(
+            labels,
+            set_names=["test" if position < 30 and position % 3 != 1 else "train" for position in range(60)],
+        )
+    with pytest.raises(UsageError, match="class 'a' has no image in the train set"):
+        cut(labels, set_names=["test"] * 60)
 
 
 def test_folds_cover_every_image_once():
     labels, groups = np.tile([0, 1, 2], 40), np.arange(120) // 2
-    found = list(split.make_folds(labels, groups, 5, classes=CLASSES, seed=1))
-    assert np.array_equal(np.sort(np.concatenate([parts.test for parts in found])), np.arange(120))
-    for parts in found:
+    result = list(split.make_folds(labels, groups, 5, classes=CLASSES, seed=1))
+    assert np.array_equal(np.sort(np.concatenate([parts.test for parts in result])), np.arange(120))
+    for parts in result:
         assert sorted(len(chosen) for _, chosen in parts.named()) == [18, 24, 78]
         assert not set(groups[parts.test]) & set(groups[parts.train])
         assert not set(groups[parts.validation]) & set(groups[parts.train])
 
 
 def test_more_folds_than_images_of_a_class():
-    with pytest.raises(UsageError, match="class 'c' does not reach the test set"):
+    with pytest.raises(UsageError, match="class 'c' has no image in the test set"):
         list(split.make_folds(np.repeat([0, 1, 2], [9, 9, 3]), np.arange(21), 5, classes=CLASSES, seed=0))

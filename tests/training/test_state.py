@@ -24,13 +24,13 @@ def begin(options: TrainingOptions, data: str = "abc") -> TrainingState:
     return state
 
 
-def test_nothing_begun_leaves_no_trace(tmp_path, options):
+def test_a_training_that_did_not_begin_leaves_no_folder(tmp_path, options):
     with TrainingState(options) as state:
         assert state.folder == tmp_path / "bundle.training"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unfinished_training_is_not_lost_by_accident(options):
+def test_an_unfinished_training_is_kept_without_overwrite(options):
     begin(options)
     with (
         TrainingState(options) as state,
@@ -70,13 +70,13 @@ def test_another_training_is_not_resumed(options, change, data, message):
         state.begin(data)
 
 
-def test_what_may_differ_on_resume(options):
+def test_options_that_may_differ_on_resume(options):
     begin(options)
     with TrainingState(replace(options, resume=True, device="cpu")) as state:
         state.begin("abc")
 
 
-def test_a_finished_training_makes_room(options):
+def test_a_finished_training_can_be_followed_by_another(options):
     with TrainingState(options) as state:
         state.begin("abc")
         state.finish()
@@ -89,7 +89,7 @@ def test_a_finished_training_makes_room(options):
 def test_two_trainings_do_not_share_a_folder(options):
     with (
         TrainingState(options),
-        pytest.raises(UsageError, match="another training is under way"),
+        pytest.raises(UsageError, match="another training is running"),
         TrainingState(options),
     ):
         pass
@@ -98,7 +98,7 @@ def test_two_trainings_do_not_share_a_folder(options):
 def test_a_foreign_folder_is_left_alone(tmp_path, options):
     (tmp_path / "bundle.training").mkdir()
     (tmp_path / "bundle.training" / "holiday.jpg").touch()
-    with pytest.raises(UsageError, match="no training's"), TrainingState(options):
+    with pytest.raises(UsageError, match="holds other files"), TrainingState(options):
         pass
     assert [path.name for path in (tmp_path / "bundle.training").iterdir()] == ["holiday.jpg"]
 
@@ -114,7 +114,7 @@ def test_a_damaged_record_is_one_line(tmp_path, options, content):
         state.check()
 
 
-def test_tables_quote_and_survive_odd_names(options):
+def test_tables_quote_unusual_names(options):
     with TrainingState(options) as state:
         path = state.write_table("split.csv", ("path", "label"), [("a,b\udcff.png", "normal")])
         assert path.read_text() == 'path,label\n"a,b\\udcff.png",normal\n'

@@ -58,7 +58,7 @@ def test_label_follows_the_who_cuts(t_score: float, name: str) -> None:
 
 
 @pytest.mark.parametrize("label", range(3))
-def test_a_class_can_be_asked_for(label: int) -> None:
+def test_a_class_can_be_requested(label: int) -> None:
     drawn = [draw_sample(1, index, label=label, size_range=(64, 64)) for index in range(8)]
     assert {s.label for s in drawn} == {label}
     assert all(synthetic.label_of(s.t_score) == label for s in drawn)
@@ -88,7 +88,7 @@ def test_label_noise_sets_the_ceiling(sd: float, ceiling: float) -> None:
     assert np.mean([posterior(s, sd).max() for s in surrogates]) == pytest.approx(ceiling, abs=0.01)
 
 
-def test_gray_level_does_not_tell_the_class() -> None:
+def test_gray_level_does_not_predict_the_class() -> None:
     drawn = [draw_sample(2, index, label=index % 3, size_range=(128, 128)) for index in range(150)]
     surrogates = [s.surrogate for s in drawn]
     means = np.array([s.pixels.mean() for s in drawn])
@@ -145,7 +145,7 @@ def test_archive_holds_the_promised_formats(archive: Path) -> None:
     assert on_disk == {*files, archive}
 
 
-def test_manifest_tells_the_truth(archive: Path) -> None:
+def test_manifest_has_the_correct_labels(archive: Path) -> None:
     rows = rows_of(archive)
     assert list(rows[0]) == ["path", "patient", "t_score", "label"]
     assert {row["patient"] for row in rows} == {f"{index:05d}" for index in range(45)}

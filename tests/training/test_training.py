@@ -38,10 +38,10 @@ def draw(rng: np.random.Generator, label: int) -> Image.Image:
 def write_set(folder: Path, per_class: int, *, seed: int = 0, below: str = "") -> Path:
     rng = np.random.default_rng(seed)
     for label, name in enumerate(CLASSES):
-        place = folder / below / name
-        place.mkdir(parents=True, exist_ok=True)
+        position = folder / below / name
+        position.mkdir(parents=True, exist_ok=True)
         for number in range(per_class):
-            draw(rng, label).save(place / f"{name}-{seed}-{number}.jpg", quality=95)
+            draw(rng, label).save(position / f"{name}-{seed}-{number}.jpg", quality=95)
     return folder
 
 
@@ -100,17 +100,19 @@ def evaluation_of(folder: Path) -> dict:
     return json.loads((folder / "bundle" / "evaluation.json").read_text())
 
 
-def test_the_bundle_loads_and_is_whole(frozen: Path) -> None:
+def test_the_bundle_loads_and_is_complete(frozen: Path) -> None:
     bundle = bundles.load_bundle(frozen / "bundle")
     assert bundle.classes == CLASSES
     assert [member.name for member in bundle.members] == ["shufflenet_v2_x0_5", "mobilenet_v3_small"]
     assert sum(bundle.weights) == pytest.approx(1)
     assert bundle.temperature != 1.0
     assert bundle.decode == "fast"
-    found = evaluation_of(frozen)
-    assert found["temperature"]["applied"] == bundle.temperature
-    assert found["temperature"]["validation_nll"]["after"] <= found["temperature"]["validation_nll"]["before"]
-    assert found["demo"] is True
+    result = evaluation_of(frozen)
+    assert result["temperature"]["applied"] == bundle.temperature
+    assert (
+        result["temperature"]["validation_nll"]["after"] <= result["temperature"]["validation_nll"]["before"]
+    )
+    assert result["demo"] is True
 
 
 def test_no_name_of_a_file_is_in_the_bundle(frozen: Path, images: Path) -> None:
@@ -128,11 +130,11 @@ def test_every_image_is_accounted_for(frozen: Path, images: Path) -> None:
     assert {*split.path, *left_out.path} == files
     assert len(split) + len(left_out) == len(files) == 78
     assert left_out.path.tolist() == [str(images / "normal" / "broken.jpg")]
-    assert "1 of 78 files left out" in (frozen / "log.txt").read_text()
+    assert "1 of 78 files are left out" in (frozen / "log.txt").read_text()
     assert evaluation_of(frozen)["data"]["left_out"] == {left_out.status[0]: 1}
 
 
-def test_copies_stay_on_one_side_and_contradictions_are_said(frozen: Path) -> None:
+def test_copies_stay_on_one_side_and_contradictions_are_reported(frozen: Path) -> None:
     folder = frozen / "bundle.training"
     split, copies = (pd.read_csv(folder / name) for name in ("split.csv", "copies.csv"))
     assert (split.groupby("group")["split"].nunique() == 1).all()
@@ -151,17 +153,17 @@ def test_copies_stay_on_one_side_and_contradictions_are_said(frozen: Path) -> No
 
 def test_the_ensemble_is_no_worse_than_its_members_on_validation(frozen: Path) -> None:
     voters = evaluation_of(frozen)["voters"]
-    scores = {name: found["validation"]["macro_f1"]["value"] for name, found in voters.items()}
+    scores = {name: result["validation"]["macro_f1"]["value"] for name, result in voters.items()}
     assert scores["ensemble"] >= max(scores.values()) - 1e-9
     beside = evaluation_of(frozen)["weights_search"]["beside"]
     assert [one["weights"] for one in beside] == [[0.5, 0.5], [0.4, 0.6]]
 
 
 def test_folds_are_reported_for_every_voter(frozen: Path) -> None:
-    found = evaluation_of(frozen)["folds"]
-    assert found["count"] == 2
-    assert list(found["voters"]) == ["shufflenet_v2_x0_5", "mobilenet_v3_small", "ensemble"]
-    for figures in found["voters"].values():
+    result = evaluation_of(frozen)["folds"]
+    assert result["count"] == 2
+    assert list(result["voters"]) == ["shufflenet_v2_x0_5", "mobilenet_v3_small", "ensemble"]
+    for figures in result["voters"].values():
         assert len(figures["macro_f1"]["values"]) == 2
         assert figures["macro_f1"]["mean"] == pytest.approx(np.mean(figures["macro_f1"]["values"]))
 
@@ -182,7 +184,7 @@ def test_the_engine_gives_the_figures_that_training_reports(
         assert right == pytest.approx(reported[voter]["test"]["accuracy"]["value"])
 
 
-def test_what_was_trained_is_cleaned_up_and_not_overwritten(frozen: Path, images: Path) -> None:
+def test_checkpoints_are_deleted_and_the_bundle_is_not_overwritten(frozen: Path, images: Path) -> None:
     names = {path.name for path in (frozen / "bundle.training").iterdir()}
     assert names == {".lock", "training.json", "split.csv", "copies.csv", "left_out.csv"}
     run = run_module("training", [images, "-o", "bundle", *SMALL], folder=frozen, timeout_s=60)
@@ -190,7 +192,7 @@ def test_what_was_trained_is_cleaned_up_and_not_overwritten(frozen: Path, images
 
 
 @pytest.mark.slow
-def test_the_whole_network_is_trained_stopped_and_gone_on_with(
+def test_training_of_the_whole_network_is_stopped_and_resumed(
     tmp_path: Path, images: Path, training_process: Command
 ) -> None:
     """A kill during the epochs of the second member; the outcome is that of an undisturbed training."""
@@ -233,12 +235,12 @@ def test_pretrained_weights_freeze_first_and_fine_tune_then(
         "imagenet", "--copies", "1", "--head-epochs", "5", "--epochs", "2", "--balance", "sampling",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    found = evaluation_of(tmp_path)
-    phases = [one["phase"] for one in found["history"]["shufflenet_v2_x0_5"]]
+    result = evaluation_of(tmp_path)
+    phases = [one["phase"] for one in result["history"]["shufflenet_v2_x0_5"]]
     assert phases == ["head"] * 5 + ["whole"] * 2
-    rates = {one["phase"]: one["learning_rate"] for one in found["history"]["shufflenet_v2_x0_5"]}
+    rates = {one["phase"]: one["learning_rate"] for one in result["history"]["shufflenet_v2_x0_5"]}
     assert rates["whole"] < rates["head"]
-    assert found["recipe"]["weights"] == [path.name for path in weights]
+    assert result["recipe"]["weights"] == [path.name for path in weights]
 
 
 def test_a_given_split_that_leaks_is_refused(tmp_path: Path, training: Command) -> None:
@@ -278,7 +280,7 @@ def test_copies_can_be_dropped(tmp_path: Path, images: Path, training: Command) 
     assert "3 images were left out as copies" in run.stderr
 
 
-def test_shortcuts_are_said(tmp_path: Path, training: Command) -> None:
+def test_shortcuts_are_reported(tmp_path: Path, training: Command) -> None:
     rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -286,7 +288,7 @@ def test_shortcuts_are_said(tmp_path: Path, training: Command) -> None:
             draw(rng, label).resize((80 + 20 * label, 90)).save(tmp_path / "data" / name / f"{number}.png")
     run = training("data", "-o", "bundle", "--check-data")
     assert run.returncode == 0, run.stderr
-    assert "tell the class with a balanced accuracy of 1.00 (chance 0.33)" in run.stderr
+    assert "predict the class with a balanced accuracy of 1.00 (chance 0.33)" in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -294,11 +296,11 @@ def test_shortcuts_are_said(tmp_path: Path, training: Command) -> None:
     [
         (["absent"], "no such file or folder"),
         (["data", "--members", "resnet51"], "no architecture 'resnet51'"),
-        (["data", "--weights", "none", "none", "none"], "3 given for 2 members"),
+        (["data", "--weights", "none", "none", "none"], "3 values for 2 members"),
         (["data", "--weights", "absent.pt"], "no such file; allowed: imagenet, none or a file"),
-        (["data", "--size", "8", "8"], "--size 8 8: 32 to 4096"),
+        (["data", "--size", "8", "8"], "--size 8 8: allowed: 32 to 4096"),
         (["data", "--folds", "1"], "--folds 1"),
-        (["data", "--epochs", "0"], "--epochs 0: at least 1"),
+        (["data", "--epochs", "0"], "--epochs 0: allowed: at least 1"),
         (["data", "--rate", "nan"], "--rate nan"),
         (["data", "--seed", "-1"], "--seed -1"),
         (["data", "--device", "cuda:99"], "--device cuda:99"),

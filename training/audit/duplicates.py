@@ -1,10 +1,10 @@
-"""Copies of one radiograph, also turned, mirrored, zoomed, shifted, brightened, resized or encoded again.
+"""Find copies of radiographs, also turned, mirrored, zoomed, shifted, brightened, resized or re-encoded.
 
 Candidates come from Fourier-Mellin descriptors (Reddy and Chatterji 1996, "An FFT-based technique for
-translation, rotation, and scale-invariant image registration"); each is then registered and judged by the
-normalised cross-correlation of what both images show (Padfield 2012, "Masked object registration in the
-Fourier domain"). Both see only fine structure at unit local contrast: trabeculae and noise tell one exposure
-from the next, where the outlines of bones are alike in everybody.
+translation, rotation, and scale-invariant image registration"); each pair is then registered and compared by
+the normalised cross-correlation of the common area (Padfield 2012, "Masked object registration in the
+Fourier domain"). Both use only fine structure at unit local contrast: trabeculae and noise differ between
+exposures, while the outlines of bones are similar in all patients.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from scipy import ndimage, sparse
 from torch import Tensor
 from torch.nn import functional
 
-SIDE = 128  # pixels of the longer side when compared
-FINE = 1.5 / 128  # of the side, sigma: what is finer counts, relative to its own local contrast
-FAINT = 2.0  # gray levels; structure below this is noise of the encoding
+SIDE = 128  # pixels of the longer side of compared images
+FINE = 1.5 / 128  # of the side, sigma of the high-pass filter
+FAINT = 2.0  # gray levels; weaker structure is noise of the encoding
 ANGLES, RADII = 60, 20  # of a descriptor
 RING = (0.125, 0.35)  # cycles per pixel, the radii's range
 ZOOM_STEP = math.log(RING[1] / RING[0]) / (RADII - 1)
@@ -38,16 +38,19 @@ FINER = torch.tensor(
 REACH = 0.25  # of the side, how far a pair may be shifted
 TEXTURED = 0.02  # share of the area that must hold structure
 NEIGHBOURS = 5  # candidates of an image outside its own group
-PROMISING, SAME = 0.5, 0.77  # correlation from which a pair is registered finely, and from which it is one
-DETAILED = 64  # pixels; images that are smaller have fewer details, and must agree better
-ROWS, BATCH = 256, 16  # images at once in the search, pairs in the comparison
+PROMISING, SAME = (
+    0.5,
+    0.77,
+)  # correlation above which a pair is registered finely, and above which it is one image
+DETAILED = 64  # pixels; smaller images have fewer details and need a higher correlation
+ROWS, BATCH = 256, 16  # images per block in the search, pairs per comparison
 
 Positions = tuple[int, int]
 
 
 @dataclass(frozen=True, order=True)
 class Pair:
-    """Two images that are one; `similarity` is 1 for identical pixels."""
+    """Two images that are copies; `similarity` is 1 for identical pixels."""
 
     first: int
     second: int
@@ -59,25 +62,27 @@ def _no_progress(done: int) -> None:
 
 
 def near_pairs(pixels: npt.NDArray[np.uint8], progress: Callable[[int], None] = _no_progress) -> list[Pair]:
-    """Sorted pairs of uint8 [N, 1, H, W], enough of them to connect all copies of an image."""
-    source = _identical(pixels)
-    kept = np.unique(source)
-    copies = np.flatnonzero(source != np.arange(len(pixels)))
+    """Return sorted pairs of uint8 images [N, 1, H, W] that connect all copies of each image."""
+    first_copy = _first_identical(pixels)
+    distinct = np.unique(first_copy)
+    copies = np.flatnonzero(first_copy != np.arange(len(pixels)))
     progress(len(copies))
     scores: dict[Positions, float] = {}
     with _workers() as pool:
-        images = _normalise(pixels, kept)
+        images = _normalise(pixels, distinct)
         descriptors = _describe(images)
-        for rows in _blocks(len(kept)):
+        for rows in _blocks(len(distinct)):
             _link(rows, images, descriptors, scores, pool)
             progress(len(rows))
     linked = _linked_pairs(scores, images.shape[-1])
-    near = [Pair(int(kept[first]), int(kept[second]), scores[first, second]) for first, second in linked]
-    return sorted(near + [Pair(int(source[copy]), int(copy), 1.0) for copy in copies])
+    near = [
+        Pair(int(distinct[first]), int(distinct[second]), scores[first, second]) for first, second in linked
+    ]
+    return sorted(near + [Pair(int(first_copy[copy]), int(copy), 1.0) for copy in copies])
 
 
 def connected_components(count: int, pairs: Iterable[Positions]) -> npt.NDArray[np.int64]:
-    """Connected components of `count` images: labels [N], numbered by first appearance."""
+    """Return the connected components of `count` images: labels [N], numbered by first appearance."""
     edges = np.array(list(pairs), np.int64).reshape(-1, 2)
     graph = sparse.coo_array((np.ones(len(edges)), tuple(edges.T)), shape=(count, count))
     _, labels = sparse.csgraph.connected_components(graph, directed=False)
@@ -86,9 +91,7 @@ def connected_components(count: int, pairs: Iterable[Positions]) -> npt.NDArray[
 
 @contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Use torch's threads without torch's own threading: thousands of small steps would wait for each
-    other.
-    """
+    """Run torch operations on a thread pool with one thread each, which is faster for many small steps."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -98,8 +101,8 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _identical(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Position of the first image with the same pixels [N]."""
+def _first_identical(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Return the position of the first image with the same pixels, for each image [N]."""
     first: dict[bytes, int] = {}
     keys = (hashlib.sha256(image.tobytes()).digest() for image in pixels)
     return np.array([first.setdefault(key, position) for position, key in enumerate(keys)], np.int64)
@@ -110,16 +113,16 @@ def _blocks(count: int) -> Sequence[Tensor]:
     return torch.arange(count).split(ROWS) if count else ()  # torch.fft takes no empty batch
 
 
-def _normalise(pixels: npt.NDArray[np.uint8], kept: npt.NDArray[np.int64]) -> Tensor:
-    """Fine structure at unit local contrast, 0 where there is none: float16 [K, S, S], padded to squares."""
+def _normalise(pixels: npt.NDArray[np.uint8], distinct: npt.NDArray[np.int64]) -> Tensor:
+    """Return fine structure at unit local contrast, else 0: float16 [K, S, S], padded to squares."""
     height, width = pixels.shape[2:]
     side = min(SIDE, max(height, width))
     size = [max(1, round(length * side / max(height, width))) for length in (height, width)]
     top, left = (side - size[0]) // 2, (side - size[1]) // 2
-    images = torch.zeros(len(kept), side, side, dtype=torch.float16)
+    images = torch.zeros(len(distinct), side, side, dtype=torch.float16)
     sigma = max(0.75, FINE * side)
-    for rows in _blocks(len(kept)):
-        gray = torch.from_numpy(pixels[kept[rows.numpy()]]).float()
+    for rows in _blocks(len(distinct)):
+        gray = torch.from_numpy(pixels[distinct[rows.numpy()]]).float()
         gray = functional.interpolate(gray, size=size, mode="bilinear", antialias=True)[:, 0].numpy()
         fine = gray - ndimage.gaussian_filter(gray, (0, sigma, sigma))
         fine /= np.sqrt(ndimage.gaussian_filter(fine**2, (0, 2 * sigma, 2 * sigma))) + FAINT
@@ -128,9 +131,10 @@ def _normalise(pixels: npt.NDArray[np.uint8], kept: npt.NDArray[np.int64]) -> Te
 
 
 def _describe(images: Tensor) -> Tensor:
-    """Log amplitude spectra in log-polar coordinates, each radius standardised: [K, A, R].
+    """Return log amplitude spectra in log-polar coordinates, each radius standardised: [K, A, R].
 
-    A shift of the image changes nothing; a turn shifts angles, a zoom shifts radii, a mirror reverses angles.
+    A shift of the image does not change them; a turn shifts angles, a zoom shifts radii, a mirror reverses
+    angles.
     """
     side = images.shape[-1]
     window = torch.hann_window(side, periodic=False)
@@ -150,18 +154,18 @@ def _describe(images: Tensor) -> Tensor:
 
 
 def _align(descriptors: Tensor, mirrored: int, turn: int, zoom: int) -> Tensor:
-    """Descriptors [K, A, R] of images that are mirrored, turned and zoomed by steps of the two axes."""
+    """Return descriptors [K, A, R] of images mirrored, turned and zoomed by steps of the two axes."""
     if mirrored:
         descriptors = descriptors[:, -torch.arange(ANGLES) % ANGLES]
     shifted = functional.pad(torch.roll(descriptors, turn, dims=1), (zoom, -zoom))
-    return shifted * (RADII / (RADII - abs(zoom)))  # for the radii that fell off
+    return shifted * (RADII / (RADII - abs(zoom)))  # compensates for the radii that were cut
 
 
-def _best_correlation(some: Tensor, every: Tensor) -> Tensor:
-    """Correlation of descriptors [M, A, R] and [K, A, R] at their best alignment: [M, K], at least 0."""
-    best, flat = torch.zeros(len(some), len(every)), every.flatten(1).T
+def _best_correlation(rows: Tensor, columns: Tensor) -> Tensor:
+    """Correlate descriptors [M, A, R] and [K, A, R] at their best alignment: [M, K], at least 0."""
+    best, flat = torch.zeros(len(rows), len(columns)), columns.flatten(1).T
     for alignment in ALIGNMENTS:
-        torch.maximum(best, _align(some, *alignment).flatten(1) @ flat, out=best)
+        torch.maximum(best, _align(rows, *alignment).flatten(1) @ flat, out=best)
     return best
 
 
@@ -172,35 +176,37 @@ def _link(
     scores: dict[Positions, float],
     pool: ThreadPoolExecutor,
 ) -> None:
-    """Add to `scores` those of `rows` with their nearest neighbours outside their groups, until none grows.
+    """Score `rows` with their nearest neighbours outside their groups until no group grows.
 
-    The nearest neighbours alone would end inside a tight cluster of copies, unconnected to the next.
+    With the nearest neighbours alone, tight clusters of copies would stay unconnected.
     """
     parts = pool.map(lambda part: _best_correlation(descriptors[part], descriptors), rows.split(ROWS // 4))
-    likeness = torch.cat(list(parts))  # [M, K]
+    similarity = torch.cat(list(parts))  # [M, K]
     while len(rows):
         group = torch.from_numpy(connected_components(len(images), _linked_pairs(scores, images.shape[-1])))
-        value, column = likeness.masked_fill(group[rows, None] == group, 0).topk(min(NEIGHBOURS, len(images)))
+        value, column = similarity.masked_fill(group[rows, None] == group, 0).topk(
+            min(NEIGHBOURS, len(images))
+        )
         pairs = torch.stack([rows[:, None].expand_as(column), column], dim=-1)[value > 0]  # [P, 2]
-        fresh = sorted({(min(pair), max(pair)) for pair in pairs.tolist()} - scores.keys())
-        batches = [torch.tensor(fresh[start : start + BATCH]) for start in range(0, len(fresh), BATCH)]
-        found = pool.map(lambda batch: _compare(batch, images, descriptors), batches)
-        scores.update(zip(fresh, (score for part in found for score in part), strict=True))
-        grown = {
-            position for pair in _linked_pairs(scores, images.shape[-1]) & set(fresh) for position in pair
+        unscored = sorted({(min(pair), max(pair)) for pair in pairs.tolist()} - scores.keys())
+        batches = [torch.tensor(unscored[start : start + BATCH]) for start in range(0, len(unscored), BATCH)]
+        batch_scores = pool.map(lambda batch: _compare(batch, images, descriptors), batches)
+        scores.update(zip(unscored, (score for part in batch_scores for score in part), strict=True))
+        changed = {
+            position for pair in _linked_pairs(scores, images.shape[-1]) & set(unscored) for position in pair
         }
-        again = torch.tensor([row in grown for row in rows.tolist()])
-        rows, likeness = rows[again], likeness[again]
+        remaining = torch.tensor([row in changed for row in rows.tolist()])
+        rows, similarity = rows[remaining], similarity[remaining]
 
 
 def _linked_pairs(scores: dict[Positions, float], side: int) -> set[Positions]:
-    """Pairs that are one image. At full size, different knees score up to 0.76, 99 % of their copies 0.84."""
-    least = SAME + (1 - SAME) * max(0.0, 1 - side / DETAILED)
-    return {pair for pair, score in scores.items() if score >= least}
+    """Return the pairs of copies. At full size, different knees score at most 0.76, 99 % of copies 0.84."""
+    minimum = SAME + (1 - SAME) * max(0.0, 1 - side / DETAILED)
+    return {pair for pair, score in scores.items() if score >= minimum}
 
 
 def _compare(pairs: Tensor, images: Tensor, descriptors: Tensor) -> list[float]:
-    """Normalised cross-correlation of pairs [P, 2] where they match best, at most 1."""
+    """Return the normalised cross-correlation of pairs [P, 2] at their best registration, at most 1."""
     first, second = pairs.T
     moving, fixed = images[first].float(), images[second].float()
     target, warp = (
@@ -218,13 +224,14 @@ def _compare(pairs: Tensor, images: Tensor, descriptors: Tensor) -> list[float]:
 def _estimate_warp(moving: Tensor, fixed: Tensor) -> Tensor:
     """Estimate the warp between images with descriptors [P, A, R]: (mirrored, radians, log zoom) [P, 3].
 
-    The peak of their correlation over all alignments, refined by a parabola along either axis.
+    It is the peak of their correlation over all alignments, refined by a parabola along each axis.
     """
-    flat = torch.stack([(_align(moving, *one) * fixed).sum(dim=(1, 2)) for one in ALIGNMENTS], dim=1)
+    products = (_align(moving, *alignment) * fixed for alignment in ALIGNMENTS)
+    flat = torch.stack([product.sum(dim=(1, 2)) for product in products], dim=1)
     scores = flat.view(-1, 2, len(TURNS), len(ZOOMS))
-    around = functional.pad(scores, (1, 1, 1, 1), mode="reflect")
-    more_turn = _vertex(around[:, :, :-2, 1:-1], scores, around[:, :, 2:, 1:-1]).flatten(1)
-    more_zoom = _vertex(around[:, :, 1:-1, :-2], scores, around[:, :, 1:-1, 2:]).flatten(1)
+    padded = functional.pad(scores, (1, 1, 1, 1), mode="reflect")
+    more_turn = _vertex(padded[:, :, :-2, 1:-1], scores, padded[:, :, 2:, 1:-1]).flatten(1)
+    more_zoom = _vertex(padded[:, :, 1:-1, :-2], scores, padded[:, :, 1:-1, 2:]).flatten(1)
     pair, best = torch.arange(len(flat)), flat.argmax(dim=1)
     mirrored, turn, zoom = torch.tensor(ALIGNMENTS)[best].T
     turn, zoom = turn + more_turn[pair, best], zoom + more_zoom[pair, best]
@@ -238,35 +245,36 @@ def _vertex(before: Tensor, middle: Tensor, after: Tensor) -> Tensor:
 
 
 def _apply_warp(images: Tensor, warp: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [P, S, S] mirrored, turned and zoomed by `warp` [P, 3], and where they have content."""
+    """Return images [P, S, S] mirrored, turned and zoomed by `warp` [P, 3], and their content masks."""
     mirrored, angle, zoom = warp.unbind(1)
     cos, sin, sign, zero = angle.cos() * zoom.exp(), angle.sin() * zoom.exp(), 1 - 2 * mirrored, 0 * angle
     matrix = torch.stack([sign * cos, -sign * sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
-    both = torch.stack([images, torch.ones_like(images)], dim=1)
-    grid = functional.affine_grid(matrix, list(both.shape), align_corners=False)
-    image, cover = functional.grid_sample(both, grid, align_corners=False).unbind(1)
+    stacked = torch.stack([images, torch.ones_like(images)], dim=1)
+    grid = functional.affine_grid(matrix, list(stacked.shape), align_corners=False)
+    image, cover = functional.grid_sample(stacked, grid, align_corners=False).unbind(1)
     return image, cover
 
 
 def _spectra(images: Tensor, cover: Tensor) -> Tensor:
     """Compute spectra of images [P, S, S], their squares and their cover, padded: [3, P, F, F // 2 + 1]."""
-    room = images.shape[-1] + int(images.shape[-1] * REACH)
-    return torch.fft.rfft2(torch.stack([images, images**2, cover]), s=(room, room))
+    width = images.shape[-1] + int(images.shape[-1] * REACH)
+    return torch.fft.rfft2(torch.stack([images, images**2, cover]), s=(width, width))
 
 
 def _correlation(moving: Tensor, fixed: Tensor) -> Tensor:
-    """Normalised cross-correlation over the overlap at the best shift, from `_spectra` of either side: [P].
+    """Return the normalised cross-correlation over the overlap at the best shift, from `_spectra`: [P].
 
-    The images have mean 0 wherever one looks: no means are subtracted. Too little structure counts as none.
+    The images have local mean 0, so no means are subtracted. Too little structure counts as none.
     """
-    room = moving.shape[-2]
-    side = math.ceil(room / (1 + REACH))
-    common, energy, other = torch.fft.irfft2(moving * fixed[[0, 2, 1]].conj(), s=(room, room))
-    least = TEXTURED * side**2
-    score = common / (energy.clamp(min=least) * other.clamp(min=least)).sqrt()  # [P, F, F], shifts wrap round
-    shift, pair = torch.arange(side - room, room - side + 1), torch.arange(len(score))
-    place = score[:, shift][:, :, shift].flatten(1).argmax(dim=1)
-    y, x = shift[place // len(shift)], shift[place % len(shift)]
+    width = moving.shape[-2]
+    side = math.ceil(width / (1 + REACH))
+    common, energy, other = torch.fft.irfft2(moving * fixed[[0, 2, 1]].conj(), s=(width, width))
+    minimum = TEXTURED * side**2
+    # [P, F, F], shifts wrap round
+    score = common / (energy.clamp(min=minimum) * other.clamp(min=minimum)).sqrt()
+    shift, pair = torch.arange(side - width, width - side + 1), torch.arange(len(score))
+    flat_index = score[:, shift][:, :, shift].flatten(1).argmax(dim=1)
+    y, x = shift[flat_index // len(shift)], shift[flat_index % len(shift)]
     peak = score[pair, y, x]
     best = peak
     for step in ((1, 0), (0, 1)):

@@ -1,4 +1,4 @@
-"""Inference of a whole set, and the features of a frozen base, kept on disk as they come."""
+"""Run inference on a set of images, and cache the features of a frozen base on disk."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def no_progress(done: int) -> None:
 
 
 def batch_size_for(device: torch.device) -> int:
-    """Images at once; on a CPU more is not faster."""
+    """Return the images per batch; larger batches are not faster on a CPU."""
     return 16 if device.type == "cpu" else 128
 
 
 def infer(
     module: nn.Module, inputs: Tensor, *, device: torch.device | None = None, progress: Progress = no_progress
 ) -> Tensor:
-    """`module` in evaluation mode on `inputs` [N, ...] by batches: float32 [N, K] on the CPU."""
+    """Run `module` in evaluation mode on `inputs` [N, ...] by batches: float32 [N, K] on the CPU."""
     device = device or torch.device("cpu")
     module.eval()
     outputs = []
@@ -49,13 +49,13 @@ def calibrate_batch_norm(
 ) -> None:
     """Set every running mean and variance to the average of those of batches of `pixels`.
 
-    A random base needs this: its statistics are otherwise 0 and 1, and its activations explode or vanish. So
-    does a network in training: with few batches an epoch, running averages lag behind its weights ("precise
-    BN", Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm").
+    With the initial statistics 0 and 1, the activations of a random base explode or vanish. In training with
+    few batches per epoch, running averages lag behind the weights ("precise BN", Wu and Johnson 2021,
+    "Rethinking 'Batch' in BatchNorm").
     """
     network.eval()
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    usual = [norm.momentum for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
@@ -64,7 +64,7 @@ def calibrate_batch_norm(
     with torch.no_grad():
         for batch in images.tensor_split(-(-len(images) // batch_size)) if norms else ():
             network.features(batch.to(device or "cpu"))
-    for norm, momentum in zip(norms, usual, strict=True):
+    for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
 
@@ -80,37 +80,36 @@ def cached_features(
     device: torch.device,
     progress: Progress = no_progress,
 ) -> Floats:
-    """Features of all images and of `copies` augmented copies of the training images: [copies + 1, N, F].
+    """Return features of all images and of `copies` augmented training images: [copies + 1, N, F].
 
-    They are kept in a file named by all that they depend on, so that an interrupted extraction goes on and a
-    fold that trains on the same base finds them. Copies of other images may be NaN. `progress` counts
-    images.
+    The name of the cache file is a hash of all inputs, so an interrupted extraction continues and folds with
+    the same base share it. Features of copies of other images may be NaN. `progress` counts images.
     """
     size = (pixels.shape[2], pixels.shape[3])
-    kept = _open_cache(network, pixels, copies=copies, seed=seed, folder=folder)
+    cache = _open_cache(network, pixels, copies=copies, seed=seed, folder=folder)
     for copy in range(copies + 1):
         wanted = np.arange(len(pixels)) if copy == 0 else train
-        absent = wanted[np.isnan(kept[copy, wanted]).any(axis=1)]
-        progress(len(wanted) - len(absent))
+        missing = wanted[np.isnan(cache[copy, wanted]).any(axis=1)]
+        progress(len(wanted) - len(missing))
         changes = augment.draw_changes(len(pixels), size=size, seed=(seed, copy))
-        for start in range(0, len(absent), batch_size_for(device)):
-            positions = absent[start : start + batch_size_for(device)]
+        for start in range(0, len(missing), batch_size_for(device)):
+            positions = missing[start : start + batch_size_for(device)]
             batch = torch.from_numpy(pixels[positions]).to(device)
             network.eval()
             with torch.inference_mode():
-                given = batch if copy == 0 else augment.apply_changes(batch, changes, positions)
-                kept[copy, positions] = network.features(given).float().cpu().numpy()
+                inputs = batch if copy == 0 else augment.apply_changes(batch, changes, positions)
+                cache[copy, positions] = network.features(inputs).float().cpu().numpy()
             if start // batch_size_for(device) % FLUSH_EVERY == 0:
-                kept.flush()
+                cache.flush()
             progress(len(positions))
-        kept.flush()
-    return kept
+        cache.flush()
+    return cache
 
 
 def _open_cache(
     network: Network, pixels: Pixels, *, copies: int, seed: int, folder: Path
 ) -> npt.NDArray[np.float32]:
-    """Open the file as an array, NaN where nothing was computed yet; replace a damaged file."""
+    """Open the file as an array, NaN where nothing is computed yet; replace a damaged file."""
     digest = hashlib.sha256(
         repr((network.normalization, copies, seed, augment.AugmentRanges(), pixels.shape)).encode()
     )
@@ -127,11 +126,10 @@ def _open_cache(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as opened:
-        os.posix_fallocate(
-            opened.fileno(), 0, 4 * math.prod(shape)
-        )  # a full disk is an error now, no SIGBUS later
-    fresh = np.memmap(temporary, np.float32, "r+", shape=shape)
-    fresh[:] = np.nan
-    fresh.flush()
+        # a full disk raises now instead of SIGBUS later
+        os.posix_fallocate(opened.fileno(), 0, 4 * math.prod(shape))
+    features = np.memmap(temporary, np.float32, "r+", shape=shape)
+    features[:] = np.nan
+    features.flush()
     temporary.rename(path)
-    return fresh
+    return features

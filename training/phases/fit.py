@@ -1,4 +1,4 @@
-"""The training loop of both phases: schedule, mixed precision, early stopping, a checkpoint each epoch."""
+"""Train in both phases: schedule, mixed precision, early stopping, a checkpoint per epoch."""
 
 from __future__ import annotations
 
@@ -55,17 +55,15 @@ class FitResult:
     def best(self) -> Epoch:
         return max(self.history, key=lambda epoch: epoch.rank)  # the first of equals
 
-    def waited(self) -> int:
-        """Epochs since macro-F1 was last raised; a loss that still falls doesn't count."""
+    def epochs_without_gain(self) -> int:
+        """Return the number of epochs since macro-F1 last rose; a falling loss doesn't count."""
         return self.history[-1].epoch - max(self.history, key=lambda epoch: epoch.score).epoch
 
 
 def epoch_batches(
     labels: Labels, fitting: FitOptions, epoch: int
 ) -> Iterator[tuple[Labels, np.random.Generator]]:
-    """Yield the positions of each batch of an epoch; with --balance sampling all classes come equally
-    often.
-    """
+    """Yield the positions of each batch of an epoch; --balance sampling draws classes equally often."""
     rng = np.random.default_rng((fitting.seed, 1, epoch))
     order = rng.permutation(len(labels))
     if fitting.balance == "sampling":
@@ -89,10 +87,10 @@ def fit_module(
 ) -> FitResult:
     """Train `module` in place on `batches(epoch)` with AdamW; the best epoch on `validation` stays.
 
-    Best is the highest macro-F1, then the lowest loss; `patience` epochs without a higher macro-F1 end it. It
-    goes on from a `checkpoint` that is there. All that is random depends on seed and epoch alone, so on a
-    CPU the outcome is that of a training that was never interrupted. Raises EngineError for a loss that is
-    not a number.
+    The best epoch has the highest macro-F1, then the lowest loss; training ends after `patience` epochs
+    without a higher macro-F1. An existing `checkpoint` is continued. Random draws depend only on seed and
+    epoch, so on a CPU a resumed training gives the result of an uninterrupted one. Raises
+    EngineError if a loss is not finite.
     """
     state = _FitState(module, fitting, device)
     result = state.resume(checkpoint)
@@ -108,7 +106,7 @@ def fit_module(
         for name, value in (("training", train_loss), ("validation", loss)):
             if not math.isfinite(value):
                 raise EngineError(
-                    f"epoch {number}: the {name} loss is {value}; try a lower rate than {rate:.3g}"
+                    f"epoch {number}: the {name} loss is {value}; set a lower learning rate than {rate:.3g}"
                 )
         result.history.append(Epoch(number, train_loss, loss, score, rate))
         state.step(result)
@@ -120,7 +118,7 @@ def fit_module(
 
 def _is_finished(result: FitResult, fitting: FitOptions) -> bool:
     return len(result.history) >= fitting.epochs or bool(
-        result.history and result.waited() >= fitting.patience
+        result.history and result.epochs_without_gain() >= fitting.patience
     )
 
 
@@ -140,7 +138,7 @@ class _FitState:
         )
 
     def epoch(self, batches: Iterable[Batch], loss_of: nn.Module, number: int) -> float:
-        """Train on all training images once. Returns the mean loss."""
+        """Train on all training images once; return the mean loss."""
         torch.manual_seed(self.fitting.seed * 100_003 + number)  # dropout
         self.module.train()
         total = torch.zeros((), device=self.device)
@@ -155,12 +153,12 @@ class _FitState:
             nn.utils.clip_grad_norm_(self.module.parameters(), MAX_GRADIENT_NORM)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            total += loss.detach() * len(labels)  # stays on the device: no wait in each step
+            total += loss.detach() * len(labels)  # stays on the device, so steps do not synchronize
             images += len(labels)
         return float(total) / images
 
     def step(self, result: FitResult) -> None:
-        """After an epoch: set the next rate, keep the weights if they are the best."""
+        """Set the next learning rate after an epoch, and store the weights if they are the best."""
         if result.best is result.history[-1]:
             self.best = {name: value.detach().clone() for name, value in self.module.state_dict().items()}
         if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -169,10 +167,10 @@ class _FitState:
             self.schedule.step()
 
     def save(self, path: Path, result: FitResult) -> None:
-        """Atomically: an interrupted save leaves the checkpoint of the epoch before."""
+        """Save atomically, so that an interrupted save leaves the previous checkpoint."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        content = io.BytesIO()  # torch hides what goes wrong with a file
+        content = io.BytesIO()  # torch.save hides errors of a file
         torch.save(self._parts() | {"history": [asdict(epoch) for epoch in result.history]}, content)
         with temporary.open("wb") as opened:
             opened.write(content.getbuffer())
@@ -184,15 +182,15 @@ class _FitState:
         if not path.exists():
             return FitResult()
         try:
-            kept = torch.load(path, map_location=self.device, weights_only=True)
-            self.module.load_state_dict(kept["module"])
-            self.optimizer.load_state_dict(kept["optimizer"])
-            self.schedule.load_state_dict(kept["schedule"])
-            self.scaler.load_state_dict(kept["scaler"])
-            self.best = kept["best"]
-            return FitResult([Epoch(**epoch) for epoch in kept["history"]])
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            self.module.load_state_dict(saved["module"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.best = saved["best"]
+            return FitResult([Epoch(**epoch) for epoch in saved["history"]])
         except (RuntimeError, ValueError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError):
-            raise EngineError(f"checkpoint {path} can't be read; start again with --overwrite") from None
+            raise EngineError(f"checkpoint {path} can't be read; to start again, set --overwrite") from None
 
     def _parts(self) -> dict[str, Any]:
         return {
@@ -205,7 +203,7 @@ class _FitState:
 
 
 def _parameter_groups(module: nn.Module, fitting: FitOptions) -> list[dict[str, Any]]:
-    """Weight decay for matrices and filters, none for biases and norms."""
+    """Return parameter groups: weight decay for matrices and filters, none for biases and norms."""
     matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in module.parameters() if parameter.ndim <= 1]
     return [
@@ -235,7 +233,7 @@ def _schedule(optimizer: torch.optim.Optimizer, fitting: FitOptions) -> Any:
 def _validate(
     module: nn.Module, validation: Batch, class_weights: Tensor | None, device: torch.device
 ) -> tuple[float, float]:
-    """Macro-F1 and loss."""
+    """Return macro-F1 and loss."""
     inputs, labels = validation
     logits = infer(module, inputs, device=device)  # [N, C]
     loss = nn.functional.cross_entropy(logits, labels, class_weights)

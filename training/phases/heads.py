@@ -1,4 +1,4 @@
-"""The first phase: the head alone, on the cached features of a frozen base."""
+"""Train the head alone, on cached features of a frozen base (first phase)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ def fit_head(
     device: torch.device,
     progress: Progress = no_progress,
 ) -> FitResult:
-    """Train the head in place on raw features [copies + 1, N, F] of its base; the best epoch's weights stay.
+    """Train the head in place on raw features [copies + 1, N, F] of its base; keep the best epoch.
 
-    Every epoch takes one of the copies of each training image at random. Raises EngineError when the loss is
-    not a number.
+    Each epoch takes a random copy of each training image. Raises EngineError if the loss is not finite.
     """
     mean, scale = feature_statistics(torch.from_numpy(features[0][split.train]))
     train = (torch.from_numpy(features[:, split.train]) - mean) / scale  # [copies + 1, n, F]
@@ -59,7 +58,7 @@ def fit_head(
 
 
 def feature_statistics(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [F] of features [N, F]; a constant feature keeps the scale 1."""
+    """Return mean and standard deviation [F] of features [N, F]; a constant feature keeps the scale 1."""
     mean, scale = features.mean(dim=0), features.std(dim=0, correction=0)
     return mean, torch.where(scale > 1e-6 * mean.abs().clamp(min=1e-6), scale, 1.0)
 
@@ -76,7 +75,7 @@ def fold_standardisation(head: nn.Sequential, mean: Tensor, scale: Tensor) -> No
 
 
 def class_weights_of(labels: Tensor, classes: int) -> Tensor:
-    """Weight of each class, inverse to its count, that gives all classes the same say: float32 [C]."""
+    """Return the weights of the classes, inverse to their counts: float32 [C]."""
     return len(labels) / (classes * torch.bincount(labels, minlength=classes).clamp(min=1).float())
 
 

@@ -1,4 +1,4 @@
-"""The second phase: the whole network, on augmented pixels."""
+"""Train the whole network on augmented pixels (second phase)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.phases.heads import class_weights_of
 from training.settings import FitOptions
 from training.split import Split
 
-STATISTICS_IMAGES = 512  # training images that batch normalisation's statistics are taken from
+STATISTICS_IMAGES = 512  # training images for the statistics of batch normalisation
 
 
 def fit_whole(
@@ -33,17 +33,15 @@ def fit_whole(
     device: torch.device,
     progress: Callable[[Epoch], None],
 ) -> FitResult:
-    """Train base and head in place on uint8 pixels [N, 1, H, W]; the best epoch's weights stay.
+    """Train base and head in place on uint8 pixels [N, 1, H, W]; keep the best epoch.
 
-    Every epoch changes the training images anew; validation images stay as they are. Batch normalisation gets
-    its statistics from unchanged training images after each epoch. Raises EngineError when the loss is not a
-    number.
+    Each epoch augments the training images anew. After each epoch, batch normalisation gets its statistics
+    from unchanged training images. Raises EngineError if the loss is not finite.
     """
     images, targets = torch.from_numpy(pixels), torch.from_numpy(labels)
     size = (pixels.shape[2], pixels.shape[3])
-
-    some = np.random.default_rng(fitting.seed).permutation(split.train)[:STATISTICS_IMAGES]
-    seen = pixels[np.sort(some)]
+    sample = np.random.default_rng(fitting.seed).permutation(split.train)[:STATISTICS_IMAGES]
+    unchanged = pixels[np.sort(sample)]
 
     def batches(epoch: int) -> Iterator[Batch]:
         changes = augment.draw_changes(len(split.train), size=size, seed=(fitting.seed, 2, epoch))
@@ -63,5 +61,5 @@ def fit_whole(
         checkpoint=checkpoint,
         device=device,
         progress=progress,
-        before_validation=lambda: calibrate_batch_norm(network, seen, device=device),
+        before_validation=lambda: calibrate_batch_norm(network, unchanged, device=device),
     )
