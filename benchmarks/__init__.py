@@ -1,1 +1,1 @@
-"""The engine beside its ceilings; each figure with the machine, the versions and the work it belongs to."""
+"""Measure the engine and its limits; each figure is stored with machine, versions and work."""

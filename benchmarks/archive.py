@@ -1,7 +1,7 @@
-"""The archive that every contender screens: seeded, each file different, the sorts of files in fixed shares.
+"""Make the seeded archive that all contenders screen, with fixed shares of file kinds.
 
-A few synthetic radiographs are drawn; each file shows one of them turned, mirrored, shifted, in another
-contrast and under noise of its own, so that it costs what a file of its kind costs and scores apart.
+A few synthetic radiographs are drawn. Each file shows one of them turned, mirrored, shifted, with another
+contrast and noise, so its decoding cost is realistic and its scores differ from those of other files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from training import synthetic
 DRAWN_PICTURES, DRAWN_SIDE = (
     12,
     512,
-)  # radiographs, and their pixels; detail is drawn once, noise in each file
+)  # radiographs, and their pixels; each file adds its own noise
 PARALLEL_FROM = 48  # below this many files, starting processes costs more than it saves
 SIDE = 1024
 CORRUPT_SHARE = 0.001
@@ -36,7 +36,7 @@ Gray = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class FileKind:
-    """A sort of files."""
+    """A kind of files."""
 
     name: str
     share: float
@@ -69,8 +69,8 @@ def _truncate(data: bytes) -> bytes:
     return data[: len(data) // 2]
 
 
-# What a careful script can find out. Damage that libjpeg decodes through with a warning is left out: only the
-# engine flags it (python -m benchmarks damage).
+# Damage that a careful script can detect. Damage that libjpeg decodes with a warning is not included, because
+# only the engine flags it (python -m benchmarks damage).
 DAMAGE: tuple[tuple[str, Callable[[bytes], bytes]], ...] = (
     ("truncated", _truncate),
     ("empty", lambda _: b""),
@@ -84,7 +84,7 @@ class ArchiveFile:
 
     row: int
     kind: FileKind
-    damage: str = ""  # of DAMAGE; the kind is what it was before
+    damage: str = ""  # of DAMAGE; `kind` is that of the undamaged file
 
     @property
     def path(self) -> str:
@@ -94,41 +94,41 @@ class ArchiveFile:
 def plan_files(
     kinds: tuple[FileKind, ...], rows: int, seed: int, corrupt: int | None = None
 ) -> list[ArchiveFile]:
-    """`rows` files in seeded order, of which one in a thousand, at least one, or `corrupt` are corrupt."""
+    """Plan `rows` files in seeded order; `corrupt` of them, else one in a thousand, are corrupt."""
     corrupt = max(1, round(rows * CORRUPT_SHARE)) if corrupt is None else corrupt
     sound = rows - corrupt
     if sound < 1:
-        raise ValueError(f"an archive has at least 2 rows, got {rows}")
+        raise ValueError(f"an archive needs at least 2 rows, got {rows}")
     ends = np.rint(np.cumsum([kind.share for kind in kinds]) * sound).astype(int)
-    sorts = [
+    contents = [
         (kind, "")
         for kind, end, start in zip(kinds, ends, [0, *ends], strict=False)
         for _ in range(start, end)
     ]
-    sorts += [(kinds[0], DAMAGE[index % len(DAMAGE)][0]) for index in range(corrupt)]
+    contents += [(kinds[0], DAMAGE[index % len(DAMAGE)][0]) for index in range(corrupt)]
     order = np.random.default_rng(seed).permutation(rows)
-    return [ArchiveFile(row, *sorts[place]) for row, place in enumerate(order)]
+    return [ArchiveFile(row, *contents[index]) for row, index in enumerate(order)]
 
 
 def make_archive(folder: Path, name: str, rows: int, seed: int, *, corrupt: int | None = None) -> Path:
     """Make the archive `name` in `folder` unless it exists; return its manifest (path, kind, damage)."""
     target = folder / "-".join(str(part) for part in (name, rows, seed, corrupt) if part is not None)
     if not target.exists():
-        making = folder / f".{target.name}"
-        making.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f".{target.name}"
+        unfinished.mkdir(parents=True, exist_ok=True)
         files = plan_files(ARCHIVES[name], rows, seed, corrupt)
         with ExitStack() as stack:
-            spread = map
+            parallel_map = map
             if rows >= PARALLEL_FROM:
-                spread = stack.enter_context(ProcessPoolExecutor(mp_context=get_context("spawn"))).map
+                parallel_map = stack.enter_context(ProcessPoolExecutor(mp_context=get_context("spawn"))).map
             np.save(
-                making / "drawn.npy",
-                np.stack(list(spread(partial(_draw, seed), range(min(rows, DRAWN_PICTURES))))),
+                unfinished / "drawn.npy",
+                np.stack(list(parallel_map(partial(_draw, seed), range(min(rows, DRAWN_PICTURES))))),
             )
-            list(spread(partial(_write, making, seed), files))
-        (making / "drawn.npy").unlink()
-        _write_manifest(making / "manifest.csv", files)
-        making.rename(target)
+            list(parallel_map(partial(_write, unfinished, seed), files))
+        (unfinished / "drawn.npy").unlink()
+        _write_manifest(unfinished / "manifest.csv", files)
+        unfinished.rename(target)
     return target / "manifest.csv"
 
 
@@ -144,7 +144,7 @@ def _write(folder: Path, seed: int, file: ArchiveFile) -> None:
 
 
 def vary_picture(rng: np.random.Generator, drawn: Gray, kind: FileKind) -> Gray:
-    """[H, W]: one of the radiographs as no other file shows it."""
+    """Return a unique variant [H, W] of a radiograph."""
     turned = np.rot90(drawn, rng.integers(4))[:: rng.choice((-1, 1))]
     height = int(rng.integers(*kind.height, endpoint=True))
     side, margin = len(drawn), len(drawn) // 8
@@ -158,7 +158,7 @@ def vary_picture(rng: np.random.Generator, drawn: Gray, kind: FileKind) -> Gray:
 
 
 def tint(gray: Gray) -> Gray:
-    """[H, W] to [H, W, 3], bluish as a scanned film is."""
+    """Tint [H, W] to [H, W, 3], bluish like a scanned film."""
     return np.rint(gray[..., None] * np.array([0.93, 0.97, 1.0], np.float32)).astype(np.uint8)
 
 

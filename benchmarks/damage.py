@@ -1,7 +1,8 @@
-"""`python -m benchmarks damage`: what damage costs that only the decoder can tell, and how much it tells.
+"""`python -m benchmarks damage`: cost and detection of damage that only decoding reveals.
 
-Rates: the same rows, with none, 1 % and 20 % of their images damaged in the middle, in turn, `rounds` times.
-Caught: copies of JPEGs (of `--radiographs`, else synthetic) with random damage in the middle of their pixels.
+Rates are measured on the same rows, with 0 %, 1 % and 20 % of the images damaged in the middle, in turn, for
+`rounds` rounds. Detection is measured on copies of JPEGs (of `--radiographs`, else synthetic) with random
+damage in the middle of their pixels.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from engine.preprocess.codecs import decode
 
 COPIES = 400  # of each kind of damage
 SHARES = (0.0, 0.01, 0.2)
-LIMIT = 0.95  # of the rate without damage that 1 % may leave
+LIMIT = 0.95  # smallest rate with 1 % damage, relative to the rate without
 
 
 def damage_images(folder: Path, images: str) -> list[str]:
-    """Put a stray marker in the middle of each image: libjpeg decodes on, with a warning."""
+    """Put a stray marker in the middle of each image, which libjpeg decodes with a warning."""
     names = []
     for index in range(DISTINCT):
         data = bytearray((folder / images / f"{index:03}.jpg").read_bytes())
@@ -45,23 +46,23 @@ def make_manifest(folder: Path, rows: int, side: int, share: float) -> tuple[Pat
     lines = make_archive(folder, rows, side).read_text().splitlines()
     bad = damage_images(folder, f"images-{side}")
     count = round(share * rows)
-    for place in random.Random(1).sample(range(1, rows + 1), count):
-        lines[place] = bad[place % DISTINCT]
+    for row in random.Random(1).sample(range(1, rows + 1), count):
+        lines[row] = bad[row % DISTINCT]
     manifest = folder / f"damage-{share:g}.csv"
     manifest.write_text("\n".join(lines) + "\n")
     return manifest, count
 
 
-def _flip_bit(data: bytearray, at: int, rng: random.Random) -> None:
-    data[at] ^= 1 << rng.randrange(8)
+def _flip_bit(data: bytearray, position: int, rng: random.Random) -> None:
+    data[position] ^= 1 << rng.randrange(8)
 
 
-def _randomise(data: bytearray, at: int, rng: random.Random) -> None:
-    data[at : at + 64] = rng.randbytes(64)
+def _randomise(data: bytearray, position: int, rng: random.Random) -> None:
+    data[position : position + 64] = rng.randbytes(64)
 
 
-def _zero_out(data: bytearray, at: int, rng: random.Random) -> None:
-    data[at : at + 512] = bytes(512)
+def _zero_out(data: bytearray, position: int, rng: random.Random) -> None:
+    data[position : position + 512] = bytes(512)
 
 
 DAMAGE = {
@@ -73,13 +74,14 @@ DAMAGE = {
 
 
 def caught_share(images: list[bytes], copies: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the share of damaged copies that is refused, by kind: on the CPU, and at least on a GPU.
+    """Return the shares of refused damaged copies, by kind: on the CPU, and the least share on a GPU.
 
-    At least: of those that the structural scan sends to the CPU there. DALI may refuse more.
+    The least share on a GPU counts the copies that the structural scan sends to the CPU; DALI may refuse
+    more.
     """
-    found, scanned = {}, {}
+    refused_shares, scanned_shares = {}, {}
     for name, (change, times) in DAMAGE.items():
-        rng, refused, doubted = random.Random(name), 0, 0
+        rng, refused, suspected = random.Random(name), 0, 0
         for _ in range(copies):
             data = bytearray(rng.choice(images))
             for _ in range(times):
@@ -87,21 +89,21 @@ def caught_share(images: list[bytes], copies: int) -> tuple[dict[str, float], di
             try:
                 decode.decode(bytes(data), parse_header(bytes(data), Limits().max_pixels))
             except HeaderError:
-                refused, doubted = refused + 1, doubted + 1
+                refused, suspected = refused + 1, suspected + 1
             except ValueError:
-                refused, doubted = refused + 1, doubted + looks_damaged(bytes(data))
-        found[name], scanned[name] = refused / copies, doubted / copies
-    return found, scanned
+                refused, suspected = refused + 1, suspected + looks_damaged(bytes(data))
+        refused_shares[name], scanned_shares[name] = refused / copies, suspected / copies
+    return refused_shares, scanned_shares
 
 
 def scan(images: list[bytes]) -> dict[str, float]:
     """Measure the cost of the structural scan and how many sound files it suspects."""
     start = time.perf_counter()
-    doubted = sum(looks_damaged(data) for data in images)
+    suspected = sum(looks_damaged(data) for data in images)
     seconds = time.perf_counter() - start
     return {
         "sound_files": len(images),
-        "in_doubt": doubted,
+        "in_doubt": suspected,
         "us_per_file": 1e6 * seconds / len(images),
         "ns_per_byte": 1e9 * seconds / sum(map(len, images)),
     }
@@ -123,24 +125,24 @@ def main(console: Console, options: Any) -> None:
                 manifest, bad = manifests[share]
                 runs[share].append(run_engine(manifest, options.bundle, work, errors_expected=bad))
     figures = {}
-    table = Table("damaged", "rows/s", "of the rate without", "core-ms a row", box=None, pad_edge=False)
-    for share, taken in runs.items():
-        ratios = [run.rate / clean.rate for run, clean in zip(taken, runs[0.0], strict=True)]
+    table = Table("damaged", "rows/s", "relative to no damage", "core-ms per row", box=None, pad_edge=False)
+    for share, share_runs in runs.items():
+        ratios = [run.rate / clean.rate for run, clean in zip(share_runs, runs[0.0], strict=True)]
         figures[f"{share:g}"] = {
-            "rows_per_s": statistics.median(run.rate for run in taken),
+            "rows_per_s": statistics.median(run.rate for run in share_runs),
             "of_clean": {"median": statistics.median(ratios), "rounds": ratios},
-            "core_ms_per_row": 1000 * statistics.median(run.core_s_per_image for run in taken),
+            "core_ms_per_row": 1000 * statistics.median(run.core_s_per_image for run in share_runs),
         }
-        found = figures[f"{share:g}"]
-        cells = f"{found['rows_per_s']:.2f}", f"{found['of_clean']['median']:.3f}"
-        table.add_row(f"{share:.0%}", *cells, f"{found['core_ms_per_row']:.1f}")
+        row = figures[f"{share:g}"]
+        cells = f"{row['rows_per_s']:.2f}", f"{row['of_clean']['median']:.3f}"
+        table.add_row(f"{share:.0%}", *cells, f"{row['core_ms_per_row']:.1f}")
     console.print(table)
     for name, share in shares.items():
         console.print(
-            f"caught of {COPIES} copies with {name}: {share:.0%}, on a GPU {scanned[name]:.1%} or more",
+            f"{name}: {share:.0%} of {COPIES} damaged copies detected, on a GPU at least {scanned[name]:.1%}",
             highlight=False,
         )
-    console.print(f"limit at 1 %: {LIMIT} of the rate without damage", highlight=False)
+    console.print(f"limit at 1 % damage: {LIMIT} of the rate without damage", highlight=False)
     target = options.output / "damage-cpu.json"
     command = f"damage --rows {options.rows} --rounds {options.rounds} --side {options.side}"
     work_done = {"rows": options.rows, "image": f"{options.side} x {options.side} gray JPEG, quality 90"}

@@ -1,8 +1,8 @@
-"""`python -m benchmarks decode`: bytes to 224 x 224 gray on one core, every format and transfer syntax.
+"""`python -m benchmarks decode`: decode each format and transfer syntax to 224 x 224 gray on one core.
 
-Beside the engine: Pillow, OpenCV and plain pydicom (with Pillow), each as its documentation suggests, where
-it opens the file at all. The image is one synthetic 12-bit radiograph-like field, or its upper 8 bits.
-`benchmarks.fast` adds what `--decode fast` gains and changes.
+The engine is compared with Pillow, OpenCV and pydicom (with Pillow), each used as its documentation suggests,
+if it can open the file. The image is one synthetic 12-bit radiograph-like field, or its upper 8 bits.
+`benchmarks.fast` adds the gain and the differences of `--decode fast`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DecodeFunction = Callable[[bytes], object]
 
 
 def draw_picture(height: int, width: int) -> npt.NDArray[np.uint16]:
-    """12 bits, [H, W]: large shapes, trabecula-like texture, detector noise."""
+    """Draw 12 bits, [H, W]: large shapes, trabecula-like texture, detector noise."""
     rng = np.random.default_rng(0)
     total = np.zeros((height, width), np.float32)
     for cells, weight in ((4, 1.0), (16, 0.5), (96, 0.15)):
@@ -46,13 +46,13 @@ def draw_picture(height: int, width: int) -> npt.NDArray[np.uint16]:
 
 
 def encode_formats(height: int, width: int) -> dict[str, bytes]:
-    """Name to bytes."""
+    """Return the encoded image by name of the format."""
     wide = draw_picture(height, width)
     narrow = (wide >> 4).astype(np.uint8)
     gray = Image.fromarray(narrow)
     colour = Image.merge("RGB", (gray, gray.transpose(Image.Transpose.FLIP_TOP_BOTTOM), gray))
     deep = Image.fromarray(wide << np.uint16(4))
-    made = {
+    encoded = {
         "JPEG gray": _encode(gray, "JPEG", quality=90),
         "JPEG colour": _encode(colour, "JPEG", quality=90),
         "JPEG progressive": _encode(gray, "JPEG", quality=90, progressive=True),
@@ -72,8 +72,8 @@ def encode_formats(height: int, width: int) -> dict[str, bytes]:
     for syntax in (*LOSSLESS, *LOSSY):
         samples, bits = (narrow, 8) if syntax == "jpeg" else (wide, 12)
         window = {name: value >> 4 if bits == 8 else value for name, value in WINDOW.items()}
-        made[f"DICOM {syntax}"] = dicom(samples, syntax, bits=bits, **window)
-    return made
+        encoded[f"DICOM {syntax}"] = dicom(samples, syntax, bits=bits, **window)
+    return encoded
 
 
 def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -100,41 +100,41 @@ def opencv_decoder() -> DecodeFunction | None:
         return None
     cv2.setNumThreads(1)
 
-    def way(data: bytes) -> object:
+    def decode_image(data: bytes) -> object:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
         return cv2.resize(image, SIZE, interpolation=cv2.INTER_AREA)
 
-    return way
+    return decode_image
 
 
 def pydicom_decoder() -> DecodeFunction:
     import pydicom
     from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
-    def way(data: bytes) -> object:
+    def decode_image(data: bytes) -> object:
         dataset = pydicom.dcmread(io.BytesIO(data))
         shown = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
         shown = (shown / shown.max() * 255).astype(np.uint8)
         return np.asarray(Image.fromarray(shown).resize(SIZE, Image.Resampling.BILINEAR))
 
-    return way
+    return decode_image
 
 
-def pydicom_rates(made: dict[str, bytes], seconds: float) -> dict[str, float | None]:
-    return {name: measure_rate(pydicom_decoder(), data, seconds) for name, data in made.items()}
+def pydicom_rates(encoded: dict[str, bytes], seconds: float) -> dict[str, float | None]:
+    return {name: measure_rate(pydicom_decoder(), data, seconds) for name, data in encoded.items()}
 
 
-def measure_rate(way: DecodeFunction | None, data: bytes, seconds: float) -> float | None:
-    """Images per second of one core: by processor time, all threads counted. None where it can't."""
-    if way is None:
+def measure_rate(decode_image: DecodeFunction | None, data: bytes, seconds: float) -> float | None:
+    """Return the images per second of one core by processor time of all threads, None if it fails."""
+    if decode_image is None:
         return None
     try:
-        way(data)
-    except Exception:  # a peer that doesn't know the format
+        decode_image(data)
+    except Exception:  # the peer does not support the format
         return None
     start, count = time.process_time(), 0
     while time.process_time() - start < seconds:
-        way(data)
+        decode_image(data)
         count += 1
     return count / (time.process_time() - start)
 
@@ -142,25 +142,25 @@ def measure_rate(way: DecodeFunction | None, data: bytes, seconds: float) -> flo
 def main(console: Console, options: Any) -> None:
     before = record.describe_machine()
     height, width = options.height, options.width
-    ways = {
+    decoders = {
         "engine": engine_decoder(),
         "pillow": pillow_decoder(),
         "opencv": opencv_decoder(),
     }
-    table = Table("images/s and core", "MB", "MP/s", *ways, "pydicom", box=None, pad_edge=False)
+    table = Table("images/s and core", "MB", "MP/s", *decoders, "pydicom", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    found = {}
-    made = encode_formats(height, width)
-    # apart, since the engine adds decoders to pydicom
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        plain = fresh.submit(pydicom_rates, made, options.seconds).result()
-    for name, data in made.items():
-        rates = {way: measure_rate(call, data, options.seconds) for way, call in ways.items()} | {
-            "pydicom": plain[name]
+    formats = {}
+    encoded = encode_formats(height, width)
+    # in another process, because the engine adds decoders to pydicom
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pydicom_alone = pool.submit(pydicom_rates, encoded, options.seconds).result()
+    for name, data in encoded.items():
+        rates = {tool: measure_rate(decoder, data, options.seconds) for tool, decoder in decoders.items()} | {
+            "pydicom": pydicom_alone[name]
         }
         megapixels = (rates["engine"] or 0) * height * width / 1e6
-        found[name] = {
+        formats[name] = {
             "bytes": len(data),
             "images_per_s_and_core": rates,
             "megapixels_per_s_and_core": megapixels,
@@ -168,17 +168,17 @@ def main(console: Console, options: Any) -> None:
         cells = ["-" if value is None else f"{value:.1f}" for value in rates.values()]
         table.add_row(name, f"{len(data) / 1e6:.1f}", f"{megapixels:.0f}", *cells)
     console.print(table)
-    limited = {name: found[name]["images_per_s_and_core"]["engine"] for name in LIMITED}
-    console.print(f"aim: {LIMIT:g} images/s and core of {', '.join(LIMITED)}\n", highlight=False)
-    beside = fast.measure_all(
+    limited = {name: formats[name]["images_per_s_and_core"]["engine"] for name in LIMITED}
+    console.print(f"target: {LIMIT:g} images/s and core for {', '.join(LIMITED)}\n", highlight=False)
+    fast_figures = fast.measure_all(
         options.radiographs, options.bundle, rounds=options.rounds, count=options.images
     )
-    _show(console, beside)
+    _show(console, fast_figures)
     figures = {
         "work": {"image": f"{width} x {height}, 12 bits or their upper 8, to {SIZE[0]} x {SIZE[1]} gray"},
-        "formats": found,
+        "formats": formats,
         "aim": {"images_per_s_and_core": LIMIT, "of": limited},
-        "fast": beside,
+        "fast": fast_figures,
     }
     target = options.output / "decode-cpu.json"
     command = f"decode --width {width} --height {height} --seconds {options.seconds:g}"
@@ -186,15 +186,15 @@ def main(console: Console, options: Any) -> None:
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show(console: Console, found: dict[str, Any]) -> None:
-    """Print what `--decode fast` gains and changes."""
-    table = Table("images/s and core", *found["images_per_s_and_core"], box=None, pad_edge=False)
-    table.add_row(found["images"], *(f"{value:.0f}" for value in found["images_per_s_and_core"].values()))
-    against = (f"{ratio['median']:.2f}" for ratio in found["fast_against"].values())
-    table.add_row("fast is so much faster", "", *against)
+def _show(console: Console, figures: dict[str, Any]) -> None:
+    """Print the gain and the differences of `--decode fast`."""
+    table = Table("images/s and core", *figures["images_per_s_and_core"], box=None, pad_edge=False)
+    table.add_row(figures["images"], *(f"{value:.0f}" for value in figures["images_per_s_and_core"].values()))
+    speedups = (f"{ratio['median']:.2f}" for ratio in figures["fast_against"].values())
+    table.add_row("speed-up of fast", "", *speedups)
     console.print(table)
     for name in ("gray_levels_from_exact", "scores_from_exact"):
-        for key, value in (found[name] or {}).items():
+        for key, value in (figures[name] or {}).items():
             shown = f"{value:.4g}" if isinstance(value, float) else value
             console.print(f"{name}, {key}: {shown}".replace("_", " "), highlight=False)
-    console.print(f"aim: {fast.TARGET_SPEEDUP:g} x pillow", highlight=False)
+    console.print(f"target: {fast.TARGET_SPEEDUP:g} x pillow", highlight=False)

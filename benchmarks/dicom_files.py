@@ -1,4 +1,4 @@
-"""DICOM files made on the spot, in every transfer syntax that the engine reads."""
+"""Make DICOM files in each transfer syntax that the engine reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydicom.pixels.encoders.base import get_encoder
 
 Samples = npt.NDArray[np.uint8] | npt.NDArray[np.uint16] | npt.NDArray[np.int16]
 
-# they give the samples back bit for bit
+# decode to identical samples
 LOSSLESS = {
     "implicit": uid.ImplicitVRLittleEndian,
     "explicit": uid.ExplicitVRLittleEndian,
@@ -46,8 +46,9 @@ def dicom(
     bits: int | None = None,
     **more: Any,
 ) -> bytes:
-    """Make a DX file of samples [H, W], or [H, W, 3] in RGB; `more` are attributes by keyword, None
-    omits one.
+    """Make a DX file of samples [H, W], or [H, W, 3] in RGB.
+
+    `more` are attributes by keyword; None omits an attribute.
     """
     gray = samples.ndim == 2
     size = samples.dtype.itemsize * 8

@@ -1,8 +1,8 @@
-"""`--decode fast` beside `exact`, Pillow and OpenCV: gray JPEG to 224 x 224, its speed and its pixels.
+"""Compare speed and pixels of `--decode fast` with `exact`, Pillow and OpenCV on gray JPEGs.
 
-Every way takes the same files in turns, in random order, and is timed by the processor time of one core.
-"pillow" is what is usually written, `Image.open(file).convert("RGB").resize((224, 224))`, whose filter is
-bicubic; "pillow bilinear" the same with the engine's filter.
+All decoders get the same files in turn, in random order, and are timed by the processor time of one core.
+"pillow" is the usual `Image.open(file).convert("RGB").resize((224, 224))` with its bicubic filter; "pillow
+bilinear" uses the engine's filter.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def draw_jpeg(index: int) -> bytes:
 
 
 def load_jpegs(folder: Path | None, count: int) -> tuple[list[bytes], str]:
-    """Gray and colour JPEGs, evenly from `folder` if there is one, and what they are."""
+    """Load JPEGs, spread evenly over `folder` if set, and describe them."""
     if folder is None:
         with ProcessPoolExecutor() as pool:
-            made = list(pool.map(draw_jpeg, range(count)))
-        return made, f"{count} synthetic radiographs, gray, {SIDE} x {SIDE}, quality 90"
+            images = list(pool.map(draw_jpeg, range(count)))
+        return images, f"{count} synthetic radiographs, gray, {SIDE} x {SIDE}, quality 90"
     paths = sorted(path for path in folder.rglob("*.[jJ][pP]*") if path.is_file())
     chosen = [path.read_bytes() for path in paths[:: max(1, len(paths) // REAL)][:REAL]]
     return chosen, f"{len(chosen)} radiographs given"
@@ -65,28 +65,28 @@ def engine_decoder(how: Decode, size: tuple[int, int] = SIZE) -> Callable[[list[
     graph = ResizePipeline(size=size, batch_size=CPU_BATCH, threads=1)
     least = size if how == "fast" else None
 
-    def way(images: list[bytes]) -> Pixels:
-        found = []
+    def decode_images(images: list[bytes]) -> Pixels:
+        pixels = []
         for start in range(0, len(images), CPU_BATCH):
             batch = [
                 decode(data, header.parse_header(data, MAX_PIXELS), least=least)
                 for data in images[start : start + CPU_BATCH]
             ]
-            found.append(graph.run([one.gray for one in batch], [one.margins for one in batch]))
-        return np.concatenate(found)
+            pixels.append(graph.run([image.gray for image in batch], [image.margins for image in batch]))
+        return np.concatenate(pixels)
 
-    return way
+    return decode_images
 
 
 def pillow_decoder(resample: Image.Resampling | None = None) -> DecodeFunction:
-    def one(data: bytes) -> object:
+    def decode_image(data: bytes) -> object:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB").resize(SIZE[::-1], resample))
 
-    return lambda images: [one(data) for data in images]
+    return lambda images: [decode_image(data) for data in images]
 
 
 def opencv_decoders() -> dict[str, DecodeFunction]:
-    """Full and reduced grayscale decoding; nothing where OpenCV is missing."""
+    """Return full and reduced grayscale decoding; none if OpenCV is missing."""
     try:
         import cv2
     except ImportError:
@@ -99,28 +99,33 @@ def opencv_decoders() -> dict[str, DecodeFunction]:
         8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
     }
 
-    def one(data: bytes, scale: int) -> object:
+    def decode_image(data: bytes, scale: int) -> object:
         gray = cv2.imdecode(np.frombuffer(data, np.uint8), flags[scale])
         return cv2.resize(gray, SIZE[::-1], interpolation=cv2.INTER_AREA)
 
-    def reduced(images: list[bytes]) -> object:
-        return [one(data, choose_scale(header.parse_header(data, MAX_PIXELS), SIZE)) for data in images]
+    def decode_reduced(images: list[bytes]) -> object:
+        return [
+            decode_image(data, choose_scale(header.parse_header(data, MAX_PIXELS), SIZE)) for data in images
+        ]
 
-    return {"opencv": lambda images: [one(data, 1) for data in images], "opencv reduced": reduced}
+    return {
+        "opencv": lambda images: [decode_image(data, 1) for data in images],
+        "opencv reduced": decode_reduced,
+    }
 
 
 def measure_seconds(
-    ways: dict[str, DecodeFunction], images: list[bytes], rounds: int
+    decoders: dict[str, DecodeFunction], images: list[bytes], rounds: int
 ) -> dict[str, list[float]]:
-    """Processor seconds an image, of each round; the first, which warms up, is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    """Return processor seconds per image of each round after a warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
     for round_ in range(rounds + 1):
-        for name in random.sample(list(ways), len(ways)):
+        for name in random.sample(list(decoders), len(decoders)):
             start = time.process_time()
-            ways[name](images)
+            decoders[name](images)
             if round_:
-                found[name].append((time.process_time() - start) / len(images))
-    return found
+                seconds[name].append((time.process_time() - start) / len(images))
+    return seconds
 
 
 def median_ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, float | None]:
@@ -132,13 +137,13 @@ def median_ratio(slow: Sequence[float], quick: Sequence[float]) -> dict[str, flo
 
 def compare_pixels(exact: Pixels, fast: Pixels) -> dict[str, float]:
     """Measure the differences in gray levels."""
-    apart = np.abs(exact.astype(np.int16) - fast)
-    means = apart.mean(axis=(1, 2, 3))
+    difference = np.abs(exact.astype(np.int16) - fast)
+    means = difference.mean(axis=(1, 2, 3))
     return {
         "mean": float(means.mean()),
         "mean_of_the_worst_image": float(means.max()),
-        "largest": int(apart.max()),
-        "share_over_8": float((apart > 8).mean()),
+        "largest": int(difference.max()),
+        "share_over_8": float((difference > 8).mean()),
     }
 
 
@@ -159,12 +164,12 @@ def compare_scores(models: Bundle, images: list[bytes]) -> dict[str, Any]:
         )[1]
         for how in DECODES
     )
-    apart = np.abs(exact - fast)
+    difference = np.abs(exact - fast)
     return {
         "trained_with": models.decode,
         "images": len(images),
-        "largest_difference_in_probability": float(apart.max()),
-        "mean_difference_in_probability": float(apart.mean()),
+        "largest_difference_in_probability": float(difference.max()),
+        "mean_difference_in_probability": float(difference.mean()),
         "same_class": float((exact.argmax(axis=1) == fast.argmax(axis=1)).mean()),
     }
 
@@ -172,24 +177,24 @@ def compare_scores(models: Bundle, images: list[bytes]) -> dict[str, Any]:
 def measure_all(
     folder: Path | None, models: Path | None, *, rounds: int, count: int = SYNTHETIC
 ) -> dict[str, Any]:
-    """Rates, ratios, pixels and, with a bundle, scores; of synthetic images or JPEGs in `folder`."""
+    """Measure rates, ratios, pixels and, with a bundle, scores, on synthetic images or JPEGs of `folder`."""
     images, what = load_jpegs(folder, count)
     exact, fast = engine_decoder("exact"), engine_decoder("fast")
-    ways: dict[str, DecodeFunction] = {
+    decoders: dict[str, DecodeFunction] = {
         "fast": fast,
         "exact": exact,
         "pillow": pillow_decoder(),
         "pillow bilinear": pillow_decoder(Image.Resampling.BILINEAR),
         **opencv_decoders(),
     }
-    taken = measure_seconds(ways, images, rounds)
+    seconds = measure_seconds(decoders, images, rounds)
     return {
         "images": what,
         "bytes_of_a_file": sum(map(len, images)) / len(images),
         "rounds": rounds,
-        "images_per_s_and_core": {name: 1 / float(np.median(times)) for name, times in taken.items()},
+        "images_per_s_and_core": {name: 1 / float(np.median(times)) for name, times in seconds.items()},
         "fast_against": {
-            name: median_ratio(times, taken["fast"]) for name, times in taken.items() if name != "fast"
+            name: median_ratio(times, seconds["fast"]) for name, times in seconds.items() if name != "fast"
         },
         "aim": {"pillow": TARGET_SPEEDUP},
         "gray_levels_from_exact": compare_pixels(exact(images), fast(images)),

@@ -1,6 +1,6 @@
-"""`python -m benchmarks memory`: does a run of two million rows take more memory than one of twenty thousand?
+"""`python -m benchmarks memory`: peak memory of a run of two million rows and one of twenty thousand.
 
-Both are whole runs (manifest, reads, Parquet, ledger) with null stages, each in a process of its own.
+Both are complete runs (manifest, reads, Parquet, ledger) with null stages, each in a separate process.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from benchmarks.throughput import make_tiny_archive
 from engine.core.settings import Settings
 from engine.pipeline.pipeline import screen_in_process
 
-LIMIT_MB = 100  # that the long run may take beyond the short one
+LIMIT_MB = 100  # largest difference between the long and the short run
 
 
 def measure_null_run(manifest: Path, models: Path, output: Path) -> tuple[float, float]:
-    """Peak memory in MB and seconds of a run of its own process."""
+    """Return peak memory in MB and seconds of a run in this process."""
     start = time.perf_counter()
     summary = screen_in_process(
         Settings(manifest=manifest, bundle=models, output=output), stages_type=NullStages
@@ -37,26 +37,24 @@ def measure_null_run(manifest: Path, models: Path, output: Path) -> tuple[float,
 
 def main(console: Console, options: Any) -> None:
     before = record.describe_machine()
-    found = []
+    runs = []
     with tempfile.TemporaryDirectory() as scratch:
         for rows in (20_000, options.rows):
             work = Path(scratch, str(rows))
             work.mkdir()
             manifest = make_tiny_archive(work, rows)
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                peak, seconds = fresh.submit(
-                    measure_null_run, manifest, options.bundle, work / "out"
-                ).result()
-            found.append({"rows": rows, "peak_memory_mb": peak, "seconds": seconds})
-    growth = found[1]["peak_memory_mb"] - found[0]["peak_memory_mb"]
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                peak, seconds = pool.submit(measure_null_run, manifest, options.bundle, work / "out").result()
+            runs.append({"rows": rows, "peak_memory_mb": peak, "seconds": seconds})
+    growth = runs[1]["peak_memory_mb"] - runs[0]["peak_memory_mb"]
     table = Table("rows", "peak memory, MB", "seconds", box=None, pad_edge=False)
-    for run in found:
+    for run in runs:
         table.add_row(str(run["rows"]), f"{run['peak_memory_mb']:.0f}", f"{run['seconds']:.1f}")
     console.print(table)
     console.print(f"growth {growth:.0f} MB, limit {LIMIT_MB}", highlight=False)
     target = options.output / "memory-cpu.json"
     command = f"memory --rows {options.rows}"
     record.write_record(
-        target, command, {"runs": found, "growth_mb": growth, "limit_mb": LIMIT_MB}, before=before
+        target, command, {"runs": runs, "growth_mb": growth, "limit_mb": LIMIT_MB}, before=before
     )
     console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Stages that do nothing: what is left is the engine's own work."""
+"""Stages that do nothing, to measure the engine's own cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from engine.pipeline.stages import Stages
 
 
 class NullPixels:
-    """A preprocess that decodes nothing."""
+    """A preprocessing stage that decodes nothing."""
 
     crashes = refusals = 0
     on_gpu = None
@@ -27,7 +27,7 @@ class NullPixels:
 
 
 class NullScores:
-    """A step that scores nothing: the same probability for every class."""
+    """A scorer that gives every class the same probability."""
 
     def __init__(self, members: int, classes: int) -> None:
         self._members, self._classes = members, classes
@@ -47,7 +47,7 @@ class NullScores:
 
 
 class NullStages(Stages):
-    """A whole run with neither decoder nor members."""
+    """The stages of a run without decoder and members."""
 
     def open(self, stack: ExitStack) -> None:
         self.preprocess = NullPixels()

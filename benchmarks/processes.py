@@ -1,4 +1,4 @@
-"""Processor time and memory of a process with all its descendants, from /proc."""
+"""Measure processor time and memory of a process and its descendants from /proc."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ class Process:
 
 
 def process_tree(leader: int) -> dict[int, Process]:
-    """`leader`, the living processes of its session, and whatever they have started, by process id."""
-    found: dict[int, tuple[int, int, Process]] = {}
+    """Return `leader`, the processes of its session and their descendants, by process id."""
+    processes: dict[int, tuple[int, int, Process]] = {}
     tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             fields = path.read_text().rpartition(")")[2].split()
             if fields[0] != "Z":
                 process = Process(int(fields[21]) * page, (int(fields[11]) + int(fields[12])) / tick)
-                found[int(path.parent.name)] = int(fields[1]), int(fields[3]), process
-    ours = {pid for pid, (_, session, _) in found.items() if leader in (pid, session)}
-    while more := {pid for pid, (parent, *_) in found.items() if parent in ours} - ours:
-        ours |= more
-    return {pid: found[pid][2] for pid in ours}
+                processes[int(path.parent.name)] = int(fields[1]), int(fields[3]), process
+    tree = {pid for pid, (_, session, _) in processes.items() if leader in (pid, session)}
+    while children := {pid for pid, (parent, *_) in processes.items() if parent in tree} - tree:
+        tree |= children
+    return {pid: processes[pid][2] for pid in tree}
 
 
 def core_seconds(leader: int) -> float:
-    """Processor time that the living processes of the tree have used."""
+    """Return the processor time of the living processes of the tree."""
     return sum(process.core_s for process in process_tree(leader).values())
 
 
 def resident_bytes(leader: int) -> int:
-    """Memory of the tree; pages that two of its processes share count twice."""
+    """Return the memory of the tree; pages shared by two processes count twice."""
     return sum(process.resident_bytes for process in process_tree(leader).values())
 
 
@@ -55,7 +55,7 @@ class PeakMemory:
 
 @contextmanager
 def peak_memory(process: subprocess.Popen[bytes]) -> Iterator[PeakMemory]:
-    """Samples the tree of `process` while the block runs."""
+    """Sample the tree of `process` while the block runs."""
     peak, stop = PeakMemory(), threading.Event()
 
     def sample() -> None:
@@ -73,20 +73,20 @@ def peak_memory(process: subprocess.Popen[bytes]) -> Iterator[PeakMemory]:
 
 @dataclass(frozen=True)
 class FinishedProcess:
-    """A command that was run to its end."""
+    """The result of a finished command."""
 
     status: int
     output: str
     errors: str
     wall_s: float
     core_s: float  # of the process and the children it waited for
-    peak_memory_mb: float  # of its whole tree
+    peak_memory_mb: float  # of its process tree
 
 
 def run_command(
     command: Sequence[str], *, environment: Mapping[str, str] | None = None, timeout_s: float | None = None
 ) -> FinishedProcess:
-    """Run a command in a session of its own and watch it. After `timeout_s` all of it is killed."""
+    """Run a command in a new session and measure it; kill its process tree after `timeout_s`."""
     start = time.perf_counter()
     with TemporaryFile() as output, TemporaryFile() as errors:
         process = subprocess.Popen(
@@ -104,7 +104,7 @@ def run_command(
         finally:
             alarm.cancel()
         wall_s = time.perf_counter() - start
-        _kill(process.pid)  # what it left behind
+        _kill(process.pid)  # processes that it left running
         process.returncode = os.waitstatus_to_exitcode(status)
         texts = []
         for stream in (output, errors):

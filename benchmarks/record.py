@@ -1,4 +1,4 @@
-"""The common part of every benchmark's JSON: the figures, and how to measure them again."""
+"""Write the JSON file of a benchmark: figures, command, machine and versions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _run_git(*arguments: str) -> str:
 
 
 def write_record(path: Path, command: str, figures: dict[str, Any], *, before: dict[str, Any]) -> None:
-    """Write the figures of `command`; `before` is `machine()` as it was at the start."""
+    """Write the figures of `command`; `before` is the result of `describe_machine` at the start."""
     record = {
         "command": f"python -m benchmarks {command}",
         "taken": datetime.now(UTC).isoformat(timespec="seconds"),

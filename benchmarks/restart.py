@@ -1,9 +1,9 @@
-"""`python -m benchmarks restart`: how soon the first batch is finished, and what a kill costs.
+"""`python -m benchmarks restart`: time to the first finished batch, and cost of a kill.
 
-Runs are `engine.run` in processes of their own. Start-up: from the start of the process to the first batch
-with scores, with files and libraries in the page cache. Kills: `kill -9` somewhere between a fifth and four
-fifths of the run, and the same command again; its rows have to be those of a run that nobody disturbed.
-Batches that were with the members at that moment, at most two more than workers, are not counted.
+Runs are `engine.run` in separate processes. Start-up is measured from the start of the process to the first
+batch with scores, with files and libraries in the page cache. Kills are `kill -9` after 20 % to 80 % of the
+run, followed by the same command; its rows must equal those of an uninterrupted run. Batches in the members
+at the time of the kill, at most two more than workers, are not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from engine.core.hardware import available_cpus
 from engine.core.settings import CPU_BATCH
 
 LIMIT_S = 4.0  # to the first finished batch
-# the command line itself, but each finished batch writes how many rows are through
+# the command line, with the number of processed rows printed after each batch
 _PROGRESS_SCRIPT = """
 import sys
 from engine import run
@@ -46,18 +46,18 @@ sys.exit(run.main())
 
 
 class EngineProcess:
-    """A start of a run in a process of its own."""
+    """A run in a separate process."""
 
     def __init__(self, arguments: list[object], errors: Path) -> None:
-        self.rows = 0  # with scores so far
+        self.rows = 0  # rows with scores
         self._errors = errors
         self._began = time.perf_counter()
         with errors.open("w") as log:
             command = [sys.executable, "-c", _PROGRESS_SCRIPT, *map(str, arguments)]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
 
-    def until(self, rows: int) -> float:
-        """Wait until so many rows have scores; seconds since the start."""
+    def wait_for(self, rows: int) -> float:
+        """Wait until `rows` rows have scores; return the seconds since the start."""
         assert self._process.stdout is not None
         while self.rows < rows:
             line = self._process.stdout.readline()
@@ -67,10 +67,10 @@ class EngineProcess:
         return time.perf_counter() - self._began
 
     def kill(self) -> int:
-        """Kill the process with SIGKILL. Returns how many rows had scores."""
+        """Kill the process with SIGKILL; return the number of rows with scores."""
         self._process.kill()
-        told, _ = self._process.communicate()
-        return max([self.rows, *(int(line) for line in told.split() if line.isdigit())])
+        output, _ = self._process.communicate()
+        return max([self.rows, *(int(line) for line in output.split() if line.isdigit())])
 
     def end(self) -> None:
         self._process.communicate()
@@ -84,12 +84,12 @@ def read_results_table(output: Path) -> pa.Table:
 
 def measure_start_up(arguments: list[object], work: Path, rounds: int) -> list[float]:
     """Measure the seconds to the first finished batch."""
-    found = []
+    seconds = []
     for number in range(rounds + 1):
         run = EngineProcess([*arguments, "-o", work / f"start-{number}"], work / "errors.txt")
-        found.append(run.until(1))
+        seconds.append(run.wait_for(1))
         run.kill()
-    return found[1:]  # the first fills the page cache
+    return seconds[1:]  # the first run fills the page cache
 
 
 def kill_and_resume(
@@ -98,10 +98,10 @@ def kill_and_resume(
     output = work / f"killed-{number}"
     command = [*arguments, "-o", output]
     first = EngineProcess(command, work / "errors.txt")
-    first.until(round(rows * random.uniform(0.2, 0.8)))
+    first.wait_for(round(rows * random.uniform(0.2, 0.8)))
     scored = first.kill()
     if (output / "_SUCCESS").exists():
-        raise EngineError(f"the run of {rows} rows was over before it was killed; give more --rows")
+        raise EngineError(f"the run of {rows} rows ended before it was killed; set more --rows")
     kept = ds.dataset(sorted(output.glob("part-*.parquet"))).count_rows()
     EngineProcess(command, work / "errors.txt").end()
     success = json.loads((output / "_SUCCESS").read_text())
@@ -123,7 +123,7 @@ def main(console: Console, options: Any) -> None:
         work = Path(scratch)
         manifest = make_archive(work, options.rows, options.side)
         arguments = [manifest, "-b", options.bundle, "--part-rows", options.part_rows, "--device", "cpu"]
-        arguments += ["--batch-size", CPU_BATCH, "--workers", available_cpus()]  # whatever was tuned here
+        arguments += ["--batch-size", CPU_BATCH, "--workers", available_cpus()]  # overrides tuned options
         starts = measure_start_up(arguments, work, options.rounds)
         EngineProcess([*arguments, "-o", work / "undisturbed"], work / "errors.txt").end()
         expected = read_results_table(work / "undisturbed")
@@ -134,7 +134,7 @@ def main(console: Console, options: Any) -> None:
     twice = [kill["rows_scored_twice"] for kill in kills]
     table = Table("figure", "measured", "limit", box=None, pad_edge=False)
     table.add_row("start to first batch, s", f"{statistics.median(starts):.2f}", f"<= {LIMIT_S:g}")
-    table.add_row("rows scored twice, of a kill", f"{statistics.median(twice):g}", "a part")
+    table.add_row("rows scored twice, per kill", f"{statistics.median(twice):g}", "a part")
     table.add_row("  at most", f"{max(twice)}", f"a part: {options.part_rows}")
     console.print(table)
     target = options.output / "restart-cpu.json"

@@ -1,7 +1,7 @@
-"""`python -m benchmarks scaling`: cost against rows, image size, batch size, threads, parts and bad files.
+"""`python -m benchmarks scaling`: cost by rows, image size, batch size, threads, parts and bad files.
 
-Every point is a whole run, the points of a series in random order, `rounds` times; a figure is the median. A
-straight line is fitted to each series: slope, intercept, R^2. `draw` makes the plot from the JSON.
+Each point is the median of `rounds` complete runs; the points of a series run in random order. A straight
+line is fitted to each series: slope, intercept, R^2. `draw_series` makes the plot from the JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from engine.pipeline.pipeline import screen_in_process
 from engine.pipeline.stages import Stages
 
 ROWS = (1_000, 10_000, 100_000, 500_000, 2_000_000)
-ONCE_ROWS = 200_000  # longer runs are done once
+ONCE_ROWS = 200_000  # longer runs are measured once
 SIDES = (256, 512, 1024, 1536, 2048)
 BATCHES = (1, 2, 4, 8, 16, 32)
 PART_ROWS = (64, 128, 256, 1024, 16_384)
@@ -44,7 +44,7 @@ QUICK = {"rows": 10_000, "rounds": 1, "images": 32, "side": 256}
 
 
 class DecodeStages(Stages):
-    """A whole run that decodes, and scores nothing."""
+    """The stages of a run that decodes but does not score."""
 
     def open(self, stack: ExitStack) -> None:
         super().open(stack)
@@ -54,7 +54,7 @@ class DecodeStages(Stages):
 
 @dataclass(frozen=True)
 class Series:
-    """Points to be measured: x to a run that returns its seconds, which `cost` turns into y."""
+    """The points to measure: x, a run that returns its seconds, and `cost`, which converts them to y."""
 
     title: str
     x: str
@@ -73,24 +73,24 @@ def time_stages(stages: type[Stages] | None, manifest: Path, bundle: Path, **opt
 
 
 def _time_null_run(rows: int, bundle: Path, work: Path) -> float:
-    """Time a run with null stages in a process of its own, from its manifest to its end."""
+    """Time a complete run with null stages in a separate process."""
     manifest = make_tiny_archive(work, rows)
     with (
         tempfile.TemporaryDirectory(dir=work) as scratch,
-        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
     ):
-        return fresh.submit(measure_null_run, manifest, bundle, Path(scratch, "out")).result()[1]
+        return pool.submit(measure_null_run, manifest, bundle, Path(scratch, "out")).result()[1]
 
 
 def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[str, Callable[[], Series]]:
-    """Yield the series; each makes the archives it needs, and `worker` does the runs."""
+    """Return makers of the series; each makes its archives and runs in `worker`."""
     cores, images, side = available_cpus(), options.images, options.side
     null_rows = min(options.rows, 2 * PART_ROWS[-1])
 
     def run(stages: type[Stages] | None, manifest: Path, **settings: Any) -> Callable[[], float]:
-        # whatever was tuned for this machine, each run has the settings that stand here
-        given = {"device": "cpu", "batch_size": 8, "workers": cores} | settings
-        return lambda: worker.submit(time_stages, stages, manifest, options.bundle, **given).result()
+        # overrides tuned options
+        options_of_run = {"device": "cpu", "batch_size": 8, "workers": cores} | settings
+        return lambda: worker.submit(time_stages, stages, manifest, options.bundle, **options_of_run).result()
 
     def rows() -> Series:
         counts = [count for count in ROWS if count <= options.rows]
@@ -98,10 +98,10 @@ def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[st
         return Series("rows, nothing decoded or scored", "rows", "s", runs)
 
     def image_size() -> Series:
-        sides = [one for one in SIDES if one <= 2 * side]
+        sides = [pixels for pixels in SIDES if pixels <= 2 * side]
         runs = {
-            one * one / 1e6: run(DecodeStages, make_archive(work / str(one), 4 * images, one))
-            for one in sides
+            pixels**2 / 1e6: run(DecodeStages, make_archive(work / str(pixels), 4 * images, pixels))
+            for pixels in sides
         }
         title = "image size, nothing scored"
         return Series(title, "megapixels", "ms an image", runs, lambda _, s: 1000 * s / (4 * images))
@@ -144,36 +144,41 @@ def all_series(options: Any, work: Path, worker: ProcessPoolExecutor) -> dict[st
 
 
 def measure_series(series: Series, rounds: int) -> dict[str, Any]:
-    """Medians of `rounds` rounds, and the line through them."""
-    taken: dict[float, list[float]] = {x: [] for x in series.runs}
+    """Measure the medians of `rounds` rounds and fit a line."""
+    costs: dict[float, list[float]] = {x: [] for x in series.runs}
     for number in range(rounds):
         for x in random.sample(list(series.runs), len(series.runs)):
             if number == 0 or series.x != "rows" or x <= ONCE_ROWS:
-                taken[x].append(series.cost(x, series.runs[x]()))
+                costs[x].append(series.cost(x, series.runs[x]()))
     points = [
-        {"x": x, "y": statistics.median(rounds_of), "rounds": rounds_of} for x, rounds_of in taken.items()
+        {"x": x, "y": statistics.median(rounds_costs), "rounds": rounds_costs}
+        for x, rounds_costs in costs.items()
     ]
     return {
         "title": series.title,
         "x": series.x,
         "y": series.y,
         "points": points,
-        "line": fit_line([(one["x"], one["y"]) for one in points]),
+        "line": fit_line([(point["x"], point["y"]) for point in points]),
     }
 
 
 def fit_line(points: Iterable[tuple[float, float]]) -> dict[str, float] | None:
-    """Slope, intercept and R^2 by least squares; None for fewer than three points."""
+    """Fit slope, intercept and R^2 by least squares; return None for fewer than three points."""
     x, y = np.array(sorted(points)).T
     if len(x) < 3:
         return None
     slope, intercept = np.polyfit(x, y, 1)
-    rest, spread = float(((y - slope * x - intercept) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
-    return {"slope": float(slope), "intercept": float(intercept), "r2": 1 - rest / spread if spread else 1.0}
+    residual, total = float(((y - slope * x - intercept) ** 2).sum()), float(((y - y.mean()) ** 2).sum())
+    return {
+        "slope": float(slope),
+        "intercept": float(intercept),
+        "r2": 1 - residual / total if total else 1.0,
+    }
 
 
 def draw_series(source: Path) -> Path:
-    """Draw a small plot of every series, beside the JSON it is made from."""
+    """Draw a small plot of each series beside the JSON file."""
     try:
         import matplotlib
 
@@ -187,7 +192,7 @@ def draw_series(source: Path) -> Path:
         for axis in axes.flat[len(figures["series"]) :]:
             axis.remove()
         for axis, series in zip(axes.flat, figures["series"].values(), strict=False):
-            x, y = np.array([(one["x"], one["y"]) for one in series["points"]]).T
+            x, y = np.array([(point["x"], point["y"]) for point in series["points"]]).T
             axis.plot(x, y, "o", color="#1f6fb4", markersize=4)
             title, line = series["title"], series["line"]
             if line:
@@ -210,15 +215,15 @@ def main(console: Console, options: Any) -> None:
     if options.quick:
         vars(options).update(QUICK)
     options.images = options.images or 64 * available_cpus()
-    found = {}
+    series_figures = {}
     with (
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(1, mp_context=get_context("spawn")) as worker,
     ):
         makers = all_series(options, Path(scratch), worker)
         for name in options.series:
-            found[name] = measure_series(makers[name](), options.rounds)
-            _show(console, found[name])
+            series_figures[name] = measure_series(makers[name](), options.rounds)
+            _show(console, series_figures[name])
     target = options.output / "scaling-cpu.json"
     command = (
         f"scaling --rows {options.rows} --rounds {options.rounds} --images {options.images} "
@@ -229,7 +234,7 @@ def main(console: Console, options: Any) -> None:
         "images": options.images,
         "image_size_images": 4 * options.images,
     }
-    record.write_record(target, command, {"work": work, "series": found}, before=before)
+    record.write_record(target, command, {"work": work, "series": series_figures}, before=before)
     console.print(
         f"written: {target} and {draw_series(target).name}", markup=False, highlight=False, soft_wrap=True
     )
@@ -238,8 +243,8 @@ def main(console: Console, options: Any) -> None:
 def _show(console: Console, series: dict[str, Any]) -> None:
     console.print(f"\n{series['title']}", highlight=False)
     table = Table(series["x"], series["y"], box=None, pad_edge=False)
-    for one in series["points"]:
-        table.add_row(f"{one['x']:g}", f"{one['y']:.4g}")
+    for point in series["points"]:
+        table.add_row(f"{point['x']:g}", f"{point['y']:.4g}")
     console.print(table)
     if line := series["line"]:
         console.print(

@@ -1,9 +1,9 @@
-"""`python -m benchmarks scaling-out`: what Ray costs beside one process, and what a killed actor costs.
+"""`python -m benchmarks scaling-out`: cost of Ray compared with one process, and of a killed actor.
 
-Overhead: `engine.run` with and without `--ray`, in turn, on the whole machine; rates from the first read to
-the last part, the last canaries included, as `_SUCCESS` has them. Null stages: neither decoder nor members,
-so that what is left is the work of the engine itself and of Ray. Recovery: from `kill -9` of one of two
-actors until another in its place holds a part.
+Overhead compares `engine.run` with and without `--ray`, in turn, on all cores; rates are those of `_SUCCESS`,
+from the first read to the last part and the last canaries. Null stages have no decoder and no members, which
+leaves the cost of the engine and of Ray. Recovery is the time from `kill -9` of one of two actors until its
+replacement holds a part.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ print(summary.rows_done / summary.elapsed_s, used.ru_utime + used.ru_stime)
 
 
 def uniform_bundle(source: Path, target: Path) -> Path:
-    """`source` with canaries that expect what null stages give."""
+    """Copy the bundle `source` with canaries that expect the scores of null stages."""
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(source, target, copy_function=os.link)
@@ -85,7 +85,7 @@ def run_checked(command: Sequence[object], environment: dict[str, str] | None = 
 
 
 def measure_rate(manifest: Path, models: Path, output: Path, *more: object) -> tuple[float, float]:
-    """Rows per second, and seconds of the command before and after its rows."""
+    """Return rows per second, and the seconds of start-up and end."""
     options = ["-b", models, "-o", output, "--device", "cpu", "--batch-size", CPU_BATCH, "--part-rows", 256]
     began = time.perf_counter()
     run_checked(["-m", "engine.run", manifest, *options, "--workers", available_cpus(), *more])
@@ -97,46 +97,48 @@ def measure_rate(manifest: Path, models: Path, output: Path, *more: object) -> t
 def measure_overhead(
     console: Console, manifest: Path, models: Path, work: Path, rounds: int
 ) -> dict[str, Any]:
-    """Run one process and one actor in turn and compare their rates; the rows have to be the same."""
-    alone, actor, around = [], [], []
+    """Run one process and one actor in turn and compare their rates; the rows must be equal."""
+    local_rates, ray_rates, overheads = [], [], []
     for number in range(rounds):
         outputs = work / f"alone-{number}", work / f"ray-{number}"
-        alone.append(measure_rate(manifest, models, outputs[0])[0])
+        local_rates.append(measure_rate(manifest, models, outputs[0])[0])
         rate, seconds = measure_rate(manifest, models, outputs[1], "--ray")
-        actor.append(rate)
-        around.append(seconds)
+        ray_rates.append(rate)
+        overheads.append(seconds)
         if not read_results_table(outputs[0]).equals(read_results_table(outputs[1])):
-            raise EngineError("the rows by an actor differ from those of one process")
-        console.print(f"round {number + 1}: {alone[-1]:.2f} images/s, with Ray {rate:.2f}", highlight=False)
-    lost = [1 - with_ray / without for with_ray, without in zip(actor, alone, strict=True)]
+            raise EngineError("the rows of an actor differ from those of one process")
+        console.print(
+            f"round {number + 1}: {local_rates[-1]:.2f} images/s, with Ray {rate:.2f}", highlight=False
+        )
+    losses = [1 - with_ray / without for with_ray, without in zip(ray_rates, local_rates, strict=True)]
     return {
-        "median": statistics.median(lost),
-        "interval": bootstrap_interval(lost),
-        "rounds": lost,
+        "median": statistics.median(losses),
+        "interval": bootstrap_interval(losses),
+        "rounds": losses,
         "limit": LIMIT,
-        "images_per_s": {"one process": alone, "ray": actor},
-        "seconds_around": {"median": statistics.median(around), "rounds": around},
+        "images_per_s": {"one process": local_rates, "ray": ray_rates},
+        "seconds_around": {"median": statistics.median(overheads), "rounds": overheads},
     }
 
 
 def measure_null_rates(
     manifest: Path, models: Path, work: Path, actors: list[int], rounds: int
 ) -> dict[str, Any]:
-    """Rows per second of null stages, and the driver's processor time a row."""
+    """Measure rows per second of null stages, and the driver's processor time."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(record.ROOT), *sys.path]))}
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for number in range(rounds):
         for count in (0, *actors):
             name = f"{count} actor{'s' * (count > 1)}" if count else "one process"
             output = work / f"null-{count}-{number}"
             rate, core_s = run_checked(["-c", _NULL, manifest, models, output, count], environment).split()
-            one = found.setdefault(name, {"rounds": [], "driver_core_s": []})
-            one["rounds"].append(float(rate))
-            one["driver_core_s"].append(float(core_s))
+            row = figures.setdefault(name, {"rounds": [], "driver_core_s": []})
+            row["rounds"].append(float(rate))
+            row["driver_core_s"].append(float(core_s))
             shutil.rmtree(output)
-    for one in found.values():
-        one["median"] = statistics.median(one["rounds"])
-    return found
+    for row in figures.values():
+        row["median"] = statistics.median(row["rounds"])
+    return figures
 
 
 def measure_recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[float, int]:
@@ -161,30 +163,30 @@ def measure_recovery(manifest: Path, models: Path, work: Path, number: int) -> t
     deadline, times = Deadline(), dict[str, float]()
     pool = ActorPool(settings, lambda _: None, deadline)
 
-    def hurt() -> None:
-        wait_until(lambda: sum(hand.rows_done > 0 for hand in pool.ready) == 2)
+    def kill_actor() -> None:
+        wait_until(lambda: sum(actor.rows_done > 0 for actor in pool.ready) == 2)
         victim = pool.ready[0]
         os.kill(victim.pid, signal.SIGKILL)
         times["killed"] = time.monotonic()
-        wait_until(lambda: victim.ended and sum(bool(hand.parts) for hand in pool.ready) == 2)
+        wait_until(lambda: victim.ended and sum(bool(actor.parts) for actor in pool.ready) == 2)
         times["back"] = time.monotonic()
         deadline.stop.set()
 
     with (
         closing(pool),
-        prepare_run(settings, lambda _: None, chosen=pool.start_actors) as job,
+        prepare_run(settings, lambda _: None, chosen=pool.start_actors) as prepared,
         closing(pool),
-        write_token(job) as token,
+        write_token(prepared) as token,
     ):
-        one = RayRun(pool, job, token, lambda _: None, deadline, Stages)
-        thread = threading.Thread(target=hurt, daemon=True)
+        run = RayRun(pool, prepared, token, lambda _: None, deadline, Stages)
+        thread = threading.Thread(target=kill_actor, daemon=True)
         thread.start()
         with suppress(Stopped):
-            one.screen()
+            run.screen()
         thread.join()
     if "back" not in times:
-        raise EngineError("the run was over before a killed actor was replaced")
-    return times["back"] - times["killed"], one.repeated_parts * RECOVERY_PART_ROWS
+        raise EngineError("the run ended before the killed actor was replaced")
+    return times["back"] - times["killed"], run.repeated_parts * RECOVERY_PART_ROWS
 
 
 def wait_until(condition: Any) -> None:
@@ -198,17 +200,17 @@ def main(console: Console, options: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         manifest = make_archive(work, options.rows, options.side)
-        found = measure_overhead(console, manifest, options.bundle, work, options.rounds)
+        overhead = measure_overhead(console, manifest, options.bundle, work, options.rounds)
         long = make_archive(work, RECOVERY_ROWS, options.side)
         kills = [measure_recovery(long, options.bundle, work, number) for number in range(options.rounds)]
         null = make_archive(work, options.null_rows, 64)
         blank = uniform_bundle(options.bundle, work / "bundle")
         rates = measure_null_rates(null, blank, work, options.actors, options.rounds)
-    seconds, again = [seconds for seconds, _ in kills], [rows for _, rows in kills]
+    seconds, repeated = [seconds for seconds, _ in kills], [rows for _, rows in kills]
     table = Table("figure", "measured", "limit", box=None, pad_edge=False)
-    table.add_row("overhead of --ray, %", f"{100 * found['median']:.1f}", f"<= {100 * LIMIT:g}")
-    for name, one in rates.items():
-        table.add_row(f"null stages, rows/s, {name}", f"{one['median']:,.0f}", "")
+    table.add_row("overhead of --ray, %", f"{100 * overhead['median']:.1f}", f"<= {100 * LIMIT:g}")
+    for name, rate in rates.items():
+        table.add_row(f"null stages, rows/s, {name}", f"{rate['median']:,.0f}", "")
     table.add_row("killed actor replaced, s", f"{statistics.median(seconds):.1f}", "")
     console.print(table)
     target = options.output / "scaling-out-cpu.json"
@@ -219,11 +221,11 @@ def main(console: Console, options: Any) -> None:
             "null_rows": options.null_rows,
             "image": f"{options.side} x {options.side} gray JPEG, quality 90",
         },
-        "overhead": found,
+        "overhead": overhead,
         "null_rows_per_s": rates,
         "recovery": {
             "seconds": {"median": statistics.median(seconds), "rounds": seconds},
-            "rows_again": {"median": statistics.median(again), "rounds": again},
+            "rows_again": {"median": statistics.median(repeated), "rounds": repeated},
         },
     }
     record.write_record(target, command, figures, before=before)

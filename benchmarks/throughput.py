@@ -1,7 +1,7 @@
-"""End-to-end rate beside the ceiling that the stages set when each runs alone, in the same invocation.
+"""Measure the end-to-end rate and the ceiling given by the stages when each runs alone.
 
-On shared cores the ceiling is cores / (sum over stages of core-seconds per image): what the machine could do
-if the stages overlapped perfectly and nothing else cost anything. Pipeline efficiency is rate / ceiling.
+The ceiling is cores / (sum over stages of core-seconds per image): the rate with perfect overlap and no other
+cost. Pipeline efficiency is rate / ceiling.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class StageCost:
 
 
 def time_work(work: Callable[[], int]) -> StageCost:
-    """Time `work`, which returns how many images it did."""
+    """Time `work`, which returns the number of processed images."""
     wall, core = time.perf_counter(), core_seconds(os.getpid())
     rows = work()
     return StageCost(rows, time.perf_counter() - wall, core_seconds(os.getpid()) - core)
@@ -85,14 +85,14 @@ def write_image(folder: Path, index: int, side: int) -> None:
 
 
 def make_archive(folder: Path, rows: int, side: int) -> Path:
-    """`rows` rows that name `DISTINCT` gray JPEGs of `side` x `side` pixels, quality 90."""
+    """Write a manifest of `rows` rows that name `DISTINCT` gray JPEGs, `side` x `side`, quality 90."""
     images = folder / f"images-{side}"
     if not images.exists():
-        making = folder / f".images-{side}"
-        making.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f".images-{side}"
+        unfinished.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor() as pool:
-            list(pool.map(write_image, [making] * DISTINCT, range(DISTINCT), [side] * DISTINCT))
-        making.rename(images)
+            list(pool.map(write_image, [unfinished] * DISTINCT, range(DISTINCT), [side] * DISTINCT))
+        unfinished.rename(images)
     manifest = folder / f"manifest-{rows}.csv"
     lines = (f"{images.name}/{row % DISTINCT:03}.jpg\n" for row in range(rows))
     manifest.write_text("path\n" + "".join(lines))
@@ -100,15 +100,15 @@ def make_archive(folder: Path, rows: int, side: int) -> Path:
 
 
 class StageTimings:
-    """Each stage by itself, with the settings that `engine.run` chooses on this machine."""
+    """Measures each stage alone, with the settings that `engine.run` chooses on this machine."""
 
     def __init__(self, models: bundle.Bundle, manifest: Manifest, workers: int) -> None:
         self._models, self._workers = models, workers
         self._paths = [path for part in manifest.parts(CPU_PART_ROWS) for path in part.paths]
         self._root = manifest.root
-        self._layout = ResultSchema.of(models, manifest, Settings(manifest=manifest.source))
-        opened = [OnnxRunner(member, models) for member in models.members]
-        self._step = CpuScorer(models, opened, lanes=workers)
+        self._schema = ResultSchema.of(models, manifest, Settings(manifest=manifest.source))
+        runners = [OnnxRunner(member, models) for member in models.members]
+        self._step = CpuScorer(models, runners, lanes=workers)
         self._preprocess = Preprocess(
             size=models.size,
             batch_size=CPU_BATCH,
@@ -130,8 +130,8 @@ class StageTimings:
         }
         names = list(stages)
         random.shuffle(names)
-        found = {name: stages[name]() for name in names}
-        return {name: found[name] for name in stages}
+        costs = {name: stages[name]() for name in names}
+        return {name: costs[name] for name in stages}
 
     def _batches(self, part: Part) -> Iterator[Batch]:
         reader = Reader(self._root, CPU_BATCH, READ_THREADS, limits=Limits())
@@ -148,24 +148,24 @@ class StageTimings:
         return time_work(work)
 
     def _decode(self, part: Part) -> StageCost:
-        held = list(self._batches(part))  # read beforehand; dropped as it is decoded
-        return time_work(lambda: _count(self._preprocess.stage(held, Meter("preprocess"))))
+        batches = list(self._batches(part))  # read before timing; dropped as they are decoded
+        return time_work(lambda: _count(self._preprocess.stage(batches, Meter("preprocess"))))
 
     def _decoded(self, part: Part) -> list[Batch]:
         return list(self._preprocess.stage(self._batches(part), Meter("preprocess")))
 
     def _infer(self, part: Part) -> StageCost:
-        held = self._decoded(part)
-        return time_work(lambda: _count(self._step.stage(held, Meter("members"))))
+        batches = self._decoded(part)
+        return time_work(lambda: _count(self._step.stage(batches, Meter("members"))))
 
     def _write(self, part: Part) -> StageCost:
         members, classes = len(self._models.members), len(self._models.classes)
-        held = list(self._batches(part))
-        for batch in held:
+        batches = list(self._batches(part))
+        for batch in batches:
             batch.drop_encoded()
-        scored = list(NullScores(members, classes).stage(NullPixels().stage(held, Meter("")), Meter("")))
+        scored = list(NullScores(members, classes).stage(NullPixels().stage(batches, Meter("")), Meter("")))
         with tempfile.TemporaryDirectory() as folder:
-            sink = Sink(LocalFolder(Path(folder)), self._layout, b"{}", Scorer())
+            sink = Sink(LocalFolder(Path(folder)), self._schema, b"{}", Scorer())
             return time_work(lambda: sum(1 for _ in sink.stage(scored, Meter("write"))) * 0 + part.rows)
 
 
@@ -175,18 +175,18 @@ def _count(batches: Iterable[Batch]) -> int:
 
 @dataclass(frozen=True)
 class EndToEnd:
-    """A run of `python -m engine.run` in a process of its own."""
+    """The figures of a run of `python -m engine.run`."""
 
     rate: float  # images/s from the first read to the last part synced
-    core_s_per_image: float  # the whole process, start-up included
-    peak_memory_mb: float  # of the whole tree of processes
+    core_s_per_image: float  # all of the process, including start-up
+    peak_memory_mb: float  # of the process tree
     start_up_s: float  # process start to first read, and last part to exit
 
 
 def run_engine(manifest: Path, models: Path, folder: Path, *, errors_expected: int = 0) -> EndToEnd:
     output = folder / f"results-{time.time_ns()}"
     command = [sys.executable, "-m", "engine.run", str(manifest), "-b", str(models), "-o", str(output)]
-    # whatever was tuned here, and where there is a GPU too
+    # overrides tuned options and a GPU
     command += ["--device", "cpu", "--batch-size", str(CPU_BATCH), "--workers", str(available_cpus())]
     done = processes.run_command(command)
     if done.status:
@@ -205,29 +205,29 @@ def run_engine(manifest: Path, models: Path, folder: Path, *, errors_expected: i
 def measure_throughput(
     console: Console, work: Path, models: Path, rows: int, rounds: int, side: int
 ) -> dict[str, Any]:
-    """`rounds` rounds of end to end and each stage alone; medians, and efficiency within each round."""
-    manifest = make_archive(work, rows, side)
+    """Measure end to end and each stage alone in `rounds` rounds: medians, and efficiency by round."""
+    archive = make_archive(work, rows, side)
     loaded = bundle.load_bundle(models)
-    opened = open_manifest(manifest)
+    manifest = open_manifest(archive)
     cores = available_cpus()
-    stages = StageTimings(loaded, opened, cores)
+    stages = StageTimings(loaded, manifest, cores)
     stages.costs(min(rows, 8 * CPU_BATCH))  # warm-up
-    taken = []
+    rounds_taken = []
     for number in range(rounds):
-        end_to_end = run_engine(manifest, models, work)
+        end_to_end = run_engine(archive, models, work)
         costs = stages.costs(min(rows, 512))
         ceiling = cores / sum(cost.core_s_per_image for cost in costs.values())
-        taken.append((end_to_end, costs, end_to_end.rate / ceiling))
+        rounds_taken.append((end_to_end, costs, end_to_end.rate / ceiling))
         console.print(
             f"round {number + 1}: {end_to_end.rate:.2f} images/s of {ceiling:.2f}, "
             f"efficiency {end_to_end.rate / ceiling:.3f}",
             highlight=False,
         )
-    return _throughput_figures(taken, cores, rows, side, loaded)
+    return _throughput_figures(rounds_taken, cores, rows, side, loaded)
 
 
 def _throughput_figures(
-    taken: list[tuple[EndToEnd, dict[str, StageCost], float]],
+    rounds_taken: list[tuple[EndToEnd, dict[str, StageCost], float]],
     cores: int,
     rows: int,
     side: int,
@@ -237,10 +237,10 @@ def _throughput_figures(
         return statistics.median(values)
 
     stages = {}
-    for name in taken[0][1]:
+    for name in rounds_taken[0][1]:
         stages[name] = {
-            "rate_alone": median(costs[name].rate for _, costs, _ in taken),
-            "core_ms_per_image": 1000 * median(costs[name].core_s_per_image for _, costs, _ in taken),
+            "rate_alone": median(costs[name].rate for _, costs, _ in rounds_taken),
+            "core_ms_per_image": 1000 * median(costs[name].core_s_per_image for _, costs, _ in rounds_taken),
         }
     total_ms = sum(stage["core_ms_per_image"] for stage in stages.values())
     return {
@@ -253,16 +253,16 @@ def _throughput_figures(
             "precision": "fp32",
         },
         "pipeline_efficiency": {
-            "median": median(efficiency for *_, efficiency in taken),
-            "interval": bootstrap_interval([efficiency for *_, efficiency in taken]),
-            "rounds": [efficiency for *_, efficiency in taken],
+            "median": median(efficiency for *_, efficiency in rounds_taken),
+            "interval": bootstrap_interval([efficiency for *_, efficiency in rounds_taken]),
+            "rounds": [efficiency for *_, efficiency in rounds_taken],
         },
-        "images_per_s": median(run.rate for run, *_ in taken),
+        "images_per_s": median(run.rate for run, *_ in rounds_taken),
         "ceiling_images_per_s": cores / (total_ms / 1000),
         "stages": stages,
-        "peak_memory_mb": max(run.peak_memory_mb for run, *_ in taken),
-        "start_up_s": median(run.start_up_s for run, *_ in taken),
-        "core_ms_per_image_whole_process": 1000 * median(run.core_s_per_image for run, *_ in taken),
+        "peak_memory_mb": max(run.peak_memory_mb for run, *_ in rounds_taken),
+        "start_up_s": median(run.start_up_s for run, *_ in rounds_taken),
+        "core_ms_per_image_whole_process": 1000 * median(run.core_s_per_image for run, *_ in rounds_taken),
     }
 
 
@@ -282,33 +282,33 @@ def make_tiny_archive(work: Path, rows: int) -> Path:
 
 
 def measure_host_cost(work: Path, rows: int) -> dict[str, Any]:
-    """Python's own cost: all stages but decoding and inference, on tiny real files, `rows` rows.
+    """Measure Python's cost on `rows` tiny files: all stages without decoding and inference.
 
     The figure is process CPU time per row: manifest, file reads, header checks, queues, Parquet. Batches and
-    parts as `engine.run` has them on a CPU and on a GPU, whose rates leave Python less time.
+    parts have the sizes of `engine.run` on a CPU and on a GPU.
     """
-    opened = open_manifest(make_tiny_archive(work, rows))
+    manifest = open_manifest(make_tiny_archive(work, rows))
     sizes = {"cpu": (CPU_BATCH, CPU_PART_ROWS), "gpu": (GPU_BATCH, GPU_PART_ROWS)}
     return {
         "work": {"rows": rows, "image": "16 x 16 PNG"},
-        "sizes": {name: _measure_once(opened, work, *size) for name, size in sizes.items()},
+        "sizes": {name: _measure_once(manifest, work, *size) for name, size in sizes.items()},
     }
 
 
-def _measure_once(opened: Manifest, work: Path, batch_size: int, part_rows: int) -> dict[str, float]:
+def _measure_once(manifest: Manifest, work: Path, batch_size: int, part_rows: int) -> dict[str, float]:
     classes = ("normal", "osteopenia", "osteoporosis")
     triage = Triage(classes, (0.5, 0.5), {"bone_loss": (1, 2)}, None)
-    layout = ResultSchema(classes, ("a", "b"), opened.columns, "", uids=False, triage=triage)
-    reader = Reader(opened.root, batch_size, READ_THREADS, limits=Limits())
+    schema = ResultSchema(classes, ("a", "b"), manifest.columns, "", uids=False, triage=triage)
+    reader = Reader(manifest.root, batch_size, READ_THREADS, limits=Limits())
 
     def run() -> int:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             items = chain_stages(
-                opened.parts(part_rows),
+                manifest.parts(part_rows),
                 reader,
                 NullPixels(),
                 NullScores(2, 3),
-                Sink(LocalFolder(Path(folder)), layout, b"{}", Scorer()),
+                Sink(LocalFolder(Path(folder)), schema, b"{}", Scorer()),
                 make_meters(available_cpus()),
                 overlap=True,
             )
@@ -316,7 +316,9 @@ def _measure_once(opened: Manifest, work: Path, batch_size: int, part_rows: int)
                 return sum(item.rows for item in items if isinstance(item, Batch))
 
     costs = [time_work(run) for _ in range(HOST_ROUNDS)]
-    reading = time_work(lambda: sum(batch.rows for batch in reader.stage(opened.parts(part_rows), Meter(""))))
+    reading = time_work(
+        lambda: sum(batch.rows for batch in reader.stage(manifest.parts(part_rows), Meter("")))
+    )
     return {
         "batch_size": batch_size,
         "part_rows": part_rows,
@@ -327,7 +329,7 @@ def _measure_once(opened: Manifest, work: Path, batch_size: int, part_rows: int)
 
 
 def show_figures(console: Console, figures: dict[str, Any], limits: dict[str, str]) -> None:
-    """Efficiency first, then the stages, then what else was measured, each beside its limit."""
+    """Print the figures with their limits: efficiency, stages, others."""
     table = Table("figure", "measured", "limit", box=None, pad_edge=False)
     if "stages" in figures:
         table.add_row(
@@ -341,11 +343,11 @@ def show_figures(console: Console, figures: dict[str, Any], limits: dict[str, st
         table.add_row("peak memory, MB", f"{figures['peak_memory_mb']:.0f}", limits["memory"])
         table.add_row("start-up and end, s", f"{figures['start_up_s']:.2f}", "")
     else:
-        for one in figures["sizes"].values():
-            name = f"host cost, us per image, batches of {one['batch_size']}"
-            table.add_row(name, f"{one['host_us_per_image']:.1f}", limits["host"])
-            table.add_row("  of that reading", f"{one['of_that_reading_us']:.1f}", "")
-            table.add_row("  rows/s", f"{one['images_per_s']:.0f}", "")
+        for size in figures["sizes"].values():
+            name = f"host cost, us per image, batches of {size['batch_size']}"
+            table.add_row(name, f"{size['host_us_per_image']:.1f}", limits["host"])
+            table.add_row("  of that reading", f"{size['of_that_reading_us']:.1f}", "")
+            table.add_row("  rows/s", f"{size['images_per_s']:.0f}", "")
     console.print(table)
 
 

@@ -1,7 +1,7 @@
-"""`python -m benchmarks training`: labelled images, bundle, `engine.run`, figures on the test images.
+"""`python -m benchmarks training`: train a bundle, screen the test images, compare the figures.
 
-Both commands run as a user runs them, in processes of their own. The figures that training reports for the
-test set are compared with those of the Parquet rows that the engine writes for the same images.
+Both commands run in separate processes. The figures of training on the test set are compared with figures
+from the Parquet rows that the engine writes for the same images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.core.errors import EngineError
 from engine.results import read_results
 
 FIGURES = ("accuracy", "macro_precision", "macro_recall", "macro_f1", "auc", "balanced_accuracy", "kappa")
-AGREEMENT = 1e-9  # of accuracy and macro-F1 from the Parquet rows with those that training reports
+AGREEMENT = 1e-9  # largest difference between the engine's figures and those of training
 
 
 def main(console: Console, options: Any) -> None:
@@ -107,23 +107,23 @@ def _check(engine: dict[str, float], evaluation: dict[str, Any]) -> None:
             raise EngineError(f"{name} on the test images: the engine gives {value}, training {reported}")
 
 
-def _summary(evaluation: dict[str, Any], which: str) -> dict[str, Any]:
+def _summary(evaluation: dict[str, Any], subset: str) -> dict[str, Any]:
     return {
-        voter: {name: found[which][name] for name in (*FIGURES, "nll", "ece", "confusion")}
-        for voter, found in evaluation["voters"].items()
+        voter: {name: scores[subset][name] for name in (*FIGURES, "nll", "ece", "confusion")}
+        for voter, scores in evaluation["voters"].items()
     }
 
 
 def _show(console: Console, figures: dict[str, Any]) -> None:
     table = Table("test", "accuracy", "macro-F1", "95 %", "AUC")
-    for voter, found in figures["test"].items():
-        f1 = found["macro_f1"]
+    for voter, scores in figures["test"].items():
+        f1 = scores["macro_f1"]
         table.add_row(
             voter,
-            f"{found['accuracy']['value']:.3f}",
+            f"{scores['accuracy']['value']:.3f}",
             f"{f1['value']:.3f}",
             f"{f1['low']:.3f}-{f1['high']:.3f}",
-            f"{found['auc']['value']:.3f}",
+            f"{scores['auc']['value']:.3f}",
         )
     console.print(table)
     console.print(

@@ -1,1 +1,1 @@
-"""The GPU proof kit: `python -m benchmarks gpu`. On the CPU (`--device cpu`) it runs small, to be tested."""
+"""Benchmarks for a GPU: `python -m benchmarks gpu`; `--device cpu` is for tests."""

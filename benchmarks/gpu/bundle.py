@@ -1,6 +1,6 @@
-"""The proof bundle: ResNet50 and InceptionV3 with seeded random weights and untrained heads.
+"""Make a bundle of ResNet50 and InceptionV3 with seeded random weights and untrained heads.
 
-It shows speed and agreement, not accuracy. The heads stay small, so that FP16 agrees with float32 although
+It is for measuring speed and agreement, not accuracy. Small head weights keep FP16 close to float32, although
 random networks amplify rounding.
 """
 

@@ -1,4 +1,4 @@
-"""Decoding alone: DALI's knobs x threads, and the CPU's decoder process, on the archive's own files."""
+"""Measure decoding alone: DALI's options and threads, and the CPU's decoder process."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SIZE = (224, 224)
 
 
 def batches(images: list[Path], count: int, batch: int) -> list[Batch]:
-    """`count` batches of encoded images, going round the files."""
+    """Read `count` batches of encoded images, repeating the files."""
     paths = [str(images[row % len(images)]) for row in range(count * batch)]
     part = Part(0, np.arange(len(paths)), paths, pa.table({}))
     limits = Limits(memory=8 << 30)
-    found = list(Reader(Path(), batch, 8, limits=limits).stage([part], Meter("read")))
-    for one in found:
-        one.release()
-    return found
+    encoded = list(Reader(Path(), batch, 8, limits=limits).stage([part], Meter("read")))
+    for encoded_batch in encoded:
+        encoded_batch.release()
+    return encoded
 
 
 def measure_rate(
@@ -41,7 +41,7 @@ def measure_rate(
     device: int | None,
     timed_s: float,
 ) -> float:
-    """Images/s of the GPU stage; `device` None is DALI on the CPU."""
+    """Return the images/s of the GPU stage; with `device` None, DALI runs on the CPU."""
     limits = Limits(memory=2 << 30)
     with (
         Preprocess(
@@ -62,20 +62,20 @@ def measure_grid(
     sample = batches(images, 4, batch)
     rows: list[dict[str, Any]] = []
 
-    def measure(threads: int, **knobs: Any) -> float:
-        found = measure_rate(
-            sample, DecodeOptions(**knobs), batch=batch, threads=threads, device=device, timed_s=timed_s
+    def measure(threads: int, **options: Any) -> float:
+        rate = measure_rate(
+            sample, DecodeOptions(**options), batch=batch, threads=threads, device=device, timed_s=timed_s
         )
-        rows.append({"threads": threads, **knobs, "images_per_s": round(found, 1)})
-        return found
+        rows.append({"threads": threads, **options, "images_per_s": round(rate, 1)})
+        return rate
 
     loads, thresholds = (HW_LOADS, HUFFMAN) if device is not None else (HW_LOADS[:1], HUFFMAN[:1])
-    tried = {
+    rates = {
         (load, threshold): measure(cores, hw_decoder_load=load, hybrid_huffman_threshold=threshold)
         for load in loads
         for threshold in thresholds
     }
-    load, threshold = max(tried, key=lambda knobs: tried[knobs])
+    load, threshold = max(rates, key=lambda options: rates[options])
     best = {"hw_decoder_load": load, "hybrid_huffman_threshold": threshold}
     for threads in sorted({max(1, cores // 4), max(1, cores // 2)} - {cores}):
         measure(threads, **best)

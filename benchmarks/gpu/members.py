@@ -1,4 +1,4 @@
-"""Members and fusion alone, no decoding: batch x form x streams, and how far the members' kernels overlap."""
+"""Measure members and fusion without decoding, and the overlap of the members' kernels."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from engine.scoring.gpu import GpuScorer
 def measure_rates(
     bundle: Path, choice: RunnerChoice, batches: Sequence[int], compiled_batches: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Images/s of both members and the fusion: batch x (eager | graph) x (one stream | two).
+    """Return the images/s of members and fusion: batch x (eager | graph) x (one stream | two).
 
-    And compiled, for the runner "torch" and fewer batches: each costs a minute.
+    For the runner "torch" also compiled, with `compiled_batches`, since each takes a minute to compile.
     """
     rows = []
     for compiled in (False, True) if choice.runner == "torch" else (False,):
@@ -31,8 +31,8 @@ def measure_rates(
             for batch in compiled_batches if compiled else batches:
                 for graphs in (False, True):
                     form = " ".join(["compiled"] * compiled + ["graph"] * graphs) or "eager"
-                    found = _measure_streams(bundle, choice, members, batch, graphs=graphs)
-                    rows += [{"batch": batch, "form": form, **row} for row in found]
+                    stream_rows = _measure_streams(bundle, choice, members, batch, graphs=graphs)
+                    rows += [{"batch": batch, "form": form, **row} for row in stream_rows]
         torch.cuda.empty_cache()
     return rows
 
@@ -103,16 +103,16 @@ def overlap_shares(kernels: list[tuple[int, int, int]]) -> dict[str, Any]:
     starts = [(start, 1, stream) for start, _, stream in kernels]
     edges = sorted(starts + [(end, -1, stream) for _, end, stream in kernels])
     running: dict[int, int] = {}
-    busy = both = 0
+    busy = overlapping = 0
     last = edges[0][0] if edges else 0
     for moment, change, stream in edges:
         active = sum(count > 0 for count in running.values())
         busy += (moment - last) * (active > 0)
-        both += (moment - last) * (active > 1)
+        overlapping += (moment - last) * (active > 1)
         last = moment
         running[stream] = running.get(stream, 0) + change
     return {
         "streams": len(running),
         "busy_ms": round(busy / 1e6, 3),
-        "overlapping_share": round(both / busy, 4) if busy else 0.0,
+        "overlapping_share": round(overlapping / busy, 4) if busy else 0.0,
     }

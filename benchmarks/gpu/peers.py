@@ -1,7 +1,7 @@
 """Rates in images per second of common PyTorch code, on the same files and networks.
 
-Each peer runs the members in sequence in half precision, averages their softmax and brings it to the host.
-None keeps a row per image, survives a bad file or resumes.
+Each peer runs the members in sequence in half precision, averages their softmax and copies it to the host.
+No peer keeps a row per image, tolerates a bad file or can resume.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Batches = Iterator[torch.Tensor]
 
 
 class ImageDataset(Dataset[torch.Tensor]):
-    """PIL to gray to 224 x 224, as in a hundred repositories."""
+    """Decode with PIL to gray and resize to 224 x 224, as usual."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._paths = paths
@@ -49,7 +49,7 @@ def _loader(paths: list[Path], batch: int, workers: int, device: str) -> Batches
 
 
 def _torchvision(paths: list[Path], batch: int, workers: int, device: str) -> Batches:
-    """torchvision's nvJPEG decoding, image by image; the resize on the GPU too."""
+    """Decode image by image with torchvision's nvJPEG and resize on the GPU."""
     from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
     for start in range(0, len(paths), batch):
@@ -60,7 +60,7 @@ def _torchvision(paths: list[Path], batch: int, workers: int, device: str) -> Ba
 
 
 def _dali(paths: list[Path], batch: int, workers: int, device: str) -> Batches:
-    """DALI's own reader, decoder, resize and PyTorch iterator, with its defaults."""
+    """Use DALI's reader, decoder, resize and PyTorch iterator with their defaults."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
@@ -77,7 +77,7 @@ def _dali(paths: list[Path], batch: int, workers: int, device: str) -> Batches:
 
 
 Source = Callable[[list[Path], int, int, str], Batches]
-PEERS: dict[str, tuple[Source, bool]] = {  # where the pixels are from; whether the members are compiled
+PEERS: dict[str, tuple[Source, bool]] = {  # source of the pixels; whether the members are compiled
     "DataLoader + eager": (_loader, False),
     "DataLoader + compile": (_loader, True),
     "torchvision GPU decode + compile": (_torchvision, True),
@@ -88,7 +88,7 @@ PEERS: dict[str, tuple[Source, bool]] = {  # where the pixels are from; whether 
 def measure_rates(
     bundle: Path, images: list[Path], *, rows: int, batch: int, workers: int, device: str
 ) -> list[dict[str, Any]]:
-    """Images/s of every peer over `rows` images, warm: what fails says why."""
+    """Return the images/s of each peer over `rows` images after a warm-up, or its error."""
     return [
         {
             "peer": name,
@@ -117,7 +117,7 @@ def _measure_rate(
         start, scored = time.perf_counter(), 0
         for pixels in source(paths, batch, workers, device):
             scored += len(score(pixels))
-    except Exception as error:  # a peer that is not installed, or has no such decoder here
+    except Exception as error:  # the peer or its decoder may be missing
         return {"images_per_s": None, "problem": f"{type(error).__name__}: {error}"[:200]}
     return {"images_per_s": round(scored / (time.perf_counter() - start), 1), "rows": scored, "batch": batch}
 

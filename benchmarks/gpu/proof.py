@@ -1,4 +1,4 @@
-"""The proof: members, decoding, end to end beside its ceilings, peers, and TensorRT where it is installed."""
+"""Measure members, decoding, end to end with its ceilings, peers, and TensorRT if installed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ABLATIONS = {
 
 
 def main(console: Console, options: argparse.Namespace) -> None:
-    """Run the sections asked for, each into the same JSON as soon as it is done."""
+    """Run the requested sections; add each to the JSON file when it is done."""
     before = record.describe_machine()
     with tempfile.TemporaryDirectory() as scratch:
         proof = GpuBenchmark(console, options, options.work or Path(scratch))
@@ -57,16 +57,16 @@ def main(console: Console, options: argparse.Namespace) -> None:
 
 
 def _gpu_package_versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in ("torch", "torchvision", "triton", "torch-tensorrt", "onnxruntime"):
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    found |= {name: here for name in EXTRAS if (here := tensorrt_version(name))}
-    return found
+            versions[name] = version(name)
+    versions |= {name: installed for name in EXTRAS if (installed := tensorrt_version(name))}
+    return versions
 
 
 class GpuBenchmark:
-    """The state that the sections share; `figures` is the JSON."""
+    """The state shared by the sections; `figures` is written as JSON."""
 
     def __init__(self, console: Console, options: argparse.Namespace, work: Path) -> None:
         self._console, self._options, self._work = console, options, work
@@ -78,9 +78,9 @@ class GpuBenchmark:
         kind = "cpu"
         self.figures["versions"] = library_versions() | _gpu_package_versions()
         if self.on_gpu:
-            found = hardware.require_gpu()
-            self.figures["gpu"] = to_builtins(found) | {"cuda": hardware.cuda_version()}
-            kind = found.name.lower().replace(" ", "-")
+            gpu = hardware.require_gpu()
+            self.figures["gpu"] = to_builtins(gpu) | {"cuda": hardware.cuda_version()}
+            kind = gpu.name.lower().replace(" ", "-")
         self.name = f"gpu-proof-{kind}.json"
 
     def run(self, section: str) -> None:
@@ -93,7 +93,7 @@ class GpuBenchmark:
         }
         try:
             self.figures[section] = sections[section]()
-        except Exception as error:  # the other sections' figures are worth having
+        except Exception as error:  # the other sections still run
             self._console.print(f"{section}: {type(error).__name__}: {error}", markup=False)
             self.figures[section] = {"problem": traceback.format_exc().splitlines()[-6:]}
 
@@ -124,7 +124,7 @@ class GpuBenchmark:
         )
 
     def end_to_end(self) -> Any:
-        """Measure the engine by default, its variants, and the ceilings of its stages in this invocation."""
+        """Measure the engine with default options, its variants, and the ceilings of its stages."""
         runs = {"as it comes": self._engine([])}
         if self.on_gpu:
             runs |= {name: self._engine(extra) for name, extra in ABLATIONS.items()}
@@ -138,19 +138,19 @@ class GpuBenchmark:
         }
 
     def _ceilings(self) -> dict[str, float | None]:
-        """Return the best rate of each stage alone, from the sections before."""
+        """Return the best rate of each stage alone, from the earlier sections."""
 
         def best(rows: Any) -> float | None:
             return max((row["images_per_s"] for row in rows if row["images_per_s"]), default=None)
 
-        found = {}
+        ceilings = {}
         if isinstance(self.figures.get("members"), dict):
             batch = self._options.batch_size
             rows = [row for row in self.figures["members"]["rates"] if row["batch"] == batch]
-            found["members"] = best(rows)
+            ceilings["members"] = best(rows)
         if "decode" in self.figures:
-            found["decode"] = best(self.figures["decode"])
-        return found
+            ceilings["decode"] = best(self.figures["decode"])
+        return ceilings
 
     def _engine(self, extra: list[str], runner: str = "torch") -> dict[str, Any]:
         output = self._work / "results"
@@ -185,14 +185,16 @@ class GpuBenchmark:
             workers=available_cpus(),
             device=self._options.device,
         )
-        ours = self.figures.get("end to end", {}).get("runs", {}).get("as it comes", {}).get("images_per_s")
+        engine_rate = (
+            self.figures.get("end to end", {}).get("runs", {}).get("as it comes", {}).get("images_per_s")
+        )
         for row in rows:
             rate = row["images_per_s"]
-            row["engine_is_faster_by"] = round(ours / rate, 3) if ours and rate else None
+            row["engine_is_faster_by"] = round(engine_rate / rate, 3) if engine_rate and rate else None
         return rows
 
     def tensorrt(self) -> Any:
-        """Build both plans, gate them, run them, compare with the torch runner; where TensorRT imports."""
+        """Build, check and run both plans and compare them with the torch runner, if TensorRT imports."""
         try:
             import tensorrt
         except Exception as error:

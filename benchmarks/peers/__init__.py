@@ -1,5 +1,5 @@
-"""The engine beside what people write instead: `python -m benchmarks peers`.
+"""Compare the engine with other tools: `python -m benchmarks peers`.
 
-Each peer is a short module that is run in a process of its own, on the same files, members and threads;
+Each peer is a short module that runs in a separate process, on the same files, members and threads;
 `contest.py` runs them, `gate.py` checks their rows.
 """

@@ -1,11 +1,11 @@
-"""The contest's bundle, which tells right rows from wrong: `python -m benchmarks bundle FOLDER`.
+"""Make the contest's bundle, whose scores show wrong rows: `python -m benchmarks bundle FOLDER`.
 
-Random convolutions amplify what no two decoders agree on: in the demo bundle, pixels that differ from the
-engine's by 0.1 gray levels on average and by 1 at most (Pillow's) move a probability by up to 0.4, as another
-file would. So the heads look where files differ and rounding does not: along the directions of the features
-that a discriminant analysis finds when every picture is a class, and its copies under noise of one gray level
-are what varies within. On 127 files Pillow then moves a probability by 0.0025 at most, OpenCV's INTER_AREA by
-0.015 and its INTER_LINEAR, which is not antialiased, by 0.035, so that both are refused.
+Random convolutions amplify the rounding of decoders: in the demo bundle, Pillow's pixels, which differ from
+the engine's by 0.1 gray levels on average and 1 at most, change a probability by up to 0.4, as another file
+does. Therefore the heads use directions of the features that differ between files and not with rounding. A
+discriminant analysis finds them, with each picture as a class and its copies under noise of one gray level as
+the variation within the class. On 127 files Pillow then changes a probability by at most 0.0025, OpenCV's
+INTER_AREA by 0.015 and its INTER_LINEAR, which is not antialiased, by 0.035, so that both are refused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.bundle import bundle as bundles
 from training import export, models
 from training.phases import features
 
-COPIES, CHANGED = 4, 0.1  # noisy copies a picture; share of their pixels that is one gray level off
+COPIES, CHANGED = 4, 0.1  # noisy copies per picture; share of their pixels that change by one gray level
 COMPONENTS, DIRECTIONS = 16, 2
 LOGIT_SD = {"resnet50": 0.5, "inception_v3": 0.06}  # InceptionV3 amplifies more
 
@@ -43,10 +43,10 @@ def contest_bundle(folder: Path) -> Path:
         network = models.build_network(name, classes=len(CLASSES), weights="none", seed=seed)
         features.calibrate_batch_norm(network, pixels)
         with torch.inference_mode():
-            found = network.features(
+            raw_features = network.features(
                 torch.from_numpy(np.concatenate([pixels, *_augment_copies(pixels)]))
             ).double()
-        matrix, offset = find_stable_directions(found.numpy(), pictures=len(pixels))
+        matrix, offset = find_stable_directions(raw_features.numpy(), pictures=len(pixels))
         set_head_directions(network.head, matrix, offset, LOGIT_SD[name])
         members.append(export.ExportedMember(name=name, architecture=name, weight=weight, network=network))
     facts = {"random": "seeded convolutions, heads blind to rounding: for measuring speed and agreement only"}
@@ -55,28 +55,29 @@ def contest_bundle(folder: Path) -> Path:
 
 
 def _augment_copies(pixels: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
-    rng, odds = np.random.default_rng(0), [CHANGED / 2, 1 - CHANGED, CHANGED / 2]
-    noise = (rng.choice([-1, 0, 1], pixels.shape, p=odds) for _ in range(COPIES))
-    return [np.clip(pixels + each, 0, 255).astype(np.uint8) for each in noise]
+    rng, probabilities = np.random.default_rng(0), [CHANGED / 2, 1 - CHANGED, CHANGED / 2]
+    noise = (rng.choice([-1, 0, 1], pixels.shape, p=probabilities) for _ in range(COPIES))
+    return [np.clip(pixels + change, 0, 255).astype(np.uint8) for change in noise]
 
 
-def find_stable_directions(found: Floats, *, pictures: int) -> tuple[Floats, Floats]:
-    """Features [pictures * (1 + COPIES), F], copies after the pictures: matrix [F, D] and offset [D].
+def find_stable_directions(raw_features: Floats, *, pictures: int) -> tuple[Floats, Floats]:
+    """Return matrix [F, D] and offset [D] for features [pictures * (1 + COPIES), F], copies last.
 
-    features @ matrix + offset has mean 0 and standard deviation 1 over the pictures; noise hardly moves it.
+    raw_features @ matrix + offset has mean 0 and standard deviation 1 over the pictures and changes little
+    with noise.
     """
-    few = PCA(COMPONENTS, random_state=0).fit(found[:pictures])
-    apart = LinearDiscriminantAnalysis(solver="eigen", shrinkage=0.01, n_components=DIRECTIONS)
-    apart.fit(few.transform(found), np.arange(len(found)) % pictures)
-    matrix = few.components_.T @ apart.scalings_[:, :DIRECTIONS]
-    seen = found[:pictures] @ matrix
-    return matrix / seen.std(axis=0), -seen.mean(axis=0) / seen.std(axis=0)
+    components = PCA(COMPONENTS, random_state=0).fit(raw_features[:pictures])
+    discriminant = LinearDiscriminantAnalysis(solver="eigen", shrinkage=0.01, n_components=DIRECTIONS)
+    discriminant.fit(components.transform(raw_features), np.arange(len(raw_features)) % pictures)
+    matrix = components.components_.T @ discriminant.scalings_[:, :DIRECTIONS]
+    projected = raw_features[:pictures] @ matrix
+    return matrix / projected.std(axis=0), -projected.mean(axis=0) / projected.std(axis=0)
 
 
 def set_head_directions(head: nn.Sequential, matrix: Floats, offset: Floats, logit_sd: float) -> None:
-    """Set a head, in place: hidden units hold the directions, the classes lie in a circle around them."""
+    """Set a head in place: the hidden units are the directions, the classes lie on a circle in them."""
     first, last = head[0], head[3]
-    shift = 4.0  # above zero, where ReLU changes nothing
+    shift = 4.0  # keeps ReLU's inputs positive
     units = np.arange(first.out_features) % DIRECTIONS
     angles = 2 * np.pi * np.arange(last.out_features) / last.out_features
     circle = logit_sd * np.stack([np.cos(angles), np.sin(angles)], axis=1) / np.bincount(units)  # [C, D]

@@ -1,8 +1,8 @@
-"""`python -m benchmarks peers`: the engine and what people write instead, in turn, on the same work.
+"""`python -m benchmarks peers`: run the engine and other tools in turn on the same work.
 
-Every contender is run in a process of its own once a round, in random order, with as many threads as there
-are cores. Its rate is taken from its first read to its last row on the disk; the members are loaded and
-compiled before. It counts only if its rows are right (`gate.py`).
+Each contender runs in a separate process once per round, in random order, with as many threads as cores. Its
+rate is measured from its first read to its last row on the disk, after the members are loaded and compiled.
+It counts only if its rows are correct (`gate.py`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ class Contender:
     needs: tuple[str, ...]  # distributions, whose versions are recorded
     module: str | None = None  # of benchmarks.peers; None is the engine itself
     precision: str = "fp32"
-    # the engine's rate beside this one's, or that of the engine's other precision beside it; the lower end of
-    # the interval
+    # target of the engine's speed-up over this contender, or of this precision's speed-up over float32
     aim: float | None = None
 
     @property
@@ -60,10 +59,10 @@ class Contender:
     def command(self, manifest: Path, bundle: Path, output: Path) -> list[str]:
         python, threads = [sys.executable, "-m"], str(available_cpus())
         if self.module is None:
-            given = [str(manifest), "-b", str(bundle), "-o", str(output), "--precision", self.precision]
-            # whatever was tuned here, and where there is a GPU too
-            given += ["--device", "cpu", "--batch-size", str(CPU_BATCH), "--workers", threads]
-            return [*python, "engine.run", *given, "--max-error-rate", "1"]
+            arguments = [str(manifest), "-b", str(bundle), "-o", str(output), "--precision", self.precision]
+            # overrides tuned options and a GPU
+            arguments += ["--device", "cpu", "--batch-size", str(CPU_BATCH), "--workers", threads]
+            return [*python, "engine.run", *arguments, "--max-error-rate", "1"]
         module = f"benchmarks.peers.{self.module}"
         return [*python, module, str(manifest), str(bundle), str(output), "--threads", threads]
 
@@ -99,7 +98,7 @@ CONTENDERS = {
         aim=1.5,
     ),
 }
-MISHAPS = {  # patterns of mishaps.py, and what each needs
+MISHAPS = {  # patterns of mishaps.py: title and required packages
     "timm": ("timm's inference.py", ("timm",)),
     "ray": ("Ray Data read_images", ("ray",)),
     "ray-skip": ("Ray Data read_images, max_errored_blocks = -1", ("ray",)),
@@ -145,7 +144,7 @@ class Contest:
     def _rows(
         self, name: str, *, may_fail: bool = False
     ) -> tuple[processes.FinishedProcess, pd.DataFrame, float | None]:
-        """Return its rows and its seconds from first read to last row; None where it failed."""
+        """Run a contender; return its rows and its seconds, None if it failed."""
         output = self._work / f"rows-{name}"
         shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(self._work / f"rows-{name}-ready", ignore_errors=True)
@@ -158,7 +157,7 @@ class Contest:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """Set as many threads for every library as there are cores, without spinning."""
+    """Return an environment in which each library uses one thread per core, without spinning."""
     cores = str(available_cpus())
     libraries = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")
     return {
@@ -166,7 +165,7 @@ def environment(work: Path) -> dict[str, str]:
         **{f"{library}_NUM_THREADS": cores for library in libraries},
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": str(record.ROOT),
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),  # compiled once an invocation
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),  # compiled once per invocation
     }
 
 
@@ -179,12 +178,12 @@ def _seconds(done: processes.FinishedProcess, output: Path) -> float:
         for line in done.output.splitlines()
         if line.startswith(TIME_MARK)
     ]
-    at = {name: float(value) for name, value in marks}
-    return at["stop"] - at["start"]
+    times = {name: float(value) for name, value in marks}
+    return times["stop"] - times["start"]
 
 
 def _last_line(done: processes.FinishedProcess) -> str:
-    """Return the last line of output, an error's name first."""
+    """Return the last line of output, preferably one that names an error."""
     lines = [line.strip() for line in done.errors.splitlines() if line.strip()]
     named = [line for line in lines if ERROR.match(line)]
     return (named or lines or [f"status {done.status}"])[-1][:200]
@@ -197,15 +196,15 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def contender_figures(taken: dict[str, list[ContenderRun | str]]) -> dict[str, Any]:
+def contender_figures(results: dict[str, list[ContenderRun | str]]) -> dict[str, Any]:
     """Return each contender's figures over the rounds, and the engine's rate relative to it, by round."""
-    ours = [run for run in taken[REFERENCE] if isinstance(run, ContenderRun)]
-    found: dict[str, Any] = {}
-    for name, outcomes in taken.items():
+    engine_runs = [run for run in results[REFERENCE] if isinstance(run, ContenderRun)]
+    figures: dict[str, Any] = {}
+    for name, outcomes in results.items():
         contender = CONTENDERS[name]
         runs = [run for run in outcomes if isinstance(run, ContenderRun)]
         reasons = [run if isinstance(run, str) else run.verdict.why_not for run in outcomes]
-        one: dict[str, Any] = {
+        row: dict[str, Any] = {
             "title": contender.title,
             "precision": contender.precision,
             "not_counted": next((reason for reason in reasons if reason), None),
@@ -213,27 +212,27 @@ def contender_figures(taken: dict[str, list[ContenderRun | str]]) -> dict[str, A
         if runs:
             rates = [run.rate for run in runs]
             low, median, high = np.percentile(rates, [25, 50, 75]).tolist()
-            one |= {
+            row |= {
                 "images_per_s": {"median": median, "quartiles": [low, high], "rounds": rates},
                 "start_up_s": float(np.median([run.start_up_s for run in runs])),
                 "peak_memory_mb": max(run.peak_memory_mb for run in runs),
                 "largest_difference": _maximum(run.verdict.difference for run in runs),
                 "least_agreement": min((run.verdict.agreement or 0.0 for run in runs), default=None),
             }
-        if name != REFERENCE and one["not_counted"] is None:
-            own = contender.module is None
+        if name != REFERENCE and row["not_counted"] is None:
+            is_engine = contender.module is None
             pairs = [
-                their.rate / our.rate if own else our.rate / their.rate
-                for our, their in zip(ours, runs, strict=True)
+                run.rate / engine_run.rate if is_engine else engine_run.rate / run.rate
+                for engine_run, run in zip(engine_runs, runs, strict=True)
             ]
-            one["beside_the_engine" if own else "engine_beside_it"] = {
+            row["beside_the_engine" if is_engine else "engine_beside_it"] = {
                 "median": float(np.median(pairs)),
                 "interval": bootstrap_interval(pairs),
                 "rounds": pairs,
                 "aim": contender.aim,
             }
-        found[name] = one
-    return found
+        figures[name] = row
+    return figures
 
 
 def _maximum(values: Any) -> float | None:
@@ -241,31 +240,31 @@ def _maximum(values: Any) -> float | None:
 
 
 def run_mishaps(work: Path, bundle: bundles.Bundle, seed: int) -> dict[str, Any]:
-    """Run the usual patterns and the engine on corrupt files."""
+    """Run common patterns and the engine on corrupt files."""
     manifest = archive.make_archive(work, "uniform", MISHAP_ROWS, seed, corrupt=MISHAP_CORRUPT)
-    small = Contest(work, manifest, bundle)
+    contest_run = Contest(work, manifest, bundle)
     columns = [f"p_{name}" for name in bundle.classes]
-    found: dict[str, Any] = {"rows": small.rows, "corrupt": len(small.corrupt), "patterns": {}}
-    found["patterns"][REFERENCE] = {
+    figures: dict[str, Any] = {"rows": contest_run.rows, "corrupt": len(contest_run.corrupt), "patterns": {}}
+    figures["patterns"][REFERENCE] = {
         "title": "this engine",
-        **count_wrong_rows(small.reference, small.corrupt, columns),
+        **count_wrong_rows(contest_run.reference, contest_run.corrupt, columns),
     }
     for name, (title, needs) in MISHAPS.items():
-        one: dict[str, Any] = {"title": title}
-        found["patterns"][name] = one
+        row: dict[str, Any] = {"title": title}
+        figures["patterns"][name] = row
         if any(not _version(need) for need in needs):
-            one["problem"] = "not installed"
+            row["problem"] = "not installed"
             continue
         output = work / f"rows-{name}"
         shutil.rmtree(output, ignore_errors=True)
-        given = [name, str(manifest), str(bundle.path), str(output), "--threads", str(available_cpus())]
-        command = [sys.executable, "-m", "benchmarks.peers.mishaps", *given]
+        arguments = [name, str(manifest), str(bundle.path), str(output), "--threads", str(available_cpus())]
+        command = [sys.executable, "-m", "benchmarks.peers.mishaps", *arguments]
         done = processes.run_command(command, environment=environment(work), timeout_s=TIMEOUT_S)
         if done.status:
-            one["problem"] = f"the whole run fails: {_last_line(done)}"
+            row["problem"] = f"the whole run fails: {_last_line(done)}"
         else:
-            one |= count_wrong_rows(gate.read_rows(output), small.corrupt, columns)
-    return found
+            row |= count_wrong_rows(gate.read_rows(output), contest_run.corrupt, columns)
+    return figures
 
 
 def count_wrong_rows(rows: pd.DataFrame, corrupt: Collection[str], columns: list[str]) -> dict[str, int]:
@@ -281,15 +280,17 @@ def count_wrong_rows(rows: pd.DataFrame, corrupt: Collection[str], columns: list
 
 
 def choose_contenders(only: Sequence[str] | None, bundle: bundles.Bundle) -> tuple[list[str], dict[str, str]]:
-    """Names of the contenders that can be run here, and why the others can't."""
+    """Return the contenders that can run here, and the reasons why the others can't."""
     left_out = {
-        name: "not installed: " + ", ".join(one.missing) for name, one in CONTENDERS.items() if one.missing
+        name: "not installed: " + ", ".join(contender.missing)
+        for name, contender in CONTENDERS.items()
+        if contender.missing
     }
     if not any(bundle.path.rglob("*int8*")):
         left_out["engine-int8"] = "the bundle has no INT8 graphs"
-    asked = [name for name in CONTENDERS if not only or name in only or name == REFERENCE]
-    return [name for name in asked if name not in left_out], {
-        name: why for name, why in left_out.items() if name in asked
+    requested = [name for name in CONTENDERS if not only or name in only or name == REFERENCE]
+    return [name for name in requested if name not in left_out], {
+        name: reason for name, reason in left_out.items() if name in requested
     }
 
 
@@ -299,39 +300,40 @@ def contest(
     """Return the figures and the names of the contenders."""
     manifest = archive.make_archive(work, options.archive, options.rows, options.seed)
     names, left_out = choose_contenders(options.only, bundle)
-    for name, why in left_out.items():
-        console.print(f"{name}: {why}", highlight=False)
-    arena, rng = Contest(work, manifest, bundle), random.Random(options.seed)
-    taken: dict[str, list[ContenderRun | str]] = {name: [] for name in names}
+    for name, reason in left_out.items():
+        console.print(f"{name}: {reason}", highlight=False)
+    session, rng = Contest(work, manifest, bundle), random.Random(options.seed)
+    results: dict[str, list[ContenderRun | str]] = {name: [] for name in names}
     for number in range(options.rounds):
         for name in rng.sample(names, len(names)):
-            failed = [outcome for outcome in taken[name] if isinstance(outcome, str)]  # once is enough
-            outcome = failed[0] if failed else arena.run(name)
-            taken[name].append(outcome)
+            # a failure is not repeated
+            failed = [outcome for outcome in results[name] if isinstance(outcome, str)]
+            outcome = failed[0] if failed else session.run(name)
+            results[name].append(outcome)
             console.print(
                 f"round {number + 1}, {name}: {_describe_outcome(outcome)}", highlight=False, markup=False
             )
     figures = {
         "work": {
             "archive": options.archive,
-            "rows": arena.rows,
+            "rows": session.rows,
             "rounds": options.rounds,
             "seed": options.seed,
-            "files": dict(arena.kinds),
-            "corrupt": len(arena.corrupt),
+            "files": dict(session.kinds),
+            "corrupt": len(session.corrupt),
             "members": [member.architecture for member in bundle.members],
             "threads": available_cpus(),
             "engine_batch_size": CPU_BATCH,
         },
         "limits": {"probability": gate.MAX_DIFFERENCE, "agreement": gate.FLOAT32.agreement},
-        "contenders": contender_figures(taken),
+        "contenders": contender_figures(results),
         "left_out": left_out,
     }
     return figures, names
 
 
 def _own_bundle(work: Path) -> Path:
-    from benchmarks.peers.bundle import contest_bundle  # torch: only here
+    from benchmarks.peers.bundle import contest_bundle  # imports torch
 
     return contest_bundle(work / "bundle")
 
@@ -339,17 +341,19 @@ def _own_bundle(work: Path) -> Path:
 def _describe_outcome(outcome: ContenderRun | str) -> str:
     if isinstance(outcome, str):
         return outcome
-    why = outcome.verdict.why_not
-    return f"{outcome.rate:.2f} images/s" + (f", not counted: {why}" if why else "")
+    reason = outcome.verdict.why_not
+    return f"{outcome.rate:.2f} images/s" + (f", not counted: {reason}" if reason else "")
 
 
 def main(console: Console, options: Any) -> None:
     before = record.describe_machine()
     unknown = sorted(set(options.only or ()) - set(CONTENDERS))
     if unknown:
-        raise UsageError(f"--only {' '.join(unknown)}: no such contender; there are {', '.join(CONTENDERS)}")
+        raise UsageError(f"--only {' '.join(unknown)}: no such contender; allowed: {', '.join(CONTENDERS)}")
     if options.rows < 2 or options.rounds < 1:
-        raise UsageError(f"--rows {options.rows} --rounds {options.rounds}: at least 2 rows and 1 round")
+        raise UsageError(
+            f"--rows {options.rows} --rounds {options.rounds}: allowed: at least 2 rows and 1 round"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(options.work or scratch).absolute()
         work.mkdir(parents=True, exist_ok=True)
@@ -358,7 +362,7 @@ def main(console: Console, options: Any) -> None:
         if not options.only:
             figures["corrupt_files"] = run_mishaps(work, bundle, options.seed)
     needed = {need for name in names for need in CONTENDERS[name].needs} | {"timm"}
-    installed = {name: found for name in sorted(needed) if (found := _version(name))}
+    installed = {name: number for name in sorted(needed) if (number := _version(name))}
     figures["versions"] = library_versions() | installed
     name = "peers-cpu" if options.archive == "mixed" else f"peers-{options.archive}-cpu"
     command = f"peers --archive {options.archive} --rows {options.rows} --rounds {options.rounds}"

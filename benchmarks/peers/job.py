@@ -1,4 +1,4 @@
-"""The input of every peer, and the one file of rows that it has to write."""
+"""The input of each peer, and the file of rows that it writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from engine.bundle import bundle as bundles
 from engine.scoring.ensemble import combine_logits
 
-TIME_MARK = "benchmark mark:"  # before what `contest.py` reads from a peer's output
+TIME_MARK = "benchmark mark:"  # prefix of lines for `contest.py` in a peer's output
 
 Floats = npt.NDArray[np.float32]
 
@@ -27,8 +27,8 @@ Floats = npt.NDArray[np.float32]
 class PeerJob:
     manifest: Path
     bundle: bundles.Bundle
-    output: Path  # a folder, not there yet
-    threads: int  # as many as there are cores
+    output: Path  # a new folder
+    threads: int  # number of cores
 
     @classmethod
     def from_command_line(cls) -> PeerJob:
@@ -36,12 +36,12 @@ class PeerJob:
         for name in ("manifest", "bundle", "output"):
             parser.add_argument(name, type=Path)
         parser.add_argument("--threads", type=int, required=True)
-        given = parser.parse_args()
+        arguments = parser.parse_args()
         return cls(
-            given.manifest.absolute(),
-            bundles.load_bundle(given.bundle),
-            given.output.absolute(),
-            given.threads,
+            arguments.manifest.absolute(),
+            bundles.load_bundle(arguments.bundle),
+            arguments.output.absolute(),
+            arguments.threads,
         )
 
     @property
@@ -65,7 +65,7 @@ class PeerJob:
         return [f"p_{name}" for name in self.bundle.classes]
 
     def average(self, logits: Sequence[Floats]) -> Floats:
-        """Softmax and weighted average: a member's logits [N, C] each to probabilities [N, C]."""
+        """Average the softmax of the members' logits [N, C] with the weights: probabilities [N, C]."""
         return combine_logits(
             np.stack(logits),
             weights=self.bundle.weights,
@@ -73,12 +73,12 @@ class PeerJob:
             temperature=self.bundle.temperature,
         )[1]
 
-    def start(self, at: float | None = None) -> None:
-        """Mark the start of reading, now or at `at`, after the members are loaded and warm."""
-        print(TIME_MARK, "start", time.monotonic() if at is None else at, flush=True)
+    def start(self, time_s: float | None = None) -> None:
+        """Mark the start of reading, now or at `time_s`, after the members are loaded and warm."""
+        print(TIME_MARK, "start", time.monotonic() if time_s is None else time_s, flush=True)
 
     def finish(self, scores: Floats) -> None:
-        """Write the rows: scores [rows, C], NaN where there are none. Once they are on the disk, stop."""
+        """Write the rows to the disk and stop the clock; scores [rows, C] are NaN for failed rows."""
         scored = ~np.isnan(scores).any(axis=1)
         columns: dict[str, pa.Array] = {
             "path": pa.array(self.names),
@@ -91,7 +91,7 @@ class PeerJob:
         self.stop()
 
     def stop(self) -> None:
-        """Sync what is in the output folder, and stop the clock."""
+        """Sync the output folder and stop the clock."""
         for path in (*self.output.iterdir(), self.output):
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
@@ -99,11 +99,11 @@ class PeerJob:
         print(TIME_MARK, "stop", time.monotonic(), flush=True)
 
     def no_scores(self) -> Floats:
-        """NaN [rows, C], to be filled."""
+        """Return NaN scores [rows, C]."""
         return np.full((len(self.names), len(self.bundle.classes)), np.nan, np.float32)
 
     def blank(self, batch: int) -> npt.NDArray[np.uint8]:
-        """Pixels to warm up with."""
+        """Return pixels for a warm-up."""
         return np.zeros((batch, 1, *self.bundle.size), np.uint8)
 
 

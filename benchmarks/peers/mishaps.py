@@ -1,9 +1,9 @@
-"""Effects of a corrupt file on each of the usual patterns.
+"""Measure the effect of corrupt files on common patterns.
 
     python -m benchmarks.peers.mishaps PATTERN MANIFEST BUNDLE OUTPUT --threads N
 
-`timm` is the pattern of its `inference.py`: ImageDataset, create_loader, file names joined by position. `ray`
-is `read_images`, as its documentation shows it. `ray-skip` lets it skip blocks that fail.
+`timm` follows its `inference.py`: ImageDataset, create_loader, file names joined by position. `ray` is
+`read_images` as in its documentation. `ray-skip` also skips failed blocks.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def run_timm(job: PeerJob) -> None:
         crop_mode="squash",
         num_workers=1,
     )
-    sessions, found = open_sessions(job), []
+    sessions, probabilities = open_sessions(job), []
     for images, _ in loader:
         pixels = np.rint(images.numpy() * 255).astype(np.uint8)
-        found.append(job.average([session.run(None, {"pixels": pixels})[0] for session in sessions]))
-    by_name = dict(zip(dataset.filenames(basename=True), np.concatenate(found), strict=True))
+        probabilities.append(job.average([session.run(None, {"pixels": pixels})[0] for session in sessions]))
+    by_name = dict(zip(dataset.filenames(basename=True), np.concatenate(probabilities), strict=True))
     job.start()
     job.finish(np.stack([by_name[name] for name in job.names]))
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime in a loop over Pillow's images, as most people write it."""
+"""ONNX Runtime in a loop over Pillow's images, the usual script."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime with a pool of threads that decodes ahead by OpenCV, as good people write it."""
+"""ONNX Runtime with a pool of threads that decodes ahead with OpenCV."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenVINO's AsyncInferQueue over both members in one model, fed by threads that decode ahead by OpenCV."""
+"""OpenVINO's AsyncInferQueue over both members in one model, fed by threads that decode ahead with OpenCV."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def main(job: PeerJob) -> None:
         {
             "PERFORMANCE_HINT": "THROUGHPUT",
             "INFERENCE_NUM_THREADS": job.threads,
-            "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16, where the processor has it
+            "INFERENCE_PRECISION_HINT": "f32",  # the default is bfloat16 if the processor supports it
         },
     )
     scores = job.no_scores()
 
-    def keep(request: openvino.InferRequest, rows: list[int]) -> None:
+    def store(request: openvino.InferRequest, rows: list[int]) -> None:
         logits = [tensor.data[: len(rows)] for tensor in request.output_tensors]
         scores[rows] = job.average(logits)
 
@@ -45,7 +45,7 @@ def main(job: PeerJob) -> None:
     for _ in range(len(queue)):
         queue.start_async({0: job.blank(BATCH)}, [])
     queue.wait_all()
-    queue.set_callback(keep)
+    queue.set_callback(store)
     job.start()
     for rows, pixels in decode_ahead(job, BATCH):
         padding = BATCH - len(rows)

@@ -1,4 +1,4 @@
-"""Files to gray pixels as scripts do it. Each raises OSError for a file that can't be decoded whole."""
+"""Decode files to gray pixels as scripts do. Raises OSError if a file can't be decoded completely."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def load_with_opencv(path: str, size: tuple[int, int]) -> Pixels:
 
 
 def decode_with_opencv(data: bytes, size: tuple[int, int]) -> Pixels:
-    """Decoded by OpenCV; resized by Pillow, since none of OpenCV's own filters is the antialiased triangle.
+    """Decode with OpenCV and resize with Pillow, because OpenCV has no antialiased triangle filter.
 
-    OpenCV gives the upper half of a truncated JPEG as an image, gray below: it is known by the missing end.
+    OpenCV decodes the upper part of a truncated JPEG without an error, so the end marker is checked.
     """
     import cv2
     from PIL import Image
 
     if data.startswith(b"\xff\xd8") and not data.endswith(b"\xff\xd9"):
-        raise OSError("a JPEG that does not end")
+        raise OSError("the JPEG has no end marker")
     gray = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
     if gray is None:
-        raise OSError("no image")
+        raise OSError("OpenCV can't decode the file")
     small = Image.fromarray(gray).resize(size[::-1], Image.Resampling.BILINEAR, reducing_gap=3.0)
     return np.asarray(small)[None]

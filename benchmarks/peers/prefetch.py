@@ -1,4 +1,4 @@
-"""Decoding ahead in a pool of threads, by OpenCV, as who cares for speed writes it."""
+"""Decode ahead with OpenCV in a pool of threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AHEAD = 2  # batches
 
 
 def decode_ahead(job: PeerJob, batch: int) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Rows and their pixels uint8 [n, 1, H, W], a batch at a time; what can't be decoded is left out."""
+    """Yield rows and their pixels uint8 [n, 1, H, W] by batch, without files that can't be decoded."""
     cv2.setNumThreads(1)
     paths, size = job.paths, job.bundle.size
 

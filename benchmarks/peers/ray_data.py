@@ -1,6 +1,6 @@
-"""Ray Data: files to blocks, a pool of actors that score, Parquet out.
+"""Ray Data: files to blocks, a pool of scoring actors, Parquet output.
 
-`read_images` ends with the first file that is no image, so the bytes are decoded in a map of one's own.
+`read_images` fails at the first file that is no image, so a separate map decodes the bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CPUS_PER_READER = 0.75  # of each scoring actor; the rest is for reading and dec
 
 
 class MembersActor:
-    """The actor: one thread, both members."""
+    """An actor with one thread and all members."""
 
     def __init__(self, job: PeerJob, ready: Path) -> None:
         import onnxruntime
@@ -61,7 +61,7 @@ def main(job: PeerJob) -> None:
     ray.init(num_cpus=job.threads, include_dashboard=False, object_store_memory=1 << 29, log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.wait_for_min_actors_s = 300  # reading starts when the actors are there
+    context.wait_for_min_actors_s = 300  # reading starts when the actors are ready
     spare = (1 - CPUS_PER_READER) / 2
     rows = ray.data.read_binary_files(
         job.paths,

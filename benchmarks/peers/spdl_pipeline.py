@@ -1,4 +1,4 @@
-"""SPDL's pipeline around OpenCV and ONNX Runtime: its own decoders need FFmpeg's shared libraries."""
+"""SPDL's pipeline with OpenCV and ONNX Runtime; SPDL's decoders need FFmpeg's shared libraries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 16
 def main(job: PeerJob) -> None:
     cv2.setNumThreads(1)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # as many batches at once as there are cores
+    options.intra_op_num_threads = 1  # one batch per core runs at once
     sessions = [onnxruntime.InferenceSession(graph, options) for graph in job.graphs]
 
     def load(row: int) -> tuple[int, Pixels] | None:
@@ -44,8 +44,8 @@ def main(job: PeerJob) -> None:
     )
     job.start()
     with pipeline.auto_stop():
-        for rows, found in pipeline:
-            scores[rows] = found
+        for rows, probabilities in pipeline:
+            scores[rows] = probabilities
     job.finish(scores)
 
 

@@ -8,5 +8,5 @@ from benchmarks.peers.job import PeerJob
 from benchmarks.peers.torch_loader import main
 
 if __name__ == "__main__":
-    torch._inductor.config.freezing = True  # what its documentation recommends for inference on a CPU
+    torch._inductor.config.freezing = True  # its documentation recommends this for inference on a CPU
     main(PeerJob.from_command_line(), compiled=True)

@@ -1,4 +1,4 @@
-"""PyTorch's DataLoader over Pillow's images and the members in eager mode, as in a hundred repositories."""
+"""PyTorch's DataLoader over Pillow's images and the members in eager mode, the usual script."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 16
 
 
 class ImageDataset(Dataset[Any]):
-    """Row, whether it could be decoded, and its pixels uint8 [1, H, W]: zeros if not."""
+    """Items are row, success of decoding, and pixels uint8 [1, H, W], zeros if it failed."""
 
     def __init__(self, paths: list[str], size: tuple[int, int]) -> None:
         self._paths, self._size = paths, size
@@ -42,8 +42,8 @@ def main(job: PeerJob, *, compiled: bool = False) -> None:
 
     def score(pixels: torch.Tensor) -> np.ndarray:
         missing = BATCH - len(pixels)  # a compiled graph has one shape
-        whole = torch.nn.functional.pad(pixels, (0, 0) * 3 + (0, missing)) if compiled else pixels
-        return job.average([member(whole)[: len(pixels)].numpy() for member in members])
+        padded = torch.nn.functional.pad(pixels, (0, 0) * 3 + (0, missing)) if compiled else pixels
+        return job.average([member(padded)[: len(pixels)].numpy() for member in members])
 
     scores = job.no_scores()
     score(torch.from_numpy(job.blank(BATCH)))

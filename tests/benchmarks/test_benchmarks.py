@@ -1,4 +1,4 @@
-"""The benchmarks of the CPU run to their end, on next to nothing."""
+"""The benchmarks of the CPU run on small inputs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def figures(folder: Path, name: str, *arguments: str | Path) -> dict:
 
 
 @pytest.mark.slow
-def test_decode_knows_every_format(tmp_path: Path, bundle: Path) -> None:
+def test_decode_measures_every_format(tmp_path: Path, bundle: Path) -> None:
     small = ("--width", "96", "--height", "80", "--seconds", "0.01")
     few = ("--rounds", "3", "--images", "2", "-b", bundle)
     written = figures(tmp_path, "decode-cpu", "decode", *small, *few)
-    found, fast = written["formats"], written["fast"]
-    rates = {name: one["images_per_s_and_core"] for name, one in found.items()}
+    formats, fast = written["formats"], written["fast"]
+    rates = {name: figure["images_per_s_and_core"] for name, figure in formats.items()}
     assert len([name for name in rates if name.startswith("DICOM")]) == 16
-    assert all(one["engine"] > 0 for one in rates.values())
+    assert all(rate["engine"] > 0 for rate in rates.values())
     assert rates["DICOM explicit"]["pydicom"] > 0
-    assert rates["DICOM jpeg-sv1"]["pydicom"] is None, "what the engine adds to pydicom is not plain pydicom"
+    assert rates["DICOM jpeg-sv1"]["pydicom"] is None, "pydicom without the decoders of the engine"
     assert fast["fast_against"]["pillow"]["median"] > 1
     assert 0 < fast["gray_levels_from_exact"]["mean"] <= FAST_MEAN
     assert 0 < fast["scores_from_exact"]["largest_difference_in_probability"] < 0.1
@@ -41,15 +41,15 @@ def test_decode_knows_every_format(tmp_path: Path, bundle: Path) -> None:
 @pytest.mark.slow
 def test_scaling_fits_lines_and_draws_them(tmp_path: Path, bundle: Path) -> None:
     quick = ("--quick", "--series", "rows", "bad_files")
-    found = figures(tmp_path, "scaling-cpu", "scaling", *quick, "-b", bundle)["series"]
-    assert [one["x"] for one in found["rows"]["points"]] == [1000, 10_000]
-    assert found["rows"]["line"] is None, "two points are always on a line"
-    assert len(found["bad_files"]["points"]) == 5
-    assert found["bad_files"]["line"]["r2"] <= 1
+    record = figures(tmp_path, "scaling-cpu", "scaling", *quick, "-b", bundle)["series"]
+    assert [point["x"] for point in record["rows"]["points"]] == [1000, 10_000]
+    assert record["rows"]["line"] is None, "two points always fit a line"
+    assert len(record["bad_files"]["points"]) == 5
+    assert record["bad_files"]["line"]["r2"] <= 1
     assert "<svg" in (tmp_path / "scaling-cpu.svg").read_text()
 
 
-def test_a_line_is_found() -> None:
+def test_fit_line() -> None:
     line = fit_line([(x, 3 + 2 * x) for x in (5, 1, 2)])
     assert line == pytest.approx({"slope": 2, "intercept": 3, "r2": 1})
     bent = fit_line([(x, x**2) for x in range(10)])
@@ -58,24 +58,24 @@ def test_a_line_is_found() -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_costs_no_more_than_the_parts_that_were_open(tmp_path: Path, bundle: Path) -> None:
+def test_a_kill_costs_at_most_the_open_parts(tmp_path: Path, bundle: Path) -> None:
     small = ("--rows", "3000", "--part-rows", "256", "--rounds", "1", "--side", "64")
-    found = figures(tmp_path, "restart-cpu", "restart", *small, "-b", bundle)
-    (kill,) = found["kills"]
-    assert 0 < found["first_batch_s"]["median"] < 60
+    record = figures(tmp_path, "restart-cpu", "restart", *small, "-b", bundle)
+    (kill,) = record["kills"]
+    assert 0 < record["first_batch_s"]["median"] < 60
     assert 600 <= kill["scored_before_the_kill"] < 3000
     assert kill["rows_kept"] + kill["rows_after_it"] == 3000
     assert 0 <= kill["rows_scored_twice"] <= 2 * 256, "one part open, and at most the start of the next"
 
 
 def test_host_cost(tmp_path: Path, bundle: Path) -> None:
-    found = figures(tmp_path, "throughput-null-cpu", "throughput", "--null", "--rows", "2000", "-b", bundle)
-    assert found
+    record = figures(tmp_path, "throughput-null-cpu", "throughput", "--null", "--rows", "2000", "-b", bundle)
+    assert record
 
 
 def test_null_stages_pass_the_canaries_of_their_bundle(tmp_path: Path, bundle: Path) -> None:
-    made = bundles.load_bundle(uniform_bundle(bundle, tmp_path / "bundle"))
-    _, expected = canaries.load_canaries(made)
+    uniform = bundles.load_bundle(uniform_bundle(bundle, tmp_path / "bundle"))
+    _, expected = canaries.load_canaries(uniform)
     assert np.abs(expected - 1 / 3).max() < 1e-6
-    assert made.members[0].files == bundles.load_bundle(tmp_path / "bundle").members[0].files
-    assert bundles.load_bundle(bundle).sha256 != made.sha256
+    assert uniform.members[0].files == bundles.load_bundle(tmp_path / "bundle").members[0].files
+    assert bundles.load_bundle(bundle).sha256 != uniform.sha256

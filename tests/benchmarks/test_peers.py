@@ -1,4 +1,4 @@
-"""The peers' archive, what is refused as not the same work, and the arithmetic of the contest."""
+"""The peers' archive, the check of their rows, and the figures of the contest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_archive_has_the_promised_shares() -> None:
 
 
 @pytest.mark.parametrize("kind", archive.MIXED, ids=lambda kind: kind.name)
-def test_files_are_what_their_kind_says(kind: archive.FileKind) -> None:
+def test_files_have_the_properties_of_their_kind(kind: archive.FileKind) -> None:
     drawn = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
     data = kind.encoded(archive.vary_picture(np.random.default_rng(1), drawn, kind))
     with Image.open(io.BytesIO(data)) as image:
@@ -56,7 +56,7 @@ def test_files_are_what_their_kind_says(kind: archive.FileKind) -> None:
             assert [layer[1:3] for layer in image.layer] == [(2, 2), (1, 1), (1, 1)], "4:2:0"
 
 
-def test_a_seed_gives_the_same_files_and_no_file_twice(tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_files_and_all_differ(tmp_path: Path) -> None:
     contents = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         manifest = archive.make_archive(folder, "mixed", 5, seed=3)
@@ -83,7 +83,7 @@ def why_not(
     return gate.judge_rows(rows, reference, corrupt=["000007.jpg"], classes=CLASSES, limits=limits).why_not
 
 
-def test_right_rows_count_in_any_order_with_the_corrupt_row_flagged_or_left_out(
+def test_correct_rows_count_in_any_order_with_or_without_the_corrupt_row(
     reference: pd.DataFrame,
 ) -> None:
     near = reference.assign(**{COLUMNS[0]: reference[COLUMNS[0]] + 0.004}).sample(frac=1, random_state=1)
@@ -100,7 +100,7 @@ def test_wrong_rows_do_not_count(reference: pd.DataFrame) -> None:
     shifted = reference.assign(**{name: reference[name].shift(1) for name in COLUMNS})
     shifted.loc[0] = reference.loc[0]
     shifted.loc[7:8, COLUMNS] = reference.loc[7:8, COLUMNS]
-    assert "rows are off" in (why_not(shifted, reference) or "")
+    assert "rows differ" in (why_not(shifted, reference) or "")
     neighbour = reference.copy()
     neighbour.loc[7, COLUMNS] = reference.loc[8, COLUMNS]
     assert "corrupt files carry a score" in (why_not(neighbour, reference) or "")
@@ -114,7 +114,7 @@ def test_wrong_rows_do_not_count(reference: pd.DataFrame) -> None:
     assert "no rows" in (why_not(pd.DataFrame({"path": []}), reference) or "")
 
 
-def test_classes_have_to_agree_where_two_are_not_nearly_tied(reference: pd.DataFrame) -> None:
+def test_classes_must_agree_unless_nearly_tied(reference: pd.DataFrame) -> None:
     turned = reference.rename(columns=dict(zip(COLUMNS, COLUMNS[1:] + COLUMNS[:1], strict=True)))
     assert "the same class in" in (why_not(turned, reference, gate.INT8) or "")
     tied = reference.copy()
@@ -124,7 +124,7 @@ def test_classes_have_to_agree_where_two_are_not_nearly_tied(reference: pd.DataF
     assert why_not(other, tied) is None
 
 
-def test_another_files_score_is_noticed(reference: pd.DataFrame) -> None:
+def test_the_score_of_another_file_is_counted(reference: pd.DataFrame) -> None:
     assert contest.count_wrong_rows(reference, ["000007.jpg"], COLUMNS) == {
         "rows_with_anothers_score": 0,
         "sound_rows_lost": 0,
@@ -138,56 +138,58 @@ def test_another_files_score_is_noticed(reference: pd.DataFrame) -> None:
     }
 
 
-def test_ratios_are_of_the_rounds_pairs() -> None:
-    fine, wrong = gate.Verdict(None, 0.001, 1.0), gate.Verdict("2 rows are off")
+def test_ratios_are_computed_within_rounds() -> None:
+    accepted, refused = gate.Verdict(None, 0.001, 1.0), gate.Verdict("2 rows are off")
 
-    def runs(rates: list[float], verdict: gate.Verdict = fine) -> list[contest.ContenderRun | str]:
+    def runs(rates: list[float], verdict: gate.Verdict = accepted) -> list[contest.ContenderRun | str]:
         return [contest.ContenderRun(rate, 1.0, 100.0, verdict) for rate in rates]
 
-    taken = {
+    results = {
         "engine": runs([20.0, 10.0, 30.0]),
         "onnx-loop": runs([10.0, 5.0, 20.0]),
-        "openvino": [*runs([10.0, 10.0]), *runs([10.0], wrong)],
+        "openvino": [*runs([10.0, 10.0]), *runs([10.0], refused)],
         "spdl": ["failed: no wheel"] * 3,
     }
-    found = contest.contender_figures(taken)
-    assert found["onnx-loop"]["engine_beside_it"]["rounds"] == [2.0, 2.0, 1.5]
-    assert found["onnx-loop"]["engine_beside_it"]["median"] == 2.0
-    low, high = found["onnx-loop"]["engine_beside_it"]["interval"]
+    figures = contest.contender_figures(results)
+    assert figures["onnx-loop"]["engine_beside_it"]["rounds"] == [2.0, 2.0, 1.5]
+    assert figures["onnx-loop"]["engine_beside_it"]["median"] == 2.0
+    low, high = figures["onnx-loop"]["engine_beside_it"]["interval"]
     assert 1.5 <= low < high <= 2.0
-    assert found["openvino"]["not_counted"] == "2 rows are off"
-    assert "engine_beside_it" not in found["openvino"]
-    assert found["spdl"] == {
+    assert figures["openvino"]["not_counted"] == "2 rows are off"
+    assert "engine_beside_it" not in figures["openvino"]
+    assert figures["spdl"] == {
         "title": contest.CONTENDERS["spdl"].title,
         "precision": "fp32",
         "not_counted": "failed: no wheel",
     }
 
 
-def test_a_command_that_hangs_is_ended_with_all_it_started() -> None:
+def test_a_hanging_command_is_killed_with_its_children() -> None:
     done = processes.run_command(["sh", "-c", "echo begun; sleep 60 & sleep 60"], timeout_s=2)
     assert (done.status, done.output) == (-9, "begun\n")
     assert done.wall_s < 20
 
 
 @pytest.mark.slow
-def test_a_contest_from_its_command_to_its_json(tmp_path: Path, bundle: Path) -> None:
+def test_a_contest_writes_its_json(tmp_path: Path, bundle: Path) -> None:
     small = ["--rows", "6", "--rounds", "1", "--only", "onnx-loop", "-b", str(bundle), "-o", str(tmp_path)]
     done = run_module("benchmarks", ["peers", *small], folder=tmp_path, timeout_s=120)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "peers-cpu.json").read_text())
-    assert found["work"]["corrupt"] == 1
-    assert list(found["contenders"]) == ["engine", "onnx-loop"]
-    for one in found["contenders"].values():
-        assert one["not_counted"] is None
-        assert one["images_per_s"]["median"] > 0
-        assert one["start_up_s"] > 0
-        assert one["peak_memory_mb"] > 50
-    assert len(found["contenders"]["onnx-loop"]["engine_beside_it"]["rounds"]) == 1
-    assert {"onnxruntime", "pillow", "numpy"} <= found["versions"].keys()
+    figures = json.loads((tmp_path / "peers-cpu.json").read_text())
+    assert figures["work"]["corrupt"] == 1
+    assert list(figures["contenders"]) == ["engine", "onnx-loop"]
+    for row in figures["contenders"].values():
+        assert row["not_counted"] is None
+        assert row["images_per_s"]["median"] > 0
+        assert row["start_up_s"] > 0
+        assert row["peak_memory_mb"] > 50
+    assert len(figures["contenders"]["onnx-loop"]["engine_beside_it"]["rounds"]) == 1
+    assert {"onnxruntime", "pillow", "numpy"} <= figures["versions"].keys()
 
 
-def test_what_is_not_installed_is_left_out(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_that_are_not_installed_are_left_out(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(contest, "_version", lambda name: None if name in ("ray", "openvino") else "1")
     names, left_out = contest.choose_contenders(None, bundles.load_bundle(bundle))
     assert names == ["engine", "torch-loader", "torch-compiled", "onnx-loop", "onnx-prefetch", "spdl"]
@@ -202,8 +204,8 @@ def test_what_is_not_installed_is_left_out(bundle: Path, monkeypatch: pytest.Mon
     ]
 
 
-def test_an_unknown_contender_is_a_line(tmp_path: Path) -> None:
+def test_an_unknown_contender_is_a_one_line_error(tmp_path: Path) -> None:
     done = run_module("benchmarks", ["peers", "--only", "nobody"], folder=tmp_path, timeout_s=60)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: --only nobody: no such contender; there are engine,")
+    assert done.stderr.startswith("error: --only nobody: no such contender; allowed: engine,")
     assert done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""README's measured table is what the committed JSON files give."""
+"""README's measured table equals the table of the committed JSON files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def test_readme_has_the_figures_of_the_json_files() -> None:
     readme = (ROOT / "README.md").read_text()
-    made = tables.insert_table(readme, tables.format_tables(tables.load_results(RESULTS)))
-    assert made == readme, "run: python -m benchmarks tables"
+    expected = tables.insert_table(readme, tables.format_tables(tables.load_results(RESULTS)))
+    assert expected == readme, "run: python -m benchmarks tables"
 
 
-def test_what_ray_costs_is_told() -> None:
-    found = {
+def test_rows_of_scaling_out() -> None:
+    figures = {
         "work": {"rows": 2048, "null_rows": 400_000},
         "overhead": {"median": 0.021, "interval": [0.012, 0.03], "limit": 0.05},
         "null_rows_per_s": {"one process": {"median": 24_000.4}, "2 actors": {"median": 36_000}},
         "recovery": {"seconds": {"median": 4.21}, "rows_again": {"median": 512}},
     }
-    assert list(tables.scaling_out_rows(found)) == [
+    assert list(tables.scaling_out_rows(figures)) == [
         (
             "`scaling-out`: what `--ray` takes from the rate of one process (2048 rows)",
             "2.1 %, 95 % 1.2 to 3.0",
@@ -38,10 +38,10 @@ def test_what_ray_costs_is_told() -> None:
     ]
 
 
-def test_figures_follow_their_json(tmp_path: Path) -> None:
-    found = json.loads((RESULTS / "memory-cpu.json").read_text())
-    found["growth_mb"], found["machine"]["processor"] = 71.4, "Another"
-    (tmp_path / "memory-cpu.json").write_text(json.dumps(found))
+def test_figures_come_from_the_json(tmp_path: Path) -> None:
+    figures = json.loads((RESULTS / "memory-cpu.json").read_text())
+    figures["growth_mb"], figures["machine"]["processor"] = 71.4, "Another"
+    (tmp_path / "memory-cpu.json").write_text(json.dumps(figures))
     table = tables.format_tables(tables.load_results(tmp_path))
     assert table.startswith("On 2 cores (Another), no GPU")
     assert table.endswith(
@@ -49,7 +49,7 @@ def test_figures_follow_their_json(tmp_path: Path) -> None:
     )
 
 
-def test_a_readme_without_the_marks_is_left_alone() -> None:
+def test_a_readme_without_the_marks_is_refused() -> None:
     with pytest.raises(UsageError, match="between the lines"):
         tables.insert_table("# A project\n", "| a |")
 
@@ -63,8 +63,8 @@ PEER = {
 }
 
 
-def test_peers_stand_beside_the_engine_or_are_not_counted(tmp_path: Path) -> None:
-    found = {
+def test_rows_of_peers_that_count_and_that_do_not(tmp_path: Path) -> None:
+    figures = {
         "machine": {"cores": 2, "processor": "X"},
         "work": {"archive": "mixed", "rows": 224, "rounds": 3},
         "contenders": {
@@ -74,8 +74,8 @@ def test_peers_stand_beside_the_engine_or_are_not_counted(tmp_path: Path) -> Non
         },
         "left_out": {},
     }
-    rows = list(tables.peers_rows(found))
+    rows = list(tables.peers_rows(figures))
     assert ("its rate beside A peer", "2.00 x, 95 % 1.80 to 2.20 (10.0 images/s)", "1.5") in rows
     assert ("its rate beside Another", "not counted: 9 rows are missing", "") in rows
-    tables.plot_peers(found, tmp_path / "peers.svg")
+    tables.plot_peers(figures, tmp_path / "peers.svg")
     assert "<svg" in (tmp_path / "peers.svg").read_text()
