@@ -73,7 +73,7 @@ def test_the_benchmarks_have_help_too(help_of: HelpOf) -> None:
         check(help_of(parser_of("benchmarks"), name, "--help"), lines=LINES)
 
 
-def test_examples_are_right(help_of: HelpOf) -> None:
+def test_examples_in_help_parse(help_of: HelpOf) -> None:
     for command in commands():
         whole = help_of(parser_of(command), "--help")
         examples = re.split(r"^examples?:", whole, flags=re.MULTILINE)[1].split("\n\n")[0]
@@ -93,7 +93,7 @@ def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return text
 
 
-def test_a_near_miss_is_named(tmp_path: Path) -> None:
+def test_a_misspelt_option_names_the_nearest(tmp_path: Path) -> None:
     answer = subprocess.run(
         [sys.executable, "-m", "engine.run", "manifest.csv", "--finishby=06:00"],
         cwd=tmp_path,

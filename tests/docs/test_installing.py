@@ -73,17 +73,17 @@ def misfits(pins: Pins, roots: Iterable[Requirement], metadata: Mapping[str, Met
     Empty where every requirement of every package that the roots lead to is pinned within its range, and
     nothing else is pinned.
     """
-    found = []
+    result = []
     todo = [("pyproject.toml", root) for root in roots]
     done: set[tuple[str, str]] = set()  # package and extra
     while todo:
         asking, requirement = todo.pop()
         name = canonicalize_name(requirement.name)
         if name not in pins:
-            found.append(f"{asking} wants {requirement}: not pinned")
+            result.append(f"{asking} wants {requirement}: not pinned")
             continue
         if not requirement.specifier.contains(pins[name], prereleases=True):
-            found.append(f"{asking} wants {requirement}: pinned is {pins[name]}")
+            result.append(f"{asking} wants {requirement}: pinned is {pins[name]}")
         for extra in ("", *sorted(requirement.extras)):
             if (name, extra) not in done:
                 done.add((name, extra))
@@ -92,8 +92,8 @@ def misfits(pins: Pins, roots: Iterable[Requirement], metadata: Mapping[str, Met
     for name in sorted(reached):
         python = metadata[name].requires_python
         if python is not None and not python.contains(LINUX["python_full_version"]):
-            found.append(f"{name} {pins[name]} wants Python {python}")
-    return found + [f"{name} is pinned and nothing wants it" for name in sorted(pins.keys() - reached)]
+            result.append(f"{name} {pins[name]} wants Python {python}")
+    return result + [f"{name} is pinned and nothing wants it" for name in sorted(pins.keys() - reached)]
 
 
 def requirements(metadata: Metadata, extra: str) -> Iterator[Requirement]:
@@ -109,7 +109,7 @@ def parsed(text: str) -> Metadata:
 @pytest.fixture(scope="module")
 def metadata(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Metadata]:
     """Of every package of constraints-gpu.txt. Skips where the index can't be reached."""
-    found = {}
+    result = {}
     for name, version in pins_of("constraints-gpu.txt").items():
         key = f"installing/{name}-{version}"
         text = installed(name, version) or pytestconfig.cache.get(key, "")
@@ -118,8 +118,8 @@ def metadata(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFacto
         if not text:
             text = downloaded(name, version, tmp_path_factory.mktemp(name))
             pytestconfig.cache.set(key, text)
-        found[name] = parsed(text)
-    return found
+        result[name] = parsed(text)
+    return result
 
 
 def installed(name: str, version: Version) -> str:
@@ -148,10 +148,10 @@ def downloaded(name: str, version: Version, folder: Path) -> str:
         check=False,
     )
     if done.returncode:
-        said = done.stderr.strip()
-        if "(from versions: none)" in said or "connection" in said.lower():
-            pytest.skip(f"the package index can't be reached, or has no {name}: {said.splitlines()[-1]}")
-        pytest.fail(f"{name} {version} can't be downloaded: {said}")
+        log = done.stderr.strip()
+        if "(from versions: none)" in log or "connection" in log.lower():
+            pytest.skip(f"the package index can't be reached, or has no {name}: {log.splitlines()[-1]}")
+        pytest.fail(f"{name} {version} can't be downloaded: {log}")
     (file,) = folder.iterdir()
     if file.suffix == ".whl":
         with zipfile.ZipFile(file) as wheel:
@@ -188,7 +188,7 @@ def test_a_pin_that_does_not_fit_is_reported(
     assert complaint in "\n".join(misfits(pins, wanted("gpu"), metadata))
 
 
-def test_what_misfits_reports() -> None:
+def test_misfits_reports_wrong_pins() -> None:
     metadata = {
         "a": parsed(
             "Metadata-Version: 2.1\nName: a\nVersion: 1\nRequires-Python: >=3.13\n"
@@ -207,7 +207,7 @@ def test_what_misfits_reports() -> None:
     ]
 
 
-def test_both_constraints_agree() -> None:
+def test_both_constraint_files_agree() -> None:
     here, gpu = pins_of("constraints.txt"), pins_of("constraints-gpu.txt")
     assert {name: gpu[name] for name in here.keys() & gpu} == {name: here[name] for name in here.keys() & gpu}
     assert {"torch", "torchvision", "triton", "nvidia-dali-cuda130"} <= here.keys() & gpu

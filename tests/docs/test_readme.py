@@ -64,10 +64,10 @@ def each(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @each
-def test_what_blocks_are(page: Path) -> None:
-    found = list(blocks(page))
-    assert {block.language for block in found} <= {"sh", "python", "text"}
-    marks = [block for block in found if block.why_not_run]
+def test_code_blocks_are_parsed(page: Path) -> None:
+    result = list(blocks(page))
+    assert {block.language for block in result} <= {"sh", "python", "text"}
+    marks = [block for block in result if block.why_not_run]
     assert len(marks) == page.read_text().count("<!-- not run"), "a mark without a block behind it"
 
 
@@ -132,7 +132,7 @@ def benchmark_options() -> set[str]:
 
 
 @each
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         name, _, anchor = target.partition("#")
         file = (page.parent / name) if name else page
@@ -209,8 +209,8 @@ def plan_of_another_gpu(here: Path) -> str:
         patch.setattr(hardware, "require_gpu", lambda index=0: there)
         patch.setattr(select_gpu, "tensorrt_version", lambda backend: "11.1.0.106")
         patch.setattr(plans, "list_targets", lambda bundle: [("tensorrt-sm90-11.1", [Path("x")] * 2)])
-        found = iter(models.members)
-        patch.setattr(plans, "load_plan", lambda path: plan_of(next(found)))
+        result = iter(models.members)
+        patch.setattr(plans, "load_plan", lambda path: plan_of(next(result)))
         return select_runner("auto", "auto", models, precision=None, batch_size=None).reason
 
 
@@ -250,9 +250,9 @@ def canaries(here: Path) -> str:
     models = bundles.load_bundle(here / "bundle")
     runners = [OnnxRunner(member, models) for member in models.members]
     step = CpuScorer(models, runners, lanes=0)
-    found = Canaries.of(models)
+    result = Canaries.of(models)
     with pytest.raises(ParityError) as caught:
-        verify_canaries(replace(found, expected=found.expected + np.float32(0.03)), step, 8)
+        verify_canaries(replace(result, expected=result.expected + np.float32(0.03)), step, 8)
     return f"error: {caught.value}"
 
 
@@ -290,7 +290,7 @@ def faq() -> list[str]:
 
 
 @pytest.mark.parametrize("line", faq())
-def test_errors_are_as_the_readme_says(line: str, prepared: Path) -> None:
+def test_errors_match_the_readme(line: str, prepared: Path) -> None:
     (provoke,) = [function for words, function in PROVOKED.items() if words in line]
     assert provoke(prepared) == line
 

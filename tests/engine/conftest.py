@@ -16,7 +16,7 @@ from tests.helpers.stand_in import StandIn
 
 @pytest.fixture
 def launched_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real kernel, in Triton's interpreter, launched on the stand-in's current stream."""
+    """Launch the real kernel, in Triton's interpreter, on the stand-in's current stream."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the stand-in is for machines without a GPU")
 
@@ -31,7 +31,7 @@ def launched_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def screened(archive: Path, bundle: Path, tmp_path: Path) -> Screen:
-    """Results of the images named, in a folder named; runs are begun a minute after each other."""
+    """Return a function that screens named images into a named folder; the runs start a minute apart."""
     begun = 0
 
     def run(name: str, images: list[str], **options: Any) -> Path:

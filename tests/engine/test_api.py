@@ -98,7 +98,7 @@ def test_a_command_line_asks_for_the_same_settings(tmp_path: Path) -> None:
 
 def test_a_run_from_a_thread(archive: Path, bundle: Path, tmp_path: Path) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    seen, said, outcome = list[int](), list[str](), []
+    seen, log, outcome = list[int](), list[str](), []
 
     def progress(now: Progress) -> None:
         seen.append(now.rows_done)
@@ -118,7 +118,7 @@ def test_a_run_from_a_thread(archive: Path, bundle: Path, tmp_path: Path) -> Non
                 device="cpu",
                 cuda_graph=False,
                 progress=progress,
-                say=said.append,
+                say=log.append,
             )
         )
 
@@ -128,7 +128,7 @@ def test_a_run_from_a_thread(archive: Path, bundle: Path, tmp_path: Path) -> Non
     (summary,) = outcome
     assert (summary.rows, summary.by_status) == (20, {"ok": 20})
     assert seen[-1] == 20
-    assert "ONNX Runtime on the CPU" in said[0]
+    assert "ONNX Runtime on the CPU" in log[0]
     assert (tmp_path / "a.prom").exists()
     assert len(list((tmp_path / "out").glob("part-*"))) == 2
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
@@ -147,7 +147,7 @@ def test_stopping_and_going_on(archive: Path, bundle: Path, tmp_path: Path) -> N
     assert 0 < summary.rows_done <= summary.rows == 40
 
 
-def test_the_deadline_strikes_in_the_middle_of_a_part(bundle: Path, tmp_path: Path) -> None:
+def test_the_deadline_stops_a_run_inside_a_part(bundle: Path, tmp_path: Path) -> None:
     list_images(tmp_path, 100_000)
     moment = datetime.now().astimezone() + timedelta(seconds=3)
     with pytest.raises(engine.Stopped, match=rf"^stopped for --finish-by {moment:%H:%M}, \d+ of 100000 rows"):

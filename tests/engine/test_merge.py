@@ -88,7 +88,7 @@ def test_the_newest_score_of_each_image_wins(
     assert again.columns.tolist() == frame.columns.tolist()
 
 
-def test_what_can_not_stand_side_by_side(screened: Screen, tmp_path: Path, capsys: Any) -> None:
+def test_runs_that_can_not_be_merged_are_refused(screened: Screen, tmp_path: Path, capsys: Any) -> None:
     monday = screened("monday", image_names(2))
     other = screened("other", image_names(2), bundle=write_bundle(tmp_path / "other-bundle", weights=(1.0,)))
     assert merging.main([str(monday), str(other), "-o", str(tmp_path / "merged")]) == 2
@@ -150,9 +150,9 @@ def test_memory_does_not_grow_with_the_rows(
 
     def watched(*arguments: Any) -> Iterator[pa.Table]:
         nonlocal peak
-        for found in copied(*arguments):
+        for result in copied(*arguments):
             peak = max(peak, pool.bytes_allocated() - before)
-            yield found
+            yield result
 
     monkeypatch.setattr(merging, "_copy_rows", watched)
     monkeypatch.setattr(merging, "PART_ROWS", 4_000)

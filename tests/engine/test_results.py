@@ -75,12 +75,12 @@ def test_what_the_page_shows(
     Path("bundle").symlink_to(bundle)
     paths = [str(archive / name) for name in [*image_names(5), "gone.png"]]
     pd.DataFrame({"path": paths, "patient": list("abcdef")}).to_csv("manifest.csv", index=False)
-    found: dict[str, Any] = {}
-    exec(code.replace("joined = duckdb", "by_path = duckdb"), found)
+    result: dict[str, Any] = {}
+    exec(code.replace("joined = duckdb", "by_path = duckdb"), result)
     assert "osteo" in capsys.readouterr().out
-    assert found["summary"].rows == len(found["worst"]) == 6
-    joined, by_path = found["joined"], found["by_path"].sort_values("patient", ignore_index=True)
+    assert result["summary"].rows == len(result["worst"]) == 6
+    joined, by_path = result["joined"], result["by_path"].sort_values("patient", ignore_index=True)
     assert joined.patient.tolist() == by_path.patient.tolist() == list("abcdef")
-    scores = found["rows"].p_osteoporosis.to_numpy()
+    scores = result["rows"].p_osteoporosis.to_numpy()
     for frame in (joined, by_path):
         assert np.array_equal(frame.p_osteoporosis.to_numpy(np.float32), scores, equal_nan=True)

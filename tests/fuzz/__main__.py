@@ -158,11 +158,11 @@ def check_rows(
     rows: Sequence[Row], files: Sequence[File], reference: dict[str, Row], folder: Path
 ) -> Iterator[Problem]:
     """What must hold for each row: one a file, in order, with scores if and only if it is ok."""
-    wanted, found = [file.path for file in files], [row["path"] for row in rows]
-    if found != wanted:
+    wanted, result = [file.path for file in files], [row["path"] for row in rows]
+    if result != wanted:
         yield Problem(f"{len(rows)} rows for {len(files)} files, or in another order")
-    surplus = Counter(found) - Counter(wanted)
-    lost = Counter(wanted) - Counter(found)
+    surplus = Counter(result) - Counter(wanted)
+    lost = Counter(wanted) - Counter(result)
     yield from (Problem("a row too many", path) for path in surplus)
     yield from (Problem("no row", path) for path in list(lost)[:10])  # all the rest where a run died
     by_path = {file.path: file for file in files}

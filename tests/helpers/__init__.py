@@ -1,1 +1,1 @@
-"""What tests of several modules use: images, bundles, servers, processes."""
+"""Helpers of several test modules: images, bundles, servers, processes."""

@@ -1,6 +1,6 @@
-"""mypy stubs of TensorRT's Python API, made from its bindings' own docstrings: no GPU, no TensorRT libraries.
+"""Make mypy stubs of TensorRT's Python API from the docstrings of its bindings, without a GPU.
 
-The bindings are small wheels on the package index. The libraries that they load are replaced by empty ones.
+The bindings are small wheels on the package index; the libraries that they load are replaced by empty ones.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mypy.errorcodes import ATTR_DEFINED
 from mypy.plugin import AttributeContext, Plugin
 from mypy.types import Instance, Type
 
-MARK = "import tensorrt as trt"  # what a source has below `if TYPE_CHECKING:` when it uses TensorRT
+MARK = "import tensorrt as trt"  # line of the sources that use TensorRT
 TIMEOUT_S = 240
 
-# Third-party imports other than TensorRT are Any: these options complain of what comes of that. A
-# `type: ignore` may be needed for one version of TensorRT and not for the next. In the stubs, overloads hide
-# one another and defaults are None where the type has none: that is as the docstrings say it.
+# Third-party imports other than TensorRT are Any, so the options that report Any are off. A `type: ignore`
+# may be needed for only some versions of TensorRT. In the stubs, overloads overlap and some defaults are
+# None against their type, as in the docstrings.
 _MYPY_INI = """\
 [mypy]
 plugins = {plugin}
@@ -52,12 +52,12 @@ follow_imports = silent
 
 
 class NoBindingsError(Exception):
-    """The bindings can't be had here; the message says why."""
+    """The bindings are not available; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class Bindings:
-    """One version of TensorRT's bindings: the wheel's name, the import package in it."""
+    """A version of TensorRT's bindings: name of the wheel and of its import package."""
 
     wheel: str
     version: str
@@ -83,14 +83,14 @@ ALL = (TRT_10_16, TRT_11_1, TRT_11_4, TRT_RTX)
 
 
 def stubs(bindings: Bindings, cache: Path) -> Path:
-    """The folder with the stub package `tensorrt`, for TensorRT for RTX too. Raises NoBindingsError."""
+    """Return the folder with the stub package `tensorrt`. Raises NoBindingsError."""
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     folder = cache / f"{bindings}-{sys.implementation.cache_tag}-{recipe}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = _generate(_package(bindings, cache, Path(scratch)), Path(scratch))
-            if not folder.exists():  # a run beside this one
-                made.rename(folder)
+            stub_folder = _generate(_package(bindings, cache, Path(scratch)), Path(scratch))
+            if not folder.exists():  # another process may have made it
+                stub_folder.rename(folder)
     return folder
 
 
@@ -109,7 +109,7 @@ def _package(bindings: Bindings, cache: Path, scratch: Path) -> Path:
 
 @functools.cache
 def _download(bindings: Bindings, cache: Path) -> str | None:
-    """What went wrong; asked once, for an index that can't be reached may be slow to say so."""
+    """Download the wheel once; return the error, None for success."""
     options = ("--quiet", "--no-deps", "--only-binary=:all:", "--timeout=10", "--retries=1", "--dest", cache)
     try:
         _call(sys.executable, "-m", "pip", "download", *options, f"{bindings.wheel}=={bindings.version}")
@@ -119,25 +119,25 @@ def _download(bindings: Bindings, cache: Path) -> str | None:
 
 
 def _generate(package: Path, scratch: Path) -> Path:
-    """The package is imported under the name `tensorrt`, in a process of its own, and written down."""
-    libraries, path, made = scratch / "libraries", scratch / "path", scratch / "stubs"
+    """Import the package as `tensorrt` in a separate process and write its stubs."""
+    libraries, path, stub_folder = scratch / "libraries", scratch / "path", scratch / "stubs"
     libraries.mkdir()
     path.mkdir()
     (path / "tensorrt").symlink_to(package)
     _empty_libraries(package, libraries)
     _call(
         *(sys.executable, "-m", "pybind11_stubgen", "tensorrt"),
-        *("--print-invalid-expressions-as-is", "--output-dir", made),
+        *("--print-invalid-expressions-as-is", "--output-dir", stub_folder),
         PYTHONPATH=path,
         LD_LIBRARY_PATH=libraries,
     )
-    for stub in made.rglob("*.pyi"):
+    for stub in stub_folder.rglob("*.pyi"):
         stub.write_text(_corrected(stub.read_text()))
-    return made
+    return stub_folder
 
 
 def _empty_libraries(package: Path, folder: Path) -> None:
-    """Libraries of the names that the bindings load, with all the functions that nothing else here has."""
+    """Make the libraries that the bindings load, with empty versions of all missing functions."""
     (extension,) = package.glob("*.so")
     needed = re.findall(r"\(NEEDED\).*\[(lib(?:nv|tensorrt).*)\]", _call("readelf", "-dW", extension))
     undefined = re.findall(r" U (\w+)$", _call("nm", "-D", "--undefined-only", extension), re.MULTILINE)
@@ -150,7 +150,7 @@ def _empty_libraries(package: Path, folder: Path) -> None:
 
 
 def _call(command: str, *arguments: str | Path, **environment: Path) -> str:
-    """What the command prints. Raises RuntimeError where it fails or is late, NoBindingsError without it."""
+    """Return the command's output. Raises RuntimeError if it fails, NoBindingsError if it is missing."""
     if not shutil.which(command):
         raise NoBindingsError(f"there is no {command}")
     try:
@@ -165,16 +165,16 @@ def _call(command: str, *arguments: str | Path, **environment: Path) -> str:
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{command} {arguments[-1]} takes more than {TIMEOUT_S} s") from None
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines() or [f"status {error.returncode}"]
-        raise RuntimeError(f"{Path(command).name} {arguments[-1]}: {said[-1]}") from None
+        log = error.stderr.strip().splitlines() or [f"status {error.returncode}"]
+        raise RuntimeError(f"{Path(command).name} {arguments[-1]}: {log[-1]}") from None
 
 
 def _corrected(stub: str) -> str:
-    """The stub, without what its docstrings have wrong or too loose. Each rule is named below."""
+    """Correct wrong and loose types of a stub."""
     classes = set(re.findall(r"^class (\w+)", stub, re.MULTILINE))
 
-    def python_name(found: re.Match[str]) -> str:
-        name = found[1]
+    def python_name(match: re.Match[str]) -> str:
+        name = match[1]
         return next((known for known in (name, name[1:]) if known in classes), "typing.Any")
 
     # C++ names, where a class was not bound yet: nvinfer1::IBuilder is Builder
@@ -188,7 +188,7 @@ def _corrected(stub: str) -> str:
     return ast.unparse(ast.fix_missing_locations(tree)) + "\nimport builtins\n"
 
 
-# In the prose of the class at most: pybind11 has no signature for either protocol.
+# pybind11 has no signatures for these protocols
 _PROTOCOLS = {
     "Dims": "def __iter__(self) -> typing.Iterator[int]: ...",
     "IHostMemory": "def __buffer__(self, flags: int, /) -> memoryview: ...",
@@ -208,19 +208,19 @@ class _Corrections(ast.NodeTransformer):
         if node.returns and returns_none:
             node.returns = _union(node.returns, "None")
         for argument in node.args.args:
-            # any iterable converts to Dims, says the docstring of Dims
+            # any iterable converts to Dims (docstring of Dims)
             if argument.annotation and ast.unparse(argument.annotation) == "Dims":
                 argument.annotation = _union(argument.annotation, "collections.abc.Sequence[int]")
         node.body = [ast.Expr(ast.Constant(...))]
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        # these let a float through, which the bindings refuse, and forbid `step: int` in a subclass
+        # these accept a float, which the bindings refuse, and forbid `step: int` in a subclass
         exact = {"typing.SupportsInt": "int", "typing.SupportsFloat": "float"}.get(ast.unparse(node))
         return _expression(exact) if exact else self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        # the module has a `bool` of its own, a DataType
+        # the module's `bool` is a DataType
         own = node.id == "bool" and isinstance(node.ctx, ast.Load)
         return _expression("builtins.bool") if own else node
 
@@ -234,7 +234,7 @@ def _union(left: ast.expr, right: str) -> ast.expr:
 
 
 def users(root: Path) -> list[Path]:
-    """The sources that use TensorRT."""
+    """List the sources that use TensorRT."""
     sources = [*sorted((root / "build_engines").rglob("*.py")), root / "engine" / "runners" / "tensorrt.py"]
     return [source for source in sources if source.exists() and MARK in _lines(source)]
 
@@ -251,7 +251,7 @@ def _configuration(cache: Path) -> Path:
 
 
 def mypy_errors(sources: Sequence[Path], *, root: Path, stubs: Path, cache: Path) -> list[str]:
-    """What mypy says of `sources` against the API in `stubs`; other modules come from `root`."""
+    """Return mypy's errors of `sources` with the API in `stubs`; other modules come from `root`."""
     run = subprocess.run(
         [
             *(sys.executable, "-m", "mypy", "--no-error-summary", "--show-error-codes", "--no-pretty"),
@@ -270,12 +270,12 @@ def mypy_errors(sources: Sequence[Path], *, root: Path, stubs: Path, cache: Path
 
 
 def plugin(version: str) -> type[Plugin]:
-    """mypy's entry: this file is its plugin too."""
+    """Return the plugin of this file; mypy calls it."""
     return _ModuleAttributes
 
 
 class _ModuleAttributes(Plugin):
-    """Looks into `backend.trt`: of a module that it reaches through an instance, mypy takes all to be Any."""
+    """Gives types to attributes of `backend.trt`, which mypy treats as Any."""
 
     def get_attribute_hook(self, fullname: str) -> Callable[[AttributeContext], Type] | None:
         owner, _, name = fullname.rpartition(".")

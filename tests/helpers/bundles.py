@@ -1,4 +1,4 @@
-"""Small real bundles: ONNX graphs whose logits tell where a picture is bright, so that a swap shows."""
+"""Write small real bundles: the logits depend on where a picture is bright, so swapped rows are visible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REAL_WEIGHTS = {"resnet50": 0.4, "inception_v3": 0.6}
 
 
 def write_member(path: Path, *, size: tuple[int, int], classes: int, seed: int) -> None:
-    """uint8 [N, 1, H, W] to float32 logits [N, C]: a linear map of a 4 x 4 thumbnail."""
+    """Write a graph from uint8 [N, 1, H, W] to float32 logits [N, C], linear in a 4 x 4 thumbnail."""
     rng = np.random.default_rng(seed)
     kernel = [size[0] // 4, size[1] // 4]
     weights = {
@@ -54,7 +54,7 @@ def write_bundle(
     temperature: float = 1.0,
     decode: str = "exact",
 ) -> Path:
-    """A bundle as training writes it, with one member for each weight."""
+    """Write a bundle as training does, with one member for each weight."""
     (folder / "canaries").mkdir(parents=True)
     members = []
     for index, weight in enumerate(weights):
@@ -92,7 +92,7 @@ def write_real_bundle(
     weights: Mapping[str, float] = REAL_WEIGHTS,
     size: tuple[int, int] = (224, 224),
 ) -> Path:
-    """ResNet50 and InceptionV3, seeded, with statistics of real pixels and heads that react to them.
+    """Write seeded ResNet50 and InceptionV3 with batch statistics and heads fitted to `images`.
 
     `weights` may name other architectures.
     """
@@ -106,15 +106,15 @@ def write_real_bundle(
         network = models.build_network(name, classes=len(CLASSES), weights="none", seed=seed, size=size)
         features.calibrate_batch_norm(network, pixels)
         with torch.inference_mode():
-            found = network.features(torch.from_numpy(pixels))
-        heads.fold_standardisation(network.head, *heads.feature_statistics(found))
+            result = network.features(torch.from_numpy(pixels))
+        heads.fold_standardisation(network.head, *heads.feature_statistics(result))
         members.append(export.ExportedMember(name=name, architecture=name, weight=weight, network=network))
     export.write_bundle(target, members, classes=CLASSES, canaries=pixels, check=pixels[:4], training={})
     return target
 
 
 def _write_canaries(folder: Path, size: tuple[int, int], members: int) -> None:
-    """As training does it: what the members say of 12 images, here of noise."""
+    """Write canaries as training does, of 12 images of noise."""
     pixels = np.random.default_rng(12).integers(0, 256, (12, 1, *size), np.uint8)
     sessions = [
         onnxruntime.InferenceSession(folder / f"member{index}.onnx", providers=["CPUExecutionProvider"])

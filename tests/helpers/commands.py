@@ -1,4 +1,4 @@
-"""The commands that there are, found by their text, so that a new one is not forgotten; and their parsers."""
+"""List all commands of the project, by their source text, and their parsers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from engine.core.errors import UsageError
 from tests.helpers.processes import ROOT
 
 PEERS = "benchmarks/peers/"
-# processes that others start, and so are the peers
+# modules that other processes start
 NO_COMMANDS = {"engine/preprocess/decoder.py", "engine/gpu_worker.py", "tests/helpers/nodes.py"}
 
 
 def commands() -> list[str]:
-    """What is run by `python -m`."""
-    found = []
+    """List the modules that run with `python -m`."""
+    result = []
     for path in sorted(ROOT.glob("*/**/*.py")):
         name = path.relative_to(ROOT).as_posix()
         if name.startswith(".") or name in NO_COMMANDS or path == Path(__file__):
@@ -28,8 +28,8 @@ def commands() -> list[str]:
         if path.name == "__main__.py" or "if __name__ ==" in (text := path.read_text()):
             if name.startswith(PEERS) and "Job.from_command_line()" in text:
                 continue
-            found.append(name.removesuffix(".py").removesuffix("/__main__").replace("/", "."))
-    return found
+            result.append(name.removesuffix(".py").removesuffix("/__main__").replace("/", "."))
+    return result
 
 
 def parser_of(command: str) -> Parser:
@@ -48,15 +48,15 @@ def benchmark_names() -> list[str]:
 
 
 def check_lines(text: str) -> int:
-    """Parse each `python -m COMMAND ...` of a shell text as the command itself does; how many there are."""
+    """Parse each `python -m COMMAND ...` of a shell text with the command's parser; return their number."""
     lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    found = [match[1] for line in lines if (match := re.search(r"(?:^|\s)python -m ([a-z].*)", line))]
-    for line in found:
+    result = [match[1] for line in lines if (match := re.search(r"(?:^|\s)python -m ([a-z].*)", line))]
+    for line in result:
         command, *arguments = shlex.split(re.sub(r"\$\w+", "1", line), comments=True)  # variables: any number
         if command in ("venv", "pip"):
             continue
         parser = parser_of(command)
-        if not arguments:  # its name alone
+        if not arguments:  # only its name
             continue
         try:
             parser.parse_args(arguments)
@@ -64,4 +64,4 @@ def check_lines(text: str) -> int:
             continue
         except UsageError as error:
             raise AssertionError(f"python -m {line}: {error}") from error
-    return len(found)
+    return len(result)

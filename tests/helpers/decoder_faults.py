@@ -1,6 +1,6 @@
 """Images that crash the decoder process or hang it."""
 
-# runs in the decoder before its own code: an image that holds a word does to the process what the word says
+# runs in the decoder before its own code: an image with the word CRASH or HANG crashes or hangs the process
 FAULTS = """
 import os, signal, sys
 if "engine.preprocess.decoder" in sys.orig_argv:

@@ -1,4 +1,4 @@
-"""Folders of images decoded as on a GPU, with DALI's CPU decoders in place of the GPU's."""
+"""Decode folders of images as on a GPU, with DALI's CPU decoders."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def batches_of(folder: Path, decoding: DecodeOptions, batch_size: int = 8) -> It
 
 
 def decoded(folder: Path, decoding: DecodeOptions | None = None, batch_size: int = 8) -> dict[str, object]:
-    """Pixels by file name; the failure's status and text for the others."""
+    """Return the pixels by file name, or status and text of the failure."""
     decoding = decoding or DecodeOptions()
-    found: dict[str, object] = {}
+    result: dict[str, object] = {}
     with (
         Preprocess(size=SIZE, batch_size=4, threads=2, decoding_bytes=1 << 29) as cpu,
         GpuPreprocess(
@@ -36,16 +36,17 @@ def decoded(folder: Path, decoding: DecodeOptions | None = None, batch_size: int
         for batch in preprocess.stage(batches_of(folder, decoding, batch_size), Meter("preprocess")):
             pixels = in_a_slot(batch.device_pixels, len(batch.index))
             names = batch.part.paths[batch.start : batch.start + batch.rows]
-            found |= {names[place]: row for place, row in zip(batch.index, pixels, strict=True)}
-            found |= {
-                names[place]: (Status(batch.status[place]), text) for place, text in batch.errors.items()
+            result |= {names[position]: row for position, row in zip(batch.index, pixels, strict=True)}
+            result |= {
+                names[position]: (Status(batch.status[position]), text)
+                for position, text in batch.errors.items()
             }
             assert len(batch.index) + len(batch.errors) == batch.rows
-    return found
+    return result
 
 
 def in_a_slot(pixels: DecodedPixels, count: int) -> np.ndarray:
-    """What `copy_to` puts into a slot; the rest of it stays as it was."""
+    """Return the pixels that `copy_to` writes to a slot; check that it changes nothing else."""
     filled = torch.full((count + 3, 1, *SIZE), 77, dtype=torch.uint8)
     none = torch.empty(0)
     slot = Slot(filled, torch.zeros_like(filled), none, none, none, copied=None, done=None)

@@ -1,4 +1,4 @@
-"""Encoders that Pillow lacks, and the Pillow reference that the preprocess graph is held against."""
+"""Encoders that Pillow lacks, and the Pillow reference of preprocessing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def encode(picture: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def smooth(height: int, width: int, *, seed: int = 0, channels: int = 1) -> npt.NDArray[np.uint8]:
-    """A radiograph-like field [H, W] or [H, W, C]: large shapes, fine texture, some noise."""
+    """Draw a radiograph-like field [H, W] or [H, W, C]: large shapes, fine texture, some noise."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(20, 235, (8, 8, channels)).astype(np.uint8)
     planes = []
@@ -31,7 +31,7 @@ def smooth(height: int, width: int, *, seed: int = 0, channels: int = 1) -> npt.
 
 
 def png(samples: npt.NDArray[np.generic], *, chunks: dict[bytes, bytes] | None = None) -> bytes:
-    """8 or 16 bit PNG of [H, W] or [H, W, 2 | 3 | 4] with extra chunks before the pixels."""
+    """Encode an 8 or 16 bit PNG of [H, W] or [H, W, 2 | 3 | 4] with extra chunks before the pixels."""
     if samples.ndim == 2:
         samples = samples[:, :, None]
     height, width, channels = samples.shape
@@ -49,7 +49,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def pillow_reference(data: bytes, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Full decode, upright, luma, antialiased bilinear: what the graph has to give."""
+    """Return the expected pixels: full decode, upright, luma, antialiased bilinear."""
     picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("L")
     return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
@@ -65,7 +65,7 @@ def tiff(
     planar: bool = False,
     tags: dict[int, list[int]] | None = None,
 ) -> bytes:
-    """Deflated TIFF of [H, W] or [H, W, C] in strips of 7 rows or tiles (height, width)."""
+    """Encode a deflated TIFF of [H, W] or [H, W, C] in strips of 7 rows or tiles (height, width)."""
     samples = samples if samples.ndim == 3 else samples[:, :, None]
     height, width, channels = samples.shape
     bits = bits or samples.dtype.itemsize * 8
@@ -82,7 +82,7 @@ def tiff(
                 pieces.append(zlib.compress(_packed(piece, bits, order)))
     start = 16 if big else 8
     offsets = np.cumsum([start] + [len(piece) for piece in pieces])
-    every = {
+    all_tags = {
         256: [width],
         257: [height],
         258: [bits] * channels,
@@ -90,14 +90,14 @@ def tiff(
         262: [photometric],
         277: [channels],
     }
-    every |= {284: [2 if planar else 1]} | ({322: [columns], 323: [rows]} if tile else {278: [rows]})
+    all_tags |= {284: [2 if planar else 1]} | ({322: [columns], 323: [rows]} if tile else {278: [rows]})
     spans = [list(offsets[:-1]), [len(piece) for piece in pieces]]
-    every |= dict(zip((324, 325) if tile else (273, 279), spans, strict=True)) | (tags or {})
-    return _tiff_file(b"".join(pieces), every, order, big)
+    all_tags |= dict(zip((324, 325) if tile else (273, 279), spans, strict=True)) | (tags or {})
+    return _tiff_file(b"".join(pieces), all_tags, order, big)
 
 
 def _packed(piece: npt.NDArray[np.generic], bits: int, order: str) -> bytes:
-    """Rows of `bits`-bit samples, each row padded to whole bytes."""
+    """Pack rows of `bits`-bit samples, each padded to whole bytes."""
     if bits in (8, 16):
         return piece.astype(f"{order}u{bits // 8}").tobytes()
     flat = piece.reshape(len(piece), -1)
@@ -113,11 +113,11 @@ def _tiff_file(pixels: bytes, tags: dict[int, list[int]], order: str, big: bool)
         kind, code = (3, "H") if max(numbers) < 1 << 16 else (4, "I")
         packed = struct.pack(f"{order}{len(numbers)}{code}", *numbers)
         if len(packed) > inline:
-            place = struct.pack(order + word, start + len(pixels) + len(values))
+            field = struct.pack(order + word, start + len(pixels) + len(values))
             values += packed
         else:
-            place = packed.ljust(inline, b"\0")
-        directory += struct.pack(order + "HH" + word, tag, kind, len(numbers)) + place
+            field = packed.ljust(inline, b"\0")
+        directory += struct.pack(order + "HH" + word, tag, kind, len(numbers)) + field
     directory += struct.pack(order + word, 0)
     magic = (b"II" if order == "<" else b"MM") + struct.pack(order + "H", 43 if big else 42)
     magic += struct.pack(order + "HH", 8, 0) if big else b""
@@ -128,7 +128,7 @@ def bmp(
     rows: npt.NDArray[np.uint8], width: int, bits: int, *, top_down: bool = False, os2: bool = False,
     palette: npt.NDArray[np.uint8] | None = None, alpha: bool = False,
 ) -> bytes:  # fmt: skip
-    """BMP of packed rows [H, bytes], top row first, not padded; palette [n, 3] in blue, green, red."""
+    """Encode a BMP of packed rows [H, bytes], top row first; palette [n, 3] in blue, green, red."""
     height = len(rows)
     rows = np.pad(rows, [(0, 0), (0, -rows.shape[1] % 4)])
     pixels = (rows if top_down else rows[::-1]).tobytes()
@@ -149,7 +149,7 @@ def bmp(
 
 
 def every_format(height: int = 41, width: int = 53) -> dict[str, bytes]:
-    """One picture in each format and kind that Pillow writes."""
+    """Encode a picture in each format and kind that Pillow writes."""
     gray, colour = smooth(height, width), smooth(height, width, channels=3)
     pictures = {
         "1": Image.fromarray(gray).convert("1"),
@@ -188,7 +188,7 @@ def every_format(height: int = 41, width: int = 53) -> dict[str, bytes]:
 
 
 def image_names(count: int, start: int = 0) -> list[str]:
-    """The names of `write_images`, from number `start` on."""
+    """Return the names of `write_images`, from number `start` on."""
     return [f"image-{row:02}{('.png', '.jpg')[row % 2]}" for row in range(start, start + count)]
 
 

@@ -1,4 +1,4 @@
-"""Small networks and sets for tests of what trains them."""
+"""Small networks and data sets for tests of training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def random_pixels(count: int, size: tuple[int, int] = (16, 12), seed: int = 0) -
 
 
 def stripes(count: int, size: tuple[int, int] = (32, 32)) -> tuple[np.ndarray, np.ndarray, split.Split]:
-    """Pixels, labels, their split: vertical stripes of three widths; gray level and contrast tell nothing."""
+    """Return pixels, labels, split: vertical stripes of three widths with random gray level and contrast."""
     rng = np.random.default_rng(0)
     labels = np.arange(count) % 3
     x = np.arange(size[1])[None, :] + rng.uniform(0, 20, (count, 1))

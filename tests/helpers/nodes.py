@@ -1,6 +1,6 @@
-"""A Ray of several nodes on this machine, in a process of its own: says its address, then obeys.
+"""A Ray cluster of several nodes on this machine, in a separate process.
 
-Commands, a line each: `add`, `remove` (the node added last); each is answered by a line.
+Commands, one per line: `add`, `remove` (the node added last). Each is answered by a line with the address.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass
 class Nodes:
-    """The cluster, and the folder where what goes wrong is ordered."""
+    """The cluster, and the folder of requested faults."""
 
     process: subprocess.Popen[str]
     hurt: Path
@@ -32,24 +32,24 @@ class Nodes:
         (self.hurt / name).touch()
 
     def actors(self) -> list[int]:
-        """The processes of actors that hold an engine."""
-        found = []
+        """List the process ids of the engine's actors."""
+        result = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                words = (folder / "cmdline").read_text()
+                command = (folder / "cmdline").read_text()
                 environment = (folder / "environ").read_text()
             except OSError:
                 continue
-            if words.startswith("ray::Actor") and f"HURT={self.hurt}" in environment:
-                found.append(int(folder.name))
-        return found
+            if command.startswith("ray::Actor") and f"HURT={self.hurt}" in environment:
+                result.append(int(folder.name))
+        return result
 
     def wait_for_actors(self, count: int) -> list[int]:
         deadline = time.monotonic() + 60
-        while len(found := self.actors()) < count:
-            assert time.monotonic() < deadline, f"{len(found)} actors"
+        while len(result := self.actors()) < count:
+            assert time.monotonic() < deadline, f"{len(result)} actors"
             time.sleep(0.02)
-        return found
+        return result
 
 
 def main() -> None:

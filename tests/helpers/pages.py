@@ -1,4 +1,4 @@
-"""A page taken apart, for tests."""
+"""Parse an HTML page, for tests."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Page(HTMLParser):
         return list(self._sections)[1:]
 
     def section(self, heading: str) -> str:
-        """The words below a heading."""
+        """Return the text below a heading."""
         return " ".join(" ".join(self._sections[heading]).split())
 
     @property

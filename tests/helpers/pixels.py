@@ -1,4 +1,4 @@
-"""Images through the engine's reader and preprocess."""
+"""Run images through the engine's reader and preprocessing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from engine.reader.reader import Reader
 
 
 def part_of(paths: Sequence[str | None], index: int = 0) -> Part:
-    """A part whose rows are `paths`, without further columns."""
+    """Make a part whose rows are `paths`, without further columns."""
     return Part(index, np.arange(len(paths)), list(paths), pa.table({"_": pa.nulls(len(paths))}))
 
 
@@ -31,13 +31,13 @@ def read_batches(
     limits: Limits | None = None,
     **options: Any,
 ) -> Iterator[Batch]:
-    """The batches of one part of `paths`, as the reader reads them."""
+    """Read the batches of one part of `paths`."""
     reader = Reader(root, batch_size, threads, limits or Limits(), **options)
     return reader.stage([part_of(paths)], Meter("read"))
 
 
 def pixels_alone(paths: Sequence[Path], size: tuple[int, int]) -> list[np.ndarray | None]:
-    """uint8 [1, H, W] of each file, None for one that is refused; no other image is near it."""
+    """Return uint8 [1, H, W] of each file, None if it is refused; each image is its own batch."""
     batches = read_batches(Path(), [str(path) for path in paths], batch_size=1, threads=1)
     with Preprocess(size=size, batch_size=1, threads=1, decoding_bytes=1) as preprocess:
         return [

@@ -1,4 +1,4 @@
-"""Processes of this project's commands."""
+"""Run commands of this project."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def run_module(
 def run_here(
     module: str, arguments: Sequence[str | Path], *, folder: Path
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m MODULE ARGUMENTS` in `folder`, within this process: without the seconds that a start takes.
+    """Run `python -m MODULE ARGUMENTS` in `folder`, in this process, which saves the start-up.
 
-    Not for what ends by a signal or by `--finish-by`.
+    Not for runs that end by a signal or `--finish-by`.
     """
     imported = import_module(module)
     main = (import_module(f"{module}.__main__") if hasattr(imported, "__path__") else imported).main
@@ -63,7 +63,7 @@ def run_here(
 
 
 def in_background(arguments: Sequence[str | Path], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """`python ARGUMENTS` in `folder`, in a session of its own, with its output to be read."""
+    """Start `python ARGUMENTS` in `folder`, in a new session, with pipes for its output."""
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=folder,
@@ -77,7 +77,7 @@ def in_background(arguments: Sequence[str | Path], folder: Path, **environment: 
 
 @contextmanager
 def starting(folder: Path) -> Iterator[Start]:
-    """Starts `python ARGUMENTS` in `folder` in the background; what is left of it at the end is killed."""
+    """Yield a function that starts `python ARGUMENTS` in `folder`; kill the processes at the end."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:

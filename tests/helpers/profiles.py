@@ -1,4 +1,4 @@
-"""Tuning profiles as engine.tune writes them."""
+"""Make tuning profiles as engine.tune does."""
 
 from __future__ import annotations
 

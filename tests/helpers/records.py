@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote of a run of 40 rows in parts of 8, to be read by every later version."""
+"""Files that version 0.1.0 wrote for a run of 40 rows in parts of 8."""
 
 from __future__ import annotations
 

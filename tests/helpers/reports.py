@@ -1,4 +1,4 @@
-"""Results for reports: what a bundle with operating points adds, overlays, hostile names."""
+"""Results for reports: operating points, overlays, hostile names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def votes(table: pa.Table, prefix: str, classes: list[str]) -> Any:
 
 
 def with_operating_points(results: Path) -> Path:
-    """As a run of a bundle that has groups and operating points would have written it."""
+    """Change results to those of a bundle with groups and operating points."""
     run = json.loads((results / "_run.json").read_text())
     classes, weights = run["classes"], run["weights"]
     run |= {
@@ -49,12 +49,12 @@ def with_operating_points(results: Path) -> Path:
     (results / "_run.json").write_text(json.dumps(run))
     for file in results.glob("part-*.parquet"):
         table = pq.read_table(file)
-        about = table.schema.metadata
+        metadata = table.schema.metadata
         scored = [status == "ok" for status in table["status"].to_pylist()]
         ensemble = votes(table, "", classes)
         members = [votes(table, f"{name}_", classes) for name in weights]
         spread = _bits(ensemble) - sum(
-            weight * _bits(one) for weight, one in zip(weights.values(), members, strict=True)
+            weight * _bits(member) for weight, member in zip(weights.values(), members, strict=True)
         )
         risk = ensemble[:, -1]
         triage = np.where(risk > 0.6, "refer", np.where(risk < 0.2, "rule_out", "gray_zone")).tolist()
@@ -64,23 +64,23 @@ def with_operating_points(results: Path) -> Path:
             "entropy": (_bits(ensemble).tolist(), pa.float32()),
             "member_disagreement": (np.maximum(spread, 0).tolist(), pa.float32()),
             "triage": (triage, pa.string()),
-            "abstain": ([bool(one) for one in reasons], pa.bool_()),
+            "abstain": ([bool(names) for names in reasons], pa.bool_()),
             "abstain_reasons": (reasons, pa.list_(pa.string())),
         }
         table = table.drop_columns([name for name in added if name in table.column_names])
         for name, (values, kind) in added.items():
-            known = [value if ok else None for value, ok in zip(values, scored, strict=True)]
-            table = table.append_column(name, pa.array(known, kind))
-        pq.write_table(table.replace_schema_metadata(about), file)
+            cells = [value if ok else None for value, ok in zip(values, scored, strict=True)]
+            table = table.append_column(name, pa.array(cells, kind))
+        pq.write_table(table.replace_schema_metadata(metadata), file)
     return results
 
 
-def _bits(likely: Any) -> Any:
-    return -(likely * np.log2(np.maximum(likely, 1e-12))).sum(axis=1)
+def _bits(probabilities: Any) -> Any:
+    return -(probabilities * np.log2(np.maximum(probabilities, 1e-12))).sum(axis=1)
 
 
 def with_explanations(results: Path, row: int, voter: str = "ensemble") -> Path:
-    """One overlay, as engine.explain leaves it."""
+    """Write an overlay as engine.explain does."""
     folder = results / "explanations"
     folder.mkdir()
     picture = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Runs of the engine: lists of images, processes that screen them, and the rows that they leave."""
+"""Helpers of runs: lists of images, processes that screen them, their rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARDED_ROWS, SHARDED_PART_ROWS = 2000, 16  # of the fixture `whole`
 
 
 def list_images(folder: Path, rows: int, *, name: str = "m.txt") -> Path:
-    """A text list of `rows` rows over eight images, one of them missing and one damaged."""
+    """Write a text list of `rows` rows over eight images, a missing one and a damaged one."""
     if not (folder / "images").exists():
         write_images(folder / "images", 8)
     good = (folder / "images" / "image-01.jpg").read_bytes()
@@ -39,7 +39,7 @@ def list_images(folder: Path, rows: int, *, name: str = "m.txt") -> Path:
 def screen_columns(
     archive: Path, output: Path, columns: Mapping[str, Any], bundle: Path, **options: Any
 ) -> Path:
-    """The results in `output` of a manifest with these columns, in the folder `archive`."""
+    """Screen a manifest with these columns in the folder `archive`; return `output`."""
     manifest = archive / f"{output.name}.csv"
     pd.DataFrame(columns).to_csv(manifest, index=False)
     engine.screen(manifest, output=output, bundle=bundle, **options)
@@ -72,11 +72,11 @@ def only_one_run_is_left(folder: Path) -> bool:
 
 
 def ended(process: subprocess.Popen[str], status: int = 0) -> str:
-    """Wait for the end; what the process said on standard error."""
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == status, said
-    assert "Traceback" not in said
-    return said
+    """Wait for the end of the process; return its standard error."""
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == status, log
+    assert "Traceback" not in log
+    return log
 
 
 def read_frame(output: Path) -> pd.DataFrame:
@@ -88,7 +88,7 @@ def csv(paths: list[str]) -> bytes:
 
 
 def rows(parts: Sequence[Any]) -> pa.Table:
-    """The parts without paths, which differ by design, and without what the listing of a folder adds."""
+    """Return the rows without the columns that differ by design: paths and columns of a listing."""
     table = pa.concat_tables([pq.read_table(part) for part in parts]).replace_schema_metadata(None)
     return table.select(
         [name for name in table.column_names if name not in ("path", "file_size", "file_mtime")]
@@ -100,8 +100,8 @@ def local_rows(folder: Path) -> pa.Table:
 
 
 def keys(client: Any, prefix: str) -> list[str]:
-    found = client.list_objects_v2(Bucket="archive", Prefix=prefix).get("Contents", [])
-    return [entry["Key"].removeprefix(prefix) for entry in found if entry["Key"] != prefix]
+    result = client.list_objects_v2(Bucket="archive", Prefix=prefix).get("Contents", [])
+    return [entry["Key"].removeprefix(prefix) for entry in result if entry["Key"] != prefix]
 
 
 def stored_rows(client: Any, prefix: str) -> pa.Table:
@@ -111,7 +111,7 @@ def stored_rows(client: Any, prefix: str) -> pa.Table:
 
 
 def many_rows(results: Path, rows: int, parts: int) -> int:
-    """Make the one row of `results` many, each of its own path; the bytes of a part as Arrow holds it."""
+    """Repeat the row of `results` with different paths; return the bytes of a part in Arrow."""
     run = json.loads((results / "_run.json").read_text()) | {"rows": rows * parts}
     run["result_options"]["part_rows"] = rows
     (results / "_run.json").write_text(json.dumps(run))

@@ -1,4 +1,4 @@
-"""Servers on this machine's loopback: S3, a proxy that fails on purpose before it, and a small web server."""
+"""Local servers: S3, a proxy in front of it that fails on purpose, and a small web server."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: object) -> None:
-        """A client that goes away is none."""
+        """Ignore clients that disconnect."""
 
 
 @contextmanager
 def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[int]:
-    """The port."""
+    """Serve in a thread and yield the port."""
     server = _Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -48,7 +48,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -77,10 +77,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 class Proxy:
-    """Hands requests on to an HTTP server, and fails as told.
+    """Forwards requests to an HTTP server and fails on purpose.
 
-    Every `every`th request fails as `fault` says: "503", "reset" or "cut", after half of the body.
-    `refuse` may answer a request by itself, by method and path.
+    Every `every`th request fails with `fault`: "503", "reset", or "cut" after half of the body. `refuse` may
+    answer a request by method and path.
     """
 
     def __init__(self, upstream: int) -> None:
@@ -141,9 +141,10 @@ class Proxy:
 
 @contextmanager
 def web_server(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """Its address and the requests that came. Serves `files`, and by the first folder of a path:
+    """Serve `files`; yield the address and the list of requested paths.
 
-    /chunked/ without a length, /cut/ less than announced, /moved/ by a redirect, /status/N/ nothing but N.
+    The first folder of a path selects the answer: /chunked/ has no length, /cut/ is shorter than announced,
+    /moved/ is a redirect, /status/N/ is only status N.
     """
     seen: list[str] = []
 

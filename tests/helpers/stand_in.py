@@ -1,11 +1,11 @@
 """A stand-in for `torch.cuda` on the CPU that checks the order of accesses.
 
-Work on a stream does not run when it is launched, but when the host waits for an event that needs it, in an
-order drawn at random among those that streams and events allow. So what is read too early is stale. And two
-accesses to one buffer, one of them a write, that nothing orders raise OrderError when the second is launched.
+Work on a stream runs only when the host waits for an event that needs it, in a random order that streams and
+events allow, so values that are read too early are stale. Two unordered accesses to one buffer, one of them a
+write, raise OrderError when the second is launched.
 
-Knows what the GPU step uses: streams, events, graphs and `Tensor.copy_` under a stream; kernels are launched
-through `launch`, which is told what they read and write.
+It supports streams, events, graphs and `Tensor.copy_` under a stream; kernels are launched with `launch` and
+the tensors that they read and write.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Span = tuple[int, int]  # addresses of a tensor's bytes
 
 
 class OrderError(AssertionError):
-    """Two accesses to one buffer that nothing orders, or a capture that is not joined."""
+    """Two unordered accesses to one buffer, or a capture that is not joined."""
 
 
 class Work:
-    """One piece of work, and all that has to be over before it starts."""
+    """A piece of work, and the work that must end before it starts."""
 
     def __init__(
         self, run: Callable[[], None], before: Iterable[Work], reads: set[Span], writes: set[Span]
@@ -42,7 +42,7 @@ class Work:
 class Stream:
     def __init__(self, cuda: StandIn) -> None:
         self._cuda = cuda
-        self.last: set[Work] = set()  # what the next work on this stream comes after
+        self.last: set[Work] = set()  # work before the next work on this stream
         self.cuda_stream = id(self)
 
     def wait_event(self, event: Event) -> None:
@@ -69,7 +69,7 @@ class Event:
 
 
 class Graph:
-    """Work captured on some streams; each replay is the same work again, after what the stream holds then."""
+    """Work captured on streams; a replay adds the same work after the current work of the stream."""
 
     def __init__(self, cuda: StandIn) -> None:
         self._cuda = cuda
@@ -77,25 +77,25 @@ class Graph:
 
     def replay(self) -> None:
         stream = self._cuda.current
-        again: dict[Work, Work] = {}
-        for work in self.captured:  # in the order of capture, which is one of those allowed
-            inside = {again[before] for before in work.before if before in again}
-            again[work] = self._cuda.add(work.run, inside or stream.last, work.reads, work.writes)
-        ends = set(again.values()) - {before for work in again.values() for before in work.before}
+        replayed: dict[Work, Work] = {}
+        for work in self.captured:  # in the order of capture, an allowed order
+            inside = {replayed[before] for before in work.before if before in replayed}
+            replayed[work] = self._cuda.add(work.run, inside or stream.last, work.reads, work.writes)
+        ends = set(replayed.values()) - {before for work in replayed.values() for before in work.before}
         stream.last = ends or stream.last
 
 
 class StandIn(TorchDispatchMode):
     """Use as `with StandIn(seed) as cuda: GpuStep(..., cuda=cuda)`.
 
-    `drop_wait` and `drop_sync` leave out the n-th wait of a stream, or of the host: for tests of this file.
+    `drop_wait` and `drop_sync` omit the n-th wait of a stream, or of the host, to test the stand-in.
     """
 
     def __init__(self, seed: int, *, drop_wait: int = 0, drop_sync: int = 0) -> None:
         super().__init__()
         self._random = random.Random(seed)
         self._pending: list[Work] = []
-        self._launched: list[Work] = []  # and not known to the host to be over
+        self._launched: list[Work] = []  # and not yet waited for by the host
         self._capturing: Graph | None = None
         self.drop_wait, self.drop_sync = drop_wait, drop_sync
         self.waits = self.syncs = 0
@@ -125,7 +125,7 @@ class StandIn(TorchDispatchMode):
     def graph(self, graph: Graph, *, pool: object, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local"
         self._capturing = graph
-        before = {one: one.last for one in self._streams}
+        before = {captured: captured.last for captured in self._streams}
         graph.captured = [Work(lambda: None, (), set(), set())]
         stream.last = set(graph.captured)
         with self.stream(stream):
@@ -134,8 +134,8 @@ class StandIn(TorchDispatchMode):
         ends = set(graph.captured) - {before for work in graph.captured for before in work.before}
         if not ends <= stream.last:
             raise OrderError("a captured stream was not joined")
-        for one, last in before.items():  # a capture runs nothing
-            one.last = last
+        for captured, last in before.items():  # a capture runs nothing
+            captured.last = last
 
     def graph_pool_handle(self) -> object:
         return object()
@@ -146,7 +146,7 @@ class StandIn(TorchDispatchMode):
     def launch(
         self, run: Callable[[], None], *, reads: Sequence[torch.Tensor], writes: Sequence[torch.Tensor]
     ) -> None:
-        """A kernel on the current stream."""
+        """Launch a kernel on the current stream."""
         stream = self.current
         work = self.add(run, stream.last, {_span(x) for x in reads}, {_span(x) for x in writes})
         stream.last = {work}
@@ -169,11 +169,11 @@ class StandIn(TorchDispatchMode):
         return work
 
     def run_until(self, wanted: set[Work]) -> None:
-        """Run all of `wanted` and what comes before; now and then, as a GPU would, something else too."""
+        """Run `wanted` and the work before it, and at random other work, as a GPU may."""
         needed = wanted.union(*(work.ancestors for work in wanted))
         while any(not work.ran for work in needed):
             ready = [work for work in self._pending if all(before.ran for before in work.before)]
-            assert any(work in needed for work in ready), "it waits for what was never launched"
+            assert any(work in needed for work in ready), "it waits for work that was never launched"
             work = self._random.choice(ready)
             if work in needed or self._random.random() < 0.3:
                 with self.stream(self.default):
@@ -204,10 +204,10 @@ def _span(tensor: torch.Tensor) -> Span:
     return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
-def _conflict(one: Work, other: Work) -> bool:
-    """Whether they touch the same bytes and one of them writes."""
-    pairs = [(a, b) for a in one.writes for b in other.writes | other.reads]
-    pairs += [(a, b) for a in one.reads for b in other.writes]
+def _conflict(work: Work, other: Work) -> bool:
+    """Return whether they access the same bytes and one of them writes."""
+    pairs = [(a, b) for a in work.writes for b in other.writes | other.reads]
+    pairs += [(a, b) for a in work.reads for b in other.writes]
     return any(a[0] < b[1] and b[0] < a[1] for a, b in pairs)
 
 

@@ -1,4 +1,4 @@
-"""How near is near enough, in one place."""
+"""The tolerances of all tests."""
 
 # pixels of the DALI graph against Pillow's full decode and antialiased BILINEAR, gray levels
 PIXEL_MEAN = 1.0

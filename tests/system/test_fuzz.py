@@ -57,10 +57,10 @@ def complaints(outcome: Outcome, tamper: Callable[[list[Row]], object]) -> set[t
     """What the checks say of the rows after `tamper`, beyond what they say of the rows as they are."""
     rows = copy.deepcopy(outcome.runs[0].rows)
     tamper(rows)
-    found = [*check_rows(rows, outcome.files, outcome.reference, Path("/secret"))]
-    found += compare(outcome.runs[0].rows, rows, "a second time")
+    result = [*check_rows(rows, outcome.files, outcome.reference, Path("/secret"))]
+    result += compare(outcome.runs[0].rows, rows, "a second time")
     before = check_rows(outcome.runs[0].rows, outcome.files, outcome.reference, Path("/secret"))
-    return {(each.path, each.text) for each in found} - {(each.path, each.text) for each in before}
+    return {(each.path, each.text) for each in result} - {(each.path, each.text) for each in before}
 
 
 def swap_scores(rows: list[Row], one: int, two: int) -> None:
@@ -69,7 +69,7 @@ def swap_scores(rows: list[Row], one: int, two: int) -> None:
         rows[one][name], rows[two][name] = rows[two][name], rows[one][name]
 
 
-def test_rows_that_changed_places_are_noticed(outcome: Outcome) -> None:
+def test_swapped_rows_are_reported(outcome: Outcome) -> None:
     good = [
         index
         for index, (file, row) in enumerate(zip(outcome.files, outcome.runs[0].rows, strict=True))
@@ -104,13 +104,13 @@ def test_rows_that_changed_places_are_noticed(outcome: Outcome) -> None:
         ("truncated", {"status": "empty"}, "status 'empty' of a file"),
     ],
 )
-def test_a_wrong_row_is_noticed(outcome: Outcome, status: str, change: Row, complaint: str) -> None:
+def test_a_wrong_row_is_reported(outcome: Outcome, status: str, change: Row, complaint: str) -> None:
     index = next(index for index, row in enumerate(outcome.runs[0].rows) if row["status"] == status)
     noticed = complaints(outcome, lambda rows: rows[index].update(change))
     assert any(path == outcome.files[index].path and complaint in text for path, text in noticed), noticed
 
 
-def test_lost_and_surplus_rows_are_noticed(outcome: Outcome) -> None:
+def test_lost_and_surplus_rows_are_reported(outcome: Outcome) -> None:
     path = outcome.files[5].path
     assert (path, "no row") in complaints(outcome, lambda rows: rows.pop(5))
     assert (path, "a row too many") in complaints(outcome, lambda rows: rows.insert(5, rows[5]))
@@ -130,7 +130,7 @@ def test_lost_and_surplus_rows_are_noticed(outcome: Outcome) -> None:
         ({"restarts": 1}, "crashed 1 times"),
     ],
 )
-def test_a_bad_run_is_noticed(outcome: Outcome, change: dict[str, object], complaint: str) -> None:
+def test_a_failed_run_is_reported(outcome: Outcome, change: dict[str, object], complaint: str) -> None:
     (problem,) = check_run(replace(outcome.runs[0], **change), memory_mb=MEMORY_MB)
     assert complaint in problem.text
 
@@ -146,11 +146,11 @@ def test_memory_counts_all_descendants() -> None:
     with subprocess.Popen(command, start_new_session=True) as shell:
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            found = process_tree(shell.pid)
-            if len(found) == 3 and all(process.resident_bytes for process in found.values()):
+            result = process_tree(shell.pid)
+            if len(result) == 3 and all(process.resident_bytes for process in result.values()):
                 break  # all are there, and none is just starting
             time.sleep(0.01)
-        for process in found:
+        for process in result:
             subprocess.run(["kill", str(process)], check=True)
-    assert len(found) == 3
-    assert all(process.resident_bytes > 0 for process in found.values())
+    assert len(result) == 3
+    assert all(process.resident_bytes > 0 for process in result.values())

@@ -45,7 +45,7 @@ ssize_t read(int file, void *buffer, size_t count) {
 
 
 @pytest.mark.parametrize(("kills", "rows"), [(8, 3200), pytest.param(30, 8000, marks=pytest.mark.slow)])
-def test_kills_change_nothing(
+def test_kills_do_not_change_the_results(
     start: Start, engine_run: Command, bundle: Path, tmp_path: Path, kills: int, rows: int
 ) -> None:
     list_images(tmp_path, rows)
@@ -114,7 +114,7 @@ def test_a_second_interrupt_stops_at_once(
     assert table(tmp_path / "out").num_rows == 3_000
 
 
-def test_finish_by_stops_at_the_border_of_a_part(
+def test_finish_by_stops_between_parts(
     start: Start, engine_process: Command, bundle: Path, tmp_path: Path
 ) -> None:
     list_images(tmp_path, 100_000)
@@ -125,17 +125,17 @@ def test_finish_by_stops_at_the_border_of_a_part(
     assert abs((datetime.now() - moment).total_seconds()) < 3
     assert "stopped for --finish-by" in errors
     assert f"done by {moment:%H:%M}" in errors  # the forecast
-    found = len(parts(tmp_path / "out"))
-    assert found > 2
-    assert f"{128 * found} of 100000 rows" in errors
+    result = len(parts(tmp_path / "out"))
+    assert result > 2
+    assert f"{128 * result} of 100000 rows" in errors
     # tonight's deadline may differ from yesterday's
     moment = datetime.now() + timedelta(seconds=10)
     again = engine_process("m.txt", "-o", "out", "--finish-by", moment.isoformat(), "-b", bundle)
     assert again.returncode == 5, again.stderr
-    assert len(parts(tmp_path / "out")) > found
+    assert len(parts(tmp_path / "out")) > result
 
 
-def test_finish_by_is_named_in_the_middle_of_a_part(start: Start, tmp_path: Path) -> None:
+def test_finish_by_stops_inside_a_part(start: Start, tmp_path: Path) -> None:
     list_images(tmp_path, 100_000)
     moment = datetime.now() + timedelta(seconds=5)
     process = start("m.txt", "-o", "out", "--part-rows", "100000", "--finish-by", moment.isoformat())
@@ -163,7 +163,7 @@ def with_mounts(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return run
 
 
-def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(bundle: Path, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run_and_free_space_lets_it_resume(bundle: Path, tmp_path: Path) -> None:
     list_images(tmp_path, 4_000)
     (tmp_path / "out").mkdir()
     script = f"""
@@ -250,10 +250,10 @@ def test_a_read_that_hangs_costs_its_row_and_no_time_of_others(start: Start, tmp
     assert time.monotonic() - began < 9, "the others wait for the read that hangs"
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    found = table(tmp_path / "out").to_pandas().set_index("row")
-    assert sorted(found[found.status == "timeout"].index) == hanging
-    assert found.error[5] == "no answer for 9 s (--read-timeout)"
-    rest = found.drop(hanging)
+    result = table(tmp_path / "out").to_pandas().set_index("row")
+    assert sorted(result[result.status == "timeout"].index) == hanging
+    assert result.error[5] == "no answer for 9 s (--read-timeout)"
+    rest = result.drop(hanging)
     assert set(rest.status) == {"ok", "missing", "corrupt"}
     assert rest.path.tolist() == [line for row, line in enumerate(lines) if row not in hanging]
     assert rest.groupby("path").p_normal.nunique(dropna=False).eq(1).all()
@@ -282,7 +282,7 @@ def test_storage_that_hangs_as_a_whole_stops_the_run(start: Start, tmp_path: Pat
     assert process.returncode == 5, errors
 
 
-def test_only_errors_mends_what_can_be_mended(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
+def test_only_errors_rescores_repaired_images(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
     manifest = list_images(tmp_path, 200)
     frame = pd.DataFrame({"path": manifest.read_text().splitlines()})
     frame["patient"] = [f"{row:03}" for row in range(200)]
@@ -385,7 +385,7 @@ def test_the_ledger_names_the_part_that_is_wrong(
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
-def test_a_crash_of_the_decoder_is_told(start: Start, tmp_path: Path) -> None:
+def test_a_crash_of_the_decoder_is_reported(start: Start, tmp_path: Path) -> None:
     list_images(tmp_path, 30)
     (tmp_path / "images" / "nowhere").write_bytes(smooth_jpeg(1, b"CRASH"))
     (tmp_path / "faults").mkdir()
@@ -393,8 +393,8 @@ def test_a_crash_of_the_decoder_is_told(start: Start, tmp_path: Path) -> None:
     process = start("m.txt", "-o", "out", PYTHONPATH=f"{ROOT}:{tmp_path / 'faults'}")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    found = table(tmp_path / "out").to_pandas()
-    crashed = found[found.status == "crashed"]
+    result = table(tmp_path / "out").to_pandas()
+    crashed = result[result.status == "crashed"]
     assert set(crashed.path) == {"images/nowhere"}
     assert set(crashed.error) == {"decoding the jpeg image failed: the decoder process was ended by SIGSEGV"}
     success = json.loads((tmp_path / "out" / "_SUCCESS").read_text())

@@ -145,24 +145,24 @@ def test_each_failure_has_its_status_and_a_plain_text(
             "abfs://, https:// or http://",
         ),
     }
-    found = read(list(expected))
-    assert dict(zip(expected, zip(statuses(found), errors(found), strict=True), strict=True)) == expected
+    actual = read(list(expected))
+    assert dict(zip(expected, zip(statuses(actual), errors(actual), strict=True), strict=True)) == expected
 
 
 def test_a_size_over_the_limit_is_never_read(proxy: Proxy) -> None:
-    found = read(["s3://archive/knees/image-00.png"], max_file_size=100)
-    assert statuses(found) == [Status.TOO_LARGE]
+    result = read(["s3://archive/knees/image-00.png"], max_file_size=100)
+    assert statuses(result) == [Status.TOO_LARGE]
     assert proxy.requests == 1  # the HEAD
 
 
 def test_many_reads_are_in_flight(proxy: Proxy, names: list[str]) -> None:
     proxy.latency_s = 0.2
-    found = read([f"s3://archive/knees/{name}" for name in names * 3])
-    assert statuses(found).count(Status.OK) == 3 * IMAGES
+    result = read([f"s3://archive/knees/{name}" for name in names * 3])
+    assert statuses(result).count(Status.OK) == 3 * IMAGES
     assert proxy.most_in_flight > 40
 
 
-def test_an_archive_that_refuses_all_is_no_archive_of_unreadable_images(
+def test_storage_that_refuses_all_requests_ends_the_run(
     engine_run: Command, bundle: Path, proxy: Proxy, tmp_path: Path
 ) -> None:
     (tmp_path / "m.csv").write_bytes(csv([f"s3://archive/knees/{row}.png" for row in range(500)]))
@@ -184,9 +184,9 @@ def test_a_bucket_that_may_not_be_listed_can_be_read(proxy: Proxy, names: list[s
         return (403, {}, b"") if "list-type" in path or "nowhere" in path else None
 
     proxy.refuse = refuse
-    found = read([f"s3://archive/knees/{name}" for name in ["nowhere-1", "nowhere-2", *names]])
-    assert statuses(found)[:2] == [Status.UNREADABLE] * 2
-    assert statuses(found).count(Status.OK) == IMAGES
+    result = read([f"s3://archive/knees/{name}" for name in ["nowhere-1", "nowhere-2", *names]])
+    assert statuses(result)[:2] == [Status.UNREADABLE] * 2
+    assert statuses(result).count(Status.OK) == IMAGES
 
 
 @pytest.mark.slow
@@ -209,18 +209,18 @@ def test_an_endpoint_that_is_down_ends_the_run_and_the_same_command_goes_on(
     with monkeypatch.context() as context:
         context.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens
         never = start("m.csv", "-o", "never")
-    _, said = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert said.splitlines()[-1].startswith("error: the images have disappeared: s3://archive or")
-    _, said = never.communicate(timeout=60)
+    assert log.splitlines()[-1].startswith("error: the images have disappeared: s3://archive or")
+    _, log = never.communicate(timeout=60)
     assert never.returncode == 1
-    assert said.splitlines()[-1].startswith("error: images at s3://archive: the storage does not answer; ")
+    assert log.splitlines()[-1].startswith("error: images at s3://archive: the storage does not answer; ")
     assert not list((tmp_path / "never").glob("part-*"))
     proxy.refuse, proxy.latency_s = (lambda method, path: None), 0
     run = engine_run("m.csv", "-b", bundle)
     assert run.returncode == 0, run.stderr
-    found = local_rows(tmp_path / "results").drop_columns(["row"])
-    assert found.equals(pa.concat_tables([local.drop_columns(["row"])] * rounds))
+    result = local_rows(tmp_path / "results").drop_columns(["row"])
+    assert result.equals(pa.concat_tables([local.drop_columns(["row"])] * rounds))
 
 
 def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
@@ -305,13 +305,13 @@ def test_an_archive_in_s3_is_listed_and_known_again_by_the_objects_time(
     with ZipFile(tmp_path / "k.zip", "w") as packed:
         packed.writestr("a/../b.png", (images / "image-00.png").read_bytes())
     client.upload_file(str(tmp_path / "k.zip"), "archive", "packed/k.zip")
-    place = "s3://archive/packed/k.zip"
-    listed = run_module("engine.manifest", [place, "-o", "list.parquet"], folder=tmp_path, timeout_s=60)
+    position = "s3://archive/packed/k.zip"
+    listed = run_module("engine.manifest", [position, "-o", "list.parquet"], folder=tmp_path, timeout_s=60)
     assert listed.returncode == 0, listed.stderr
-    assert pq.read_table(tmp_path / "list.parquet")["path"].to_pylist() == [f"{place}::a/../b.png"]
-    assert engine_run(place, "-b", bundle, "-o", "first").returncode == 0
+    assert pq.read_table(tmp_path / "list.parquet")["path"].to_pylist() == [f"{position}::a/../b.png"]
+    assert engine_run(position, "-b", bundle, "-o", "first").returncode == 0
     assert pq.read_table(tmp_path / "first" / "part-00000.parquet")["status"].to_pylist() == ["ok"]
-    for manifest in (place, "list.parquet"):
+    for manifest in (position, "list.parquet"):
         done = engine_run(manifest, "-b", bundle, "-o", "second", "--since", "first")
         assert "nothing is new" in done.stderr, done.stderr
 
@@ -339,7 +339,7 @@ def test_an_archive_in_s3_is_listed_and_known_again_by_the_objects_time(
         ),
     ],
 )
-def test_wrong_places_are_told_in_one_line(
+def test_wrong_locations_are_one_line_errors(
     proxy: Proxy,
     client: Any,
     bundle: Path,
@@ -354,10 +354,10 @@ def test_wrong_places_are_told_in_one_line(
     monkeypatch.setenv("ENGINE_SALT", "a salt of sixteen bytes and more")
     with pytest.raises(UsageError) as raised:
         screen_in_process(settings_from([*arguments, "-b", str(bundle)]))
-    said = str(raised.value)
-    assert said.startswith(complaint)
-    assert "\n" not in said
-    assert "secret" not in said
+    log = str(raised.value)
+    assert log.startswith(complaint)
+    assert "\n" not in log
+    assert "secret" not in log
     assert not (tmp_path / "results").exists()
 
 
@@ -398,15 +398,17 @@ def test_what_a_web_server_may_do(images: Path, monkeypatch: pytest.MonkeyPatch)
     }
     files |= {"a%20b.png": files["a b.png"]}
     with web_server(files) as (address, seen):
-        found = read([address + path for path in expected])
-        assert dict(zip(expected, zip(statuses(found), errors(found), strict=True), strict=True)) == expected
+        actual = read([address + path for path in expected])
+        assert (
+            dict(zip(expected, zip(statuses(actual), errors(actual), strict=True), strict=True)) == expected
+        )
         assert sum("status/500" in path for path in seen) == common.ATTEMPTS
         below = read(["a b.png"], root=address)
         assert statuses(below) == [Status.OK]
     files["chunked/big"] = b""
     with web_server({"big": bytes(5 << 20), "a.png": files["none"]}) as (address, _):
-        found = read([f"{address}/chunked/big"], max_file_size=3 << 20)
-        assert statuses(found) == [Status.TOO_LARGE]
+        actual = read([f"{address}/chunked/big"], max_file_size=3 << 20)
+        assert statuses(actual) == [Status.TOO_LARGE]
     with pytest.raises(EngineError, match="the server does not answer; fix this and run the same command"):
         read([f"{address}/a.png?signature=secret"] * 3)
 
@@ -425,7 +427,7 @@ def test_without_urllib3_one_line_says_how_to_get_it(
     )
 
 
-def test_a_local_run_pays_for_none_of_it() -> None:
+def test_a_local_run_does_not_import_remote_libraries() -> None:
     script = (
         "import sys, engine.run; from engine.storage.images import ImageStorage; from pathlib import Path\n"
         "ImageStorage(Path('/')).exists('tmp')\n"
@@ -450,7 +452,7 @@ def test_a_local_run_pays_for_none_of_it() -> None:
         ("https://h/%2e%2e%2fetc%2fm.csv", "%2e%2e%2fetc%2fm.csv", "m.csv", "https://h/", None),
     ],
 )
-def test_urls_are_taken_apart(text: str, key: str, name: str, parent: str, below: str | None) -> None:
+def test_urls_are_parsed(text: str, key: str, name: str, parent: str, below: str | None) -> None:
     url = parse_location(text)
     assert isinstance(url, Url)
     assert (url.key, url.name, str(url.parent)) == (key, name, parent)
@@ -520,7 +522,7 @@ def test_locations_outside_the_command_line() -> None:
     assert pd.notna(ImageStorage(Path("/")).exists("tmp"))
 
 
-def test_results_there_are_read_and_merged(
+def test_remote_results_are_read_and_merged(
     proxy: Proxy, client: Any, images: Path, names: list[str], bundle: Path
 ) -> None:
     for run, first in (("one", 0), ("two", 2)):
@@ -550,8 +552,8 @@ def test_two_shards_into_an_object_store(
     (tmp_path / "m.csv").write_bytes(csv([f"s3://archive/knees/{name}" for name in names]))
     output = ("m.csv", "-o", "s3://archive/shards", "--part-rows", "8")
     processes = [start(*output, "--shard", f"{number}/2") for number in (1, 2)]
-    said = [ended(process) for process in processes]
+    log = [ended(process) for process in processes]
     assert stored_rows(client, "shards/").equals(local)
     others = {key for key in keys(client, "shards/") if not key.startswith("part-")}
     assert others == {"_run.json", "_SUCCESS", "report.html"}
-    assert any("and with it all 6 parts" in one for one in said)
+    assert any("and with it all 6 parts" in one for one in log)

@@ -134,7 +134,7 @@ def test_wrong_options(
 
 
 @pytest.mark.parametrize("damage", ["no file", "no header", "a column twice"])
-def test_errors_about_the_manifest_name_nobody(
+def test_errors_about_the_manifest_contain_no_names(
     damage: str, hospital: Path, bundle: Path, engine_run: Command
 ) -> None:
     if damage == "no file":

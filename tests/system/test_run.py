@@ -66,24 +66,24 @@ def test_every_row_gets_its_own_scores(engine_process: Command, archive: Path, b
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "out"
     output = archive.parent / "out"
-    found = engine.read_results(output)
+    result = engine.read_results(output)
     assert sorted(path.name for path in output.glob("part-*")) == [f"part-0000{k}.parquet" for k in range(3)]
-    assert found.row.tolist() == list(range(40))
-    assert found.path.tolist() == frame.path.tolist()
-    assert found.patient.tolist() == frame.patient.tolist()
-    assert np.allclose(found.t_score, frame.t_score)
-    assert found.status[7] == "missing"
-    assert found.status[20] == "truncated"
-    assert (found.status == "ok").sum() == 38
-    assert_scores(found, bundle, archive)
+    assert result.row.tolist() == list(range(40))
+    assert result.path.tolist() == frame.path.tolist()
+    assert result.patient.tolist() == frame.patient.tolist()
+    assert np.allclose(result.t_score, frame.t_score)
+    assert result.status[7] == "missing"
+    assert result.status[20] == "truncated"
+    assert (result.status == "ok").sum() == 38
+    assert_scores(result, bundle, archive)
 
-    failed = found[found.status != "ok"]
+    failed = result[result.status != "ok"]
     assert failed[["prediction", "confidence", "p_normal", "member1_p_normal"]].isna().all(axis=None)
     assert failed.error.notna().all()
-    assert found[found.status == "ok"].error.isna().all()
+    assert result[result.status == "ok"].error.isna().all()
 
 
-def test_files_say_where_they_come_from(engine_run: Command, archive: Path, bundle: Path) -> None:
+def test_files_record_their_provenance(engine_run: Command, archive: Path, bundle: Path) -> None:
     engine_run(archive, "-b", bundle, "-o", "out")
     output = archive.parent / "out"
     run = json.loads((output / "_run.json").read_text())
@@ -120,9 +120,9 @@ def test_all_kinds_of_manifest_give_the_same_rows(
         manifest = archive
     run = engine_run(manifest, "-b", bundle, "-o", "out", "--root", archive)
     assert run.returncode == 0, run.stderr
-    found = engine.read_results(archive.parent / "out")
-    assert found.path.tolist() == names
-    assert_scores(found, bundle, archive)
+    result = engine.read_results(archive.parent / "out")
+    assert result.path.tolist() == names
+    assert_scores(result, bundle, archive)
 
 
 def test_serial_overlapped_and_other_worker_counts_are_equal_bit_for_bit(
@@ -138,7 +138,7 @@ def test_serial_overlapped_and_other_worker_counts_are_equal_bit_for_bit(
     assert tables[0].equals(tables[2])
 
 
-def test_a_finished_run_says_so_and_changes_nothing(engine_run: Command, archive: Path, bundle: Path) -> None:
+def test_a_finished_run_is_reported_and_unchanged(engine_run: Command, archive: Path, bundle: Path) -> None:
     engine_run(archive, "-b", bundle)
     output = archive.parent / "results"
     before = {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in output.iterdir()}
@@ -201,7 +201,7 @@ def test_an_output_folder_with_another_run_is_left_alone(
     assert engine.read_results(tmp_path / "out").shape[0] == 40
 
 
-def test_a_folder_of_something_else_is_never_written_to(
+def test_a_folder_with_other_files_is_not_written_to(
     engine_run: Command, archive: Path, bundle: Path, tmp_path: Path
 ) -> None:
     for options in ([], ["--overwrite"]):
@@ -276,8 +276,8 @@ def test_column_prefix_lets_clashing_columns_through(
     (archive / "m.csv").write_text("path,status\nimage-00.png,scanned\n")
     run = engine_run(archive / "m.csv", "-b", bundle, "-o", "out", "--column-prefix", "manifest_")
     assert run.returncode == 0, run.stderr
-    found = engine.read_results(archive.parent / "out")
-    assert (found.manifest_status[0], found.status[0]) == ("scanned", "ok")
+    result = engine.read_results(archive.parent / "out")
+    assert (result.manifest_status[0], result.status[0]) == ("scanned", "ok")
 
 
 def test_error_rate_over_the_limit_is_status_3(engine_process: Command, archive: Path, bundle: Path) -> None:
@@ -337,7 +337,7 @@ def test_progress_is_plain_lines_and_the_table_adds_up(
     assert "\x1b" not in run.stderr
 
 
-def test_what_is_not_installed_is_said_before_anything_is_written(
+def test_missing_packages_are_reported_before_anything_is_written(
     tmp_path: Path, archive: Path, bundle: Path
 ) -> None:
     blocked = tmp_path / "blocked" / "nvidia"

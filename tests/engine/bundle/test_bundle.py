@@ -13,7 +13,7 @@ from engine.runners.onnx import OnnxRunner
 from tests.helpers.bundles import CLASSES, write_bundle
 
 
-def test_what_was_written_is_loaded(bundle: Path) -> None:
+def test_a_written_bundle_is_loaded(bundle: Path) -> None:
     loaded = load_bundle(bundle)
     assert loaded.classes == CLASSES
     assert loaded.size == (64, 64)
@@ -82,7 +82,7 @@ def _set(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("training", value=[]), r"training is \[\]: expected an object"),
     ],
 )
-def test_a_bundle_that_makes_no_sense_is_refused(
+def test_an_inconsistent_bundle_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], complaint: str
 ) -> None:
     path = write_bundle(tmp_path / "b")
@@ -129,19 +129,19 @@ def test_a_graph_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["trained", "calibrated"])
-def test_what_version_0_1_0_wrote_is_read_and_written_as_it_was(name: str) -> None:
+def test_files_of_version_0_1_0_are_read_and_rewritten_identically(name: str) -> None:
     """`trained` by the training, `calibrated` after it with distances."""
     raw = (Path(__file__).parent / "written_by_0_1_0" / f"{name}.json").read_bytes()
-    found = from_json(raw, EnsembleDescription)
-    assert serialize(found) == raw
-    assert (found.operating_points is UNSET) == (name == "trained")
-    assert found.training["recipe"] == "whole network"
+    result = from_json(raw, EnsembleDescription)
+    assert serialize(result) == raw
+    assert (result.operating_points is UNSET) == (name == "trained")
+    assert result.training["recipe"] == "whole network"
 
 
-def test_what_older_versions_did_not_write_has_a_default() -> None:
+def test_fields_missing_in_older_versions_have_defaults() -> None:
     raw = (Path(__file__).parent / "written_by_0_1_0" / "small.json").read_bytes()
     older = {name: value for name, value in json.loads(raw).items() if name not in ("groups", "training")}
-    found = from_builtins(older, EnsembleDescription)
-    assert (found.groups, found.documents, found.training, found.operating_points) == ({}, (), {}, UNSET)
-    assert found.input.normalization is None
+    result = from_builtins(older, EnsembleDescription)
+    assert (result.groups, result.documents, result.training, result.operating_points) == ({}, (), {}, UNSET)
+    assert result.input.normalization is None
     assert from_builtins(older | {"operating_points": None}, EnsembleDescription).operating_points is None

@@ -15,7 +15,7 @@ WRITTEN = Path(__file__).parent / "written_by_0_1_0"
 
 
 @pytest.mark.parametrize("name", ["passport-int8", "passport-tensorrt"])
-def test_what_version_0_1_0_wrote_is_read_and_written_as_it_was(name: str, tmp_path: Path) -> None:
+def test_files_of_version_0_1_0_are_read_and_rewritten_identically(name: str, tmp_path: Path) -> None:
     plan = plans.load_plan(WRITTEN / f"{name}.json")
     assert plan.path == WRITTEN / plan.passport.plan
     assert plan.passport.parity.passed
@@ -51,7 +51,7 @@ def test_older_passports_have_no_ensemble(tmp_path: Path) -> None:
         ({"surprise": 1}, "surprise: unknown field"),
     ],
 )
-def test_what_makes_no_sense_is_named(changed: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_invalid_fields_are_named(changed: dict[str, Any], complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "member0.json"
     path.write_text(json.dumps(json.loads((WRITTEN / "passport-tensorrt.json").read_text()) | changed))
     with pytest.raises(UsageError, match=complaint) as caught:

@@ -71,7 +71,7 @@ def run(capfd: Any) -> Callable[..., tuple[int, str, str]]:
     """Exit status, standard output, standard error of engine.calibrate."""
 
     def called(*arguments: object) -> tuple[int, str, str]:
-        status = calibrate.main([str(one) for one in arguments])
+        status = calibrate.main([str(argument) for argument in arguments])
         captured = capfd.readouterr()
         return status, captured.out, captured.err
 
@@ -88,12 +88,12 @@ def test_a_bundle_is_calibrated_and_runs_use_it(
     before = (fresh / "ensemble.json").read_bytes()
     engine.screen(labelled, output=tmp_path / "before", bundle=fresh, part_rows=100)
 
-    status, shown, said = run(fresh, "--on", labelled, "--dry-run")
-    assert status == 0, said
-    assert "labels: read Healthy as normal, os as osteoporosis" in said
+    status, shown, log = run(fresh, "--on", labelled, "--dry-run")
+    assert status == 0, log
+    assert "labels: read Healthy as normal, os as osteoporosis" in log
     assert (fresh / "ensemble.json").read_bytes() == before
-    status, out, said = run(fresh, "--on", labelled)
-    assert status == 0, said
+    status, out, log = run(fresh, "--on", labelled)
+    assert status == 0, log
     assert out == shown
     points = section(fresh)
     models = bundles.load_bundle(fresh)
@@ -144,8 +144,8 @@ def test_a_bundle_is_calibrated_and_runs_use_it(
 
     # once more, from the results of either bundle: the same, and not tempered twice
     for results in ("after", "before"):
-        status, _, said = run(fresh, "--on", tmp_path / results)
-        assert status == 0, said
+        status, _, log = run(fresh, "--on", tmp_path / results)
+        assert status == 0, log
         again = section(fresh)
         for name in ("rule_out", "refer", "temperature", "zones", "abstain"):
             assert again[name] == points[name]
@@ -173,7 +173,7 @@ def test_results_of_a_bundle_without_points(labelled: Path, fresh: Path, tmp_pat
 def test_patients_folders_and_options(
     run: Callable[..., tuple[int, str, str]], labelled: Path, fresh: Path, tmp_path: Path
 ) -> None:
-    status, out, said = run(
+    status, out, log = run(
         fresh,
         "--on",
         labelled,
@@ -184,7 +184,7 @@ def test_patients_folders_and_options(
         "--image-flags",
         "burned_in",
     )
-    assert status == 0, said
+    assert status == 0, log
     points = section(fresh)
     assert points["data"]["patients"] == ROWS // 2
     assert f"images of {ROWS // 2} patients" in out
@@ -192,15 +192,13 @@ def test_patients_folders_and_options(
     assert points["asked"] == {"sensitivity": 0.8, "specificity": 0.9}
     frame = pd.read_csv(labelled)
     for row in frame[frame.label.notna()].itertuples():
-        place = tmp_path / "folders" / str(row.label).strip()
-        place.mkdir(parents=True, exist_ok=True)
+        position = tmp_path / "folders" / str(row.label).strip()
+        position.mkdir(parents=True, exist_ok=True)
         if (labelled.parent / str(row.path)).exists():
-            shutil.copy(labelled.parent / str(row.path), place)
-    status, _, said = run(
-        fresh, "--on", tmp_path / "folders", "--sensitivity", "0.8", "--image-flags", "none"
-    )
-    assert status == 0, said
-    assert "labels: the names of the folders" in said
+            shutil.copy(labelled.parent / str(row.path), position)
+    status, _, log = run(fresh, "--on", tmp_path / "folders", "--sensitivity", "0.8", "--image-flags", "none")
+    assert status == 0, log
+    assert "labels: the names of the folders" in log
     assert section(fresh)["rule_out"]["below"] == points["rule_out"]["below"]
     assert section(fresh)["abstain"]["image_flags"] == []
 
@@ -214,10 +212,10 @@ def test_what_is_refused(
     def refused(complaint: str, *options: object, **columns: object) -> None:
         changed = labelled.parent / "changed.csv"
         frame.assign(**columns).to_csv(changed, index=False)
-        status, out, said = run(fresh, *(options or ("--on", changed)))
-        assert status == 2, said
+        status, out, log = run(fresh, *(options or ("--on", changed)))
+        assert status == 2, log
         assert out == ""
-        (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+        (line,) = (line for line in log.splitlines() if line.startswith("error: "))
         assert complaint in line, line
         assert (fresh / "ensemble.json").read_bytes() == before
 
@@ -258,13 +256,13 @@ def test_scores_that_are_no_numbers(
     engine.screen(labelled, output=tmp_path / "out", bundle=fresh)
     part = tmp_path / "out" / "part-00000.parquet"
     table = pq.read_table(part)
-    place = table.schema.names.index("member1_p_normal")
-    values = table.column(place).to_numpy().copy()
+    position = table.schema.names.index("member1_p_normal")
+    values = table.column(position).to_numpy().copy()
     values[3] = np.nan
-    pq.write_table(table.set_column(place, table.schema.field(place), [values]), part)
-    status, _, said = run(fresh, "--on", tmp_path / "out")
+    pq.write_table(table.set_column(position, table.schema.field(position), [values]), part)
+    status, _, log = run(fresh, "--on", tmp_path / "out")
     assert status == 2
-    assert "row 3: its scores are not finite numbers" in said
+    assert "row 3: its scores are not finite numbers" in log
 
 
 def test_runs_of_older_versions_go_on_without_the_columns(
@@ -309,12 +307,12 @@ def as_by_an_older_version(results: Path) -> None:
 @contextmanager
 def found_again(labelled: Path) -> Iterator[None]:
     """The file that is missing."""
-    place = labelled.parent / "gone.png"
-    shutil.copy(labelled.parent / "image-00.png", place)
+    position = labelled.parent / "gone.png"
+    shutil.copy(labelled.parent / "image-00.png", position)
     try:
         yield
     finally:
-        place.unlink()
+        position.unlink()
 
 
 def test_failed_rows_get_the_columns_in_a_retry(labelled: Path, fresh: Path, tmp_path: Path) -> None:

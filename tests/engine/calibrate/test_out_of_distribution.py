@@ -40,15 +40,15 @@ def test_distances_are_those_of_the_shrunk_covariance(count: int, width: int) ->
     assert np.allclose(fit_gaussian(features).distances(odd) ** 2 * width, wanted)
 
 
-def test_what_is_left_of_many_components_has_their_mean_variance() -> None:
+def test_remaining_components_have_their_mean_variance() -> None:
     rng = np.random.default_rng(1)
     features = rng.normal(size=(600, 300)) * np.repeat([5.0, 1.0], [20, 280])
     alike, odd = rng.normal(size=(2, 400, 300)) * np.repeat([5.0, 1.0], [20, 280])
     odd[:, 250:] += 2  # in directions that are not kept apart
-    found = fit_gaussian(features)
-    assert found.components.shape == (300, COMPONENTS)
-    assert np.median(found.distances(alike)) == pytest.approx(1, abs=0.1)
-    assert found.distances(odd).min() > np.quantile(found.distances(alike), 0.5)
+    result = fit_gaussian(features)
+    assert result.components.shape == (300, COMPONENTS)
+    assert np.median(result.distances(alike)) == pytest.approx(1, abs=0.1)
+    assert result.distances(odd).min() > np.quantile(result.distances(alike), 0.5)
 
 
 def test_held_out_distances_are_not_too_small() -> None:
@@ -70,12 +70,12 @@ def test_the_graph_gives_the_distance_and_the_same_logits(bundle: Path) -> None:
     assert np.allclose(features, blocks, atol=1e-6)
     gaussian = fit_gaussian(features)
     session = create_session(graph + distance_subgraph(graph, gaussian), ["CPUExecutionProvider"])
-    logits, found = session.run(None, {"pixels": pixels})
+    logits, result = session.run(None, {"pixels": pixels})
     assert np.array_equal(
         logits, create_session(graph, ["CPUExecutionProvider"]).run(None, {"pixels": pixels})[0]
     )
-    assert (found.dtype, found.shape) == (np.float32, (70,))
-    assert np.allclose(found, gaussian.distances(features), rtol=1e-3)
+    assert (result.dtype, result.shape) == (np.float32, (70,))
+    assert np.allclose(result, gaussian.distances(features), rtol=1e-3)
 
 
 def test_real_networks_have_pooled_features(real_bundle: Path) -> None:
@@ -110,7 +110,7 @@ def archive_with_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_odd_images_are_abstained_from(archive_with_labels: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_run_abstains_on_unusual_images(archive_with_labels: Path, tmp_path: Path, capsys: Any) -> None:
     folder, path = archive_with_labels, write_bundle(tmp_path / "bundle")
     graphs = {name: (path / name).read_bytes() for name in ("member0.onnx", "member1.onnx")}
     labelled = str(folder / "labelled.csv")
@@ -126,8 +126,8 @@ def test_odd_images_are_abstained_from(archive_with_labels: Path, tmp_path: Path
     with OnnxRunner(loaded.members[0], loaded) as runner:
         assert runner.gives_distance
 
-    said: list[str] = []
-    engine.screen(folder, output=tmp_path / "out", bundle=path, include=["*.png", "*.jpg"], say=said.append)
+    log: list[str] = []
+    engine.screen(folder, output=tmp_path / "out", bundle=path, include=["*.png", "*.jpg"], say=log.append)
     rows = engine.read_results(tmp_path / "out")
     odd = rows.abstain_reasons.map(lambda reasons: "out_of_distribution" in reasons)
     white = rows.path.str.startswith("white")
@@ -135,7 +135,7 @@ def test_odd_images_are_abstained_from(archive_with_labels: Path, tmp_path: Path
     assert odd[~white].sum() <= 4  # 1 % of 150, more or less
     assert rows.abstain[odd].all()
     assert rows.attrs["provenance"]["out_of_distribution"] == "looked at"
-    assert not any("out of distribution" in line for line in said)
+    assert not any("out of distribution" in line for line in log)
 
     # again, on other images: other nodes, and the old ones are gone
     frame = pd.read_csv(labelled).iloc[:140]
@@ -172,7 +172,9 @@ def test_odd_images_are_abstained_from(archive_with_labels: Path, tmp_path: Path
         bundles.load_bundle(path)
 
 
-def test_without_ood_the_distances_go(archive_with_labels: Path, tmp_path: Path, capsys: Any) -> None:
+def test_without_ood_the_distances_are_removed(
+    archive_with_labels: Path, tmp_path: Path, capsys: Any
+) -> None:
     path, labelled = write_bundle(tmp_path / "bundle"), str(archive_with_labels / "labelled.csv")
     assert calibrate.main([str(path), "--on", labelled, "--ood"]) == 0
     engine.screen(labelled, output=tmp_path / "out", bundle=path)

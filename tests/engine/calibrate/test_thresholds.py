@@ -67,24 +67,24 @@ def points_of(sample: LabelledScores, asked: CalibrationOptions = ASKED) -> Oper
 
 
 @pytest.mark.parametrize("confidence", [0.5, 1.0, 3.0])
-def test_the_temperature_undoes_what_confidence_was_wrong(confidence: float) -> None:
+def test_the_temperature_corrects_wrong_confidence(confidence: float) -> None:
     likely, labels = truth(20_000, 0)
     sure = said(likely, confidence)
-    found = fit_temperature(sure, labels)
-    assert found == pytest.approx(confidence, rel=0.05)
-    assert np.abs(apply_temperature(sure, found) - likely).mean() < 0.01
+    result = fit_temperature(sure, labels)
+    assert result == pytest.approx(confidence, rel=0.05)
+    assert np.abs(apply_temperature(sure, result) - likely).mean() < 0.01
 
 
 def test_a_temperature_never_makes_the_likelihood_worse() -> None:
     labels = np.array([0, 1, 2] * 20)
     right, wrong = np.eye(3, dtype=np.float32)[labels], np.eye(3, dtype=np.float32)[(labels + 1) % 3]
     mixed = (0.6 * right + 0.3 * wrong + 0.1 / 3).astype(np.float32)
-    found = fit_temperature(mixed, labels)
-    before, after = (apply_temperature(mixed, one)[np.arange(60), labels] for one in (1.0, found))
+    result = fit_temperature(mixed, labels)
+    before, after = (apply_temperature(mixed, one)[np.arange(60), labels] for one in (1.0, result))
     assert np.log(after).mean() > np.log(before).mean()
 
 
-def test_what_is_promised_is_kept_on_fresh_images() -> None:
+def test_guarantees_hold_on_new_images() -> None:
     """300 of an over-confident model's images calibrate, 50,000 others judge; 40 times."""
     fresh, fresh_labels = truth(50_000, 1)
     sure = said(fresh, 2.0)
@@ -117,7 +117,7 @@ def test_what_is_promised_is_kept_on_fresh_images() -> None:
     assert np.mean(optimistic) > np.mean(kept)
 
 
-def test_thresholds_are_the_furthest_that_keep_the_shares() -> None:
+def test_thresholds_are_the_widest_that_meet_the_shares() -> None:
     rng = np.random.default_rng(5)
     for _ in range(50):
         scores = rng.integers(0, 12, 80).astype(np.float32) / 16  # ties
@@ -146,10 +146,10 @@ def test_nine_of_ten_are_90_percent() -> None:
 
 def test_shares_have_exact_intervals() -> None:
     for hits in (0, 1, 17, 39, 40):
-        found = proportion(np.arange(40) < hits, np.arange(40))
+        result = proportion(np.arange(40) < hits, np.arange(40))
         wanted = binomtest(hits, 40).proportion_ci(0.95, "exact")
-        assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
-        assert (found.hits, found.of, found.value) == (hits, 40, hits / 40)
+        assert (result.low, result.high) == pytest.approx((wanted.low, wanted.high))
+        assert (result.hits, result.of, result.value) == (hits, 40, hits / 40)
     nothing = proportion(np.zeros(0, np.bool_), np.zeros(0, np.int64))
     assert (nothing.value, nothing.low, nothing.high) == (None, None, None)
 
@@ -180,7 +180,7 @@ def test_patients_are_in_one_fold_and_widen_the_intervals() -> None:
     assert grouped.temperature.interval == pytest.approx(alone.temperature.interval, rel=0.1)
 
 
-def test_classes_that_are_told_apart_without_error() -> None:
+def test_perfectly_separated_classes() -> None:
     labels = np.array([0, 1, 2] * 40)
     sure = (0.9 * np.eye(3)[labels] + 0.1 / 3).astype(np.float32)
     points = points_of(sample_of(sure, labels))
@@ -191,7 +191,7 @@ def test_classes_that_are_told_apart_without_error() -> None:
     assert points.zones.gray_zone.images == 0
 
 
-def test_too_few_images_promise_nothing() -> None:
+def test_too_few_images_are_refused() -> None:
     assert (min_images(0.9), min_images(0.95), min_images(0.5)) == (29, 59, 5)
     likely, labels = truth(400, 3)
     few = np.flatnonzero(labels == TARGET)[:28]

@@ -44,20 +44,20 @@ def test_metrics_and_json_lines_of_a_run(
     (archive / "bad.jpg").write_bytes((archive / "image-01.jpg").read_bytes()[:-400])
     done = engine_run(archive, "-b", bundle, "-o", "out", *OPERATING)
     assert done.returncode == 0, done.stderr
-    found = families(tmp_path / "nightly.prom")
-    counts = by_label(found, "processed_rows", "status")
+    result = families(tmp_path / "nightly.prom")
+    counts = by_label(result, "processed_rows", "status")
     assert set(counts) == {status.label for status in Status}
     assert {status: count for status, count in counts.items() if count} == {"ok": 40, "truncated": 1}
-    assert found["screening_processed_rows"].type == "counter"
-    assert all(family.documentation for family in found.values())
-    assert value(found, "rows") == 41
-    assert (value(found, "running"), value(found, "exit_status")) == (0, 0)
-    occupancy = by_label(found, "stage_occupancy_ratio", "stage")
+    assert result["screening_processed_rows"].type == "counter"
+    assert all(family.documentation for family in result.values())
+    assert value(result, "rows") == 41
+    assert (value(result, "running"), value(result, "exit_status")) == (0, 0)
+    occupancy = by_label(result, "stage_occupancy_ratio", "stage")
     assert set(occupancy) == {"read", "preprocess", "members", "write"}
     assert 0 < max(occupancy.values()) <= 1
-    assert value(found, "rows_per_second") > 0
-    assert value(found, "remaining_seconds") == 0
-    assert {sample.labels["run"] for family in found.values() for sample in family.samples} == {"nightly"}
+    assert value(result, "rows_per_second") > 0
+    assert value(result, "remaining_seconds") == 0
+    assert {sample.labels["run"] for family in result.values() for sample in family.samples} == {"nightly"}
 
     events = lines(done.stderr)
     assert [event["event"] for event in events if event["event"] != "message"][-2:] == ["progress", "summary"]
@@ -97,24 +97,24 @@ def test_while_it_runs_and_when_it_stops(tmp_path: Path) -> None:
     progress = Progress(100, rows_before=20)
     progress.by_status.update(ok=20)
     with suppress(Stopped), MetricsFile(file) as metrics:
-        found = families(file)
-        assert value(found, "running") == 1
-        assert "screening_rows" not in found
+        result = families(file)
+        assert value(result, "running") == 1
+        assert "screening_rows" not in result
         metrics(progress)
         metrics._write()
-        found = families(file)
-        assert "screening_remaining_seconds" not in found  # there is no rate yet
+        result = families(file)
+        assert "screening_remaining_seconds" not in result  # there is no rate yet
         progress.rows_done, progress.started = 40, progress.started - 10
         progress.meters = {"read": Meter("read", 2, busy_s=5)}
         metrics._write()
-        found = families(file)
-        assert math.isclose(value(found, "remaining_seconds"), 10, rel_tol=0.05)
-        assert math.isclose(value(found, "rows_per_second"), 4, rel_tol=0.05)
-        assert math.isclose(by_label(found, "stage_occupancy_ratio", "stage")["read"], 0.25, rel_tol=0.05)
-        assert found["screening_running"].samples[0].labels["run"] == 'a "night"'
+        result = families(file)
+        assert math.isclose(value(result, "remaining_seconds"), 10, rel_tol=0.05)
+        assert math.isclose(value(result, "rows_per_second"), 4, rel_tol=0.05)
+        assert math.isclose(by_label(result, "stage_occupancy_ratio", "stage")["read"], 0.25, rel_tol=0.05)
+        assert result["screening_running"].samples[0].labels["run"] == 'a "night"'
         raise Stopped("enough")
-    found = families(file)
-    assert (value(found, "running"), value(found, "exit_status")) == (0, 5)
+    result = families(file)
+    assert (value(result, "running"), value(result, "exit_status")) == (0, 5)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 

@@ -12,7 +12,7 @@ def in_seconds(seconds: float) -> datetime:
     return datetime.now(UTC) + timedelta(seconds=seconds)
 
 
-def test_without_a_moment_only_the_event_ends_a_run() -> None:
+def test_without_a_deadline_only_the_event_ends_a_run() -> None:
     stop = threading.Event()
     deadline = Deadline(stop=stop)
     assert not deadline.reached()
@@ -28,7 +28,7 @@ def test_without_a_moment_only_the_event_ends_a_run() -> None:
     assert deadline.stopped("").exit_status == 5
 
 
-def test_a_part_is_begun_only_where_it_ends_in_time() -> None:
+def test_a_part_starts_only_if_it_ends_before_the_deadline() -> None:
     deadline = Deadline(in_seconds(60))
     assert not deadline.reached()
     assert deadline.fits(50)
@@ -37,7 +37,7 @@ def test_a_part_is_begun_only_where_it_ends_in_time() -> None:
     assert deadline.why.startswith("stopped for --finish-by ")  # no part that is left fits
 
 
-def test_a_moment_that_has_come_is_named_and_leaves_its_grace() -> None:
+def test_a_reached_deadline_is_named_and_leaves_the_grace_time() -> None:
     moment = in_seconds(-2)
     deadline = Deadline(moment)
     assert deadline.reached()

@@ -81,7 +81,7 @@ def test_the_entry_of_a_dict_is_named(limits: Any, error: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, b"\xff", "1" * 10_000])
-def test_what_is_not_json_is_said_in_one_line(text: str | bytes) -> None:
+def test_invalid_json_is_a_one_line_error(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r"^it is not JSON") as caught:
         from_json(text, _Ensemble)
     assert "\n" not in str(caught.value)

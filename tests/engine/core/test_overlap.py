@@ -43,7 +43,7 @@ def test_closing_stops_the_source(depth: int) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_it_runs_ahead_but_no_further_than_its_depth() -> None:
+def test_prefetch_reads_ahead_up_to_its_depth() -> None:
     made = []
 
     def source() -> Iterator[int]:
@@ -61,7 +61,7 @@ def test_it_runs_ahead_but_no_further_than_its_depth() -> None:
     iterator.close()
 
 
-def test_meters_tell_who_waits() -> None:
+def test_meters_measure_starved_and_blocked_time() -> None:
     def slow() -> Iterator[int]:
         for item in range(5):
             time.sleep(0.02)

@@ -41,6 +41,6 @@ def test_shards() -> None:
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1/0", "a/b", "3", "1/2/3", "-1/4", "1 / 4", "1/4\n", ""])
-def test_what_is_no_shard_is_refused(text: str) -> None:
+def test_invalid_shards_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="allowed: K/N, with K from 1 to N"):
         parse_shard(text)

@@ -66,14 +66,14 @@ def manifest(archive: Path) -> Path:
     return archive / "manifest.csv"
 
 
-def test_one_screen_that_is_true(
+def test_the_report_of_doctor_is_correct(
     engine_process: Command, manifest: Path, bundle: Path, tmp_path: Path
 ) -> None:
     arguments = [manifest, "-b", bundle, "-o", "out", "--device", "cpu", "--finish-by", "23:59"]
     done = run_module("engine.doctor", arguments, folder=tmp_path, timeout_s=60)
     assert done.returncode == 0, done.stderr
-    said = done.stdout
-    assert len(said.splitlines()) <= 45
+    log = done.stdout
+    assert len(log.splitlines()) <= 45
     for words in (
         "rows                 42",
         "missing              1 of all 42",
@@ -85,11 +85,11 @@ def test_one_screen_that_is_true(
         "done by 23:59",
         "output               out: a new run",
     ):
-        assert words in said, said
-    assert "--only-errors out" in said  # what is missing is no reason not to start
+        assert words in log, log
+    assert "--only-errors out" in log  # what is missing is no reason not to start
     dry = engine_process(*arguments, "--dry-run")
     assert dry.returncode == 0
-    labels = [line[:22] for line in said.splitlines()]
+    labels = [line[:22] for line in log.splitlines()]
     assert [line[:22] for line in dry.stdout.splitlines()] == labels
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.iterdir()) == [manifest.parent]
@@ -102,9 +102,9 @@ def test_the_size_of_results_is_about_what_a_run_writes(manifest: Path, bundle: 
     told = lines_of(asked(settings))["results"]
     engine.screen(manifest, bundle=bundle, output=tmp_path / "out")
     real = (tmp_path / "out" / "part-00000.parquet").stat().st_size / 1000
-    found = re.fullmatch(r"about ([\d.]+) KB", told)
-    assert found
-    assert 0.6 * real < float(found[1]) < 1.6 * real
+    result = re.fullmatch(r"about ([\d.]+) KB", told)
+    assert result
+    assert 0.6 * real < float(result[1]) < 1.6 * real
     again = lines_of(asked(settings))
     assert again["output"].endswith("out: finished")
     assert "for 0 rows" in again["takes"]
@@ -147,7 +147,7 @@ def test_the_bytes_of_results(tmp_path: Path, rows: int, members: int, classes: 
     assert forecast.results_bytes(manifest, models, parts=1) == pytest.approx(real, rel=0.25)
 
 
-def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp_path: Path) -> None:
+def test_each_problem_has_a_fix(manifest: Path, bundle: Path, tmp_path: Path) -> None:
     good = Settings(device="cpu", manifest=manifest, bundle=bundle, output=tmp_path / "out")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -175,13 +175,13 @@ def test_each_problem_comes_with_what_mends_it(manifest: Path, bundle: Path, tmp
         ({"device": "cuda:99"}, "GPU", "--device cpu"),
     ):
         diagnosis = asked(replace(good, **changes))
-        found = [
+        result = [
             problem for problem in diagnosis.problems if problem.blocking and re.search(words, problem.text)
         ]
-        assert found, (words, diagnosis.problems)
-        assert command in found[0].fix
+        assert result, (words, diagnosis.problems)
+        assert command in result[0].fix
         assert diagnosis.exit_status == 2
-        assert f"problem: {found[0].text}\n    {found[0].fix}\n" in shown(diagnosis)
+        assert f"problem: {result[0].text}\n    {result[0].fix}\n" in shown(diagnosis)
 
 
 def test_no_path_is_shown_with_redact(
@@ -195,18 +195,18 @@ def test_no_path_is_shown_with_redact(
     monkeypatch.setattr(doctor, "hush_libraries", lambda: None)  # for good, and of this process
     secret = tmp_path / "DOE^JANE"
     manifest.parent.rename(secret)
-    for place, status, command in (
+    for position, status, command in (
         (secret / "manifest.csv", 0, "run"),
         (secret / "DOE.csv", 2, "manifest FOLDER -o"),
         (secret, 2, "manifest MANIFEST -o"),
     ):
-        options = [str(place), "-b", str(bundle), "-o", str(secret / "out"), "--redact"]
+        options = [str(position), "-b", str(bundle), "-o", str(secret / "out"), "--redact"]
         options += ["--device", "cpu"]
         assert doctor.main(options) == status
-        said = capfd.readouterr()
+        log = capfd.readouterr()
         for word in ("DOE", "JANE", "image-0", str(tmp_path)):
-            assert word not in said.out + said.err, said.out
-        assert f"python -m engine.{command}" in said.out
+            assert word not in log.out + log.err, log.out
+        assert f"python -m engine.{command}" in log.out
     dry = run_module("engine.run", [*options, "--dry-run"], folder=tmp_path, timeout_s=60)
     assert (dry.returncode, "DOE" in dry.stdout + dry.stderr, "rows" in dry.stdout) == (2, False, False)
 
@@ -232,15 +232,15 @@ def test_the_rate_of_a_tuned_machine_is_taken(manifest: Path, bundle: Path, tmp_
         profile.Tried(knobs=knobs, images_per_s=(7.0, 9.0, 8.0)),
     ]
     kept = profile.save_profile(copy, profile_of(profile.machine_key(models, choice), knobs, tried))
-    found = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
-    assert found["rate"] == f"8.0 images/s, as engine.tune measured here (bundle.tuning/{kept.name})"
-    assert "batch 4" in found["tuned"]
+    result = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
+    assert result["rate"] == f"8.0 images/s, as engine.tune measured here (bundle.tuning/{kept.name})"
+    assert "batch 4" in result["tuned"]
     kept.write_text("{}")
-    found = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
-    assert "measured just now" in found["rate"]
+    result = lines_of(asked(Settings(device="cpu", manifest=manifest, bundle=copy, output=tmp_path / "out")))
+    assert "measured just now" in result["rate"]
 
 
-def test_packages_are_held_against_the_metadata(
+def test_packages_are_compared_with_the_metadata(
     tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A distribution of this project's name that asks for what is not here, found before the real one."""
@@ -315,6 +315,6 @@ def test_wrong_usage(
         (["a", "b"], "unrecognized"),
     ):
         assert doctor.main([*arguments, "-b", str(bundle)]) == 2
-        said = capfd.readouterr()
-        assert (said.out, words in said.err) == ("", True), said.err
+        log = capfd.readouterr()
+        assert (log.out, words in log.err) == ("", True), log.err
     assert not list(tmp_path.iterdir())

@@ -43,13 +43,13 @@ def start(tmp_path: Path, bundle: Path) -> Iterator[Start]:
 
 def children(process: subprocess.Popen[str]) -> dict[str, int]:
     """The engines that it has started: their pids by their shards."""
-    found = {}
+    result = {}
     for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
         for child in task.read_text().split():
             words = Path(f"/proc/{child}/cmdline").read_text().split("\0")
             shards = [word.removeprefix("--shard=") for word in words if word.startswith("--shard=")]
-            found |= dict.fromkeys(shards, int(child))
-    return found
+            result |= dict.fromkeys(shards, int(child))
+    return result
 
 
 def gone(pids: dict[str, int]) -> bool:
@@ -61,13 +61,13 @@ def gone(pids: dict[str, int]) -> bool:
     return True
 
 
-def test_all_devices_are_seen_as_one_run(start: Start, tmp_path: Path, whole: object) -> None:
+def test_all_devices_report_as_one_run(start: Start, tmp_path: Path, whole: object) -> None:
     list_images(tmp_path, ROWS)
-    printed, said = (process := start("m.txt", "--log-json", "--metrics-file", "all.prom")).communicate()
-    assert (process.returncode, printed) == (0, "out\n"), said
+    printed, log = (process := start("m.txt", "--log-json", "--metrics-file", "all.prom")).communicate()
+    assert (process.returncode, printed) == (0, "out\n"), log
     assert table(tmp_path / "out").equals(whole)
     assert only_one_run_is_left(tmp_path / "out")
-    events = [json.loads(line) for line in said.splitlines()]
+    events = [json.loads(line) for line in log.splitlines()]
     messages = [event["message"] for event in events if event["event"] == "message"]
     assert sum("ONNX Runtime on the CPU" in message for message in messages) == 1
     assert sum(f"with it all {-(-ROWS // PART_ROWS)} parts" in message for message in messages) >= 1
@@ -78,28 +78,28 @@ def test_all_devices_are_seen_as_one_run(start: Start, tmp_path: Path, whole: ob
     assert summary["last_start"]["stages"]["read"]["busy_s"] > 0
     assert f'screening_rows{{run="all"}} {float(ROWS)}' in (tmp_path / "all.prom").read_text()
 
-    printed, said = (process := start("m.txt")).communicate()
+    printed, log = (process := start("m.txt")).communicate()
     assert (process.returncode, printed) == (0, "out\n")
-    assert said.count("is finished already") == 1
+    assert log.count("is finished already") == 1
 
 
-def test_a_process_that_dies_costs_its_parts_and_the_same_command_goes_on(
+def test_a_dead_process_loses_only_its_parts_and_the_command_resumes(
     start: Start, tmp_path: Path, whole: object
 ) -> None:
     list_images(tmp_path, ROWS)
     process = start("m.txt")
     wait_for_parts(process, tmp_path / "out", 8)
     os.kill(children(process)["2/2"], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)
+    _, log = process.communicate(timeout=60)
     assert process.returncode == 5
-    *_, last = said.splitlines()
+    *_, last = log.splitlines()
     missing = -(-ROWS // PART_ROWS) - len(parts(tmp_path / "out"))
     assert last.startswith("error: cpu (shard 2/2): it was ended by SIGKILL; "), last
     assert f"; {missing} parts are missing (part-0" in last
     assert last.endswith("run the same command again to continue")
     process = start("m.txt")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0, said
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
     assert table(tmp_path / "out").equals(whole)
 
 
@@ -111,34 +111,34 @@ def test_the_processes_end_with_the_command(start: Start, tmp_path: Path, number
     started = children(process)
     assert set(started) == {"1/2", "2/2"}
     process.send_signal(number)
-    _, said = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=30)
     assert gone(started)
     if number == signal.SIGTERM:
-        assert process.returncode == 5, said
-        assert " of 40000 rows are in finished parts; run the same command again to continue" in said
+        assert process.returncode == 5, log
+        assert " of 40000 rows are in finished parts; run the same command again to continue" in log
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_the_deadline_stops_all(start: Start, tmp_path: Path) -> None:
     list_images(tmp_path, 40_000)
     moment = datetime.now() + timedelta(seconds=6)
-    _, said = (process := start("m.txt", "--finish-by", moment.isoformat())).communicate(timeout=30)
-    assert process.returncode == 5, said
+    _, log = (process := start("m.txt", "--finish-by", moment.isoformat())).communicate(timeout=30)
+    assert process.returncode == 5, log
     assert -3 < (datetime.now() - moment).total_seconds() < 9, "as soon as a part allows"
-    *_, last = said.splitlines()
+    *_, last = log.splitlines()
     assert last.startswith(f"error: stopped for --finish-by {moment:%H:%M}, "), last
     assert last.endswith(" of 40000 rows are in finished parts; run the same command again to continue")
 
 
-def test_what_is_wrong_for_all_is_said_once(start: Start, tmp_path: Path) -> None:
-    _, said = (process := start("nowhere.csv")).communicate(timeout=60)
-    assert (process.returncode, said) == (2, "error: manifest nowhere.csv: no such file or folder\n")
-    _, said = (process := start("nowhere.csv", "--overwrite")).communicate(timeout=60)
-    assert (process.returncode, said.count("\n")) == (2, 1)
-    assert "--overwrite with --device cuda:all" in said
+def test_an_error_of_all_processes_is_reported_once(start: Start, tmp_path: Path) -> None:
+    _, log = (process := start("nowhere.csv")).communicate(timeout=60)
+    assert (process.returncode, log) == (2, "error: manifest nowhere.csv: no such file or folder\n")
+    _, log = (process := start("nowhere.csv", "--overwrite")).communicate(timeout=60)
+    assert (process.returncode, log.count("\n")) == (2, 1)
+    assert "--overwrite with --device cuda:all" in log
 
 
-def test_two_machines_share_a_run_and_one_of_them_has_fewer_devices_the_next_day(
+def test_two_machines_share_a_run_and_resume_with_fewer_devices(
     archive: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = list[int]()

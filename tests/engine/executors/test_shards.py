@@ -37,7 +37,9 @@ def told(process: subprocess.Popen[str]) -> tuple[str, int]:
     """Its messages as JSON lines, and how many rows it has done itself."""
     events = [json.loads(line) for line in ended(process).splitlines()]
     messages = [event["message"] for event in events if event["event"] == "message"]
-    return "\n".join(messages), next(one["last_start"]["rows"] for one in events if one["event"] == "summary")
+    return "\n".join(messages), next(
+        item["last_start"]["rows"] for item in events if item["event"] == "summary"
+    )
 
 
 def shard(start: Start, which: str, *options: str) -> subprocess.Popen[str]:
@@ -46,11 +48,11 @@ def shard(start: Start, which: str, *options: str) -> subprocess.Popen[str]:
 
 def test_three_shards_at_once_give_the_plain_runs_rows(start: Start, tmp_path: Path, whole: pa.Table) -> None:
     list_images(tmp_path, ROWS)
-    said = [ended(one) for one in [shard(start, f"{number}/3") for number in (1, 2, 3)]]
+    log = [ended(one) for one in [shard(start, f"{number}/3") for number in (1, 2, 3)]]
     output = tmp_path / "out"
     assert table(output).equals(whole)
     assert only_one_run_is_left(output)
-    assert sum(f"and with it all {len(parts(output))} parts" in one for one in said) >= 1
+    assert sum(f"and with it all {len(parts(output))} parts" in one for one in log) >= 1
     success = json.loads((output / "_SUCCESS").read_text())
     assert success["rows"] == ROWS
     assert sum(worker["rows"] for worker in success["scored_by"]) == ROWS
@@ -61,7 +63,7 @@ def test_three_shards_at_once_give_the_plain_runs_rows(start: Start, tmp_path: P
     assert "is finished already" in ended(shard(start, "2/3"))
 
 
-def test_whoever_is_last_writes_success_and_others_say_what_is_left(
+def test_the_last_shard_writes_success_and_others_report_missing_parts(
     start: Start, tmp_path: Path, whole: pa.Table
 ) -> None:
     list_images(tmp_path, ROWS)
@@ -69,13 +71,13 @@ def test_whoever_is_last_writes_success_and_others_say_what_is_left(
     total = -(-ROWS // PART_ROWS)
     for number, done in ((3, total // 3), (1, total // 3 + (total + 2) // 3), (2, total)):
         assert not (output / "_SUCCESS").exists()
-        said = ended(shard(start, f"{number}/3"))
+        log = ended(shard(start, f"{number}/3"))
         own = len(range(number - 1, total, 3))
         line = (
             f"shard {number}/3 is done: {own} of {total} parts; {done} of {total} parts of the run are there"
         )
-        assert (line in said) == (number != 2), said
-    assert f"shard 2/3 is done, and with it all {total} parts of the run" in said
+        assert (line in log) == (number != 2), log
+    assert f"shard 2/3 is done, and with it all {total} parts of the run" in log
     assert table(output).equals(whole)
 
     (output / "part-00004.parquet").unlink()  # of shard 2
@@ -85,7 +87,7 @@ def test_whoever_is_last_writes_success_and_others_say_what_is_left(
     assert table(output).equals(whole)
 
 
-def test_the_same_shard_twice_at_once_does_each_part_once(
+def test_two_processes_of_one_shard_score_each_part_once(
     start: Start, tmp_path: Path, whole: pa.Table
 ) -> None:
     list_images(tmp_path, ROWS)
@@ -106,7 +108,7 @@ def test_the_same_shard_twice_at_once_does_each_part_once(
     assert table(output).equals(whole)
 
 
-def test_killed_shards_are_started_again(start: Start, tmp_path: Path, whole: pa.Table) -> None:
+def test_killed_shards_resume(start: Start, tmp_path: Path, whole: pa.Table) -> None:
     list_images(tmp_path, ROWS)
     output, rng = tmp_path / "out", random.Random(5)
     running = {number: shard(start, f"{number}/3") for number in (1, 2, 3)}
@@ -123,7 +125,9 @@ def test_killed_shards_are_started_again(start: Start, tmp_path: Path, whole: pa
     assert only_one_run_is_left(output)
 
 
-def test_other_plans_are_refused(start: Start, engine_run: Command, bundle: Path, tmp_path: Path) -> None:
+def test_another_number_of_shards_is_refused(
+    start: Start, engine_run: Command, bundle: Path, tmp_path: Path
+) -> None:
     list_images(tmp_path, ROWS)
     output = ("-o", "out", "--part-rows", PART_ROWS, "-b", bundle)
 
@@ -140,39 +144,37 @@ def test_other_plans_are_refused(start: Start, engine_run: Command, bundle: Path
     assert "another process is writing there" in refused()
     process.terminate()
     process.send_signal(signal.SIGCONT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 5, said
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 5, log
     own = sum(min(PART_ROWS, ROWS - first) for first in range(0, ROWS, 3 * PART_ROWS))
-    assert f" of {own} rows were processed" in said
+    assert f" of {own} rows were processed" in log
     assert f"{other_plan} not cut into shards" in refused()
 
     plain = start("m.txt", "-o", "plain", "--part-rows", str(PART_ROWS))
     wait_for_parts(plain, tmp_path / "plain", 1)
     plain.send_signal(signal.SIGSTOP)
-    said = refused("--shard", "1/3", output=("-o", "plain", "-b", bundle))
-    assert "another process is writing there without --shard" in said
+    log = refused("--shard", "1/3", output=("-o", "plain", "-b", bundle))
+    assert "another process is writing there without --shard" in log
 
 
-def test_five_start_in_the_same_instant_on_a_folder_that_is_listed_once(
-    start: Start, bundle: Path, tmp_path: Path
-) -> None:
+def test_five_simultaneous_shards_list_a_folder_once(start: Start, bundle: Path, tmp_path: Path) -> None:
     """Three of them have nothing to do."""
     images = write_images(tmp_path / "images", 12)
     (images / "notes").write_text("no image")
     for attempt in range(2):
         processes = [start(images, "-o", f"out{attempt}", "--shard", f"{number}/5") for number in range(1, 6)]
-        said = [ended(process) for process in processes]
+        log = [ended(process) for process in processes]
         output = tmp_path / f"out{attempt}"
         assert table(output).column("row").to_pylist() == list(range(12))
-        assert sum("listed 12 images" in one for one in said) == 1
+        assert sum("listed 12 images" in one for one in log) == 1
         words = ("shard 5/5 is done: 0 of 2 parts", "with it all 2 parts", "is finished already")
-        assert any(one in said[4] for one in words), said[4]
+        assert any(one in log[4] for one in words), log[4]
         run = json.loads((output / "_run.json").read_text())
         assert run["result_options"]["part_rows"] == 8, "a batch; 1024 would be one part"
         assert (output / "_SUCCESS").exists()
 
 
-def test_a_run_that_no_shard_began_leaves_no_folder(
+def test_a_shard_that_fails_before_the_start_leaves_no_folder(
     engine_run: Command, bundle: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "m.csv").write_text("path,status\na.png,x\n")
@@ -181,7 +183,7 @@ def test_a_run_that_no_shard_began_leaves_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_of_an_older_version_that_names_the_gpus_number_goes_on(tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_with_a_gpu_index_resumes(tmp_path: Path) -> None:
     (tmp_path / "_run.json").write_text(to_json(run_record(device="cuda:1", runner="torch")))
     folder = RunFolder(tmp_path, overwrite=False)
     recorded = folder.run()

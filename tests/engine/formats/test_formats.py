@@ -41,9 +41,9 @@ def refused(data: bytes) -> HeaderError:
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg(mode: str, progressive: bool) -> None:
-    found = parse(encode(PICTURE.convert(mode), "JPEG", progressive=progressive))
+    result = parse(encode(PICTURE.convert(mode), "JPEG", progressive=progressive))
     layout = JpegLayout(len(PICTURE.convert(mode).getbands()), adobe=mode == "CMYK")
-    assert found == Header("jpeg", 40, 30, layout=layout)
+    assert result == Header("jpeg", 40, 30, layout=layout)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "LA", "RGBA"])
@@ -54,10 +54,10 @@ def test_png(mode: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_format(name: str) -> None:
-    found = parse(FILES[name])
+    result = parse(FILES[name])
     kind = {"ppm": "pnm"}.get(name.split()[0].lower(), name.split()[0].lower())
-    assert (found.format, found.width, found.height) == (kind, 53, 41)
-    assert found.flags == (("first_frame",) if "frames" in name else ())
+    assert (result.format, result.width, result.height) == (kind, 53, 41)
+    assert result.flags == (("first_frame",) if "frames" in name else ())
 
 
 def test_animated_png_gives_its_first_frame() -> None:
@@ -71,12 +71,12 @@ def test_every_prefix_is_truncated(name: str) -> None:
     data = FILES[name]
     start = time.perf_counter()
     for length in range(len(data)):
-        found = outcome(data[:length])
-        if isinstance(found, Header):
-            assert found.width == 53
+        result = outcome(data[:length])
+        if isinstance(result, Header):
+            assert result.width == 53
             assert "frames" in name or length >= len(data) - 2
         else:
-            assert found.status is Status.TRUNCATED or length < 16
+            assert result.status is Status.TRUNCATED or length < 16
     assert time.perf_counter() - start < 5
 
 
@@ -191,7 +191,7 @@ SMALL = np.zeros((20, 20), np.uint8)
         (b"\0\0\0\x0cjP  \r\n\x87\n\0\0\0\1free" + b"\xff" * 8, Status.TRUNCATED, "without a codestream"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_scored_says_why(data: bytes, status: Status, words: str) -> None:
+def test_unsupported_images_have_a_reason(data: bytes, status: Status, words: str) -> None:
     start = time.perf_counter()
     error = refused(data)
     assert time.perf_counter() - start < 1
@@ -252,10 +252,10 @@ def test_mutated_headers_raise_nothing_else(kind: str) -> None:
     files = [data for name, data in FILES.items() if name.split()[0] == kind]
     start = time.perf_counter()
     for _ in range(3_000):
-        found = outcome(mutate(rng.choice(files), rng, rng.choice(files))[0])
-        if isinstance(found, Header):
-            assert 0 < found.width * found.height <= MAX_PIXELS
+        result = outcome(mutate(rng.choice(files), rng, rng.choice(files))[0])
+        if isinstance(result, Header):
+            assert 0 < result.width * result.height <= MAX_PIXELS
         else:
-            assert str(found).isprintable()
-            assert found.size is None or 0 < max(found.size) < 1 << 31
+            assert str(result).isprintable()
+            assert result.size is None or 0 < max(result.size) < 1 << 31
     assert time.perf_counter() - start < 20

@@ -102,7 +102,7 @@ def test_globs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("glob", ["!", "", "#1/*"])
 @pytest.mark.parametrize("kind", ["include", "exclude"])
-def test_a_glob_that_is_none(tmp_path: Path, glob: str, kind: str) -> None:
+def test_an_invalid_glob(tmp_path: Path, glob: str, kind: str) -> None:
     with pytest.raises(UsageError, match="not globs"):
         listed(write(tmp_path, {"a.png": PNG}), **{kind: ["*.png", glob]})
 
@@ -131,7 +131,7 @@ def test_the_list_holds_size_time_and_counts(tmp_path: Path) -> None:
     assert read_skipped(target) == {"not images": 1}
 
 
-def test_a_run_over_a_folder_says_what_it_left_out(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
+def test_a_run_over_a_folder_reports_skipped_files(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "in", 4)
     write(folder, {"notes.txt": b"hello", ".DS_Store": b"x", "old/a.png": PNG})
     options = ("-b", bundle, "-o", folder / "results", "--exclude", "old/")
@@ -230,7 +230,7 @@ def test_since_another_bundle_screens_all(engine_run: Command, bundle: Path, tmp
     assert len(engine.read_results(tmp_path / "two")) == 3
 
 
-def test_since_what_can_not_be_compared(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
+def test_since_with_incomparable_runs_is_refused(engine_run: Command, bundle: Path, tmp_path: Path) -> None:
     folder = write_images(tmp_path / "in", 2)
     (tmp_path / "list.txt").write_text("in/image-00.png\n")
     assert engine_run(tmp_path / "list.txt", "-b", bundle, "-o", "plain").returncode == 0

@@ -157,7 +157,7 @@ def test_parts_are_consecutive_and_can_be_chosen(tmp_path: Path) -> None:
         ("m.xlsx", b"PK\x03\x04", "this is a spreadsheet; save it as CSV"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
+def test_wrong_manifests_are_one_line_errors(
     tmp_path: Path, name: str, content: str | bytes, complaint: str
 ) -> None:
     with pytest.raises(UsageError, match=complaint) as caught:

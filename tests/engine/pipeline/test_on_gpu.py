@@ -65,13 +65,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_whole_run_gives_the_rows_of_the_cpu(engine_process, archive, proof):
     expected = screen(engine_process, archive, proof, "cpu", "--device", "cpu")
-    found = screen(engine_process, archive, proof, "gpu", "--device", "cuda:0", "--batch-size", 16)
+    actual = screen(engine_process, archive, proof, "gpu", "--device", "cuda:0", "--batch-size", 16)
     exact = ["row", "path", "status", "width", "height"]
-    pd.testing.assert_frame_equal(found[exact], expected[exact])
+    pd.testing.assert_frame_equal(actual[exact], expected[exact])
     scores = [name for name in expected if "p_" in name] + ["confidence"]
-    assert np.allclose(found[scores], expected[scores], atol=2 * LIMIT, equal_nan=True)
-    assert (found.status != "ok").sum() == 4
-    assert found[found.status != "ok"][scores].isna().all().all()
+    assert np.allclose(actual[scores], expected[scores], atol=2 * LIMIT, equal_nan=True)
+    assert (actual.status != "ok").sum() == 4
+    assert actual[actual.status != "ok"][scores].isna().all().all()
 
 
 def test_graphs_streams_and_slots_change_no_score(engine_process, archive, proof):
@@ -84,11 +84,11 @@ def test_graphs_streams_and_slots_change_no_score(engine_process, archive, proof
         "slots": ["--streams", 2, "--slots", 5],
         "serial": ["--serial"],
     }.items():
-        found = screen(engine_process, archive, proof, name, *fixed, *options)
-        pd.testing.assert_frame_equal(found, plain, obj=name)
+        result = screen(engine_process, archive, proof, name, *fixed, *options)
+        pd.testing.assert_frame_equal(result, plain, obj=name)
 
 
-def test_it_goes_on_where_it_stopped_and_tries_failed_rows_again(engine_process, archive, proof, tmp_path):
+def test_a_stopped_run_resumes_and_failed_rows_are_retried(engine_process, archive, proof, tmp_path):
     fixed = ("--device", "cuda:0", "--batch-size", 8, "--part-rows", 16)
     whole = screen(engine_process, archive, proof, "out", *fixed)
     (tmp_path / "out" / "_SUCCESS").unlink()
@@ -101,7 +101,7 @@ def test_it_goes_on_where_it_stopped_and_tries_failed_rows_again(engine_process,
     pd.testing.assert_frame_equal(read_frame(tmp_path / "out"), whole)
 
 
-def test_dalis_pixels_are_the_cpus_within_two_gray_levels(tmp_path):
+def test_dali_pixels_are_within_two_gray_levels_of_the_cpu(tmp_path):
     folder = write_images(tmp_path / "images", 40)
     paths = sorted(folder.glob("*.jpg"))
     expected = load_pixels(paths, size=(224, 224)).pixels
@@ -116,9 +116,9 @@ def test_dalis_pixels_are_the_cpus_within_two_gray_levels(tmp_path):
             assert batch.device_pixels is not None
             assert not len(batch.device_pixels.host), "all of them by DALI"
             (tensor,) = batch.device_pixels.decoded
-            found = torch.from_dlpack(tensor).cpu().numpy()
+            actual = torch.from_dlpack(tensor).cpu().numpy()
             rows = expected[batch.start + batch.index]
-            assert np.abs(found.astype(int) - rows).mean(axis=(1, 2, 3)).max() <= 2
+            assert np.abs(actual.astype(int) - rows).mean(axis=(1, 2, 3)).max() <= 2
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -132,12 +132,12 @@ def test_the_canaries_pass_in_fp16_and_members_overlap(proof, graphs):
     assert timed.gain > 0.9
     step.close()
     if not graphs:
-        found = measure_overlap(proof, choice, 16)
-        assert found["streams"] >= 2
-        assert found["overlapping_share"] > 0
+        result = measure_overlap(proof, choice, 16)
+        assert result["streams"] >= 2
+        assert result["overlapping_share"] > 0
 
 
-def test_one_line_for_more_than_the_memory_holds(engine_process, archive, proof):
+def test_out_of_memory_is_a_one_line_error(engine_process, archive, proof):
     """4,096 images of a batch fit an 80 GB card; what does not is halved once, then said."""
     large = ("--device", "cuda:0", "--batch-size", "4096", "--slots", "16")
     run = engine_process(archive, "-b", proof, "-o", "out", *large, timeout_s=300)
@@ -161,10 +161,10 @@ def test_dicom_frames_are_those_of_the_cpu(tmp_path: Path) -> None:
         files[number] = (data, parse_header(data, 1_000_000))
     expected = load_pixels([tmp_path / f"{number}.dcm" for number in files]).pixels
     graph = DicomPipeline(size=(224, 224), batch_size=8, threads=4, device_id=0)
-    found = graph.run(files)
-    print("nvImageCodec decodes", found.decoded, "and refuses", found.refused)
-    assert 0 in found.decoded, "JPEG 2000"
-    assert found.flags.get(0) == ["window_fallback"]
-    pixels = np.asarray(found.tensors[0].as_cpu())
-    difference = np.abs(pixels.astype(int) - expected[found.decoded])
+    actual = graph.run(files)
+    print("nvImageCodec decodes", actual.decoded, "and refuses", actual.refused)
+    assert 0 in actual.decoded, "JPEG 2000"
+    assert actual.flags.get(0) == ["window_fallback"]
+    pixels = np.asarray(actual.tensors[0].as_cpu())
+    difference = np.abs(pixels.astype(int) - expected[actual.decoded])
     assert difference.max() <= 2

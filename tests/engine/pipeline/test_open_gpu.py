@@ -77,13 +77,13 @@ def test_the_rows_are_those_of_the_cpu(tmp_path, bundle):
             Settings(output=tmp_path / "gpu", **settings), stages_type=stages_on(cuda)
         )
     assert (summary.rows, summary.errors) == (47, 2)
-    expected, found = read_frame(tmp_path / "cpu"), read_frame(tmp_path / "gpu")
+    expected, actual = read_frame(tmp_path / "cpu"), read_frame(tmp_path / "gpu")
     exact = ["row", "path", "status", "error", "width", "height", "prediction"]
-    pd.testing.assert_frame_equal(found[exact], expected[exact])
+    pd.testing.assert_frame_equal(actual[exact], expected[exact])
     scores = [name for name in expected if "p_" in name] + ["confidence"]
     png = expected.path.str.endswith(".png")
-    assert np.allclose(found[png][scores], expected[png][scores], atol=1e-6, equal_nan=True)
-    assert np.allclose(found[scores], expected[scores], atol=0.02, equal_nan=True)  # two JPEG decoders
+    assert np.allclose(actual[png][scores], expected[png][scores], atol=1e-6, equal_nan=True)
+    assert np.allclose(actual[scores], expected[scores], atol=0.02, equal_nan=True)  # two JPEG decoders
 
 
 def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
@@ -117,12 +117,12 @@ def test_a_fast_bundle_has_its_jpegs_decoded_by_the_cpu(tmp_path, monkeypatch):
     tuned = json.loads((tmp_path / "gpu" / "_run.json").read_text())["tuning"]
     assert tuned["decoding"]["cpu_share"] == 1
     assert "decoding_tried" not in tuned
-    expected, found = read_frame(tmp_path / "cpu"), read_frame(tmp_path / "gpu")
+    expected, actual = read_frame(tmp_path / "cpu"), read_frame(tmp_path / "gpu")
     scores = [name for name in expected if "p_" in name]
-    assert np.allclose(found[scores], expected[scores], atol=1e-6)
+    assert np.allclose(actual[scores], expected[scores], atol=1e-6)
 
 
-def test_tuning_visits_one_candidate_after_the_other(tmp_path, bundle, monkeypatch):
+def test_tuning_measures_all_candidates_in_order(tmp_path, bundle, monkeypatch):
     archive = write_images(tmp_path / "archive", 12)
     gpu = Gpu(name="stand-in", uuid="GPU-0", capability="9.0", driver="580")
     choice = RunnerChoice(runner="torch", device="cuda:0", precision="fp32", reason="stand-in", gpu=gpu)
@@ -131,7 +131,7 @@ def test_tuning_visits_one_candidate_after_the_other(tmp_path, bundle, monkeypat
     assert search.TunedOptions(cuda_graph=False) in search.candidates(choice, settings)
     manifest = open_manifest(archive, listing=tmp_path / "listing.parquet").only(())
     (tmp_path / "parts").mkdir()
-    said = []
+    log = []
     with StandIn(3) as cuda:
         monkeypatch.setattr(tune_trials, "Stages", stages_on(cuda))
         with tune_trials.Trials(
@@ -140,12 +140,12 @@ def test_tuning_visits_one_candidate_after_the_other(tmp_path, bundle, monkeypat
             choice,
             manifest,
             scratch=tmp_path / "parts",
-            say=said.append,
+            say=log.append,
             stop=Event(),
         ) as trials:
             for size in (4, 2):
                 assert trials.visit(search.TunedOptions(batch_size=size), 0) > 0
-    assert said[0].startswith("batch 4: ")
+    assert log[0].startswith("batch 4: ")
     assert trials.by_status.keys() == {"ok"}
     assert trials.by_status["ok"] >= 3 * (4 + 2)
 
@@ -169,7 +169,7 @@ def test_canaries_that_differ_stop_the_run_before_anything_is_scored(tmp_path, b
                 check_canaries(models, step)
 
 
-def test_memory_that_others_take_while_it_runs_is_one_line(tmp_path, bundle):
+def test_running_out_of_memory_during_a_run_is_a_one_line_error(tmp_path, bundle):
     class Short(Member):
         def enqueue(self, pixels, logits, stream):
             if self.name in crowded:

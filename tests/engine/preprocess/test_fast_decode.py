@@ -100,7 +100,7 @@ def test_other_sizes_than_square_are_measured_upright() -> None:
     assert choose_scale(lying, (50, 200)) == 1
 
 
-def test_all_that_is_not_gray_or_colour_jpeg_is_decoded_in_full() -> None:
+def test_other_formats_than_jpeg_are_decoded_in_full() -> None:
     files = {name: data for name, data in every_format(130, 150).items() if not name.startswith("JPEG L")}
     files["CMYK"] = encode(Image.fromarray(smooth(130, 150, channels=3)).convert("CMYK"), "JPEG")
     files["DICOM"] = dicom(smooth(130, 150), "jpeg", bits=8)
@@ -126,7 +126,7 @@ def test_damage_gets_the_same_verdict() -> None:
         full, fast = (verdict(data, header, least) for least in (None, (32, 32)))
         assert full == fast
         verdicts.append(full)
-    assert any("Corrupt JPEG data" in one for one in verdicts)
+    assert any("Corrupt JPEG data" in item for item in verdicts)
     assert [] in verdicts
 
 
@@ -141,9 +141,9 @@ def test_a_file_with_a_harmless_warning_is_decoded_in_full() -> None:
     good = encode(Image.fromarray(smooth(130, 150)), "JPEG")
     version = good.index(b"JFIF\0") + 5
     odd = good[:version] + b"\x07" + good[version + 1 :]
-    found = decode.decode(odd, parse_header(odd, 1 << 30), least=(16, 16))
-    assert found.flags == ["decoder_warning"]
-    assert np.array_equal(found.gray, decode.decode(good, parse_header(good, 1 << 30)).gray)
+    result = decode.decode(odd, parse_header(odd, 1 << 30), least=(16, 16))
+    assert result.flags == ["decoder_warning"]
+    assert np.array_equal(result.gray, decode.decode(good, parse_header(good, 1 << 30)).gray)
 
 
 def test_real_radiographs(graph: ResizePipeline, radiographs: list[Path]) -> None:
@@ -185,9 +185,9 @@ def test_loaded_pixels_are_those_of_the_decoder(tmp_path: Path) -> None:
         path.write_bytes(encode(Image.fromarray(smooth(305, 279, seed=seed)), "JPEG"))
     exact, fast = (load_pixels(paths, size=(64, 64), decode=how).pixels for how in ("exact", "fast"))
     small = ResizePipeline(size=(64, 64), batch_size=1, threads=1)
-    for path, found, full in zip(paths, fast, exact, strict=True):
+    for path, result, full in zip(paths, fast, exact, strict=True):
         data = path.read_bytes()
         one = decode.decode(data, parse_header(data, 1 << 30), least=(64, 64))
         assert one.gray.shape == (77, 70)
-        assert np.array_equal(small.run([one.gray], [one.margins])[0], found)
-        assert not np.array_equal(found, full)
+        assert np.array_equal(small.run([one.gray], [one.margins])[0], result)
+        assert not np.array_equal(result, full)

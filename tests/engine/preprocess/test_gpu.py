@@ -34,17 +34,17 @@ def spoiled(data: bytes) -> bytes:
 def on_the_cpu(folder: Path) -> dict[str, np.ndarray]:
     paths = sorted(folder.iterdir())
     loaded = load_pixels(paths, size=SIZE, threads=2)
-    return {paths[place].name: row for place, row in zip(loaded.index, loaded.pixels, strict=True)}
+    return {paths[position].name: row for position, row in zip(loaded.index, loaded.pixels, strict=True)}
 
 
 def test_pixels_are_those_of_the_cpu_wherever_they_are_decoded(tmp_path):
     folder = write_images(tmp_path / "images", 21)  # PNG and JPEG, gray and colour, of any size
     expected = on_the_cpu(folder)
     for share in (0.0, 0.5, 1.0):
-        found = decoded(folder, DecodeOptions(cpu_share=share))
-        assert found.keys() == expected.keys()
+        actual = decoded(folder, DecodeOptions(cpu_share=share))
+        assert actual.keys() == expected.keys()
         for name, pixels in expected.items():
-            difference = np.abs(found[name].astype(int) - pixels)
+            difference = np.abs(actual[name].astype(int) - pixels)
             assert difference.mean() < (2 if name.endswith("jpg") else 1e-9), name
 
 
@@ -56,11 +56,11 @@ def test_a_bad_image_costs_its_own_row_and_its_neighbours_keep_their_pixels(tmp_
     (folder / "image-05-empty.jpg").write_bytes(b"")
     (folder / "image-06-text.jpg").write_text("not an image")
     for batch_size in (1, 5, 32):
-        found = decoded(folder, batch_size=batch_size)
-        assert len(found) == 36
+        result = decoded(folder, batch_size=batch_size)
+        assert len(result) == 36
         for name, pixels in sound.items():
-            assert np.array_equal(found[name], pixels), "the neighbours' pixels don't depend on it"
-        bad = {name: value[0] for name, value in found.items() if isinstance(value, tuple)}
+            assert np.array_equal(result[name], pixels), "the neighbours' pixels don't depend on it"
+        bad = {name: value[0] for name, value in result.items() if isinstance(value, tuple)}
         assert {name for name in bad if "bad" in name} == {
             f"image-{number:02}-bad.jpg" for number in (3, 4, 17, 29)
         }
@@ -69,7 +69,7 @@ def test_a_bad_image_costs_its_own_row_and_its_neighbours_keep_their_pixels(tmp_
         assert all(bad[f"image-{number:02}-bad.jpg"] == Status.CORRUPT for number in (3, 4, 17, 29))
 
 
-def test_what_dali_alone_refuses_is_decoded_on_the_cpu(tmp_path, monkeypatch):
+def test_images_that_dali_refuses_are_decoded_on_the_cpu(tmp_path, monkeypatch):
     folder = write_images(tmp_path / "images", 12)
     victim = (folder / "image-03.jpg").read_bytes()
     begin, end = JpegPipeline.begin, JpegPipeline.end
@@ -87,12 +87,12 @@ def test_what_dali_alone_refuses_is_decoded_on_the_cpu(tmp_path, monkeypatch):
     expected = on_the_cpu(folder)
     monkeypatch.setattr(JpegPipeline, "begin", refuses)
     monkeypatch.setattr(JpegPipeline, "end", ends)
-    found = decoded(folder)
-    assert np.array_equal(found["image-03.jpg"], expected["image-03.jpg"])
-    assert not [name for name, value in found.items() if isinstance(value, tuple)]
+    actual = decoded(folder)
+    assert np.array_equal(actual["image-03.jpg"], expected["image-03.jpg"])
+    assert not [name for name, value in actual.items() if isinstance(value, tuple)]
 
 
-def test_a_dali_that_can_not_decode_at_all_is_said_when_it_is_opened(monkeypatch):
+def test_a_dali_that_can_not_decode_is_an_error_at_the_start(monkeypatch):
     with (
         Preprocess(size=SIZE, batch_size=4, threads=1, decoding_bytes=1 << 28) as cpu,
         GpuPreprocess(

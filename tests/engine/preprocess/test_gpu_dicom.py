@@ -70,10 +70,10 @@ def test_the_header_decides(pacs: Path) -> None:
 def test_pixels_are_those_of_the_cpu(pacs: Path, batch_size: int) -> None:
     paths = sorted(pacs.iterdir())
     loaded = load_pixels(paths, size=SIZE)
-    expected = {paths[place].name: row for place, row in zip(loaded.index, loaded.pixels, strict=True)}
-    found = decoded(pacs, batch_size=batch_size)
-    assert set(found) == {path.name for path in paths}
-    for name, row in found.items():
+    expected = {paths[position].name: row for position, row in zip(loaded.index, loaded.pixels, strict=True)}
+    actual = decoded(pacs, batch_size=batch_size)
+    assert set(actual) == {path.name for path in paths}
+    for name, row in actual.items():
         if name in ("cut", "another-size"):
             assert row[0] == (Status.TRUNCATED if name == "cut" else Status.CORRUPT), name
         elif name == "picture":
@@ -87,9 +87,9 @@ def test_flags_are_those_of_the_cpu(pacs: Path) -> None:
     for name in ("no-window", "inverted"):
         data = (pacs / name).read_bytes()
         graph = DicomPipeline(size=SIZE, batch_size=2, threads=1, device_id=None)
-        found = graph.run({5: (data, parse_header(data, 1_000_000))})
-        assert (found.decoded, found.refused) == ([5], [])
-        flags[name] = found.flags.get(5, [])
+        result = graph.run({5: (data, parse_header(data, 1_000_000))})
+        assert (result.decoded, result.refused) == ([5], [])
+        flags[name] = result.flags.get(5, [])
     assert flags == {"no-window": ["window_fallback"], "inverted": []}
 
 
@@ -114,7 +114,7 @@ def test_one_rule_for_arrays_and_tensors(pacs: Path, name: str) -> None:
     assert flags == expected_flags == (["window_fallback"] if name == "no-window" else [])
 
 
-def test_what_it_refuses_goes_to_the_cpu(pacs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_frames_are_decoded_on_the_cpu(pacs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: DicomPipeline, files: object) -> None:
         raise RuntimeError("out of memory")
 

@@ -21,7 +21,7 @@ def batch(rows: int = 4) -> Batch:
     return Batch(part, 0, *numbers, encoded=[b"x"] * rows, headers=headers)
 
 
-def test_it_climbs_one_knob_after_the_other():
+def test_tuning_changes_one_option_at_a_time():
     def rate(decoding: DecodeOptions) -> float:
         return 1000 + 500 * (decoding.hw_decoder_load == 0.9) + 2000 * min(decoding.cpu_share, 0.2)
 
@@ -34,7 +34,7 @@ def test_it_climbs_one_knob_after_the_other():
     assert DecodeOptions(**asdict(best)) == best
 
 
-def test_nothing_changes_for_a_gain_that_is_noise():
+def test_gains_within_noise_change_nothing():
     rng = np.random.default_rng(0)
     best, _ = gpu_tuning.tune_decoding([batch()], lambda decoding: 1000 + rng.uniform(0, 20))
     assert best == DecodeOptions(width_hint=103, height_hint=50)
@@ -53,8 +53,8 @@ def test_the_rate_counts_all_rounds_but_the_first(monkeypatch):
             yield one
 
     sample = [batch(), batch(3)]
-    found = gpu_tuning.measure_rate(stage, sample, lambda data, header: True, timed_s=3)
+    result = gpu_tuning.measure_rate(stage, sample, lambda data, header: True, timed_s=3)
     assert sum(one.rows for one in seen) == 3 * 7, "one round to warm up, two in three seconds"
-    assert found == pytest.approx(14 / 4)
+    assert result == pytest.approx(14 / 4)
     assert all(one.encoded == [b"x"] * one.rows for one in sample), "the sample itself is kept"
     assert all(one.on_gpu == [True] * one.rows for one in seen)

@@ -86,7 +86,7 @@ def test_exif_orientation(graph: ResizePipeline, kind: str, value: int) -> None:
     assert largest <= PIXEL_MAX
 
 
-def test_nodes_and_numpy_take_the_same_repeats_out(graph: ResizePipeline) -> None:
+def test_graph_nodes_and_numpy_remove_the_same_repeats(graph: ResizePipeline) -> None:
     """What stays on a GPU is resized by nodes alone; here they run on the CPU."""
     dali = import_dali()
 
@@ -174,7 +174,7 @@ def test_images_are_decoded_within_the_pixel_budget(tmp_path: Path, monkeypatch:
     assert np.array_equal(plenty.pixels, scarce.pixels)
 
 
-def test_a_stage_closes_what_feeds_it() -> None:
+def test_a_stage_closes_its_source() -> None:
     closed = []
 
     def source():

@@ -40,7 +40,7 @@ from tests.helpers.records import run_record
 
 
 @pytest.mark.parametrize("recorded", ["[]", "{}", '{"a": 7}', '{"a": {}}', '{"a": {"rounds": "2"}}'])
-def test_a_record_of_actors_that_makes_no_sense_is_named(tmp_path: Path, recorded: str) -> None:
+def test_an_invalid_record_of_actors_is_named(tmp_path: Path, recorded: str) -> None:
     (tmp_path / "_actors.json").write_text(f'{{"run_id": "r", "actors": {recorded}}}')
     folder, run = RunFolder(tmp_path, overwrite=False), structs.replace(run_record(), run_id="r")
     if recorded == "{}":

@@ -68,8 +68,8 @@ def test_each_failure_has_its_status(tmp_path: Path) -> None:
             "cut": Status.TRUNCATED,
         }
         batches = read([str(tmp_path / name) for name in expected] + [None, "", "/dev/zero"])
-    found = [Status(value) for batch in batches for value in batch.status]
-    assert found == [*expected.values(), Status.MISSING, Status.MISSING, Status.UNREADABLE]
+    actual = [Status(value) for batch in batches for value in batch.status]
+    assert actual == [*expected.values(), Status.MISSING, Status.MISSING, Status.UNREADABLE]
     for batch in batches:
         for position, status in enumerate(batch.status):
             assert (position in batch.errors) == (status != Status.OK)

@@ -57,10 +57,10 @@ def report(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     options = webdriver.ChromeOptions()
-    found, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    assert found, "REQUIRE_BROWSER=1, and there is no Chromium"
+    result, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    assert result, "REQUIRE_BROWSER=1, and there is no Chromium"
     assert driver, "REQUIRE_BROWSER=1, and there is no chromedriver"
-    options.binary_location = found
+    options.binary_location = result
     for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -104,7 +104,7 @@ def screenshot(page: Browser) -> np.ndarray:
     return np.asarray(picture.convert("L"))
 
 
-def test_it_opens_alone_and_without_a_complaint(page: Browser) -> None:
+def test_the_page_opens_without_requests_and_errors(page: Browser) -> None:
     assert page.get_log("browser") == []
     sent = [
         message["params"]["request"]["url"]
@@ -119,7 +119,7 @@ def test_it_opens_alone_and_without_a_complaint(page: Browser) -> None:
     )
 
 
-def test_what_is_hostile_stays_text(page: Browser) -> None:
+def test_hostile_texts_stay_text(page: Browser) -> None:
     shown = [cell.text for cell in page.find_elements(By.CSS_SELECTOR, "#work th.path")]
     assert HOSTILE[0] in shown
     assert "<_script><script>alert(2)<_script>.png" in shown
@@ -182,11 +182,11 @@ def test_filtering(page: Browser) -> None:
     assert column(page, "path") == [HOSTILE[0]]
     search.clear()
     search.send_keys(Keys.SPACE, Keys.BACKSPACE)
-    for name, place in (("prediction", "predicted"), ("triage", "triage")):
+    for name, position in (("prediction", "predicted"), ("triage", "triage")):
         choice = Select(page.find_element(By.ID, f"filter-{name}"))
-        for option in [one.get_attribute("value") for one in choice.options][1:]:
+        for option in [item.get_attribute("value") for item in choice.options][1:]:
             choice.select_by_value(option)
-            assert set(column(page, place)) == {option.replace("_", " ")}
+            assert set(column(page, position)) == {option.replace("_", " ")}
         choice.select_by_value("")
     Select(page.find_element(By.ID, "filter-list")).select_by_value("abstained")
     assert set(column(page, "triage")) == {"gray zone"}
@@ -218,17 +218,17 @@ def test_nothing_overflows(page: Browser, width: int) -> None:
 
 
 def test_light_and_dark(page: Browser) -> None:
-    found = {}
+    result = {}
     for scheme in ("light", "dark"):
         page.execute_cdp_cmd(
             "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         )
-        found[scheme] = screenshot(page)
+        result[scheme] = screenshot(page)
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert np.median(found["light"]) > 240
-    assert np.median(found["dark"]) < 40
-    assert found["light"].min() < 60  # there is ink
-    assert found["dark"].max() > 200
+    assert np.median(result["light"]) > 240
+    assert np.median(result["dark"]) < 40
+    assert result["light"].min() < 60  # there is ink
+    assert result["dark"].max() > 200
 
 
 def test_without_script_it_is_a_plain_table(page: Browser, report: Path) -> None:

@@ -104,7 +104,7 @@ def test_a_run_leaves_a_page_with_its_numbers(reported: Screen, archive: Path) -
     assert f"name the same class for {100 * same:.1f} %" in page.section("Members")
     lowest = [title for title in page.text if title.startswith("0.00 to 0.02: ")]
     below = [int((scored[f"p_{name}"] < 0.02).sum()) for name in CLASSES]
-    assert sorted(int(title.split()[3]) for title in lowest) == sorted(found for found in below if found)
+    assert sorted(int(title.split()[3]) for title in lowest) == sorted(result for result in below if result)
     order = scored.sort_values("p_osteoporosis", ascending=False).path.tolist()
     assert [path for path in page.text if path in order and path not in page.section("Rows")] == order
 
@@ -161,9 +161,7 @@ def test_operating_points_explanations_and_pictures(reported: Screen, archive: P
 
 
 @pytest.mark.parametrize("damage", ["index", "picture", "other run"])
-def test_explanations_that_are_none(
-    reported: Screen, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
+def test_invalid_explanations(reported: Screen, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     results = reported(path=image_names(4))
     folder = with_explanations(results, row=1)
     if damage == "index":
@@ -183,8 +181,8 @@ def test_explanations_that_no_browser_could_hold(
 ) -> None:
     results = reported(path=image_names(4))
     index = with_explanations(results, row=1) / "index.json"
-    found = json.loads(index.read_text())
-    index.write_text(json.dumps(found | {"rows": found["rows"] * 3}))
+    result = json.loads(index.read_text())
+    index.write_text(json.dumps(result | {"rows": result["rows"] * 3}))
     picture = next(index.parent.glob("*.png")).stat().st_size
     monkeypatch.setattr(pictures, "MAX_OVERLAY_BYTES", 2 * picture)
     assert command.main([str(results)]) == 0
@@ -192,7 +190,7 @@ def test_explanations_that_no_browser_could_hold(
     assert page_of(results).values("class").count("saliency") == 2
 
 
-def test_what_is_hostile_is_text(archive: Path, tmp_path: Path) -> None:
+def test_hostile_texts_are_escaped(archive: Path, tmp_path: Path) -> None:
     evil = ("normal", "</style><script>alert(5)</script>", '"onmouseover=alert(6) x="')
     for name in HOSTILE[:6:2]:
         (archive / name.replace("/", "_")).write_bytes((archive / image_names(1)[0]).read_bytes())
@@ -282,7 +280,7 @@ def test_unfinished_and_older_results(reported: Screen, capsys: pytest.CaptureFi
     assert not {"Triage", "Throughput", "Stages", "Against the labels"} & set(page.headings)
 
 
-def test_labels_that_are_all_strange(reported: Screen, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_that_are_all_unknown(reported: Screen, capsys: pytest.CaptureFixture[str]) -> None:
     results = reported(path=image_names(4), label=["left", "right"] * 2)
     assert command.main([str(results)]) == 0
     assert "no figures of merit: no value of column 'label' is a class" in capsys.readouterr().err
@@ -318,7 +316,7 @@ def test_merged_results(reported: Screen, tmp_path: Path) -> None:
     assert not {"Throughput", "Stages"} & set(page.headings)
 
 
-def test_only_errors_writes_it_anew_and_overwrite_takes_it_along(
+def test_only_errors_rewrites_the_report_and_overwrite_deletes_it(
     reported: Screen, archive: Path, bundle: Path
 ) -> None:
     results = reported(path=[*image_names(9), "late.png"])
@@ -363,7 +361,11 @@ def test_a_page_that_cannot_be_made_costs_the_run_nothing(
     environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'broken'}:{ROOT}"}
     arguments = [sys.executable, "-m", "engine.run", archive, "-b", bundle, "-o", tmp_path / "out"]
     done = subprocess.run(
-        [str(one) for one in arguments], env=environment, capture_output=True, text=True, check=False
+        [str(argument) for argument in arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "out")
@@ -405,8 +407,10 @@ def test_long_results(reported: Screen) -> None:
     table = pq.read_table(results / "part-00017.parquet")
     risk = np.zeros(each, np.float32)
     risk[1234] = 0.999
-    place = table.schema.get_field_index("p_osteoporosis")
-    pq.write_table(table.set_column(place, "p_osteoporosis", pa.array(risk)), results / "part-00017.parquet")
+    position = table.schema.get_field_index("p_osteoporosis")
+    pq.write_table(
+        table.set_column(position, "p_osteoporosis", pa.array(risk)), results / "part-00017.parquet"
+    )
     pool = pa.default_memory_pool()
     before = pool.bytes_allocated()
     peak = 0
@@ -434,13 +438,14 @@ def test_throughput_leaves_pauses_out() -> None:
     began = datetime(2031, 5, 17, 20, tzinfo=UTC)
     at = [10, 20, 30, 40, 50, 50_000, 50_010, 50_020]
     done = [
-        PartInfo(place, 0, 100, {}, {}, Scorer(), began + timedelta(seconds=s)) for place, s in enumerate(at)
+        PartInfo(position, 0, 100, {}, {}, Scorer(), began + timedelta(seconds=s))
+        for position, s in enumerate(at)
     ]
-    found = throughput(began, done)
-    assert found is not None
-    assert "800 rows in 1 min, start-up included: 10 a second" in found["text"]
-    assert "1 pause of 13 h 52 min in all left out" in found["text"]
-    assert {bar["height"] for bar in found["chart"]["bars"]} == {78.0}
+    result = throughput(began, done)
+    assert result is not None
+    assert "800 rows in 1 min, start-up included: 10 a second" in result["text"]
+    assert "1 pause of 13 h 52 min in all left out" in result["text"]
+    assert {bar["height"] for bar in result["chart"]["bars"]} == {78.0}
     few = throughput(began, done[:2])
     assert few is not None
     assert few["chart"] is None
@@ -469,7 +474,7 @@ def test_values_are_readable() -> None:
     assert printable("9\u202f000\u00a0%") == "9\u202f000\u00a0%"
 
 
-def test_importing_the_engine_loads_none_of_it() -> None:
+def test_importing_the_engine_does_not_load_the_report() -> None:
     code = (
         "import sys, engine.run, engine.report; "
         "print([name for name in ('jinja2', 'matplotlib', 'sklearn', 'scipy') if name in sys.modules])"

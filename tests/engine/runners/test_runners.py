@@ -56,7 +56,7 @@ def rtx() -> TensorRTBackend:
     return TensorRTBackend("tensorrt_rtx")
 
 
-def test_each_way_to_fail_raises_with_tensorrts_own_words(rtx):
+def test_each_failure_raises_with_the_message_of_tensorrt(rtx):
     for failed in (None, False, -1):
         with pytest.raises(EngineError, match="doing it failed: no reason given"):
             rtx.checked(failed, "doing it")
@@ -95,7 +95,7 @@ def test_tensors_are_found_by_their_mode(rtx):
         (["--runner", "torch", "--device", "cuda:3"], "no GPU: "),
     ],
 )
-def test_without_a_gpu_asking_for_one_is_one_line(
+def test_requesting_a_missing_gpu_is_a_one_line_error(
     engine_run: Command, archive: Path, bundle: Path, arguments: list[str], complaint: str
 ) -> None:
     run = engine_run(archive, "-b", bundle, "-o", "out", *arguments)
@@ -105,7 +105,7 @@ def test_without_a_gpu_asking_for_one_is_one_line(
     assert not (archive.parent / "out").exists()
 
 
-def test_a_gpu_that_can_not_be_used_is_said(bundle, monkeypatch):
+def test_an_unusable_gpu_is_reported(bundle, monkeypatch):
     def broken(index: int = 0) -> None:
         raise UsageError("no GPU: the driver is too old")
 
@@ -116,7 +116,7 @@ def test_a_gpu_that_can_not_be_used_is_said(bundle, monkeypatch):
     assert "the GPU can't be used: no GPU: the driver is too old" in chosen.reason
 
 
-def test_a_shortage_of_memory_is_told_from_other_failures():
+def test_out_of_memory_is_distinguished_from_other_errors():
     for error in (
         torch.OutOfMemoryError("no room"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
@@ -126,10 +126,10 @@ def test_a_shortage_of_memory_is_told_from_other_failures():
     assert not hardware.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
-def test_auto_says_why_there_is_no_plan(bundle, monkeypatch):
-    found = hardware.Gpu(name="NVIDIA H100", uuid="GPU-0", capability="9.0", driver="580")
+def test_auto_reports_why_no_plan_fits(bundle, monkeypatch):
+    result = hardware.Gpu(name="NVIDIA H100", uuid="GPU-0", capability="9.0", driver="580")
     monkeypatch.setattr(hardware, "has_gpu", lambda: True)
-    monkeypatch.setattr(hardware, "require_gpu", lambda index=0: found)
+    monkeypatch.setattr(hardware, "require_gpu", lambda index=0: result)
     models = bundles.load_bundle(bundle)
     chosen = select_runner("auto", "auto", models, precision=None, batch_size=None)
     assert (chosen.runner, chosen.device, chosen.precision) == ("torch", "cuda:0", "fp16")

@@ -21,11 +21,11 @@ from tests.helpers.records import ACTORS, FOOTER, RUN, SUCCESS, run_record
 @pytest.mark.parametrize(
     ("text", "kind"), [(RUN, RunRecord), (SUCCESS, Success), (ACTORS, ActorsRecord), (FOOTER, PartFooter)]
 )
-def test_what_version_0_1_wrote_is_read_and_written_alike(text: str, kind: type[Record]) -> None:
+def test_files_of_version_0_1_are_read_and_rewritten_identically(text: str, kind: type[Record]) -> None:
     assert to_json(from_json(text, kind)) == text
 
 
-def test_what_older_versions_did_not_write_has_a_default() -> None:
+def test_fields_missing_in_older_versions_have_defaults() -> None:
     data = json.loads(RUN)
     for name in (
         "format",
@@ -102,7 +102,7 @@ def test_a_field_of_a_run_that_does_not_fit_is_named(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"run_id": NaN}'])
-def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
+def test_invalid_records_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "_run.json").write_text(text)
     with pytest.raises(UsageError, match=r"_run\.json can't be read"):
         RunFolder.existing(tmp_path).run()

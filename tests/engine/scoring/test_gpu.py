@@ -49,7 +49,7 @@ def device_batches(pixels: np.ndarray) -> Iterator[Batch]:
     part = Part(0, np.arange(ROWS), [None] * ROWS, pa.table({}))
     for start in range(0, ROWS, BATCH):
         rows = min(BATCH, ROWS - start)
-        index = np.array([place for place in range(rows) if place != 2])
+        index = np.array([position for position in range(rows) if position != 2])
         numbers = [np.zeros(rows, kind) for kind in (np.uint8, np.int32, np.int32)]
         yield Batch(
             part, start, *numbers, index=index, device_pixels=DecodedPixels([], pixels[start + index])
@@ -58,28 +58,28 @@ def device_batches(pixels: np.ndarray) -> Iterator[Batch]:
 
 def scores(models: Bundle, pixels: np.ndarray, cuda: StandIn, make=GpuScorer, **options) -> np.ndarray:
     """The ensemble's probabilities of all rows through a step, NaN where there were no pixels."""
-    found = np.full((ROWS, len(models.classes)), np.nan, np.float32)
+    result = np.full((ROWS, len(models.classes)), np.nan, np.float32)
     with cuda:
         members = [Member(OnnxRunner(member, models), cuda) for member in models.members]
         step = make(models, members, batch_size=BATCH, device="cpu", cuda=cuda, **options)
         seen = []
         for batch in step.stage(device_batches(pixels), Meter("members")):
             seen.append(batch.start)
-            found[batch.start + batch.index] = batch.probabilities
+            result[batch.start + batch.index] = batch.probabilities
             assert (batch.prediction == batch.probabilities.argmax(axis=1)).all()
             assert np.array_equal(batch.confidence, batch.probabilities.max(axis=1))
         assert seen == sorted(seen)
         step.close()
-    return found
+    return result
 
 
 def is_noticed(run: Callable[[], np.ndarray], expected: np.ndarray) -> bool:
     """Whether a fault shows: as an access out of order, or as scores that are not those expected."""
     try:
-        found = run()
+        actual = run()
     except OrderError:
         return True
-    return not np.abs(found[~missing()] - expected[~missing()]).max() < 1e-6
+    return not np.abs(actual[~missing()] - expected[~missing()]).max() < 1e-6
 
 
 def missing() -> np.ndarray:
@@ -91,9 +91,9 @@ def missing() -> np.ndarray:
 @pytest.mark.parametrize("concurrent", [False, True])
 def test_scores_are_those_of_the_cpu_in_every_schedule(models, pixels, expected, slots, graphs, concurrent):
     for seed in range(2):
-        found = scores(models, pixels, StandIn(seed), slots=slots, graphs=graphs, concurrent=concurrent)
-        assert np.isnan(found[missing()]).all()
-        assert np.abs(found[~missing()] - expected[~missing()]).max() < 1e-6
+        actual = scores(models, pixels, StandIn(seed), slots=slots, graphs=graphs, concurrent=concurrent)
+        assert np.isnan(actual[missing()]).all()
+        assert np.abs(actual[~missing()] - expected[~missing()]).max() < 1e-6
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -153,7 +153,7 @@ def test_a_batch_without_any_pixels_goes_through(models, pixels):
         step.close()
 
 
-def test_what_is_copied_from_lives_until_the_results_are_there(models, pixels):
+def test_source_buffers_live_until_the_results_are_ready(models, pixels):
     """DALI takes its buffer back with the last reference to it, and knows nothing of our streams."""
     cuda = StandIn(0)
     with cuda:
@@ -205,7 +205,7 @@ def test_swapped_members_are_noticed(models, pixels, expected):
     assert is_noticed(lambda: scores(models, pixels, StandIn(0), make=Swapped), expected)
 
 
-def test_a_score_that_is_no_number_costs_its_own_row(models, pixels, expected):
+def test_a_nan_score_fails_only_its_own_row(models, pixels, expected):
     class Odd(Member):
         def enqueue(self, pixels, logits, stream):
             super().enqueue(pixels, logits, stream)
@@ -240,6 +240,6 @@ def test_a_score_that_is_no_number_costs_its_own_row(models, pixels, expected):
         assert (batch.errors, batch.index.tolist()) == (gpu.errors, gpu.index.tolist())
         assert batch.prediction.tolist() == gpu.prediction.tolist()
         for name in ("members", "probabilities", "confidence"):
-            found, same = getattr(batch, name), getattr(gpu, name)
-            assert found.shape == same.shape, name
-            assert np.abs(found - same).max() < 1e-6, name
+            actual, same = getattr(batch, name), getattr(gpu, name)
+            assert actual.shape == same.shape, name
+            assert np.abs(actual - same).max() < 1e-6, name

@@ -25,7 +25,7 @@ def fusion_of(
     names = tuple(f"class{number}" for number in range(classes))
     path = write_bundle(folder, classes=names, weights=tuple(map(float, weights)), temperature=temperature)
     loaded = bundles.load_bundle(path)
-    warm = [replace(member, temperature=0.5 + place) for place, member in enumerate(loaded.members)]
+    warm = [replace(member, temperature=0.5 + position) for position, member in enumerate(loaded.members)]
     loaded = replace(loaded, members=tuple(warm))
     return FusedSoftmax(loaded, DEVICE), loaded
 
@@ -33,7 +33,7 @@ def fusion_of(
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("classes", [2, 3, 17])
 @pytest.mark.parametrize("members", [1, 3])
-def test_it_gives_what_numpy_gives(tmp_path, members, classes, temperature):
+def test_the_kernel_equals_numpy(tmp_path, members, classes, temperature):
     fusion, bundle = fusion_of(tmp_path / "b", members, classes, temperature)
     logits = np.random.default_rng(1).normal(0, 6, (members, 9, classes)).astype(np.float32)
     logits[:, 3] = 0.25  # a tie: the first class
@@ -42,23 +42,23 @@ def test_it_gives_what_numpy_gives(tmp_path, members, classes, temperature):
     packed = torch.full((9, fusion.width), -7.0, device=DEVICE)
     padded = np.concatenate([logits, np.full((members, 4, classes), np.nan, np.float32)], axis=1)
     fusion.enqueue(torch.from_numpy(padded).to(DEVICE), packed)
-    found = fusion.unpack(packed.cpu().numpy())
-    assert (found.prediction[5:8] == -1).all()
+    result = fusion.unpack(packed.cpu().numpy())
+    assert (result.prediction[5:8] == -1).all()
     fine = np.isfinite(logits).all(axis=(0, 2))
     temperatures = [member.temperature for member in bundle.members]
     each, ensemble = combine_logits(
         logits[:, fine], weights=bundle.weights, temperatures=temperatures, temperature=temperature
     )
-    assert np.abs(found.members[:, fine] - each).max() < 1e-6
-    assert np.abs(found.probabilities[fine] - ensemble).max() < 1e-6
-    assert (found.prediction[fine] == found.probabilities[fine].argmax(axis=1)).all()
-    assert np.array_equal(found.confidence[fine], found.probabilities[fine].max(axis=1))
-    assert found.prediction[3] == 0
+    assert np.abs(result.members[:, fine] - each).max() < 1e-6
+    assert np.abs(result.probabilities[fine] - ensemble).max() < 1e-6
+    assert (result.prediction[fine] == result.probabilities[fine].argmax(axis=1)).all()
+    assert np.array_equal(result.confidence[fine], result.probabilities[fine].max(axis=1))
+    assert result.prediction[3] == 0
     assert (packed.cpu().numpy()[fine] != -7).all(), "every place is written"
 
 
 @pytest.mark.parametrize("capability", [75, 90, 120])
-def test_it_compiles_for_gpus_that_are_not_here(tmp_path, capability):
+def test_the_kernel_compiles_for_other_gpus(tmp_path, capability):
     """In a process of its own: where the interpreter is on, there is no compiler."""
     import subprocess
     import sys

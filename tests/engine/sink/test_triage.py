@@ -71,20 +71,20 @@ def test_entropy_and_disagreement_are_scipys() -> None:
     by_hand = entropy_of(mean, base=2, axis=-1) - np.einsum(
         "m,mn->n", weights, entropy_of(wide, base=2, axis=-1)
     )
-    found = disagreement(members, weights)
-    assert found.dtype == np.float32
-    assert np.abs(found - by_hand).max() <= 4 * ROUNDING
-    assert found[0] == 0
-    assert found[1] == pytest.approx(entropy_of(weights, base=2), abs=1e-6)  # nothing in common
+    actual = disagreement(members, weights)
+    assert actual.dtype == np.float32
+    assert np.abs(actual - by_hand).max() <= 4 * ROUNDING
+    assert actual[0] == 0
+    assert actual[1] == pytest.approx(entropy_of(weights, base=2), abs=1e-6)  # nothing in common
     assert not disagreement(members[:1], (1.0,)).any()
     assert disagreement(np.stack([members[0]] * 2), (0.4, 0.6)).min() >= 0
 
 
 def test_triage_rises_with_the_probability() -> None:
     scores = np.linspace(0, 1, 101, dtype=np.float32)
-    found = assign_zones(scores, 0.2, 0.5)
-    assert (np.diff(found) >= 0).all()
-    assert [ZONES[zone] for zone in found[[19, 20, 50, 51]]] == [
+    result = assign_zones(scores, 0.2, 0.5)
+    assert (np.diff(result) >= 0).all()
+    assert [ZONES[zone] for zone in result[[19, 20, 50, 51]]] == [
         "rule_out",
         "gray_zone",
         "gray_zone",
@@ -117,11 +117,11 @@ def test_columns(points: OperatingPoints) -> None:
     assert np.allclose(table["p_bone_loss"].to_pylist()[1], mixed[1, 1:].sum())
     limit = points.abstain.disagreement.above
     assert limit is not None
-    for row, (score, apart, found) in enumerate(
+    for row, (score, apart, result) in enumerate(
         zip(mixed[:, 2], disagreement(members, (0.6, 0.4)), table.to_pylist(), strict=True)
     ):
         if failed[row]:
-            assert set(found.values()) == {None}
+            assert set(result.values()) == {None}
             continue
         low, high = points.rule_out.below, points.refer.above
         zone = "rule_out" if score < low else "refer" if score > high else "gray_zone"
@@ -132,8 +132,8 @@ def test_columns(points: OperatingPoints) -> None:
             )
             if is_so
         ]
-        assert (found["triage"], found["abstain_reasons"]) == (zone, reasons)
-        assert found["abstain"] == bool(reasons)
+        assert (result["triage"], result["abstain_reasons"]) == (zone, reasons)
+        assert result["abstain"] == bool(reasons)
     assert {len(reasons) for reasons in table["abstain_reasons"].to_pylist() if reasons is not None} >= {
         0,
         1,
@@ -227,7 +227,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, points: OperatingPoints) ->
         ("made", 5, "made is 5: expected a text"),
     ],
 )
-def test_operating_points_that_make_no_sense(folder: Path, place: str, value: Any, complaint: str) -> None:
+def test_invalid_operating_points(folder: Path, place: str, value: Any, complaint: str) -> None:
     description = folder / "ensemble.json"
     good = description.read_bytes()
     data = json.loads(good)
@@ -282,7 +282,7 @@ def test_half_a_section(folder: Path, section: Any) -> None:
         ({"a": "normal"}, 'groups.a is "normal": expected a list'),
     ],
 )
-def test_groups_that_make_no_sense(folder: Path, groups: Any, complaint: str) -> None:
+def test_invalid_groups(folder: Path, groups: Any, complaint: str) -> None:
     description = folder / "ensemble.json"
     good = description.read_bytes()
     description.write_text(json.dumps(json.loads(good) | {"groups": groups}))

@@ -40,12 +40,12 @@ def width(interval: dict) -> float:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 6])
-def test_it_says_what_scikit_learn_says(classes):
+def test_metrics_equal_scikit_learn(classes):
     labels = some_labels(300, classes=classes)
     probabilities = voter(labels, classes=classes)
     predictions = probabilities.argmax(axis=1)
     names = [f"grade {one}" for one in range(classes)]
-    found = judge(probabilities, labels, classes=names)
+    result = judge(probabilities, labels, classes=names)
     scores = probabilities if classes > 2 else probabilities[:, 1]
     averaged = {"average": "macro", "zero_division": 0}
     wanted = {
@@ -57,10 +57,10 @@ def test_it_says_what_scikit_learn_says(classes):
         "balanced_accuracy": library.balanced_accuracy_score(labels, predictions),
         "kappa": library.cohen_kappa_score(labels, predictions, weights="quadratic"),
     }
-    assert {name: found[name]["value"] for name in wanted} == pytest.approx(wanted)
-    assert found["confusion"] == library.confusion_matrix(labels, predictions).tolist()
+    assert {name: result[name]["value"] for name in wanted} == pytest.approx(wanted)
+    assert result["confusion"] == library.confusion_matrix(labels, predictions).tolist()
     for one, name in enumerate(names):
-        mine = found["per_class"][name]
+        mine = result["per_class"][name]
         against_rest = library.confusion_matrix(labels == one, predictions == one)
         assert mine["images"] == (labels == one).sum()
         assert mine["sensitivity"]["value"] == against_rest[1, 1] / against_rest[1].sum()
@@ -73,21 +73,21 @@ def test_it_says_what_scikit_learn_says(classes):
 def test_by_hand():
     labels = np.array([0, 0, 0, 1, 1, 2])
     predictions = np.array([0, 0, 1, 1, 2, 2])
-    found = judge(np.full((6, 3), 0.1) + 0.7 * np.eye(3)[predictions], labels)
-    assert found["images"] == 6
-    assert found["confusion"] == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
-    assert found["accuracy"]["value"] == pytest.approx(4 / 6)
-    assert found["macro_recall"]["value"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
-    assert found["macro_precision"]["value"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
-    assert found["per_class"]["normal"]["specificity"]["value"] == 1
-    assert found["per_class"]["osteopenia"]["specificity"]["value"] == 3 / 4
+    result = judge(np.full((6, 3), 0.1) + 0.7 * np.eye(3)[predictions], labels)
+    assert result["images"] == 6
+    assert result["confusion"] == [[2, 1, 0], [0, 1, 1], [0, 0, 1]]
+    assert result["accuracy"]["value"] == pytest.approx(4 / 6)
+    assert result["macro_recall"]["value"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    assert result["macro_precision"]["value"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+    assert result["per_class"]["normal"]["specificity"]["value"] == 1
+    assert result["per_class"]["osteopenia"]["specificity"]["value"] == 3 / 4
     # two errors by one grade each; by chance (3 (2 + 8) + 2 (2 + 2) + 1 (8 + 2)) / 6 squared grades
-    assert found["kappa"]["value"] == pytest.approx(1 - 2 / (48 / 6))
-    assert found["nll"] == pytest.approx(-(4 * math.log(0.8) + 2 * math.log(0.1)) / 6)
+    assert result["kappa"]["value"] == pytest.approx(1 - 2 / (48 / 6))
+    assert result["nll"] == pytest.approx(-(4 * math.log(0.8) + 2 * math.log(0.1)) / 6)
     right, wrong = 0.2**2 + 2 * 0.1**2, 0.8**2 + 0.9**2 + 0.1**2
-    assert found["brier"] == pytest.approx((4 * right + 2 * wrong) / 6)
-    assert found["ece"]["value"] == pytest.approx(0.8 - 4 / 6)
-    assert found["reliability"] == [
+    assert result["brier"] == pytest.approx((4 * right + 2 * wrong) / 6)
+    assert result["ece"]["value"] == pytest.approx(0.8 - 4 / 6)
+    assert result["reliability"] == [
         {"confidence": pytest.approx(0.8), "accuracy": pytest.approx(4 / 6), "count": 6}
     ]
 
@@ -98,16 +98,16 @@ def test_it_agrees_with_the_rest_of_training():
     candidate = weight_search.evaluate_candidate(logits[None], labels, (1.0,))
     likely = np.exp(logits - logits.max(axis=1, keepdims=True))
     likely = (likely / likely.sum(axis=1, keepdims=True)).astype(np.float32)
-    found = judge(likely, labels)
-    assert found["nll"] == pytest.approx(candidate.nll, rel=1e-4)
-    assert found["accuracy"]["value"] == pytest.approx(candidate.accuracy)
-    assert found["macro_f1"]["value"] == pytest.approx(
+    result = judge(likely, labels)
+    assert result["nll"] == pytest.approx(candidate.nll, rel=1e-4)
+    assert result["accuracy"]["value"] == pytest.approx(candidate.accuracy)
+    assert result["macro_f1"]["value"] == pytest.approx(
         classification.macro_f1(labels, likely.argmax(axis=1), classes=3)
     )
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
-def test_every_resample_is_what_scikit_learn_says_of_it(classes):
+def test_each_resample_equals_scikit_learn(classes):
     labels = some_labels(60, classes=classes)
     probabilities = voter(labels, classes=classes)
     groups = np.arange(60) // 2
@@ -115,11 +115,11 @@ def test_every_resample_is_what_scikit_learn_says_of_it(classes):
     drawn = evaluate._bootstrap_metrics(probabilities, labels, groups, seed=3, resamples=25)
     times = np.concatenate(list(cluster_bootstrap(groups, seed=3, resamples=25))).astype(int)
     assert len(times) == 25
-    for place, chosen in enumerate(times):
+    for position, chosen in enumerate(times):
         again = np.repeat(np.arange(60), chosen)
         wanted = evaluate.point_metrics(probabilities[again], labels[again], classes=names)
         assert set(labels[again]) == set(labels)
-        assert {name: drawn[name][place] for name in wanted} == pytest.approx(wanted)
+        assert {name: drawn[name][position] for name in wanted} == pytest.approx(wanted)
 
 
 def test_a_resample_draws_whole_groups():
@@ -145,11 +145,13 @@ def test_groups_widen_the_intervals():
 
 def test_intervals_have_the_width_of_the_binomial():
     labels = some_labels(400)
-    found = judge(voter(labels), labels, resamples=2000)
-    for one in (found["accuracy"], found["per_class"]["osteopenia"]["specificity"]):
+    result = judge(voter(labels), labels, resamples=2000)
+    for one in (result["accuracy"], result["per_class"]["osteopenia"]["specificity"]):
         assert one["low"] < one["value"] < one["high"]
-    value = found["accuracy"]["value"]
-    assert width(found["accuracy"]) == pytest.approx(2 * 1.96 * math.sqrt(value * (1 - value) / 400), rel=0.1)
+    value = result["accuracy"]["value"]
+    assert width(result["accuracy"]) == pytest.approx(
+        2 * 1.96 * math.sqrt(value * (1 - value) / 400), rel=0.1
+    )
 
 
 def test_the_seed_decides_and_blocks_do_not(monkeypatch):
@@ -177,36 +179,36 @@ def test_the_seed_decides_and_blocks_do_not(monkeypatch):
 def test_degenerate_sets(labels, predictions, undefined):
     labels = np.array(labels)
     probabilities = (np.full((len(labels), 3), 0.2) + 0.4 * np.eye(3)[predictions]).astype(np.float32)
-    found = judge(probabilities, labels)
-    json.dumps(found, allow_nan=False)
+    result = judge(probabilities, labels)
+    json.dumps(result, allow_nan=False)
     figures = evaluate.point_metrics(probabilities, labels, classes=CLASSES)
-    assert {name for name in figures if found[name]["value"] is None} == undefined
-    assert all(found[name]["low"] is None for name in undefined)
+    assert {name for name in figures if result[name]["value"] is None} == undefined
+    assert all(result[name]["low"] is None for name in undefined)
     for one, name in enumerate(CLASSES):
-        mine = found["per_class"][name]
+        mine = result["per_class"][name]
         seen, predicted = one in labels, one in predictions
         assert (mine["sensitivity"]["value"] is None) == (not seen)
         assert (mine["precision"] is None) == (not predicted)
         assert (mine["f1"] is None) == (not seen and not predicted)
-        assert (found["roc"][name]["fpr"] == []) == (mine["auc"] is None)
+        assert (result["roc"][name]["fpr"] == []) == (mine["auc"] is None)
 
 
 def test_one_group_has_no_interval():
     labels = some_labels(30)
-    found = judge(voter(labels), labels, groups=np.zeros(30, int))
-    assert found["accuracy"]["value"] is not None
-    assert found["accuracy"]["low"] is found["accuracy"]["high"] is None
+    result = judge(voter(labels), labels, groups=np.zeros(30, int))
+    assert result["accuracy"]["value"] is not None
+    assert result["accuracy"]["low"] is result["accuracy"]["high"] is None
 
 
 def test_mostly_undefined_is_undefined():
     labels = np.array([0, 1, 2])  # 78 % of the resamples lack a class
-    found = judge(voter(labels), labels)
-    assert found["macro_f1"]["value"] is not None
-    assert found["macro_f1"]["low"] is None
-    assert found["accuracy"]["low"] is not None
+    result = judge(voter(labels), labels)
+    assert result["macro_f1"]["value"] is not None
+    assert result["macro_f1"]["low"] is None
+    assert result["accuracy"]["low"] is not None
 
 
-def test_calibration_knows_sure_from_right():
+def test_calibration_error_of_confident_and_correct_predictions():
     labels = np.array([0] * 8 + [1] * 2)
     honest = np.tile([0.8, 0.2], (10, 1))
     assert evaluate.calibration_metrics(honest, labels)["ece"] == pytest.approx(0)
@@ -218,28 +220,28 @@ def test_bins_have_equal_mass_and_ignore_the_order():
     labels = some_labels(150)
     probabilities = np.random.default_rng(0).dirichlet((1, 1, 1), 150)
     bins = evaluate.reliability_bins(probabilities, labels)
-    assert [one["count"] for one in bins] == [10] * 15
+    assert [item["count"] for item in bins] == [10] * 15
     confidence = np.sort(probabilities.max(axis=1)).reshape(15, 10).mean(axis=1)
-    assert [one["confidence"] for one in bins] == pytest.approx(confidence)
+    assert [item["confidence"] for item in bins] == pytest.approx(confidence)
     tied = probabilities.round(1)
     order = np.random.default_rng(1).permutation(150)
     assert evaluate.reliability_bins(tied, labels) == [
-        pytest.approx(one) for one in evaluate.reliability_bins(tied[order], labels[order])
+        pytest.approx(item) for item in evaluate.reliability_bins(tied[order], labels[order])
     ]
-    assert sum(one["count"] for one in evaluate.reliability_bins(tied, labels)) == 150
+    assert sum(item["count"] for item in evaluate.reliability_bins(tied, labels)) == 150
 
 
 def test_roc_is_thinned_but_whole():
     labels = some_labels(3000)
     probabilities = np.random.default_rng(0).dirichlet((1, 1, 1), 3000) + 0.3 * np.eye(3)[labels]
-    found = judge(probabilities / 1.3, labels, resamples=5)
+    result = judge(probabilities / 1.3, labels, resamples=5)
     for name in CLASSES:
-        fpr, tpr = found["roc"][name]["fpr"], found["roc"][name]["tpr"]
+        fpr, tpr = result["roc"][name]["fpr"], result["roc"][name]["tpr"]
         assert 100 < len(fpr) == len(tpr) <= 200
         assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
         assert fpr == sorted(fpr)
         assert tpr == sorted(tpr)
-        assert np.trapezoid(tpr, fpr) == pytest.approx(found["per_class"][name]["auc"], abs=0.005)
+        assert np.trapezoid(tpr, fpr) == pytest.approx(result["per_class"][name]["auc"], abs=0.005)
 
 
 def test_compare_is_signed():
@@ -259,8 +261,8 @@ def test_compare_is_paired():
     good = voter(labels)
     almost = good.copy()
     almost[:6] = voter((labels[:6] + 1) % 3, skill=9)
-    found = evaluate.compare(good, almost, labels, groups=np.arange(300), seed=0, resamples=300)
-    assert width(found["accuracy"]) < 0.5 * width(judge(good, labels)["accuracy"])
+    result = evaluate.compare(good, almost, labels, groups=np.arange(300), seed=0, resamples=300)
+    assert width(result["accuracy"]) < 0.5 * width(judge(good, labels)["accuracy"])
 
 
 def test_it_is_fast():

@@ -93,12 +93,12 @@ def listed(path: Path) -> list[str] | Status:
 
 
 def read(root: Path, paths: list[str], threads: int = 16) -> dict[str, bytes | Status]:
-    found: dict[str, bytes | Status] = {}
+    result: dict[str, bytes | Status] = {}
     for batch in read_batches(root, paths, batch_size=4, threads=threads):
         for position, data in enumerate(batch.encoded):
             path = paths[batch.start + position]
-            found[path] = data if batch.status[position] == Status.OK else Status(batch.status[position])
-    return found
+            result[path] = data if batch.status[position] == Status.OK else Status(batch.status[position])
+    return result
 
 
 def test_scores_are_those_of_the_loose_files(
@@ -116,10 +116,10 @@ def test_scores_are_those_of_the_loose_files(
     pd.DataFrame({"path": rows}).to_csv(tmp_path / "m.csv", index=False)
     run = engine_run("m.csv", "-b", bundle, "-o", "out", "--batch-size", 5)
     assert run.returncode == 0, run.stderr
-    found = engine.read_results(tmp_path / "out")
-    assert found.status.tolist() == ["ok"] * 36 + ["missing"] * 2
-    scores = [column for column in found if column.startswith("p_")]
-    loose, of_tar, of_zip = (found[scores].to_numpy()[start : start + 12] for start in (0, 12, 24))
+    result = engine.read_results(tmp_path / "out")
+    assert result.status.tolist() == ["ok"] * 36 + ["missing"] * 2
+    scores = [column for column in result if column.startswith("p_")]
+    loose, of_tar, of_zip = (result[scores].to_numpy()[start : start + 12] for start in (0, 12, 24))
     assert np.array_equal(loose, of_tar)
     assert np.array_equal(loose, of_zip)
 
@@ -135,12 +135,14 @@ def test_scores_are_those_of_the_loose_files(
 @pytest.mark.parametrize("make", MAKERS)
 def test_many_threads_read_one_archive(tmp_path: Path, make: Callable[..., Path]) -> None:
     pictures = {f"d/{index}.png": PNG + bytes([index]) * index for index in range(200)}
-    place = make(tmp_path / ("x.tar" if make is tar else "x.zip"), list(pictures.items()))
+    position = make(tmp_path / ("x.tar" if make is tar else "x.zip"), list(pictures.items()))
     before = threading.active_count()
     with ThreadPoolExecutor(16) as pool:
         names = random.Random(0).choices(list(pictures), k=3000)
-        for name, found in zip(names, pool.map(lambda name: outcome(f"{place}::{name}"), names), strict=True):
-            assert found == pictures[name]
+        for name, result in zip(
+            names, pool.map(lambda name: outcome(f"{position}::{name}"), names), strict=True
+        ):
+            assert result == pictures[name]
     assert threading.active_count() == before
 
 
@@ -170,23 +172,25 @@ def test_each_row_of_a_hostile_tar_has_its_status(tmp_path: Path) -> None:
         ("sparse.png", special(tarfile.GNUTYPE_SPARSE), Status.UNSUPPORTED),
     ]
     for number, form in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
-        place = tar(
+        position = tar(
             tmp_path / f"{number}.tar", [(name, content) for name, content, _ in expected], format=form
         )
         for name, _, status in expected:
-            assert outcome(f"{place}::{name}") == status, name
-        assert outcome(f"{place}::nowhere.png") == Status.MISSING
-        assert outcome(f"{place}::") == Status.MISSING
+            assert outcome(f"{position}::{name}") == status, name
+        assert outcome(f"{position}::nowhere.png") == Status.MISSING
+        assert outcome(f"{position}::") == Status.MISSING
         names = [name for name, _, _ in expected]
         del names[7], names[names.index("folder.png")]
-        assert listed(place) == [f"{place.name}::{name}" for name in names]
-        with archive.list_images(place, tmp_path) as (_, left_out):
+        assert listed(position) == [f"{position.name}::{name}" for name in names]
+        with archive.list_images(position, tmp_path) as (_, left_out):
             assert left_out == {"replaced by a later member of the same name": 1}
 
 
 def test_a_name_that_is_not_utf8_is_still_a_row(tmp_path: Path) -> None:
-    place = tar(tmp_path / "x.tar", [("R\udcf6ntgen.png", PNG)], encoding="utf-8", errors="surrogateescape")
-    (row,) = listed(place)
+    position = tar(
+        tmp_path / "x.tar", [("R\udcf6ntgen.png", PNG)], encoding="utf-8", errors="surrogateescape"
+    )
+    (row,) = listed(position)
     assert row == r"x.tar::R\xf6ntgen.png"
     assert outcome(tmp_path / row) == PNG
 
@@ -220,26 +224,26 @@ FLAGS, METHOD, CRC, PACKED, SIZE, LOCAL = 8, 10, 16, 20, 24, 42
     ],
 )
 def test_a_zip_that_lies_about_a_member(tmp_path: Path, offset: int, value: bytes, status: Status) -> None:
-    place = patched(zipped(tmp_path / "x.zip", [("a.png", PNG)]), offset, value)
-    assert outcome(f"{place}::a.png") == status
-    assert listed(place) == ["x.zip::a.png"]
+    position = patched(zipped(tmp_path / "x.zip", [("a.png", PNG)]), offset, value)
+    assert outcome(f"{position}::a.png") == status
+    assert listed(position) == ["x.zip::a.png"]
 
 
 def test_a_bomb_is_refused_or_stops_at_its_declared_size(tmp_path: Path) -> None:
-    place = zipped(tmp_path / "x.zip", [("a.png", bytes(64 << 20))])
+    position = zipped(tmp_path / "x.zip", [("a.png", bytes(64 << 20))])
     tracemalloc.start()
-    assert outcome(f"{place}::a.png") == Status.TOO_LARGE
-    patched(place, SIZE, struct.pack("<I", 100_000))
-    assert outcome(f"{place}::a.png") == Status.UNREADABLE, "it changed"
-    archive._cache.drop(str(place))
-    assert outcome(f"{place}::a.png") == Status.CORRUPT
+    assert outcome(f"{position}::a.png") == Status.TOO_LARGE
+    patched(position, SIZE, struct.pack("<I", 100_000))
+    assert outcome(f"{position}::a.png") == Status.UNREADABLE, "it changed"
+    archive._cache.drop(str(position))
+    assert outcome(f"{position}::a.png") == Status.CORRUPT
     assert tracemalloc.get_traced_memory()[1] < 4 << 20
     tracemalloc.stop()
 
 
 def test_zip_links_folders_twins_and_wide_fields(tmp_path: Path) -> None:
-    place = tmp_path / "x.zip"
-    with zipfile.ZipFile(place, "w") as opened:
+    position = tmp_path / "x.zip"
+    with zipfile.ZipFile(position, "w") as opened:
         link = zipfile.ZipInfo("link.png")
         link.external_attr = 0o120777 << 16
         opened.writestr(link, "a.png")
@@ -249,11 +253,11 @@ def test_zip_links_folders_twins_and_wide_fields(tmp_path: Path) -> None:
         opened.writestr("twice.png", b"first")
         with pytest.warns(UserWarning, match="Duplicate"):
             opened.writestr("twice.png", PNG)
-    place.write_bytes(b"#!/bin/sh\n" + place.read_bytes())  # as a self-extracting archive begins
-    assert outcome(f"{place}::link.png") == Status.UNREADABLE
-    assert outcome(f"{place}::d.png/") == Status.UNREADABLE
-    assert outcome(f"{place}::wide.png") == outcome(f"{place}::twice.png") == PNG
-    assert listed(place) == ["x.zip::link.png", "x.zip::wide.png", "x.zip::twice.png"]
+    position.write_bytes(b"#!/bin/sh\n" + position.read_bytes())  # as a self-extracting archive begins
+    assert outcome(f"{position}::link.png") == Status.UNREADABLE
+    assert outcome(f"{position}::d.png/") == Status.UNREADABLE
+    assert outcome(f"{position}::wide.png") == outcome(f"{position}::twice.png") == PNG
+    assert listed(position) == ["x.zip::link.png", "x.zip::wide.png", "x.zip::twice.png"]
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -265,13 +269,13 @@ def test_cut_anywhere(tmp_path: Path, make: Callable[..., Path]) -> None:
     end = len(whole.rstrip(b"\0")) if make is tar else len(whole)
     statuses = set()
     for length in range(0, end, 512):
-        place = tmp_path / (f"{length}.tar" if make is tar else f"{length}.zip")
-        place.write_bytes(whole[:length])
+        position = tmp_path / (f"{length}.tar" if make is tar else f"{length}.zip")
+        position.write_bytes(whole[:length])
         for name, content in contents.items():
-            found = outcome(f"{place}::{name}")
-            statuses.add(found if isinstance(found, Status) else "ok")
-            assert found == content or found in (Status.TRUNCATED, Status.CORRUPT, Status.MISSING)
-        listing = listed(place)
+            result = outcome(f"{position}::{name}")
+            statuses.add(result if isinstance(result, Status) else "ok")
+            assert result == content or result in (Status.TRUNCATED, Status.CORRUPT, Status.MISSING)
+        listing = listed(position)
         if isinstance(listing, list):
             assert make is tar, "which may end where a member does"
             assert all(isinstance(outcome(tmp_path / row), bytes) for row in listing)
@@ -285,19 +289,19 @@ def test_damage_anywhere(tmp_path: Path, make: Callable[..., Path]) -> None:
     rng = random.Random(2)
     contents = {f"{index}.png": PNG[: 60 + index] for index in range(4)}
     whole = make(tmp_path / "whole", list(contents.items())).read_bytes()
-    place = tmp_path / ("x.tar" if make is tar else "x.zip")
+    position = tmp_path / ("x.tar" if make is tar else "x.zip")
     for _ in range(600):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 4, 30))):
             at = rng.randrange(len(data))
             data[at : at + 4] = rng.choice((rng.randbytes(1), b"\xff\xff\xff\xff", b"\0\0\0\0"))
-        place.write_bytes(data)
-        archive._cache.drop(str(place))
+        position.write_bytes(data)
+        archive._cache.drop(str(position))
         for name, content in contents.items():
-            found = outcome(f"{place}::{name}")
+            result = outcome(f"{position}::{name}")
             if make is zipped:  # which has checksums
-                assert isinstance(found, Status) or found == content
-        listing = listed(place)
+                assert isinstance(result, Status) or result == content
+        listing = listed(position)
         for row in listing if isinstance(listing, list) else []:
             outcome(tmp_path / row)
 
@@ -342,24 +346,24 @@ def test_hostile_headers_of_a_tar(tmp_path: Path, hostile: bytes) -> None:
     good = header(b"0", PNG).replace(b"x.png", b"y.png", 1)
     data = tar(tmp_path / "good", [("y.png", PNG)]).read_bytes()[: 512 + len(PNG) + (-len(PNG)) % 512]
     assert len(good) == len(data)
-    place = tmp_path / "x.tar"
-    place.write_bytes(data + hostile + header(b"0", PNG) + bytes(1024))
+    position = tmp_path / "x.tar"
+    position.write_bytes(data + hostile + header(b"0", PNG) + bytes(1024))
     tracemalloc.start()
-    assert outcome(f"{place}::y.png") == PNG, "what comes before is sound"
-    outcome(f"{place}::x.png")
-    listing = listed(place)
+    assert outcome(f"{position}::y.png") == PNG, "what comes before is sound"
+    outcome(f"{position}::x.png")
+    listing = listed(position)
     assert isinstance(listing, list) or listing in (Status.TRUNCATED, Status.CORRUPT, Status.UNSUPPORTED)
     assert tracemalloc.get_traced_memory()[1] < 100 << 20
     tracemalloc.stop()
 
 
 def test_a_directory_of_millions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = zipped(tmp_path / "x.zip", [(f"{index}", b"x") for index in range(2000)])
+    position = zipped(tmp_path / "x.zip", [(f"{index}", b"x") for index in range(2000)])
     monkeypatch.setattr(archive, "MAX_ZIP_MEMBERS", 1000)
-    assert outcome(f"{place}::1") == Status.UNSUPPORTED
-    archive._cache.drop(str(place))
+    assert outcome(f"{position}::1") == Status.UNSUPPORTED
+    archive._cache.drop(str(position))
     monkeypatch.setattr(archive, "MAX_ZIP_DIRECTORY", 10_000)
-    assert outcome(f"{place}::1") == Status.UNSUPPORTED
+    assert outcome(f"{position}::1") == Status.UNSUPPORTED
 
 
 @pytest.mark.parametrize(
@@ -373,7 +377,7 @@ def test_a_directory_of_millions_is_refused(tmp_path: Path, monkeypatch: pytest.
         ("x.tgz", b"\x1f\x8b\x08\0 and so on", Status.UNSUPPORTED),
     ],
 )
-def test_what_is_no_archive(tmp_path: Path, name: str, content: bytes, status: Status) -> None:
+def test_files_that_are_no_archives(tmp_path: Path, name: str, content: bytes, status: Status) -> None:
     (tmp_path / name).write_bytes(content)
     assert outcome(f"{tmp_path / name}::a.png") == status
     if content:
@@ -402,24 +406,24 @@ def test_a_plain_file_of_that_name_where_there_is_no_archive(tmp_path: Path) -> 
 
 
 def test_an_archive_that_changes_or_goes_away(tmp_path: Path) -> None:
-    place = tar(tmp_path / "x.tar", [(f"{index}.png", PNG) for index in range(8)])
+    position = tar(tmp_path / "x.tar", [(f"{index}.png", PNG) for index in range(8)])
     rows = [f"x.tar::{index}.png" for index in range(8)]
     assert set(read(tmp_path, rows).values()) == {PNG}
-    with tarfile.open(place, "a") as opened:
+    with tarfile.open(position, "a") as opened:
         opened.add(__file__)
     assert set(read(tmp_path, rows).values()) == {Status.UNREADABLE}
     loose = tmp_path / "loose.png"
     loose.write_bytes(PNG)
-    place.unlink()
-    found = read(tmp_path, ["loose.png", *rows], threads=1)
-    assert found.pop("loose.png") == PNG
-    assert set(found.values()) == {Status.MISSING}
-    place = tar(tmp_path / "y.tar", [(f"{index}.png", PNG) for index in range(8)])
+    position.unlink()
+    result = read(tmp_path, ["loose.png", *rows], threads=1)
+    assert result.pop("loose.png") == PNG
+    assert set(result.values()) == {Status.MISSING}
+    position = tar(tmp_path / "y.tar", [(f"{index}.png", PNG) for index in range(8)])
     reader = Reader(tmp_path, batch_size=1, threads=1, limits=Limits(), ahead=False)
     rows = [f"y.tar::{index}.png" for index in range(8)]
     stage = reader.stage([Part(0, np.arange(8), rows, pa.table({}))], Meter("read"))
     next(stage)
-    place.unlink()
+    position.unlink()
     with pytest.raises(EngineError, match="disappeared"):
         list(stage)
 
@@ -439,7 +443,7 @@ def test_few_archives_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_waiting_for_an_index_is_not_a_hanging_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Indexing takes four times as long as a read may; every row is read all the same."""
-    place = tar(tmp_path / "x.tar", [(f"{index}.png", PNG) for index in range(16)])
+    position = tar(tmp_path / "x.tar", [(f"{index}.png", PNG) for index in range(16)])
     members = archive._tar_members
 
     def slowly(pread: object, size: int):
@@ -450,12 +454,12 @@ def test_waiting_for_an_index_is_not_a_hanging_read(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(archive, "_tar_members", slowly)
     monkeypatch.setattr(archive, "MEMBERS_PER_ALIVE", 1)
     reader = Reader(tmp_path, batch_size=4, threads=4, limits=Limits(), timeout_s=0.6)
-    rows = [f"{place.name}::{index}.png" for index in range(16)]
+    rows = [f"{position.name}::{index}.png" for index in range(16)]
     stage = reader.stage([Part(0, np.arange(16), rows, pa.table({}))], Meter("read"))
     assert [status for batch in stage for status in batch.status] == [Status.OK] * 16
 
 
-def test_what_is_listed_is_decided_by_content(tmp_path: Path) -> None:
+def test_listing_is_decided_by_content(tmp_path: Path) -> None:
     members = [
         ("b/no extension", PNG),
         ("a/notes.txt", b"not an image"),
@@ -468,15 +472,15 @@ def test_what_is_listed_is_decided_by_content(tmp_path: Path) -> None:
     ]
     images = ["b/no extension", "a/broken.PNG", "a/y.jpg", "IM000001"]
     for make, name in ((tar, "x.tar"), (zipped, "x.zip")):
-        place = make(tmp_path / name, members)
+        position = make(tmp_path / name, members)
         listing = tmp_path / f"{name}.parquet"
-        manifest = open_manifest(place, listing=listing)
+        manifest = open_manifest(position, listing=listing)
         (part,) = manifest.parts(100)
         assert part.paths == [f"{name}::{image}" for image in images]
         assert manifest.root == tmp_path
         assert manifest.skipped == {"not images": 1, "hidden": 3}
-        place.write_bytes(b"other")
-        assert open_manifest(place.rename(tmp_path / f"moved-{name}"), listing=listing).rows == 4
+        position.write_bytes(b"other")
+        assert open_manifest(position.rename(tmp_path / f"moved-{name}"), listing=listing).rows == 4
 
 
 @pytest.mark.parametrize(
@@ -496,8 +500,8 @@ def test_a_manifest_that_is_no_archive_of_images(
 
 
 def test_crc_of_a_stored_member(tmp_path: Path) -> None:
-    place = zipped(tmp_path / "x.zip", [("a.png", PNG)], zipfile.ZIP_STORED)
-    data = place.read_bytes()
+    position = zipped(tmp_path / "x.zip", [("a.png", PNG)], zipfile.ZIP_STORED)
+    data = position.read_bytes()
     assert zlib.crc32(PNG).to_bytes(4, "little") in data
-    place.write_bytes(data.replace(PNG[-20:], bytes(20)))
-    assert outcome(f"{place}::a.png") == Status.CORRUPT
+    position.write_bytes(data.replace(PNG[-20:], bytes(20)))
+    assert outcome(f"{position}::a.png") == Status.CORRUPT

@@ -45,7 +45,7 @@ def test_locks_on_a_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / ".lock").exists()
 
 
-def test_a_turn_in_an_object_store_is_one_ones_at_a_time(proxy: Any, client: Any) -> None:
+def test_the_lock_in_an_object_store_is_held_by_one_process(proxy: Any, client: Any) -> None:
     """Five that want it at once, over and over; none is ever inside with another."""
     inside, most, entered = 0, 0, 0
     guard = threading.Lock()
@@ -72,7 +72,7 @@ def test_a_turn_in_an_object_store_is_one_ones_at_a_time(proxy: Any, client: Any
     assert keys(client, "turns/") == []
 
 
-def test_who_is_drawing_a_ticket_is_waited_for(
+def test_a_lock_waits_for_processes_that_draw_a_ticket(
     proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = (ObjectFolder(Url("s3", "archive", "/drawing")) for _ in range(2))
@@ -81,10 +81,10 @@ def test_who_is_drawing_a_ticket_is_waited_for(
     tickets, meanwhile = one._tickets, list[bool]()
 
     def interrupted() -> dict[str, int]:
-        found = tickets()
+        result = tickets()
         if not meanwhile:
             meanwhile.append(two.acquire_run_lock())
-        return found
+        return result
 
     monkeypatch.setattr(one, "_tickets", interrupted)
     got = [one.acquire_run_lock(), two.acquire_run_lock()]
@@ -98,7 +98,7 @@ def test_who_is_drawing_a_ticket_is_waited_for(
         folder.unlock(remove_created=False)
 
 
-def test_who_shares_an_object_store_keeps_out_who_does_not(
+def test_a_shared_lock_excludes_an_exclusive_lock(
     proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two, alone = (ObjectFolder(Url("s3", "archive", "/shared")) for _ in range(3))
@@ -124,7 +124,7 @@ def test_who_shares_an_object_store_keeps_out_who_does_not(
     assert keys(client, "shared/") == []
 
 
-def test_what_the_dead_have_left_in_an_object_store_is_swept(
+def test_leftovers_of_killed_writers_are_deleted(
     proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead, living = (ObjectFolder(Url("s3", "archive", "/swept")) for _ in range(2))
@@ -144,14 +144,14 @@ def test_what_the_dead_have_left_in_an_object_store_is_swept(
     assert keys(client, "swept/") == []
 
 
-def test_who_was_killed_on_another_machine_is_found_out(
+def test_a_killed_process_on_another_machine_is_detected(
     proxy: Any, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Url("s3", "archive", "/elsewhere")
+    position = Url("s3", "archive", "/elsewhere")
     dead, alone, living = (
-        ObjectFolder(place),
-        ObjectFolder(place),
-        RunFolder(place, overwrite=False, shared=True),
+        ObjectFolder(position),
+        ObjectFolder(position),
+        RunFolder(position, overwrite=False, shared=True),
     )
     dead.lock(shared=True)
     assert dead.claim(1)
@@ -177,7 +177,7 @@ def test_who_was_killed_on_another_machine_is_found_out(
 
 @pytest.mark.parametrize("size", [1000, 12_000_000])
 @pytest.mark.parametrize("broken", ["POST", "PUT"])
-def test_an_upload_that_fails_leaves_what_was_there(
+def test_a_failed_upload_keeps_the_old_object(
     proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch, size: int, broken: str
 ) -> None:
     monkeypatch.setattr(errors, "BACKOFF_S", 0.01)
@@ -194,7 +194,7 @@ def test_an_upload_that_fails_leaves_what_was_there(
     assert folder.read("x", lambda opened: opened.read()) == b"old"
 
 
-def test_the_lock_of_a_process_that_is_gone_or_silent_counts_for_nothing(
+def test_the_lock_of_a_dead_or_silent_process_is_ignored(
     proxy: Proxy, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, other = (ObjectFolder(Url("s3", "archive", "/locked")) for _ in range(2))

@@ -57,7 +57,7 @@ def rates(gains: dict[TunedOptions, float]) -> Callable[[TunedOptions], float]:
     return lambda options: 25 * gains.get(options, 1.0)
 
 
-def test_it_finds_what_is_faster_and_gives_it_the_most_time() -> None:
+def test_the_search_finds_faster_options_and_measures_them_longest() -> None:
     better = TunedOptions(batch_size=16)
     for seed in range(20):
         machine = Machine(
@@ -65,9 +65,9 @@ def test_it_finds_what_is_faster_and_gives_it_the_most_time() -> None:
             0.01,
             seed,
         )
-        found = machine.search()
-        assert found.chosen == better
-        assert abs(found.gain - 0.1) < 0.03
+        result = machine.search()
+        assert result.chosen == better
+        assert abs(result.gain - 0.1) < 0.03
         assert machine.now < 66
         others = [
             seconds for options, seconds in machine.spent.items() if options not in (better, TunedOptions())
@@ -75,7 +75,7 @@ def test_it_finds_what_is_faster_and_gives_it_the_most_time() -> None:
         assert machine.spent[better] > 2 * max(others)
 
 
-def test_it_joins_knobs_that_gain_each() -> None:
+def test_the_search_combines_options_that_each_gain() -> None:
     both = TunedOptions(batch_size=16, workers=1)
     machine = Machine(
         rates({TunedOptions(batch_size=16): 1.1, TunedOptions(workers=1): 1.1, both: 1.2}), 0.005, 0
@@ -90,16 +90,16 @@ def test_noise_and_small_gains_leave_the_defaults() -> None:
     assert kept.count(TunedOptions()) >= 42, "0.97 of many"
 
 
-def test_what_takes_too_long_is_left_out() -> None:
+def test_slow_candidates_are_skipped() -> None:
     machine = Machine(rates({}), 0.01, 0)
-    found = search(
+    result = search(
         OTHERS,
         machine.measure,
         seconds=60,
         min_rows=lambda options: 30 * (options.batch_size or 8),
         clock=lambda: machine.now,
     )
-    assert found.skipped == [
+    assert result.skipped == [
         TunedOptions(batch_size=16),
         TunedOptions(batch_size=32),
         TunedOptions(workers=1),
@@ -150,7 +150,7 @@ def test_a_tune_of_seconds_ends_with_a_profile_that_a_run_uses(
     assert recorded["result_options"]["batch_size"] == profile["knobs"].get("batch_size", 8)
 
 
-def test_a_run_takes_what_the_user_did_not_name_and_a_resumed_one_what_is_recorded(
+def test_a_run_uses_the_profile_and_a_resumed_run_the_record(
     engine_run: Command, archive: Path, own_bundle: Path, tmp_path: Path
 ) -> None:
     profile = write_profile(own_bundle, TunedOptions(batch_size=16, workers=1))
@@ -236,7 +236,7 @@ def test_a_damaged_or_hostile_profile_is_ignored_with_a_line(
     assert advice.line.isprintable()
 
 
-def test_what_a_gpu_has_settled_is_handed_on_but_not_to_a_resumed_run(own_bundle: Path) -> None:
+def test_gpu_tuning_of_a_profile_applies_only_to_new_runs(own_bundle: Path) -> None:
     decoding = {
         "hw_decoder_load": 0.9,
         "hybrid_huffman_threshold": 0,

@@ -1,6 +1,6 @@
-"""What goes wrong in the actors of a test's cluster: PYTHONPATH of its nodes names this folder.
+"""Make actors of a test's cluster fail; PYTHONPATH of its nodes contains this folder.
 
-The folder that HURT names holds a file for each thing that is to happen: whoever deletes it first does it.
+Each file in the folder HURT requests a fault; the first process that deletes the file has the fault.
 """
 
 from __future__ import annotations
@@ -46,21 +46,26 @@ def hurt() -> None:
         logits += np.float32(wrong) * np.arange(logits.shape[1], dtype=np.float32)
         return distances
 
-    def hanging(self, batch, meter):
+    def run_slowly(self, batch, meter):
         if happens("hang"):
             time.sleep(1000)
         if slow:
             time.sleep(0.1)
         return run(self, batch, meter)
 
-    def other(*arguments, **options):
-        """One actor is of another kind, and slow."""
+    def choose_other(*arguments, **options):
+        """Make one actor slow and of another precision."""
         nonlocal slow
-        found = choose(*arguments, **options)
+        result = choose(*arguments, **options)
         slow = happens("other")
-        return replace(found, precision="slow") if slow else found
+        return replace(result, precision="slow") if slow else result
 
-    local.read, OnnxRunner.enqueue, CpuScorer._run, actor.select_runner = deadly, noisy, hanging, other
+    local.read, OnnxRunner.enqueue, CpuScorer._run, actor.select_runner = (
+        deadly,
+        noisy,
+        run_slowly,
+        choose_other,
+    )
 
 
 if "HURT" in os.environ and any(argument.endswith("default_worker.py") for argument in sys.orig_argv):
