@@ -101,9 +101,9 @@ def test_a_change_in_one_quadrant_is_explained_there() -> None:
     pixels = np.repeat(references, 6, axis=0)
     pixels[:, :, 16:, 16:] = random_pixels(6, SIZE, seed=4)[:, :, 16:, 16:]
     whole = ensemble_of(decided(tiny_network()), weights=(1.0,))
-    found = [one for index in range(3) for one in explained(whole, pixels, references, index)]
-    assert max(abs(one.probability - one.typical) for one in found) > 0.05
-    for one in found:
+    result = [one for index in range(3) for one in explained(whole, pixels, references, index)]
+    assert max(abs(one.probability - one.typical) for one in result) > 0.05
+    for one in result:
         assert inside(one.maps[0, 12:, 12:], one.maps[0]) > 0.9
 
 
@@ -117,12 +117,12 @@ def test_shares_add_up_to_the_difference_of_probabilities(temperature: float) ->
     members, whole = combine_logits(
         logits, weights=weights, temperatures=temperatures, temperature=temperature
     )
-    found = one.probabilities(one.extract_features(pixels))
-    np.testing.assert_allclose(found[0], members, atol=1e-6)
-    np.testing.assert_allclose(found[1], whole, atol=1e-6)
+    result = one.probabilities(one.extract_features(pixels))
+    np.testing.assert_allclose(result[0], members, atol=1e-6)
+    np.testing.assert_allclose(result[1], whole, atol=1e-6)
     for index in range(3):
-        for place, each in enumerate(explained(one, pixels, references, index)):
-            assert each.probability == pytest.approx(whole[place, index], abs=1e-6)
+        for position, each in enumerate(explained(one, pixels, references, index)):
+            assert each.probability == pytest.approx(whole[position, index], abs=1e-6)
             assert sum(each.shares) == pytest.approx(
                 each.probability - each.typical, abs=integrated_gradients.MAX_COMPLETENESS_ERROR
             )
@@ -136,8 +136,8 @@ def test_a_sure_probability_is_explained_too() -> None:
         network.head[3].weight.mul_(20)
         network.head[3].bias.mul_(20)
     pixels, references = random_pixels(24, SIZE, seed=7), random_pixels(8, SIZE, seed=8)
-    found = explained(ensemble_of(network, weights=(1.0,)), pixels, references)
-    sure = [one for one in found if one.probability > 0.9999]
+    result = explained(ensemble_of(network, weights=(1.0,)), pixels, references)
+    sure = [one for one in result if one.probability > 0.9999]
     assert sure
     for one in sure:
         assert sum(one.shares) == pytest.approx(one.probability - one.typical, abs=0.02)
@@ -240,39 +240,39 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    status = explain_command.main([str(one) for one in arguments])
+    status = explain_command.main([str(argument) for argument in arguments])
     return status, capsys.readouterr().err
 
 
-def test_pictures_of_the_rows_asked_for(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures_of_the_requested_rows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run.parent / "images/image-02.png").write_bytes((run.parent / "images/image-06.png").read_bytes())
     (run.parent / "images/image-05.jpg").unlink()
-    status, said = command(capsys, run, "--rows", "9,0-6,12", "--class", "osteopenia", "--workers", 2)
-    assert status == 0, said
-    assert "row 2: its image has changed since the run (it has another size)" in said
-    assert "row 4 has no score to explain: its status is missing" in said
-    assert "row 6: its image cannot be read as in the run: missing" in said
-    assert "row 12 does not exist; the run has rows 0 to 9" in said
-    assert "5 of 7 rows explained" in said
-    assert "image-" not in said
+    status, log = command(capsys, run, "--rows", "9,0-6,12", "--class", "osteopenia", "--workers", 2)
+    assert status == 0, log
+    assert "row 2: its image has changed since the run (it has another size)" in log
+    assert "row 4 has no score to explain: its status is missing" in log
+    assert "row 6: its image cannot be read as in the run: missing" in log
+    assert "row 12 does not exist; the run has rows 0 to 9" in log
+    assert "5 of 7 rows explained" in log
+    assert "image-" not in log
     folder = run / "explanations"
     index = json.loads((folder / "index.json").read_text())
     rows = engine.read_results(run).set_index("row")
     assert index["run_id"] == rows.attrs["provenance"]["run_id"]
     assert (index["class"], index["method"]) == ("osteopenia", integrated_gradients.METHOD)
     assert index["compared_with"] == {"rows": [0, 1, 3, 5, 7, 8, 9]}
-    assert [one["row"] for one in index["rows"]] == [9, 0, 1, 3, 5]
+    assert [item["row"] for item in index["rows"]] == [9, 0, 1, 3, 5]
     names = {"index.json"}
-    for one in index["rows"]:
-        assert one["class"] == "osteopenia"
-        assert one["probability"] == pytest.approx(rows.p_osteopenia[one["row"]], abs=1e-3)
-        change = one["probability"] - one["typical"]
-        assert sum(one["shares"].values()) == pytest.approx(
+    for item in index["rows"]:
+        assert item["class"] == "osteopenia"
+        assert item["probability"] == pytest.approx(rows.p_osteopenia[item["row"]], abs=1e-3)
+        change = item["probability"] - item["typical"]
+        assert sum(item["shares"].values()) == pytest.approx(
             change, abs=integrated_gradients.MAX_COMPLETENESS_ERROR
         )
-        assert list(one["voters"]) == ["ensemble", "resnet18", "alexnet"]
-        for voter, name in one["voters"].items():
-            assert name == f"row-{one['row']:09d}-{voter}.png"
+        assert list(item["voters"]) == ["ensemble", "resnet18", "alexnet"]
+        for voter, name in item["voters"].items():
+            assert name == f"row-{item['row']:09d}-{voter}.png"
             names.add(name)
             with Image.open(folder / name) as picture:
                 assert picture.format == "PNG"
@@ -281,7 +281,7 @@ def test_pictures_of_the_rows_asked_for(run: Path, capsys: pytest.CaptureFixture
     # once more, other rows: what was there before goes, and the same row gives the same
     shown = np.asarray(Image.open(folder / "row-000000009-ensemble.png")).astype(int)
     assert command(capsys, run, "--top", 2, "--rows", 9, "--class", "osteopenia")[0] == 0
-    again = [one["row"] for one in json.loads((folder / "index.json").read_text())["rows"]]
+    again = [item["row"] for item in json.loads((folder / "index.json").read_text())["rows"]]
     asked = [9, *rows.p_osteopenia.nlargest(2).index]
     assert again == [row for row in dict.fromkeys(asked) if row not in (2, 6)]
     assert len(list(folder.iterdir())) == 1 + 3 * len(again)
@@ -295,29 +295,29 @@ def test_the_same_size_and_another_picture_is_not_explained(
     image = run.parent / "images/image-04.png"
     with Image.open(image) as opened:
         opened.rotate(180).save(image)
-    status, said = command(capsys, run, "--rows", "5")
+    status, log = command(capsys, run, "--rows", "5")
     assert status == 1
-    assert "row 5: its image has changed since the run (a probability differs by" in said
-    assert "none of the 1 rows could be explained; nothing was written" in said
+    assert "row 5: its image has changed since the run (a probability differs by" in log
+    assert "none of the 1 rows could be explained; nothing was written" in log
     assert not (run / "explanations").exists()
 
 
-def test_what_can_not_be_explained_is_said_in_a_line(
+def test_unexplainable_rows_are_one_line_errors(
     run: Path, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*arguments: object) -> str:
-        status, said = command(capsys, run, *arguments)
-        assert status == 2, said
-        assert said.count("\n") == 1
-        return said
+        status, log = command(capsys, run, *arguments)
+        assert status == 2, log
+        assert log.count("\n") == 1
+        return log
 
     assert "allowed: normal, osteopenia, osteoporosis" in refused("--class", "arthrosis")
     assert "was requested; only runs with operating points abstain" in refused("--abstained")
     assert "'4-2' is not a row number or range; allowed: such as 3,17,40-45" in refused("--rows", "1,4-2")
     assert "is more than 10000 rows" in refused("--rows", "0-10000")
-    status, said = command(capsys, run, "--rows", "4,10")
+    status, log = command(capsys, run, "--rows", "4,10")
     assert status == 2
-    assert "no scored row of it was requested" in said
+    assert "no scored row of it was requested" in log
     assert "not the one that" in refused("-b", bundle)
     assert "allowed: cpu, cuda:N" in refused("--device", "gpu")
     assert "contains a foreign file" in refused("-o", run)
@@ -328,26 +328,26 @@ def test_what_can_not_be_explained_is_said_in_a_line(
     (run / "_run.json").write_text('{"run_id": 3, "result_options": {"bundle_sha256": []}}')
     assert "results" in refused("-b", bundle)
     monkeypatch.setattr(explain, "find_spec", lambda name: None if name == "captum" else object())
-    said = refused("-b", bundle)
-    assert "explanations need captum; install with: pip install -c constraints.txt '.[explain]'" in said
+    log = refused("-b", bundle)
+    assert "explanations need captum; install with: pip install -c constraints.txt '.[explain]'" in log
 
 
-def test_rows_on_which_the_run_abstained_and_a_new_run_that_takes_its_explanations_away(
+def test_abstained_rows_are_explained_and_a_new_run_deletes_explanations(
     run: Path, small_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for index in range(3):
         file = run / f"part-{index:05}.parquet"
         table = pq.read_table(file)
         abstain = [None if row == 4 else row in (3, 7) for row in table["row"].to_pylist()]
-        place = table.column_names.index("abstain")
-        pq.write_table(table.set_column(place, "abstain", pa.array(abstain, pa.bool_())), file)
+        position = table.column_names.index("abstain")
+        pq.write_table(table.set_column(position, "abstain", pa.array(abstain, pa.bool_())), file)
     facts = json.loads((run / "_run.json").read_text())
     (run / "_run.json").write_text(json.dumps(facts | {"target": "normal"}))
-    status, said = command(capsys, run, "--abstained", "--rows", 7)
-    assert status == 0, said
+    status, log = command(capsys, run, "--abstained", "--rows", 7)
+    assert status == 0, log
     index = json.loads((run / "explanations/index.json").read_text())
     assert index["class"] == "normal"
-    assert [one["row"] for one in index["rows"]] == [7, 3]
+    assert [item["row"] for item in index["rows"]] == [7, 3]
     engine.screen(run.parent / "m.csv", output=run, bundle=small_bundle, overwrite=True)
     assert not (run / "explanations").exists()
 
@@ -365,12 +365,12 @@ def test_a_redacted_run_of_an_archive(
     pd.DataFrame({"path": paths}).to_csv(tmp_path / "m.csv", index=False)
     output = tmp_path / "out"
     engine.screen(tmp_path / "m.csv", output=output, bundle=small_bundle, redact=True)
-    status, said = command(capsys, output, "-b", small_bundle)
+    status, log = command(capsys, output, "-b", small_bundle)
     assert status == 2
-    assert "its paths are hashed; give --redact and --paths-from" in said
+    assert "its paths are hashed; give --redact and --paths-from" in log
     redacted = ("-b", small_bundle, "--redact", "--paths-from", tmp_path / "m.csv")
-    status, said = command(capsys, output, *redacted, "-o", tmp_path / "other")
-    assert status == 0, said
+    status, log = command(capsys, output, *redacted, "-o", tmp_path / "other")
+    assert status == 0, log
     text = (tmp_path / "other/index.json").read_text()
     index = json.loads(text)
     assert len(index["rows"]) == 3
@@ -398,13 +398,13 @@ def test_results_and_images_in_an_object_store(
         engine.screen("s3://explained/m.csv", output="s3://explained/out", bundle=small_bundle)
 
         def kept() -> list[str]:
-            found = client.list_objects_v2(Bucket="explained", Prefix="out/explanations/")
-            names = (Path(one["Key"]).name for one in found.get("Contents", []))
+            result = client.list_objects_v2(Bucket="explained", Prefix="out/explanations/")
+            names = (Path(one["Key"]).name for one in result.get("Contents", []))
             return [name for name in names if name != "explanations"]  # what stands for the folder
 
         for row in (3, 1):
-            status, said = command(capsys, "s3://explained/out", "--rows", row)
-            assert status == 0, said
+            status, log = command(capsys, "s3://explained/out", "--rows", row)
+            assert status == 0, log
             voters = ("alexnet", "ensemble", "resnet18")
             assert kept() == ["index.json", *(f"row-{row:09d}-{voter}.png" for voter in voters)]
         engine.screen(
