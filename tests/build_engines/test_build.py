@@ -38,7 +38,7 @@ from engine.runs.run_record import default_sizes
 from engine.scoring import canaries
 from tests.helpers.bundles import REAL_WEIGHTS, write_bundle
 from tests.helpers.images import write_images
-from tests.helpers.processes import run_module
+from tests.helpers.processes import run_here, run_module
 
 rtx = pytest.importorskip("tensorrt_rtx")
 ADA = Gpu(name="NVIDIA L4", uuid="GPU-0", capability="8.9", driver="580.1")
@@ -47,8 +47,7 @@ TARGET = f"tensorrt_rtx-sm86-sm89-{'.'.join(rtx.__version__.split('.')[:2])}"
 
 
 def build(bundle: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    texts = [str(argument) for argument in arguments]
-    return run_module("build_engines", [bundle, *texts], folder=bundle.parent, timeout_s=300)
+    return run_here("build_engines", [bundle, *map(str, arguments)], folder=bundle.parent)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +68,17 @@ def built(copied, real_bundle) -> tuple[Path, subprocess.CompletedProcess[str]]:
     return copied, run
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> Path:
+    """A small bundle with plans for two GPUs; read-only for tests."""
+    bundle = write_bundle(tmp_path_factory.mktemp("planned") / "bundle")
+    arguments = ("--target", "tensorrt_rtx", "--compute-capability", "sm86,8.9", "--batch-size", 32)
+    run = build(bundle, *arguments)
+    assert run.returncode == 0, run.stderr
+    return bundle
+
+
+@pytest.mark.slow
 def test_each_member_has_a_plan_with_a_correct_passport(built):
     bundle, run = built
     assert run.stdout.strip() == str(bundle / "plans" / TARGET)
@@ -94,10 +104,10 @@ def test_each_member_has_a_plan_with_a_correct_passport(built):
         assert {one.input for one in weighted} == {"HALF"}
 
 
-def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
-    bundle = bundles.load_bundle(built[0])
+def test_plans_are_chosen_by_gpu_version_and_batch(planned, monkeypatch):
+    bundle = bundles.load_bundle(planned[0])
     result, _ = select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)
-    assert [plan.passport.member for plan in result] == list(REAL_WEIGHTS)
+    assert [plan.passport.member for plan in result] == ["member0", "member1"]
     for gpu, precision, batch, complaint, rebuild in [
         (
             *(HOPPER, "fp16", None, "built for compute capability 8.6, 8.9, this GPU has 9.0"),
@@ -123,17 +133,16 @@ def test_plans_are_chosen_by_gpu_version_and_batch(built, monkeypatch):
     assert "tensorrt_rtx is not installed; install it with: pip install" in reason
 
 
-def test_batch_sizes_are_those_of_the_plans(built):
-    plan = plans.load_plan(built[0] / "plans" / TARGET / "resnet50.json")
+def test_batch_sizes_are_those_of_the_plans(planned):
+    plan = plans.load_plan(planned[0] / "plans" / TARGET / "member0.json")
     large = plan.with_facts(profiles=(plans.OptimizationProfile(min=1, opt=256, max=256),))
     for made, batch in [((plan,), 32), ((large,), 256), ((plan, large), 32), ((), 128)]:
         chosen = RunnerChoice(runner="tensorrt", device="cuda:0", precision="fp16", reason="", plans=made)
         assert default_sizes(chosen)[0] == batch
 
 
-def test_the_doctor_reports_which_plans_fit(built, monkeypatch):
-    bundle, _ = built
-    settings = Settings(manifest=Path(), bundle=bundle)
+def test_the_doctor_reports_which_plans_fit(planned, monkeypatch):
+    settings = Settings(manifest=Path(), bundle=planned)
 
     def told() -> tuple[dict[str, str], list[str]]:
         diagnosis = diagnose(settings, manifest=False, say=lambda _: None)
@@ -153,14 +162,15 @@ def test_the_doctor_reports_which_plans_fit(built, monkeypatch):
     lines, commands = told()
     assert "this GPU has 9.0" in lines[f"plans/{TARGET}"]
     assert commands == [
-        f"python -m build_engines {bundle} --target tensorrt --precision fp16 --batch-size 32"
+        f"python -m build_engines {planned} --target tensorrt --precision fp16 --batch-size 32"
     ], "TensorRT for RTX has no plans for Hopper"
-    (bundle / "plans" / "tensorrt-old").mkdir()
+    (planned / "plans" / "tensorrt-old").mkdir()
     lines, _ = told()
     assert lines["plans/tensorrt-old"].startswith("incomplete")
-    (bundle / "plans" / "tensorrt-old").rmdir()
+    (planned / "plans" / "tensorrt-old").rmdir()
 
 
+@pytest.mark.slow
 def test_a_plan_over_the_limit_does_not_replace_the_old_plans(built, real_bundle):
     bundle = built[0]
 
@@ -179,11 +189,11 @@ def test_a_plan_over_the_limit_does_not_replace_the_old_plans(built, real_bundle
     assert [path.name for path in (bundle / "plans").iterdir() if path.name != ".lock"] == [TARGET]
 
 
-def test_an_altered_plan_or_passport_is_refused(built, tmp_path):
-    source = built[0] / "plans" / TARGET
-    plan = plans.load_plan(source / "resnet50.json")
-    data = json.loads((source / "resnet50.json").read_text())
-    (tmp_path / "resnet50.plan").write_bytes(plan.read()[:-1] + b"\0")
+def test_an_altered_plan_or_passport_is_refused(planned, tmp_path):
+    source = planned / "plans" / TARGET
+    plan = plans.load_plan(source / "member0.json")
+    data = json.loads((source / "member0.json").read_text())
+    (tmp_path / "member0.plan").write_bytes(plan.read()[:-1] + b"\0")
     for change, complaint in [
         ({}, "altered"),
         ({"plan": "../../secret"}, "not the name of a file"),
@@ -198,26 +208,26 @@ def test_an_altered_plan_or_passport_is_refused(built, tmp_path):
         ({"hardware_compatible": "no"}, 'hardware_compatible is "no": expected true or false'),
         ({"frontend": "pickle"}, 'frontend is "pickle": allowed: onnx, torch-tensorrt'),
     ]:
-        (tmp_path / "resnet50.json").write_text(json.dumps(data | change))
+        (tmp_path / "member0.json").write_text(json.dumps(data | change))
         with pytest.raises(UsageError, match=complaint) as caught:
-            plans.load_plan(tmp_path / "resnet50.json").read()
+            plans.load_plan(tmp_path / "member0.json").read()
         assert "\n" not in str(caught.value)
 
 
-def test_other_weights_make_a_plan_stale(built):
-    bundle = bundles.load_bundle(built[0])
-    plan = plans.load_plan(built[0] / "plans" / TARGET / "resnet50.json")
-    other = next(member for member in bundle.members if member.name != "resnet50")
+def test_other_weights_make_a_plan_stale(planned):
+    bundle = bundles.load_bundle(planned)
+    plan = plans.load_plan(planned / "plans" / TARGET / "member0.json")
+    other = next(member for member in bundle.members if member.name != "member0")
     assert plan.passport.problem(other, ADA, rtx.__version__) == "it was made from another model"
     renamed = structs.replace(plan.passport, member=other.name)
-    member = next(member for member in bundle.members if member.name == "resnet50")
+    member = next(member for member in bundle.members if member.name == "member0")
     assert renamed.problem(member, ADA, rtx.__version__) == "it was made from another model"
 
 
-def test_a_version_compatible_plan_runs_under_the_same_and_later_minors(built):
-    bundle = bundles.load_bundle(built[0])
-    member = next(member for member in bundle.members if member.name == "resnet50")
-    passport = plans.load_plan(built[0] / "plans" / TARGET / "resnet50.json").passport
+def test_a_version_compatible_plan_runs_under_the_same_and_later_minors(planned):
+    bundle = bundles.load_bundle(planned)
+    member = next(member for member in bundle.members if member.name == "member0")
+    passport = plans.load_plan(planned / "plans" / TARGET / "member0.json").passport
     made = structs.replace(passport, backend="tensorrt", version="11.1.0.106", version_compatible=True)
     for version, fits in [
         ("11.1.0.106", True),
@@ -244,7 +254,7 @@ def test_small_bundles_build_in_both_precisions(tmp_path):
         )
         assert run.returncode == 0, run.stderr
     assert len(list((bundle / "plans").glob("*/*.plan"))) == 6
-    run = build(bundle, "--target", "onnx")
+    run = run_module("build_engines", [bundle, "--target", "onnx"], folder=tmp_path, timeout_s=300)
     assert run.returncode == 0, run.stderr
     assert (bundle / "member0.fp16.onnx").exists()
 
@@ -307,6 +317,7 @@ def test_ctrl_c_ends_a_build_at_its_next_step(bundle):
     assert stopped.phases < complete.phases
 
 
+@pytest.mark.slow
 def test_the_program_for_torch_tensorrt_has_only_supported_operators(real_bundle):
     """Torch-TensorRT needs a GPU to import; it can't convert as_strided with a dynamic N."""
     from build_engines.torch_tensorrt import export_member

@@ -72,6 +72,7 @@ def test_kills_do_not_change_the_results(
     assert only_results_are_left(output)
 
 
+@pytest.mark.slow
 def test_the_decoder_ends_with_a_killed_engine(start: Start, tmp_path: Path) -> None:
     list_images(tmp_path, 20_000)
     process = start("m.txt", "-o", "out", "--part-rows", "64")
@@ -99,6 +100,7 @@ def test_a_second_process_on_one_folder_stops(
     assert process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(
     start: Start, engine_run: Command, bundle: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_a_second_interrupt_stops_at_once(
     assert table(tmp_path / "out").num_rows == 3_000
 
 
+@pytest.mark.slow
 def test_finish_by_stops_between_parts(
     start: Start, engine_process: Command, bundle: Path, tmp_path: Path
 ) -> None:
@@ -135,6 +138,7 @@ def test_finish_by_stops_between_parts(
     assert len(parts(tmp_path / "out")) > result
 
 
+@pytest.mark.slow
 def test_finish_by_stops_inside_a_part(start: Start, tmp_path: Path) -> None:
     list_images(tmp_path, 100_000)
     moment = datetime.now() + timedelta(seconds=5)
@@ -163,6 +167,7 @@ def with_mounts(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return run
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_free_space_lets_it_resume(bundle: Path, tmp_path: Path) -> None:
     list_images(tmp_path, 4_000)
     (tmp_path / "out").mkdir()
@@ -195,6 +200,7 @@ def test_a_read_only_folder_is_refused(bundle: Path, tmp_path: Path) -> None:
     assert run.stderr == "error: output out/r: Read-only file system\n"
 
 
+@pytest.mark.slow
 def test_an_output_folder_deleted_half_way(
     start: Start, engine_run: Command, bundle: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +219,7 @@ def test_an_output_folder_deleted_half_way(
     assert table(tmp_path / "out").num_rows == 100
 
 
+@pytest.mark.slow
 def test_images_that_disappear_are_not_called_missing(
     start: Start, engine_run: Command, bundle: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +238,7 @@ def test_images_that_disappear_are_not_called_missing(
     assert table(tmp_path / "out").equals(table(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
 def test_a_read_that_hangs_costs_its_row_and_no_time_of_others(start: Start, tmp_path: Path) -> None:
     (tmp_path / "hang.c").write_text(HANGING_READ)
@@ -332,6 +340,7 @@ def test_only_errors_keeps_to_the_options_of_the_run(
     assert "the run is not finished" in run.stderr
 
 
+@pytest.mark.slow
 def test_a_log_that_can_not_be_written_does_not_end_a_run(bundle: Path, tmp_path: Path) -> None:
     list_images(tmp_path, 50)
     command = f"{sys.executable} -m engine.run m.txt -b {bundle}"

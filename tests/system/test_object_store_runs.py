@@ -230,6 +230,7 @@ def wait_for(process: subprocess.Popen[str], reached: Callable[[], bool]) -> Non
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_results_in_s3_are_killed_resumed_refused_and_mended(
     start: Start,
     engine_run: Command,
@@ -481,6 +482,7 @@ def test_google_and_azure_are_opened_as_their_own_tools_would(monkeypatch: pytes
         assert objects.path_of(url) == "c/x"
 
 
+@pytest.mark.slow
 def test_google_cloud_storage_holds_images_and_results(
     monkeypatch: pytest.MonkeyPatch,
     engine_process: Command,
@@ -546,6 +548,7 @@ def test_remote_results_are_read_and_merged(
     assert dataset.to_table(columns=["row"]).column("row").to_pylist() == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_two_shards_into_an_object_store(
     start: Start, proxy: Any, client: Any, names: list[str], local: pa.Table, tmp_path: Path
 ) -> None:

@@ -187,7 +187,7 @@ def test_the_engine_gives_the_figures_that_training_reports(
 def test_checkpoints_are_deleted_and_the_bundle_is_not_overwritten(frozen: Path, images: Path) -> None:
     names = {path.name for path in (frozen / "bundle.training").iterdir()}
     assert names == {".lock", "training.json", "split.csv", "copies.csv", "left_out.csv"}
-    run = run_module("training", [images, "-o", "bundle", *SMALL], folder=frozen, timeout_s=60)
+    run = run_here("training.__main__", [images, "-o", "bundle", *SMALL], folder=frozen)
     assert "--overwrite" in one_line(run, 2)
 
 

@@ -265,6 +265,7 @@ def test_scores_that_are_no_numbers(
     assert "row 3: its scores are not finite numbers" in log
 
 
+@pytest.mark.slow
 def test_runs_of_older_versions_go_on_without_the_columns(
     labelled: Path, fresh: Path, tmp_path: Path
 ) -> None:

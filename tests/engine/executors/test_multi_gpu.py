@@ -83,6 +83,7 @@ def test_all_devices_report_as_one_run(start: Start, tmp_path: Path, whole: obje
     assert log.count("is finished already") == 1
 
 
+@pytest.mark.slow
 def test_a_dead_process_loses_only_its_parts_and_the_command_resumes(
     start: Start, tmp_path: Path, whole: object
 ) -> None:
@@ -103,6 +104,7 @@ def test_a_dead_process_loses_only_its_parts_and_the_command_resumes(
     assert table(tmp_path / "out").equals(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_processes_end_with_the_command(start: Start, tmp_path: Path, number: int) -> None:
     list_images(tmp_path, 40_000)
@@ -119,6 +121,7 @@ def test_the_processes_end_with_the_command(start: Start, tmp_path: Path, number
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
+@pytest.mark.slow
 def test_the_deadline_stops_all(start: Start, tmp_path: Path) -> None:
     list_images(tmp_path, 40_000)
     moment = datetime.now() + timedelta(seconds=6)
@@ -138,6 +141,7 @@ def test_an_error_of_all_processes_is_reported_once(start: Start, tmp_path: Path
     assert "--overwrite with --device cuda:all" in log
 
 
+@pytest.mark.slow
 def test_two_machines_share_a_run_and_resume_with_fewer_devices(
     archive: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

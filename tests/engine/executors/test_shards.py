@@ -63,6 +63,7 @@ def test_three_shards_at_once_give_the_plain_runs_rows(start: Start, tmp_path: P
     assert "is finished already" in ended(shard(start, "2/3"))
 
 
+@pytest.mark.slow
 def test_the_last_shard_writes_success_and_others_report_missing_parts(
     start: Start, tmp_path: Path, whole: pa.Table
 ) -> None:
@@ -87,6 +88,7 @@ def test_the_last_shard_writes_success_and_others_report_missing_parts(
     assert table(output).equals(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_of_one_shard_score_each_part_once(
     start: Start, tmp_path: Path, whole: pa.Table
 ) -> None:
@@ -108,6 +110,7 @@ def test_two_processes_of_one_shard_score_each_part_once(
     assert table(output).equals(whole)
 
 
+@pytest.mark.slow
 def test_killed_shards_resume(start: Start, tmp_path: Path, whole: pa.Table) -> None:
     list_images(tmp_path, ROWS)
     output, rng = tmp_path / "out", random.Random(5)
@@ -157,6 +160,7 @@ def test_another_number_of_shards_is_refused(
     assert "another process is writing there without --shard" in log
 
 
+@pytest.mark.slow
 def test_five_simultaneous_shards_list_a_folder_once(start: Start, bundle: Path, tmp_path: Path) -> None:
     """Three of them have nothing to do."""
     images = write_images(tmp_path / "images", 12)

@@ -352,6 +352,7 @@ def test_abstained_rows_are_explained_and_a_new_run_deletes_explanations(
     assert not (run / "explanations").exists()
 
 
+@pytest.mark.slow
 def test_a_redacted_run_of_an_archive(
     finished: Path,
     small_bundle: Path,
@@ -378,6 +379,7 @@ def test_a_redacted_run_of_an_archive(
     assert not [name for name in ("image-", "a.tar") if name in text]
 
 
+@pytest.mark.slow
 def test_results_and_images_in_an_object_store(
     finished: Path, small_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,6 +126,7 @@ def test_one_process_continues_the_run_of_a_killed_driver(start: Start, plain: P
     assert table(output).equals(table(plain / "plain"))
 
 
+@pytest.mark.slow
 def test_a_row_that_ends_its_actor_is_marked_crashed(start: Start, plain: Path) -> None:
     lines = (plain / "m.txt").read_text().splitlines()[:1000]
     lines[437] = "images/deadly.png"
@@ -179,6 +180,7 @@ def test_two_kinds_of_actors_share_the_work(start: Start, nodes: Nodes, plain: P
     assert "kinds was" in log
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues(start: Start, plain: Path) -> None:
     output = plain / "interrupted"
     process = start("m.txt", "-o", output)

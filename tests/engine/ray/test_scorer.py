@@ -118,6 +118,7 @@ def test_pixels_are_scored_without_preprocessing(bundle: Path) -> None:
     scorer.close()
 
 
+@pytest.mark.slow
 def test_in_a_pipeline_of_ray_data(archive: Path, bundle: Path, expected: pd.DataFrame, nodes: Nodes) -> None:
     command = [sys.executable, "-c", DATA, nodes.address, str(bundle), str(archive)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}

@@ -290,6 +290,7 @@ def test_errors_are_one_line(
     assert not (tmp_path / "bundle.tuning").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_no_profile(archive: Path, own_bundle: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "engine.tune", own_bundle, "--sample", archive],
