@@ -38,6 +38,8 @@ TOGETHER = {
     "tests/engine/executors/": 0,
 }
 
+WHOLE_NETWORKS = {"real_bundle", "frozen"}  # fixtures that take a minute to make
+
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -197,13 +199,20 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByGroup(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`gpu` and `browser` tests skip where there is none; with REQUIRE_GPU=1, REQUIRE_BROWSER=1 they fail."""
+    """Tests on whole networks are slow.
+
+    `gpu` and `browser` tests skip where there is none; with REQUIRE_GPU=1, REQUIRE_BROWSER=1 they fail.
+    """
     items.sort(key=lambda item: TOGETHER.get(group_of(item.nodeid), 0), reverse=True)
     there = {
         "gpu": Path("/dev/nvidiactl").exists(),
         "browser": bool(shutil.which("chromium") and shutil.which("chromedriver")),
     }
+    for item in items:
+        if WHOLE_NETWORKS & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     for name, found in there.items():
         if found or os.environ.get(f"REQUIRE_{name.upper()}") == "1":
             continue

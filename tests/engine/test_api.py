@@ -52,12 +52,12 @@ def test_the_static_types_are_those_of_the_options() -> None:
     assert {name: members(kind) for name, kind in get_type_hints(Options).items()} == stated
 
 
-def test_a_type_checker_knows_the_types(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    assert pytestconfig.cache
+@pytest.mark.slow
+def test_a_type_checker_knows_the_types(tmp_path: Path) -> None:
     lines = ("batch_size=8, memory='2GiB'", "batch_size='x'", "batchsize=3", "runner='tpu'", "keep=3")
     code = "\n".join(f"engine.screen('m.csv', {line})" for line in lines)
     (tmp_path / "use.py").write_text(f"import engine\n{code}\n")
-    options = ["--follow-imports=silent", "--cache-dir", str(pytestconfig.cache.mkdir("mypy")), "--config-file="]
+    options = ["--follow-imports=silent", "--cache-dir", str(tmp_path / "cache"), "--config-file="]
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *options, "--ignore-missing-imports", "use.py"],
         cwd=tmp_path,

@@ -61,7 +61,6 @@ def test_the_engine_agrees_with_plain_pytorch(engine_run: Command, real_bundle: 
     assert_parity(engine_run, real_bundle, archive.parent, sorted(archive.iterdir()))
 
 
-@pytest.mark.slow
 def test_the_engine_agrees_on_real_radiographs(
     engine_run: Command, real_bundle: Path, radiographs: list[Path], tmp_path: Path
 ) -> None:

@@ -70,8 +70,8 @@ def frozen(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
-def images(frozen: Path) -> Path:
-    return frozen / "images"
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("labelled") / "images")
 
 
 @pytest.fixture
@@ -115,7 +115,8 @@ def test_the_bundle_loads_and_is_complete(frozen: Path) -> None:
     assert result["demo"] is True
 
 
-def test_no_name_of_a_file_is_in_the_bundle(frozen: Path, images: Path) -> None:
+def test_no_name_of_a_file_is_in_the_bundle(frozen: Path) -> None:
+    images = frozen / "images"
     for path in (frozen / "bundle").rglob("*"):
         if path.is_file():
             content = path.read_bytes()
@@ -123,7 +124,8 @@ def test_no_name_of_a_file_is_in_the_bundle(frozen: Path, images: Path) -> None:
             assert b"normal-0-" not in content, path
 
 
-def test_every_image_is_accounted_for(frozen: Path, images: Path) -> None:
+def test_every_image_is_accounted_for(frozen: Path) -> None:
+    images = frozen / "images"
     folder = frozen / "bundle.training"
     split, left_out = (pd.read_csv(folder / name) for name in ("split.csv", "left_out.csv"))
     files = {str(path) for path in images.rglob("*.jpg")}
@@ -184,7 +186,8 @@ def test_the_engine_gives_the_figures_that_training_reports(
         assert right == pytest.approx(reported[voter]["test"]["accuracy"]["value"])
 
 
-def test_checkpoints_are_deleted_and_the_bundle_is_not_overwritten(frozen: Path, images: Path) -> None:
+def test_checkpoints_are_deleted_and_the_bundle_is_not_overwritten(frozen: Path) -> None:
+    images = frozen / "images"
     names = {path.name for path in (frozen / "bundle.training").iterdir()}
     assert names == {".lock", "training.json", "split.csv", "copies.csv", "left_out.csv"}
     run = run_here("training.__main__", [images, "-o", "bundle", *SMALL], folder=frozen)
