@@ -178,7 +178,7 @@ class ColumnTypeInference:
         self._seen = False
 
     def see(self, column: pa.ChunkedArray[Any]) -> None:
-        self._seen = self._seen or bool(pc.any(pc.not_equal(column, "")).as_py())
+        self._seen = self._seen or bool(pc.any(pc.not_equal(column, pa.scalar(""))).as_py())
         self._candidates = [
             (pattern, kind)
             for pattern, kind in self._candidates
@@ -192,5 +192,7 @@ class ColumnTypeInference:
 
 
 def _cast_column(column: pa.ChunkedArray[Any], kind: pa.DataType) -> pa.ChunkedArray[Any]:
-    cells: pa.ChunkedArray[Any] = pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column)
+    cells: pa.ChunkedArray[Any] = pc.if_else(
+        pc.equal(column, pa.scalar("")), pa.scalar(None, pa.string()), column
+    )
     return cells.cast(kind)
