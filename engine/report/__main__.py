@@ -1,4 +1,4 @@
-"""`python -m engine.report RESULTS`: the page of a run that is there already, with other rows or pictures."""
+"""Write the report of a run again, with other rows or pictures: `python -m engine.report RESULTS`."""
 
 from __future__ import annotations
 
@@ -24,23 +24,28 @@ def option_parser() -> Parser:
         examples="example: python -m engine.report results --thumbnails 50",
     )
     add = parser.add
-    add("results", type=parse_location, metavar="RESULTS", help="of a run or merged; s3://, gs://, az:// too")
+    add(
+        "results",
+        type=parse_location,
+        metavar="RESULTS",
+        help="results of a run, or merged ones; also s3://, gs://, az://",
+    )
     add(
         "--rows",
         type=whole(1, MAX_ROWS),
         default=DEFAULT_ROWS,
         metavar="N",
-        help="of the riskiest and of the abstained rows, each (%(default)s)",
+        help="number of rows in each list: highest risk, abstained (%(default)s)",
     )
     add(
         "--thumbnails",
         type=whole(1, MAX_THUMBNAILS),
         default=0,
         metavar="N",
-        help="pictures of the first N listed rows, read again; not of a run with --redact",
+        help="add pictures of the first N listed rows; not for a run with --redact",
     )
-    add("--label-column", metavar="NAME", help="with the true class, for the figures of merit (label)")
-    add("--unfinished", action="store_true", help="of the parts that are there")
+    add("--label-column", metavar="NAME", help="column of the true class, for figures of merit (label)")
+    add("--unfinished", action="store_true", help="report the finished parts of an unfinished run")
     return parser
 
 
@@ -48,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(stderr=True, emoji=False)
 
     def work() -> int:
-        given = vars(option_parser().parse_args(arguments))
+        options = vars(option_parser().parse_args(arguments))
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-        print(write_report(given.pop("results"), say=say, **given))
+        print(write_report(options.pop("results"), say=say, **options))
         return 0
 
     return run_command(work, console)

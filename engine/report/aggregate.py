@@ -24,13 +24,13 @@ from engine.storage.folders import error_text
 
 BINS = 50  # of a probability's histogram
 FINE_BINS = 400  # of the members' disagreement, most of which is near 0
-MAX_REASONS = 100  # different ones of a status that are told apart
-SAMPLE_ROWS = 10_000  # labelled rows that the figures are taken from, at most
+MAX_REASONS = 100  # distinct reasons that are counted, per status
+SAMPLE_ROWS = 10_000  # maximum of labelled rows for the figures of merit
 LABEL = "label"
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-# what the work list shows, where a column is there and of the kind
+# the columns of the work list, each shown if it exists with this type
 _LISTED_TYPES: dict[str, Callable[[Any], bool]] = {
     "row": pa.types.is_integer,
     PATH_COLUMN: pa.types.is_string,
@@ -48,35 +48,35 @@ _WORDS = ("status", "prediction", "triage")
 
 @dataclass(frozen=True)
 class ReportSchema:
-    """The columns that a results folder has. Older ones lack some."""
+    """The columns of a results folder. Older ones have fewer."""
 
     classes: tuple[str, ...]
     members: tuple[str, ...]
     groups: dict[str, tuple[str, ...]]
     target: str  # the class whose probability ranks the rows
     label: str | None  # the column with the truth
-    words: tuple[str, ...]  # columns with few different values
+    words: tuple[str, ...]  # columns with few distinct values
 
     @classmethod
     def of(cls, results: ResultsFolder, label_column: str | None) -> ReportSchema:
-        """`label_column` as the user named it. Raises UsageError when there is none of that name."""
+        """Find the columns of `results`. Raises UsageError if `label_column` is not one of them."""
         run = results.first
         classes, members = run.classes, tuple(run.weights)
         names = results.schema().names if results.parts else []
         if label_column is not None and results.parts and label_column not in names:
             raise UsageError(
-                f"results {results.place}: no column {label_column!r}; --label-column names one of "
+                f"--label-column {label_column}: results {results.place} have no such column; allowed: "
                 f"{', '.join(names)}"
             )
         prefix = run.result_options.column_prefix
-        found = [name for name in (LABEL, prefix + LABEL) if name in names]
+        default_label = next((name for name in (LABEL, prefix + LABEL) if name in names), None)
         groups = {name: parts for name, parts in run.groups.items() if f"p_{name}" in names}
         return cls(
             classes,
             members,
             groups,
             run.target if run.target in classes or run.target in groups else classes[-1],
-            label_column or (found[0] if found else None),
+            label_column or default_label,
             tuple(name for name in _WORDS if name in names),
         )
 
@@ -97,9 +97,9 @@ class ReportSchema:
 class LabelledSample:
     """A uniform random sample of the rows with a known label and a score."""
 
-    rows: int = 0  # all of them
-    labels: int = 0  # rows with a known label, those without score among them
-    unknown: Counter[str] = field(default_factory=Counter)  # labels that are no class; the first few of them
+    rows: int = 0  # all rows with a known label and a score
+    labels: int = 0  # all rows with a known label
+    unknown: Counter[str] = field(default_factory=Counter)  # the first labels that are not a class
     others: int = 0  # rows with such a label
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _keys: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
@@ -107,22 +107,22 @@ class LabelledSample:
     _votes: list[Floats] = field(default_factory=list)  # [n, V, C]
 
     def add(self, truth: Counts, votes: Floats) -> None:
-        """`truth` [n] and the probabilities of ensemble and members, [n, V, C]."""
+        """Add `truth` [n] and the probabilities of ensemble and members, [n, V, C]."""
         self.rows += len(truth)
         self._keys = np.concatenate([self._keys, self._rng.random(len(truth))])
         self._truth = np.concatenate([self._truth, truth])
         self._votes.append(votes)
         if len(self._keys) > 2 * SAMPLE_ROWS:
-            self._keep(SAMPLE_ROWS)
+            self._limit(SAMPLE_ROWS)
 
-    def _keep(self, most: int) -> None:
-        chosen = np.sort(np.argsort(self._keys)[:most])
+    def _limit(self, count: int) -> None:
+        chosen = np.sort(np.argsort(self._keys)[:count])
         self._votes = [np.concatenate(self._votes)[chosen]]
         self._keys, self._truth = self._keys[chosen], self._truth[chosen]
 
     def sample(self) -> tuple[Counts, Floats]:
-        """Labels [n] and probabilities [n, V, C] of at most SAMPLE rows, in order."""
-        self._keep(SAMPLE_ROWS)
+        """Return labels [n] and probabilities [n, V, C] of at most SAMPLE_ROWS rows, in order."""
+        self._limit(SAMPLE_ROWS)
         return self._truth, self._votes[0]
 
 
@@ -134,50 +134,50 @@ class FailureReason:
 
 
 class ReportTotals:
-    """The totals over the rows so far."""
+    """The totals over the rows that were added."""
 
-    def __init__(self, shape: ReportSchema, *, listed: int) -> None:
-        self.shape = shape
+    def __init__(self, schema: ReportSchema, *, listed: int) -> None:
+        self.schema = schema
         self.rows = 0
         self.by_status, self.by_class = Counter[str](), Counter[str]()
         self.flags, self.triage, self.abstain_reasons = Counter[str](), Counter[str](), Counter[str]()
         self.abstained = 0
         self.reasons: dict[str, dict[str, FailureReason]] = {}  # by status and error
-        self.histograms = {name: np.zeros(BINS, np.int64) for name in shape.scores}
-        self.disagreement: Counts | None = None  # [FINE_BINS], 0 to `most_disagreement`
-        size = len(shape.classes)
+        self.histograms = {name: np.zeros(BINS, np.int64) for name in schema.scores}
+        self.disagreement: Counts | None = None  # [FINE_BINS], 0 to `max_disagreement`
+        size = len(schema.classes)
         self.agreement = {
-            pair: np.zeros((size, size), np.int64) for pair in itertools.combinations(shape.members, 2)
+            pair: np.zeros((size, size), np.int64) for pair in itertools.combinations(schema.members, 2)
         }
         self.risk, self.abstaining = TopK(listed), TopK(listed)
         self.labelled = LabelledSample()
-        self.names = ClassNames.of(shape.classes)
+        self.names = ClassNames.of(schema.classes)
 
     @property
     def scored(self) -> int:
         return self.by_status[Status.OK.label]
 
     @property
-    def most_disagreement(self) -> float:
-        """Bits, of the Jensen-Shannon divergence of so many members."""
-        return math.log2(max(2, len(self.shape.members)))
+    def max_disagreement(self) -> float:
+        """Return the maximum of the members' Jensen-Shannon divergence, in bits."""
+        return math.log2(max(2, len(self.schema.members)))
 
     def listed(self) -> list[dict[str, Any]]:
         """Return the rows of both lists, each once, the riskiest first."""
-        found = {row["row"]: row for top in (self.risk, self.abstaining) for row in top.rows()}
-        return sorted(found.values(), key=lambda row: -row[f"p_{self.shape.target}"])
+        rows = {row["row"]: row for top in (self.risk, self.abstaining) for row in top.rows()}
+        return sorted(rows.values(), key=lambda row: -row[f"p_{self.schema.target}"])
 
     def add(self, table: pa.Table) -> None:
         """Add any number of rows, in order."""
         self.rows += table.num_rows
         status = _count_values(table, "status")
         self.by_status.update(status)
-        self._flags(table)
+        self._add_flags(table)
         scored = table
         if status.keys() - {Status.OK.label}:
             ok = pc.equal(table.column("status"), pa.scalar(Status.OK.label))
             scored = table.filter(ok)
-            self._failures(table.filter(pc.invert(ok)))
+            self._add_failures(table.filter(pc.invert(ok)))
         truth = self._truth(table, scored)
         if not scored.num_rows:
             return
@@ -186,49 +186,49 @@ class ReportTotals:
         for name, counts in self.histograms.items():
             counts += _histogram(_to_floats(scored, f"p_{name}"), BINS, 1.0)
         if "member_disagreement" in scored.column_names:
-            found = _histogram(_to_floats(scored, "member_disagreement"), FINE_BINS, self.most_disagreement)
-            self.disagreement = found if self.disagreement is None else self.disagreement + found
-        self._agreement(votes)
-        self._lists(scored)
+            counts = _histogram(_to_floats(scored, "member_disagreement"), FINE_BINS, self.max_disagreement)
+            self.disagreement = counts if self.disagreement is None else self.disagreement + counts
+        self._add_agreement(votes)
+        self._add_to_lists(scored)
         if truth is not None:
-            known = truth >= 0
-            self.labelled.add(truth[known], votes[known])
+            labelled = truth >= 0
+            self.labelled.add(truth[labelled], votes[labelled])
 
-    def _flags(self, table: pa.Table) -> None:
+    def _add_flags(self, table: pa.Table) -> None:
         if pa.types.is_list(table.schema.field("flags").type):
             self.flags.update(_count_list_words(table.column("flags")))
 
-    def _failures(self, failed: pa.Table) -> None:
+    def _add_failures(self, failed: pa.Table) -> None:
         for status in _count_values(failed, "status"):
             rows = failed.filter(pc.equal(failed.column("status"), pa.scalar(status)))
-            known = self.reasons.setdefault(status, {})
+            reasons = self.reasons.setdefault(status, {})
             errors = rows.column("error")
             for error, count in _count_values(rows, "error").items():
-                if error in known:
-                    known[error].rows += count
-                elif len(known) < MAX_REASONS:
+                if error in reasons:
+                    reasons[error].rows += count
+                elif len(reasons) < MAX_REASONS:
                     first = pc.index(errors, error).as_py()
-                    known[error] = FailureReason(
+                    reasons[error] = FailureReason(
                         count, rows.column("row")[first].as_py(), rows.column(PATH_COLUMN)[first].as_py()
                     )
 
     def _votes(self, scored: pa.Table) -> Floats:
-        voters = ["", *(f"{member}_" for member in self.shape.members)]
-        columns = [_to_floats(scored, f"{voter}p_{name}") for voter in voters for name in self.shape.classes]
-        return np.stack(columns, axis=1).reshape(scored.num_rows, len(voters), len(self.shape.classes))
+        voters = ["", *(f"{member}_" for member in self.schema.members)]
+        columns = [_to_floats(scored, f"{voter}p_{name}") for voter in voters for name in self.schema.classes]
+        return np.stack(columns, axis=1).reshape(scored.num_rows, len(voters), len(self.schema.classes))
 
-    def _agreement(self, votes: Floats) -> None:
+    def _add_agreement(self, votes: Floats) -> None:
         winners = votes[:, 1:].argmax(axis=2)  # [n, M]
-        size = len(self.shape.classes)
-        for (one, other), counts in zip(
-            itertools.combinations(range(len(self.shape.members)), 2), self.agreement.values(), strict=True
+        size = len(self.schema.classes)
+        for (first, second), counts in zip(
+            itertools.combinations(range(len(self.schema.members)), 2), self.agreement.values(), strict=True
         ):
-            cells = winners[:, one] * size + winners[:, other]
+            cells = winners[:, first] * size + winners[:, second]
             counts += np.bincount(cells, minlength=size * size).reshape(size, size)
 
-    def _lists(self, scored: pa.Table) -> None:
-        scores = [f"p_{name}" for name in self.shape.scores]
-        label = [self.shape.label] if self.shape.label else []
+    def _add_to_lists(self, scored: pa.Table) -> None:
+        scores = [f"p_{name}" for name in self.schema.scores]
+        label = [self.schema.label] if self.schema.label else []
         listed = [
             name
             for name in scored.column_names
@@ -237,7 +237,7 @@ class ReportTotals:
             or (name in _LISTED_TYPES and _LISTED_TYPES[name](scored.schema.field(name).type))
         ]
         shown = scored.select(listed)
-        risk = _to_floats(scored, f"p_{self.shape.target}")
+        risk = _to_floats(scored, f"p_{self.schema.target}")
         self.risk.add(shown, risk)
         if "triage" in listed:
             self.triage.update(_count_values(scored, "triage"))
@@ -251,58 +251,56 @@ class ReportTotals:
                     self.abstain_reasons.update(_count_list_words(chosen.column("abstain_reasons")))
 
     def _truth(self, table: pa.Table, scored: pa.Table) -> Counts | None:
-        """Return the class [n] that each scored row's label names, -1 where it names none."""
-        label = self.shape.label
+        """Return the class [n] of each scored row's label, -1 for a label that is not a class."""
+        label = self.schema.label
         if label is None or label not in table.column_names:
             return None
         words = _to_words(table.column(label))
         if words is None:
             return None
-        places = self._places(words)
-        self.labelled.labels += int((places >= 0).sum())
-        strange = words.filter(pa.array(places < 0)).drop_null()
-        self.labelled.others += len(strange)
-        if len(strange) and len(self.labelled.unknown) < MAX_REASONS:
-            self.labelled.unknown.update(dict(_value_counts(strange)[:MAX_REASONS]))
-        same = scored is table
-        return places if same else self._places(cast(Any, _to_words(scored.column(label))))
+        classes = self._find_classes(words)
+        self.labelled.labels += int((classes >= 0).sum())
+        unknown = words.filter(pa.array(classes < 0)).drop_null()
+        self.labelled.others += len(unknown)
+        if len(unknown) and len(self.labelled.unknown) < MAX_REASONS:
+            self.labelled.unknown.update(dict(_value_counts(unknown)[:MAX_REASONS]))
+        return classes if scored is table else self._find_classes(cast(Any, _to_words(scored.column(label))))
 
-    def _places(self, words: Any) -> Counts:
-        """Return the class [n] that each word stands for; -1 for none."""
+    def _find_classes(self, words: Any) -> Counts:
+        """Return the class [n] of each word, -1 for a word that is not a class."""
         encoded = words.dictionary_encode()
-        found_as = [
-            -1 if word is None or (place := self.names.find(word)) is None else place
+        classes = [
+            -1 if word is None or (index := self.names.find(word)) is None else index
             for word in [*encoded.dictionary.to_pylist(), None]
         ]
-        found: Counts = np.array(found_as)[encoded.indices.fill_null(len(found_as) - 1).to_numpy()]
-        return found
+        return cast(Counts, np.array(classes)[encoded.indices.fill_null(len(classes) - 1).to_numpy()])
 
 
 def aggregate(
-    results: ResultsFolder, shape: ReportSchema, *, listed: int, deadline: Deadline | None = None
+    results: ResultsFolder, schema: ReportSchema, *, listed: int, deadline: Deadline | None = None
 ) -> ReportTotals:
-    """Read all rows once. Raises EngineError when `deadline` is reached, and for parts that can't be read."""
-    totals = ReportTotals(shape, listed=listed)
+    """Read all rows once. Raises EngineError at `deadline` and for unreadable parts."""
+    totals = ReportTotals(schema, listed=listed)
     try:
-        for table in results.tables(shape.columns, words=shape.words):
+        for table in results.tables(schema.columns, words=schema.words):
             if deadline and deadline.reached():
                 raise EngineError("stopped")
             totals.add(table)
     except (OSError, pa.ArrowException, KeyError) as error:
         why = error_text(error) if isinstance(error, OSError) else " ".join(str(error).split())[:200]
-        raise EngineError(f"results {results.place}: a part can't be read: {why}") from None
+        raise EngineError(f"results {results.place}: a part cannot be read: {why}") from None
     return totals
 
 
 def _value_counts(column: Any) -> list[tuple[str, int]]:
-    found = pc.value_counts(column).to_pylist()
-    return [(one["values"], one["counts"]) for one in found if one["values"] is not None]
+    pairs = pc.value_counts(column).to_pylist()
+    return [(pair["values"], pair["counts"]) for pair in pairs if pair["values"] is not None]
 
 
 def _count_values(table: pa.Table, name: str) -> dict[str, int]:
     counts = Counter[str]()
     for word, count in _value_counts(table.column(name)):
-        counts[word] += count  # a dictionary may hold a word twice
+        counts[word] += count  # a dictionary may contain a word twice
     return counts
 
 
@@ -323,5 +321,5 @@ def _to_floats(table: pa.Table, name: str) -> Floats:
 
 
 def _histogram(values: Floats, bins: int, top: float) -> Counts:
-    places = (values * (bins / top)).astype(np.int64)
-    return np.bincount(np.clip(places, 0, bins - 1), minlength=bins)
+    indices = (values * (bins / top)).astype(np.int64)
+    return np.bincount(np.clip(indices, 0, bins - 1), minlength=bins)

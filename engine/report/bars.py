@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-HEIGHT, MIN_BAR = 78.0, 0.8  # of the highest bar, and of one that is not empty
-WIDTH = 245  # as wide as a figure of matplotlib, whose text is as large
+HEIGHT, MIN_BAR = 78.0, 0.8  # height of the highest bar and of the lowest non-empty one
+WIDTH = 245  # as wide as the figures of matplotlib, for the same text size
 
 
 def draw_bars(
@@ -18,23 +18,23 @@ def draw_bars(
     marks: Sequence[float] = (),
     width: int = WIDTH,
 ) -> dict[str, Any]:
-    """`values` side by side, 0 at the bottom; `ticks` and `marks` by place, 0 to 1; `top` names the most."""
-    most = max(values) or 1
+    """Draw bars of `values`; `ticks` and `marks` are at positions 0 to 1, and `top` labels the maximum."""
+    highest = max(values) or 1
     step = width / len(values)
     return {
         "width": width,
         "height": HEIGHT,
         "bars": [
             {
-                "x": round(place * step, 2),
+                "x": round(index * step, 2),
                 "width": round(step * 0.88, 2),
-                "height": round(max(MIN_BAR, HEIGHT * value / most), 2),
+                "height": round(max(MIN_BAR, HEIGHT * value / highest), 2),
                 "title": title,
             }
-            for place, (value, title) in enumerate(zip(values, titles, strict=True))
+            for index, (value, title) in enumerate(zip(values, titles, strict=True))
             if value
         ],
-        "ticks": [{"x": round(place * width, 2), "text": text} for place, text in ticks.items()],
-        "marks": [round(place * width, 2) for place in marks],
+        "ticks": [{"x": round(position * width, 2), "text": text} for position, text in ticks.items()],
+        "marks": [round(position * width, 2) for position in marks],
         "top": top,
     }

@@ -1,4 +1,4 @@
-"""Curves by matplotlib, as SVG inside a page, in the page's colours. No name is drawn: legends are HTML."""
+"""Draw curves with matplotlib as SVG in the page's colours. They contain no names: legends are HTML."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from scipy.stats import binomtest
 
 from engine.report.page import DASHES, SERIES
 
-# Stand-ins for what the page decides, by light or dark: matplotlib knows no CSS variables.
+# Placeholders for the page's CSS variables (light or dark), which matplotlib does not support.
 INK, FAINT = "#000001", "#000002"
 LINES = tuple(f"#0001{number:02x}" for number in range(SERIES))
 _COLOURS = {INK: "currentColor", FAINT: "var(--faint)"} | {
-    stand_in: f"var(--series-{number})" for number, stand_in in enumerate(LINES)
+    colour: f"var(--series-{number})" for number, colour in enumerate(LINES)
 }
 _STYLE = {
     "axes.edgecolor": FAINT,
@@ -47,12 +47,12 @@ _STYLE = {
 
 def plot_svg(name: str, label: str, draw: Callable[[Figure], None], *, height: float = 3.0) -> Markup:
     """Draw a figure 3.4 inches wide with `draw` and return it as SVG for a page."""
-    written = io.BytesIO()
+    svg = io.BytesIO()
     with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": name}]):
-        drawn = Figure(figsize=(3.4, height))
-        draw(drawn)
-        drawn.savefig(written, format="svg")
-    return _inline_svg(written.getvalue(), name, label)
+        figure = Figure(figsize=(3.4, height))
+        draw(figure)
+        figure.savefig(svg, format="svg")
+    return _inline_svg(svg.getvalue(), name, label)
 
 
 def _inline_svg(svg: bytes, name: str, label: str) -> Markup:
@@ -89,12 +89,12 @@ def _adapt_attribute(key: str, value: str, name: str) -> str:
         return value.replace("url(#", f"url(#{name}-")
     if key == "style":
         value = re.sub(r"font-family: [^;]*;? ?", "", value)
-        return re.sub("#[0-9a-f]{6}", lambda found: _COLOURS.get(found[0], found[0]), value)
+        return re.sub("#[0-9a-f]{6}", lambda match: _COLOURS.get(match[0], match[0]), value)
     return value
 
 
-def draw_roc(drawn: Figure, curves: dict[str, dict[str, list[float]]]) -> None:
-    axes = drawn.subplots()
+def draw_roc(figure: Figure, curves: dict[str, dict[str, list[float]]]) -> None:
+    axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
     for number, curve in enumerate(curves.values()):
         axes.plot(curve["fpr"], curve["tpr"], **line_style(number))
@@ -103,23 +103,20 @@ def draw_roc(drawn: Figure, curves: dict[str, dict[str, list[float]]]) -> None:
 
 
 def line_style(colour: int, dash: int | None = None) -> dict[str, Any]:
-    """Colour and dash of one line of several; the legend in the page uses the same."""
+    """Return the colour and dash of a line; the legend in the page uses the same."""
     pattern = DASHES[(colour if dash is None else dash) % len(DASHES)]
     style = "solid" if pattern == "none" else (0, tuple(map(float, pattern.split())))
     return {"color": LINES[colour % SERIES], "linestyle": style}
 
 
-def draw_reliability(drawn: Figure, bins: Sequence[dict[str, Any]], classes: int) -> None:
-    """Accuracy by confidence with 95 % Wilson intervals, which show how little a small bin says."""
-    axes = drawn.subplots()
+def draw_reliability(figure: Figure, bins: Sequence[dict[str, Any]], classes: int) -> None:
+    """Draw accuracy by confidence with 95 % Wilson intervals, which are wide for small bins."""
+    axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1)
-    confidence = [one["confidence"] for one in bins]
-    for one in bins:
-        hits = round(one["accuracy"] * one["count"])
-        interval = binomtest(hits, one["count"]).proportion_ci(method="wilson")
-        axes.plot(
-            [one["confidence"]] * 2, [interval.low, interval.high], color=LINES[0], alpha=0.45, linewidth=1.2
-        )
-    axes.plot(confidence, [one["accuracy"] for one in bins], "o", color=LINES[0], markersize=4)
-    least = min([1 / classes, *confidence])
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(least - 0.03, 1.03), ylim=(-0.02, 1.02))
+    confidence, accuracy = ([entry[name] for entry in bins] for name in ("confidence", "accuracy"))
+    for x, y, entry in zip(confidence, accuracy, bins, strict=True):
+        interval = binomtest(round(y * entry["count"]), entry["count"]).proportion_ci(method="wilson")
+        axes.plot([x, x], [interval.low, interval.high], color=LINES[0], alpha=0.45, linewidth=1.2)
+    axes.plot(confidence, accuracy, "o", color=LINES[0], markersize=4)
+    lowest = min([1 / classes, *confidence])
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(lowest - 0.03, 1.03), ylim=(-0.02, 1.02))

@@ -21,13 +21,13 @@ from engine.results import MergedRecord, ResultsFolder
 from engine.runs.run_record import RunRecord
 from engine.runs.summary import LastStart, Success
 
-MAX_TEXT = 240  # characters of a path, error or label that are shown
+MAX_TEXT = 240  # characters of a path, error or label
 MAX_EXAMPLES = 3  # reasons of each status
 MAX_CHARTS = 24  # histograms
-MAX_MATRIX_CLASSES = 20  # more make no readable matrix
-MAX_MATRICES = 6  # of pairs of members; as many members stand beside the ensemble, too
-PAUSE_S = 60.0  # without a finished part, and longer than usual: the run was stopped
-CHART_PARTS = 4  # fewer say nothing of throughput over time
+MAX_MATRIX_CLASSES = 20  # a larger matrix is not readable
+MAX_MATRICES = 6  # of pairs of members; also the number of members beside the ensemble
+PAUSE_S = 60.0  # minimum time without a finished part that counts as a pause of the run
+CHART_PARTS = 4  # minimum of parts for a chart of throughput over time
 RESAMPLES = 1000, 200  # of the bootstrap, for few and for many rows
 TRIAGE = ("refer", "gray_zone", "rule_out")
 STAGES = {
@@ -39,38 +39,37 @@ STAGES = {
 
 
 def report_facts(
-    results: ResultsFolder, success: Success | None, shape: ReportSchema, totals: ReportTotals
+    results: ResultsFolder, success: Success | None, schema: ReportSchema, totals: ReportTotals
 ) -> dict[str, Any]:
-    """Everything on the page but its pictures, for the template. Names in it may hold anything."""
+    """Return all values of the page except pictures, for the template. Names in them are not escaped."""
     run = results.first
-    redacted = any(one.result_options.redacted_by for one in results.runs.values())
-    wanted = results.run.rows
+    redacted = any(each.result_options.redacted_by for each in results.runs.values())
     points = _points(run)
     return {
         "title": "Merged screening results" if isinstance(results.run, MergedRecord) else "Screening report",
         "lede": _lead_text(results, success),
         "unfinished": None
         if results.finished
-        else f"{format_count(totals.rows)} of {format_count(wanted)} rows are there",
+        else f"{format_count(totals.rows)} of {format_count(results.run.rows)} rows are done",
         "redacted": redacted,
-        "classes": list(shape.classes),
-        "members": list(shape.members),
-        "target": shape.target,
-        "groups": {name: list(parts) for name, parts in shape.groups.items()},
+        "classes": list(schema.classes),
+        "members": list(schema.members),
+        "target": schema.target,
+        "groups": {name: list(parts) for name, parts in schema.groups.items()},
         "cards": _cards(totals),
         "statuses": _statuses(totals, hide=redacted),
-        "flags": _percentages(totals.flags, totals.rows),
-        "predicted": _percentages({name: totals.by_class[name] for name in shape.classes}, totals.scored),
+        "flags": _shares(totals.flags, totals.rows),
+        "predicted": _shares({name: totals.by_class[name] for name in schema.classes}, totals.scored),
         "triage": _triage(totals, points),
-        "labels": _label_figures(shape, totals),
-        "charts": [_chart(name, totals, points) for name in shape.scores[:MAX_CHARTS]],
-        "more_charts": shape.scores[MAX_CHARTS:],
-        "agreement": _agreement(shape, totals),
+        "labels": _label_figures(schema, totals),
+        "charts": [_chart(name, totals, points) for name in schema.scores[:MAX_CHARTS]],
+        "more_charts": schema.scores[MAX_CHARTS:],
+        "agreement": _agreement(schema, totals),
         "disagreement": _disagreement(totals),
-        "work": _progress_facts(shape, totals),
+        "work": _work_list(schema, totals),
         "throughput": throughput(run.began, results.done) if results.run is run else None,
         "stages": _stages(success.last_start) if success else None,
-        "runs": [_provenance(one, hide=redacted) for one in results.runs.values()],
+        "runs": [_provenance(each, hide=redacted) for each in results.runs.values()],
         "made": _format_time(datetime.now(UTC)),
     }
 
@@ -80,7 +79,7 @@ def _lead_text(results: ResultsFolder, success: Success | None) -> str:
     if isinstance(run, MergedRecord):
         return f"{count_noun(len(run.runs), 'run')}, joined {_format_time(run.merged)}"
     ended = f", finished {_format_time(success.finished)}" if success else ""
-    return f"Run {run.run_id[:8]}, begun {_format_time(run.started)}{ended}"
+    return f"Run {run.run_id[:8]}, started {_format_time(run.started)}{ended}"
 
 
 def _format_time(when: str | datetime) -> str:
@@ -96,7 +95,7 @@ def shorten(text: str | None) -> str | None:
 
 
 def _cards(totals: ReportTotals) -> list[tuple[str, int, str]]:
-    """Name, number, kind."""
+    """Return the name, number and CSS class of each card."""
     skipped = totals.by_status[Status.SKIPPED.label]
     failed = totals.rows - totals.scored - skipped
     return [
@@ -107,18 +106,18 @@ def _cards(totals: ReportTotals) -> list[tuple[str, int, str]]:
     ]
 
 
-def _percentages(counts: Mapping[str, int], whole: int) -> list[dict[str, Any]]:
-    return [{"name": name, "count": found, "share": found / max(1, whole)} for name, found in counts.items()]
+def _shares(counts: Mapping[str, int], total: int) -> list[dict[str, Any]]:
+    return [{"name": name, "count": count, "share": count / max(1, total)} for name, count in counts.items()]
 
 
 def _statuses(totals: ReportTotals, *, hide: bool) -> list[dict[str, Any]]:
-    """List each status but `ok`, the commonest first, with its commonest reasons."""
-    found = []
-    for one in _percentages(dict(totals.by_status.most_common()), totals.rows):
-        if one["name"] == Status.OK.label:
+    """List each status except `ok` with its most frequent reasons, the most frequent first."""
+    statuses = []
+    for status in _shares(dict(totals.by_status.most_common()), totals.rows):
+        if status["name"] == Status.OK.label:
             continue
-        reasons = sorted(totals.reasons.get(one["name"], {}).items(), key=lambda pair: -pair[1].rows)
-        one["reasons"] = [
+        reasons = sorted(totals.reasons.get(status["name"], {}).items(), key=lambda pair: -pair[1].rows)
+        status["reasons"] = [
             {
                 "text": shorten(redact_line(error) if hide else error),
                 "count": reason.rows,
@@ -127,23 +126,22 @@ def _statuses(totals: ReportTotals, *, hide: bool) -> list[dict[str, Any]]:
             }
             for error, reason in reasons[:MAX_EXAMPLES]
         ]
-        one["others"] = one["count"] - sum(reason["count"] for reason in one["reasons"])
-        found.append(one)
-    return found
+        status["others"] = status["count"] - sum(reason["count"] for reason in status["reasons"])
+        statuses.append(status)
+    return statuses
 
 
 def display_word(word: str) -> str:
-    """Return a value of the results in words for people."""
+    """Return a value of the results as words."""
     return word.replace("_", " ")
 
 
 def _points(run: RunRecord) -> dict[str, Any]:
     """Return the thresholds of the bundle's operating points, if it has any."""
     points = run.operating_points or {}
-    rule_out, refer = (
-        (points.get(name) or {}).get(side) for name, side in (("rule_out", "below"), ("refer", "above"))
-    )
-    return {"target": points.get("target"), "marks": [one for one in (rule_out, refer) if one is not None]}
+    sides = (("rule_out", "below"), ("refer", "above"))
+    thresholds = [(points.get(name) or {}).get(side) for name, side in sides]
+    return {"target": points.get("target"), "marks": [value for value in thresholds if value is not None]}
 
 
 def _triage(totals: ReportTotals, points: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -151,11 +149,11 @@ def _triage(totals: ReportTotals, points: Mapping[str, Any]) -> dict[str, Any] |
         return None
     order = [*TRIAGE, *sorted(set(totals.triage) - set(TRIAGE))]
     return {
-        "zones": _percentages({name: totals.triage[name] for name in order}, totals.scored),
+        "zones": _shares({name: totals.triage[name] for name in order}, totals.scored),
         "marks": points["marks"],
         "abstained": totals.abstained,
         "share": totals.abstained / max(1, totals.scored),
-        "reasons": _percentages(dict(totals.abstain_reasons.most_common()), totals.scored),
+        "reasons": _shares(dict(totals.abstain_reasons.most_common()), totals.scored),
     }
 
 
@@ -163,8 +161,8 @@ def _chart(name: str, totals: ReportTotals, points: Mapping[str, Any]) -> dict[s
     counts = totals.histograms[name]
     edges = np.linspace(0, 1, BINS + 1)
     titles = [
-        f"{low:.2f} to {high:.2f}: {count_noun(int(found), 'row')}"
-        for low, high, found in zip(edges, edges[1:], counts, strict=False)
+        f"{low:.2f} to {high:.2f}: {count_noun(int(count), 'row')}"
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
     ]
     marks = points["marks"] if name == points["target"] else []
     ticks = {0.0: "0", 0.5: "0.5", 1.0: "1"}
@@ -172,48 +170,47 @@ def _chart(name: str, totals: ReportTotals, points: Mapping[str, Any]) -> dict[s
     return {"name": name, "above": int(counts[BINS // 2 :].sum()), "chart": chart, "marks": marks}
 
 
-def _agreement(shape: ReportSchema, totals: ReportTotals) -> list[dict[str, Any]]:
-    """Count for each pair of members how often both name the same class, and which classes they name."""
-    show = len(shape.classes) <= MAX_MATRIX_CLASSES
+def _agreement(schema: ReportSchema, totals: ReportTotals) -> list[dict[str, Any]]:
+    """Return for each pair of members how often they agree, and the counts of their classes."""
+    show = len(schema.classes) <= MAX_MATRIX_CLASSES
     return [
         {
             "members": list(pair),
             "share": float(np.trace(counts) / max(1, counts.sum())),
-            "counts": counts.tolist() if show and place < MAX_MATRICES else None,
+            "counts": counts.tolist() if show and index < MAX_MATRICES else None,
         }
-        for place, (pair, counts) in enumerate(totals.agreement.items())
+        for index, (pair, counts) in enumerate(totals.agreement.items())
         if counts.sum()
     ]
 
 
 def _disagreement(totals: ReportTotals) -> dict[str, Any] | None:
-    """Draw the histogram of disagreement, cut where nearly all rows are below."""
+    """Draw the histogram of disagreement up to a limit that includes nearly all rows."""
     if totals.disagreement is None:
         return None
     counts = totals.disagreement
-    step = totals.most_disagreement / len(counts)
+    step = totals.max_disagreement / len(counts)
     below = np.searchsorted(counts.cumsum(), 0.995 * counts.sum()) + 1
-    joined = max(1, math.ceil(below / BINS))  # fine bins a bar
-    bars_shown = math.ceil(below / joined)
-    padded = np.zeros(bars_shown * joined, np.int64)
+    fine_bins = max(1, math.ceil(below / BINS))  # in a bar
+    bar_count = math.ceil(below / fine_bins)
+    padded = np.zeros(bar_count * fine_bins, np.int64)
     padded[: min(len(counts), len(padded))] = counts[: len(padded)]
-    shown = padded.reshape(bars_shown, joined).sum(axis=1)
-    top = bars_shown * joined * step
+    heights = padded.reshape(bar_count, fine_bins).sum(axis=1)
+    width = fine_bins * step
+    top = bar_count * width
     titles = [
-        f"{place * joined * step:.3f} to {(place + 1) * joined * step:.3f} bits: "
-        f"{count_noun(int(found), 'row')}"
-        for place, found in enumerate(shown)
+        f"{bar * width:.3f} to {(bar + 1) * width:.3f} bits: {count_noun(int(height), 'row')}"
+        for bar, height in enumerate(heights)
     ]
     ticks = {0.0: "0", 0.5: f"{top / 2:.2g}", 1.0: f"{top:.2g} bits"}
-    beyond = int(counts.sum() - shown.sum())
     return {
-        "chart": draw_bars(shown.tolist(), titles, ticks=ticks, top=format_count(int(shown.max()))),
-        "beyond": beyond,
+        "chart": draw_bars(heights.tolist(), titles, ticks=ticks, top=format_count(int(heights.max()))),
+        "beyond": int(counts.sum() - heights.sum()),
     }
 
 
-def _progress_facts(shape: ReportSchema, totals: ReportTotals) -> dict[str, Any]:
-    scores = list(dict.fromkeys((shape.target, *shape.groups)))
+def _work_list(schema: ReportSchema, totals: ReportTotals) -> dict[str, Any]:
+    scores = list(dict.fromkeys((schema.target, *schema.groups)))
     risky = {row["row"] for row in totals.risk.rows()}
     abstained = {row["row"] for row in totals.abstaining.rows()}
     rows = totals.listed()
@@ -223,7 +220,7 @@ def _progress_facts(shape: ReportSchema, totals: ReportTotals) -> dict[str, Any]
             name: row.get(name) for name in ("triage", "abstain_reasons", "flags", "member_disagreement")
         }
         row["scores"] = [row[f"p_{name}"] for name in scores]
-        row["label"] = shorten(_format_value(row.get(shape.label))) if shape.label else None
+        row["label"] = shorten(_format_value(row.get(schema.label))) if schema.label else None
     return {
         "rows": rows,
         "risk": len(risky),
@@ -234,7 +231,7 @@ def _progress_facts(shape: ReportSchema, totals: ReportTotals) -> dict[str, Any]
             "abstain": bool(totals.abstained),
             "member_disagreement": "member_disagreement" in totals.risk.columns,
         },
-        "label": shape.label,
+        "label": schema.label,
         "choices": {
             "prediction": sorted({row["prediction"] for row in rows} - {None}),
             "triage": sorted({row.get("triage") for row in rows} - {None}),
@@ -250,8 +247,8 @@ def _format_value(value: Any) -> str | None:
 # Against the labels
 
 
-def _label_figures(shape: ReportSchema, totals: ReportTotals) -> dict[str, Any] | None:
-    """Figures of ensemble and members on the rows whose label is a class; None where there are none."""
+def _label_figures(schema: ReportSchema, totals: ReportTotals) -> dict[str, Any] | None:
+    """Return the figures of ensemble and members on the rows with a known label; None without such rows."""
     labelled = totals.labelled
     if not labelled.rows:
         return None
@@ -260,45 +257,43 @@ def _label_figures(shape: ReportSchema, totals: ReportTotals) -> dict[str, Any] 
 
     truth, votes = labelled.sample()
     resamples = RESAMPLES[len(truth) > SAMPLE_ROWS // 4]
-    names = ["ensemble", *shape.members]
+    names = ["ensemble", *schema.members]
     rows = np.arange(len(truth))
     voters = {
         name: evaluate(
-            votes[:, place], truth, classes=shape.classes, groups=rows, seed=0, resamples=resamples
+            votes[:, index], truth, classes=schema.classes, groups=rows, seed=0, resamples=resamples
         )
-        for place, name in enumerate(names[: 1 + MAX_MATRICES])
+        for index, name in enumerate(names[: 1 + MAX_MATRICES])
     }
     ensemble = voters["ensemble"]
     return {
-        "column": shape.label,
+        "column": schema.label,
         "voters": voters,
         "rows": len(truth),
         "all_rows": labelled.rows,
         "notes": _notes(labelled, totals.names.aliases_used(), ensemble["per_class"]),
-        "show_matrix": len(shape.classes) <= MAX_MATRIX_CLASSES,
-        "roc": plot_svg("roc", "ROC curves", lambda drawn: draw_roc(drawn, ensemble["roc"])),
+        "show_matrix": len(schema.classes) <= MAX_MATRIX_CLASSES,
+        "roc": plot_svg("roc", "ROC curves", lambda figure: draw_roc(figure, ensemble["roc"])),
         "reliability": plot_svg(
             "reliability",
             "Reliability diagram",
-            lambda drawn: draw_reliability(drawn, ensemble["reliability"], len(shape.classes)),
+            lambda figure: draw_reliability(figure, ensemble["reliability"], len(schema.classes)),
         ),
     }
 
 
 def _notes(labelled: LabelledSample, aliases_used: list[str], per_class: Mapping[str, Any]) -> list[str]:
     notes = []
-    if absent := [name for name, found in per_class.items() if not found["images"]]:
-        notes.append(f"No row here has the label {' or '.join(absent)}, which counts as 0 in the means.")
+    if absent := [name for name, figures in per_class.items() if not figures["images"]]:
+        notes.append(f"No row has the label {' or '.join(absent)}, which counts as 0 in the means.")
     if aliases_used:
-        notes.append(f"Labels were read so: {', '.join(aliases_used)}.")
+        notes.append(f"Other names of labels: {', '.join(aliases_used)}.")
     scored, labels, others, unknown = labelled.rows, labelled.labels, labelled.others, labelled.unknown
     if labels > scored:
-        notes.append(
-            f"Not counted, since they have no score: {count_noun(labels - scored, 'row')} with a label."
-        )
+        notes.append(f"Not counted: {count_noun(labels - scored, 'row')} with a label but without a score.")
     if others:
         words = ", ".join(str(shorten(word)) for word, _ in unknown.most_common(MAX_EXAMPLES))
-        notes.append(f"Labels that are no class, of {count_noun(others, 'row')}, such as: {words}.")
+        notes.append(f"{count_noun(others, 'row')} with a label that is not a class, such as: {words}.")
     return notes
 
 
@@ -320,31 +315,26 @@ def _format_rate(value: float) -> str:
 
 
 def throughput(began: datetime, done: Iterable[PartInfo]) -> dict[str, Any] | None:
-    """Rows a second while the run was at work, from the times at which its parts were written.
+    """Return the rows per second without pauses, from the times at which the parts were written.
 
-    None for runs of versions that kept no times.
+    None for runs of versions that did not record these times.
     """
-    written = sorted((one.written, one.rows) for one in done if one.written)
+    written = sorted((part.written, part.rows) for part in done if part.written)
     if not written:
         return None
-    at = np.array([(moment - began).total_seconds() for moment, _ in written])
-    gaps = np.maximum(np.diff(at, prepend=0.0), 1e-3)
-    usual = float(statistics.median(gaps))
-    stopped = gaps > max(PAUSE_S, 10 * usual)
-    stopped[0] = False  # its own time is all that the first part has
-    clock = np.where(stopped, usual, gaps).cumsum()
-    rows = np.cumsum([found for _, found in written])
+    times = np.array([(moment - began).total_seconds() for moment, _ in written])
+    gaps = np.maximum(np.diff(times, prepend=0.0), 1e-3)
+    typical = float(statistics.median(gaps))
+    paused = gaps > max(PAUSE_S, 10 * typical)
+    paused[0] = False  # the first part has no other time
+    clock = np.where(paused, typical, gaps).cumsum()
+    rows = np.cumsum([count for _, count in written])
     rate = _format_rate(rows[-1] / clock[-1])
-    pauses = int(stopped.sum())
-    text = (
-        f"{count_noun(int(rows[-1]), 'row')} in {format_duration(clock[-1])}, start-up included: {rate} a "
-        "second"
-    )
-    if pauses:
-        text += (
-            f"; {count_noun(pauses, 'pause')} of {format_duration(float(gaps[stopped].sum()))} in all "
-            "left out"
-        )
+    row_count, duration = count_noun(int(rows[-1]), "row"), format_duration(clock[-1])
+    text = f"{row_count} in {duration}, including start-up: {rate} per second"
+    if pauses := int(paused.sum()):
+        total = format_duration(float(gaps[paused].sum()))
+        text += f"; without {count_noun(pauses, 'pause')} of {total} in total"
     if len(written) < CHART_PARTS:
         return {"text": f"{text}.", "chart": None}
     edges = np.linspace(0, clock[-1], min(60, len(written)) + 1)
@@ -361,20 +351,18 @@ def throughput(began: datetime, done: Iterable[PartInfo]) -> dict[str, Any] | No
 
 
 def _stages(last: LastStart) -> dict[str, Any] | None:
-    """Return how the last start spent its time and which stage limited it."""
+    """Return the times of the stages in the last start, and which stage limited it."""
     if not last.stages:
         return None
     stages = last.stages
     order = sorted(stages, key=lambda name: -stages[name].occupancy)
     first, share = order[0], stages[order[0]].occupancy
     busiest = f"{STAGES.get(first, first)} ({first})"
-    text = f"{busiest} limited the run: at work {format_percent(share)} of the time"
+    text = f"{busiest} limited the run: busy for {format_percent(share)} of the time"
     if share < 0.6:
-        text = (
-            f"no stage was at work most of the time; the busiest was {busiest}, {format_percent(share)} of it"
-        )
+        text = f"no stage was busy most of the time; the busiest was {busiest} with {format_percent(share)}"
     if len(order) > 1:
-        text += f". The next, {order[1]}, was for {format_percent(stages[order[1]].occupancy)}"
+        text += f". The next, {order[1]}, was busy for {format_percent(stages[order[1]].occupancy)}"
     return {
         "text": f"{text[0].upper()}{text[1:]}.",
         "rows": last.rows,
@@ -390,7 +378,7 @@ def _stages(last: LastStart) -> dict[str, Any] | None:
 
 
 def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
-    """Return names and values of `_run.json`, for a redacted run without anything that could be a path."""
+    """Return names and values of `_run.json`; for a redacted run without values that may contain a path."""
     options = {
         name: value
         for name, value in to_builtins(run.result_options).items()
@@ -400,7 +388,7 @@ def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
     machine, chosen = run.machine, run.chosen
     basics = {
         "run": run.run_id,
-        "begun": _format_time(run.started),
+        "started": _format_time(run.started),
         "manifest": shorten(run.manifest),
         "rows": format_count(run.rows),
         "bundle": shorten(run.bundle),
@@ -424,16 +412,16 @@ def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
 def _round_digits(value: Any) -> Any:
     """Round to three digits."""
     if isinstance(value, list):
-        return [_round_digits(one) for one in value]
+        return [_round_digits(entry) for entry in value]
     return float(f"{value:.3g}") if isinstance(value, float) else value
 
 
-def _flatten(found: Any, name: str = "") -> dict[str, Any]:
-    """Nested names joined by dots."""
-    if not isinstance(found, Mapping):
-        return {name: _round_digits(found)}
-    if {"value", "low", "high"} <= found.keys():
-        value, low, high = (format_option(_round_digits(found[key])) for key in ("value", "low", "high"))
+def _flatten(tree: Any, name: str = "") -> dict[str, Any]:
+    """Flatten nested values; join their names by dots."""
+    if not isinstance(tree, Mapping):
+        return {name: _round_digits(tree)}
+    if {"value", "low", "high"} <= tree.keys():
+        value, low, high = (format_option(_round_digits(tree[key])) for key in ("value", "low", "high"))
         return {name: f"{value} ({low} to {high})"}
-    joined = [_flatten(value, f"{name}.{key}" if name else str(key)) for key, value in found.items()]
-    return {key: value for one in joined for key, value in one.items()}
+    branches = [_flatten(value, f"{name}.{key}" if name else str(key)) for key, value in tree.items()]
+    return {key: value for branch in branches for key, value in branch.items()}

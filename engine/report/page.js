@@ -1,4 +1,4 @@
-// Sorts and filters the work list. Without it the list is a plain table, the riskiest first.
+// Sorts and filters the work list. Without this script the list is a plain table, highest risk first.
 "use strict";
 (() => {
   const table = document.getElementById("work");
@@ -18,10 +18,10 @@
   const sortBy = (column, direction) => {
     const isNumber = headers[column].dataset.kind === "number";
     const keyed = rows.map((row) => [valueOf(row, column, isNumber), row]);
-    keyed.sort(([one], [other]) => {
-      if (!isNumber) return direction * words.compare(one, other);
-      if (Number.isNaN(one) || Number.isNaN(other)) return Number.isNaN(one) - Number.isNaN(other); // last
-      return direction * (one - other);
+    keyed.sort(([left], [right]) => {
+      if (!isNumber) return direction * words.compare(left, right);
+      if (Number.isNaN(left) || Number.isNaN(right)) return Number.isNaN(left) - Number.isNaN(right); // last
+      return direction * (left - right);
     });
     body.append(...keyed.map(([, row]) => row));
     for (const header of headers) header.removeAttribute("aria-sort");
@@ -35,9 +35,9 @@
     button.append(...header.childNodes);
     header.append(button);
     button.addEventListener("click", () => {
-      const now = header.getAttribute("aria-sort");
+      const order = header.getAttribute("aria-sort");
       const first = header.dataset.kind === "number" ? -1 : 1;
-      sortBy(column, now ? (now === "ascending" ? -1 : 1) : first);
+      sortBy(column, order ? (order === "ascending" ? -1 : 1) : first);
     });
   });
 

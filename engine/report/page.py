@@ -1,4 +1,4 @@
-"""The common part of the engine's and training's pages: templates, formats of numbers and names."""
+"""Format the pages of the engine and of training: templates, numbers and names."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from markupsafe import Markup
 TEMPLATES = Path(__file__).parent
 DASH = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
-SPACES = "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}"  # of our own numbers
-SERIES = 8  # colours in style.css; a ninth line has the first one's
+SPACES = "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}"  # spaces inside formatted numbers
+SERIES = 8  # colours in style.css; a ninth line has the first colour
 DASHES = ("none", "5 2", "1.5 1.5", "6 2 1.5 2")  # in line widths, as matplotlib and SVG count them
 
 
 def make_environment(*folders: Path, **filters: Any) -> jinja2.Environment:
-    """Templates of `folders`, and of this one; all that they are given is escaped."""
-    found = jinja2.Environment(
+    """Return the templates of `folders` and of this folder; they escape all values."""
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([*folders, TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.globals |= {"series": SERIES, "dashes": DASHES}
-    found.filters |= {
+    environment.globals |= {"series": SERIES, "dashes": DASHES}
+    environment.filters |= {
         "number": format_number,
         "span": format_interval,
         "percent": format_percent,
@@ -36,22 +36,22 @@ def make_environment(*folders: Path, **filters: Any) -> jinja2.Environment:
         "shown": format_option,
         **filters,
     }
-    return found
+    return environment
 
 
 def printable(value: Any) -> Any:
-    """Control characters, lone surrogates and marks that turn the direction of text are replaced."""
-    if isinstance(value, Markup):  # made here
+    """Replace control characters, lone surrogates and marks that change the direction of text."""
+    if isinstance(value, Markup):  # from this program
         return value
     if isinstance(value, str):
         return "".join(
-            letter if letter.isprintable() or letter in SPACES else "\N{REPLACEMENT CHARACTER}"
-            for letter in value
+            character if character.isprintable() or character in SPACES else "\N{REPLACEMENT CHARACTER}"
+            for character in value
         )
     if isinstance(value, dict):
-        return {printable(key): printable(one) for key, one in value.items()}
+        return {printable(key): printable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [printable(one) for one in value]
+        return [printable(entry) for entry in value]
     return value
 
 
@@ -62,11 +62,11 @@ def format_number(value: float | None, digits: int = 3, signed: bool = False) ->
     return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}".replace("-", MINUS)
 
 
-def format_interval(found: Mapping[str, Any], digits: int = 3, signed: bool = False) -> str:
+def format_interval(figure: Mapping[str, Any], digits: int = 3, signed: bool = False) -> str:
     """Format the interval of a figure; a missing one becomes a dash."""
-    if found["low"] is None:
+    if figure["low"] is None:
         return DASH
-    low, high = format_number(found["low"], digits, signed), format_number(found["high"], digits, signed)
+    low, high = (format_number(figure[end], digits, signed) for end in ("low", "high"))
     return f"{low} to {high}" if signed or low.startswith(MINUS) else f"{low}{DASH}{high}"
 
 
@@ -75,7 +75,7 @@ def format_percent(value: float | None) -> str:
 
 
 def format_count(value: int) -> str:
-    """Thousands are set apart by a narrow space."""
+    """Format a count, with a narrow space between thousands."""
     return f"{value:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
 
@@ -83,9 +83,9 @@ def count_noun(number: int, noun: str) -> str:
     return f"{format_count(number)} {noun}{'' if number == 1 else 's'}"
 
 
-def row_share(row: Sequence[int], place: int) -> float:
-    """Return the share of a confusion matrix's row that a cell has, 0 to 1."""
-    return round(row[place] / max(sum(row), 1), 3)
+def row_share(row: Sequence[int], index: int) -> float:
+    """Return the share, 0 to 1, of a cell in a row of a confusion matrix."""
+    return round(row[index] / max(sum(row), 1), 3)
 
 
 def format_option(value: Any) -> str:
@@ -97,5 +97,5 @@ def format_option(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(format_option, value)) or DASH
     if isinstance(value, dict):
-        return ", ".join(f"{name} {format_option(one)}" for name, one in value.items()) or DASH
+        return ", ".join(f"{name} {format_option(entry)}" for name, entry in value.items()) or DASH
     return f"{value:g}" if isinstance(value, float) else str(value) or DASH

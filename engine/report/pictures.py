@@ -1,4 +1,4 @@
-"""Pictures inside the page: thumbnails made from the images, overlays that `engine.explain` left."""
+"""Embed pictures in the page: thumbnails of the images, and the overlays of `engine.explain`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from engine.runs.run_folder import EXPLANATIONS_FOLDER, INDEX_FILE, ExplanationI
 from engine.storage.folders import error_text
 from engine.storage.open_folder import open_folder
 
-SIDE = 192  # pixels of a thumbnail, before it gets its image's shape
+SIDE = 192  # pixels of a square thumbnail; the page shows it in the shape of its image
 MAX_PICTURE_BYTES = 4 << 20  # of an overlay
-MAX_OVERLAY_BYTES = 48 << 20  # bytes of all overlays; a browser has to hold the page
+MAX_OVERLAY_BYTES = 48 << 20  # of all overlays, so that a browser can show the page
 _NAME = re.compile(r"row-\d{9,}-[^/\\]+\.png")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -43,7 +43,7 @@ class Picture:
 @dataclass(frozen=True)
 class ExplainedRow:
     row: int
-    named: str  # the class
+    named: str  # the explained class
     voters: dict[str, Picture]
 
 
@@ -56,40 +56,41 @@ def read_thumbnails(
 ) -> dict[int, Picture]:
     """Read thumbnails of `rows` by their number; `say` names the images that cannot be read."""
     by_root: dict[str, list[Mapping[str, Any]]] = {}
-    most = 0
+    max_pixels = 0
     for row in rows:
         run = results.runs[row.get("run_id") or next(iter(results.runs))]
-        most = max(most, run.result_options.max_pixels)
+        max_pixels = max(max_pixels, run.result_options.max_pixels)
         by_root.setdefault(run.result_options.root, []).append(row)
-    found = {}
-    for root, wanted in by_root.items():
+    thumbnails = {}
+    for root, group in by_root.items():
         try:
             loaded = load_pixels(
-                [row["path"] for row in wanted],
+                [row["path"] for row in group],
                 root=parse(root),
                 size=(SIDE, SIDE),
-                limits=replace(Limits(), max_pixels=most),
+                limits=replace(Limits(), max_pixels=max_pixels),
             )
-        except EngineError as error:  # storage that is gone
-            say(f"{len(wanted)} thumbnails are left out: {error}")
+        except EngineError as error:  # storage is lost
+            say(f"the report leaves out {len(group)} thumbnails: {error}")
             continue
-        for pixels, place, header in zip(loaded.pixels, loaded.index, loaded.headers, strict=True):
-            turned = header.orientation >= 5  # EXIF: lies on its side
-            width, height = (header.height, header.width) if turned else (header.width, header.height)
+        for pixels, index, header in zip(loaded.pixels, loaded.index, loaded.headers, strict=True):
+            rotated = header.orientation >= 5  # EXIF: by 90 degrees
+            width, height = (header.height, header.width) if rotated else (header.width, header.height)
             scale = SIDE / max(width, height)
-            found[wanted[place]["row"]] = Picture(
+            thumbnails[group[index]["row"]] = Picture(
                 _data_url("jpeg", _encode_jpeg(pixels)),
                 max(1, round(width * scale)),
                 max(1, round(height * scale)),
             )
         if loaded.failures:
-            say(f"{len(loaded.failures)} of {len(wanted)} images give no thumbnail: {loaded.failures[0][2]}")
-    return found
+            count = f"{len(loaded.failures)} of {len(group)}"
+            say(f"{count} thumbnails are left out: {loaded.failures[0][2]}")
+    return thumbnails
 
 
 def read_explanations(results: ResultsFolder, *, say: OnMessage) -> tuple[str, list[ExplainedRow]]:
     """Read the method and the overlays of the folder `explanations`, if they belong to this run."""
-    if isinstance(results.run, MergedRecord):  # rows have other numbers
+    if isinstance(results.run, MergedRecord):  # its rows have other numbers
         return "", []
     folder = open_folder(results.place / EXPLANATIONS_FOLDER)
     try:
@@ -97,30 +98,27 @@ def read_explanations(results: ResultsFolder, *, say: OnMessage) -> tuple[str, l
             return "", []
         index = from_json(folder.read(INDEX_FILE, lambda opened: opened.read()), ExplanationIndex)
         if index.run_id not in results.runs:
-            say(f"{EXPLANATIONS_FOLDER}/ is of another run: left out")
+            say(f"{EXPLANATIONS_FOLDER}/ is left out: it belongs to another run")
             return "", []
-        found, left = list[ExplainedRow](), MAX_OVERLAY_BYTES
-        for place, one in enumerate(index.rows):
+        explained, left = list[ExplainedRow](), MAX_OVERLAY_BYTES
+        for row in index.rows:
             voters = {}
-            for voter, name in one.voters.items():
+            for voter, name in row.voters.items():
                 if not _NAME.fullmatch(name):
                     continue
                 data = folder.read(name, lambda opened: opened.read(MAX_PICTURE_BYTES))
                 left -= len(data)
                 if left < 0:
-                    rest = len(index.rows) - place
-                    say(
-                        f"the first {place} explanations are on the page, {rest} more in "
-                        f"{EXPLANATIONS_FOLDER}/"
-                    )
-                    return index.method, found
+                    count = f"{len(explained)} of {len(index.rows)}"
+                    say(f"the page shows {count} explanations; {EXPLANATIONS_FOLDER}/ has all")
+                    return index.method, explained
                 voters[voter] = _read_overlay(data)
-            found.append(ExplainedRow(one.row, printable(one.of_class), printable(voters)))
-        return index.method, found
+            explained.append(ExplainedRow(row.row, printable(row.of_class), printable(voters)))
+        return index.method, explained
     except OSError as error:
         say(f"{EXPLANATIONS_FOLDER}/ is left out: {error_text(error)}")
     except ValueError as error:
-        say(f"{EXPLANATIONS_FOLDER}/{INDEX_FILE} is left out: it is not what engine.explain writes ({error})")
+        say(f"{EXPLANATIONS_FOLDER}/{INDEX_FILE} is left out: it is not an index of engine.explain ({error})")
     return "", []
 
 
@@ -131,8 +129,8 @@ def _encode_jpeg(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _read_overlay(data: bytes) -> Picture:
-    """Raises ValueError for what is no PNG."""
+    """Read a PNG. Raises ValueError for other data."""
     width, height = (int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
     if not (data.startswith(_PNG) and width and height and len(data) < MAX_PICTURE_BYTES):
-        raise ValueError("no PNG")
+        raise ValueError("a picture is not a PNG, or is too large")
     return Picture(_data_url("png", data), width, height)

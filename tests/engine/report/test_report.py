@@ -93,8 +93,8 @@ def test_a_run_leaves_a_page_with_its_numbers(reported: Screen, archive: Path) -
         roc_auc_score(ours, likely, multi_class="ovr"),
     ):
         assert f"{format_number(value)} " in figures
-    assert "Not counted, since they have no score: 2 rows with a label." in figures
-    assert "Labels that are no class, of 1 row, such as: unknown." in figures
+    assert "Not counted: 2 rows with a label but without a score." in figures
+    assert "1 row with a label that is not a class, such as: unknown." in figures
 
     winners = [
         rows[[f"{member}_p_{name}" for name in ("normal", "osteopenia", "osteoporosis")]].to_numpy().argmax(1)
@@ -110,7 +110,7 @@ def test_a_run_leaves_a_page_with_its_numbers(reported: Screen, archive: Path) -
 
     assert "23 rows" not in page.section("Throughput")
     assert "26 rows in " in page.section("Throughput")
-    assert "limited the run: at work" in page.section("Stages") or "busiest" in page.section("Stages")
+    assert "limited the run: busy for" in page.section("Stages") or "busiest" in page.section("Stages")
     run = json.loads((results / "_run.json").read_text())
     for fact in (run["run_id"], run["bundle"], "member0 0.60, member1 0.40", run["chosen"], "part rows 8"):
         assert fact in page.section("Provenance")
@@ -186,7 +186,7 @@ def test_explanations_that_no_browser_could_hold(
     picture = next(index.parent.glob("*.png")).stat().st_size
     monkeypatch.setattr(pictures, "MAX_OVERLAY_BYTES", 2 * picture)
     assert command.main([str(results)]) == 0
-    assert "the first 2 explanations are on the page, 1 more in explanations/" in capsys.readouterr().err
+    assert "the page shows 2 of 3 explanations; explanations/ has all" in capsys.readouterr().err
     assert page_of(results).values("class").count("saliency") == 2
 
 
@@ -256,7 +256,7 @@ def test_nothing_scored_one_row_and_no_part(reported: Screen, tmp_path: Path) ->
     for part in (tmp_path / "one").glob("part-*"):
         part.unlink()
     none = page_of(tmp_path / "one", unfinished=True)
-    assert "0 of 1 rows are there" in none.words
+    assert "0 of 1 rows are done" in none.words
 
 
 def test_unfinished_and_older_results(reported: Screen, capsys: pytest.CaptureFixture[str]) -> None:
@@ -275,7 +275,7 @@ def test_unfinished_and_older_results(reported: Screen, capsys: pytest.CaptureFi
     assert "the run is not finished, 12 of 20 rows" in capsys.readouterr().err
     assert command.main([str(results), "--unfinished"]) == 0
     page = page_of(results)
-    assert "Unfinished. 12 of 20 rows are there" in page.words
+    assert "Unfinished. 12 of 20 rows are done" in page.words
     # a manifest column of that name is not the bundle's triage, and left is no class
     assert not {"Triage", "Throughput", "Stages", "Against the labels"} & set(page.headings)
 
@@ -293,12 +293,12 @@ def test_label_columns(reported: Screen, capsys: pytest.CaptureFixture[str]) -> 
     assert "Against the labels" not in page_of(results).headings
     graded = page_of(results, label_column="grade").section("Against the labels")
     assert "whose grade is one" in graded
-    assert "No row here has the label osteopenia or osteoporosis" in graded
+    assert "No row has the label osteopenia or osteoporosis" in graded
     aliases = page_of(results, label_column="public").section("Against the labels")
     assert "6 rows" in aliases
     assert "1 as osteopenia, OS as osteoporosis, healthy as normal" in aliases
     assert command.main([str(results), "--label-column", "gade"]) == 2
-    assert "no column 'gade'; --label-column names one of row, path, grade" in capsys.readouterr().err
+    assert "have no such column; allowed: row, path, grade" in capsys.readouterr().err
     assert command.main([str(results), "--label-column", "side"]) == 2
     assert "no value is a class; allowed: normal, osteopenia, osteoporosis" in capsys.readouterr().err
     for wrong in ("0", "2.5", "many"):
@@ -370,7 +370,7 @@ def test_a_page_that_cannot_be_made_costs_the_run_nothing(
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "out")
     (line,) = (line for line in done.stderr.splitlines() if "report.html" in line)
-    assert "report.html is not written: libbroken.so: no such file" in line
+    assert "report.html could not be written: libbroken.so: no such file" in line
     assert "Traceback" not in done.stderr
     # the same run, finished already, makes up for it
     engine.screen(archive, bundle=bundle, output=tmp_path / "out")
@@ -385,7 +385,7 @@ def test_a_page_that_cannot_be_made_costs_the_run_nothing(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "report.html is not written: " in done.stderr
+    assert "report.html could not be written: " in done.stderr
     assert "File too large" in done.stderr
     assert (tmp_path / "full" / "_SUCCESS").exists()
     assert not list((tmp_path / "full").glob("*report*"))
@@ -443,8 +443,8 @@ def test_throughput_leaves_pauses_out() -> None:
     ]
     result = throughput(began, done)
     assert result is not None
-    assert "800 rows in 1 min, start-up included: 10 a second" in result["text"]
-    assert "1 pause of 13 h 52 min in all left out" in result["text"]
+    assert "800 rows in 1 min, including start-up: 10 per second" in result["text"]
+    assert "without 1 pause of 13 h 52 min in total" in result["text"]
     assert {bar["height"] for bar in result["chart"]["bars"]} == {78.0}
     few = throughput(began, done[:2])
     assert few is not None
