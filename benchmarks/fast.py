@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.intervals import bootstrap_interval
-from engine.bundle import bundle
+from engine.bundle import bundle as bundles
 from engine.bundle.bundle import Bundle
 from engine.core.settings import CPU_BATCH, DECODES, Decode
 from engine.formats import header
@@ -147,26 +147,26 @@ def compare_pixels(exact: Pixels, fast: Pixels) -> dict[str, float]:
     }
 
 
-def compare_scores(models: Bundle, images: list[bytes]) -> dict[str, Any]:
+def compare_scores(bundle: Bundle, images: list[bytes]) -> dict[str, Any]:
     """Score the same images decoded in both ways and compare."""
     logits: dict[str, list[npt.NDArray[np.float32]]] = {how: [] for how in DECODES}
     for how in DECODES:
-        small = engine_decoder(how, models.size)(images)
-        for member in models.members:
-            with OnnxRunner(member, models) as runner:
+        small = engine_decoder(how, bundle.size)(images)
+        for member in bundle.members:
+            with OnnxRunner(member, bundle) as runner:
                 logits[how].append(runner.infer(small))
     exact, fast = (
         ensemble.combine_logits(
             np.stack(logits[how]),
-            weights=models.weights,
-            temperatures=[member.temperature for member in models.members],
-            temperature=models.temperature,
+            weights=bundle.weights,
+            temperatures=[member.temperature for member in bundle.members],
+            temperature=bundle.temperature,
         )[1]
         for how in DECODES
     )
     difference = np.abs(exact - fast)
     return {
-        "trained_with": models.decode,
+        "trained_with": bundle.decode,
         "images": len(images),
         "largest_difference_in_probability": float(difference.max()),
         "mean_difference_in_probability": float(difference.mean()),
@@ -175,7 +175,7 @@ def compare_scores(models: Bundle, images: list[bytes]) -> dict[str, Any]:
 
 
 def measure_all(
-    folder: Path | None, models: Path | None, *, rounds: int, count: int = SYNTHETIC
+    folder: Path | None, bundle: Path | None, *, rounds: int, count: int = SYNTHETIC
 ) -> dict[str, Any]:
     """Measure rates, ratios, pixels and, with a bundle, scores, on synthetic images or JPEGs of `folder`."""
     images, what = load_jpegs(folder, count)
@@ -198,5 +198,5 @@ def measure_all(
         },
         "aim": {"pillow": TARGET_SPEEDUP},
         "gray_levels_from_exact": compare_pixels(exact(images), fast(images)),
-        "scores_from_exact": compare_scores(bundle.load_bundle(models), images) if models else None,
+        "scores_from_exact": compare_scores(bundles.load_bundle(bundle), images) if bundle else None,
     }

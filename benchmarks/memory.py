@@ -25,11 +25,11 @@ from engine.pipeline.pipeline import screen_in_process
 LIMIT_MB = 100  # largest difference between the long and the short run
 
 
-def measure_null_run(manifest: Path, models: Path, output: Path) -> tuple[float, float]:
+def measure_null_run(manifest: Path, bundle: Path, output: Path) -> tuple[float, float]:
     """Return peak memory in MB and seconds of a run in this process."""
     start = time.perf_counter()
     summary = screen_in_process(
-        Settings(manifest=manifest, bundle=models, output=output), stages_type=NullStages
+        Settings(manifest=manifest, bundle=bundle, output=output), stages_type=NullStages
     )
     assert summary.rows_done == summary.rows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter() - start

@@ -51,5 +51,5 @@ class NullStages(Stages):
 
     def open(self, stack: ExitStack) -> None:
         self.preprocess = NullPixels()
-        models = self.context.bundle
-        self.step = NullScores(len(models.members), len(models.classes))
+        bundle = self.context.bundle
+        self.step = NullScores(len(bundle.members), len(bundle.classes))

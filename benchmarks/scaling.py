@@ -48,8 +48,8 @@ class DecodeStages(Stages):
 
     def open(self, stack: ExitStack) -> None:
         super().open(stack)
-        models = self.context.bundle
-        self.step = NullScores(len(models.members), len(models.classes))
+        bundle = self.context.bundle
+        self.step = NullScores(len(bundle.members), len(bundle.classes))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from benchmarks import processes, record
 from benchmarks.intervals import bootstrap_interval
 from benchmarks.restart import read_results_table
 from benchmarks.throughput import make_archive
-from engine.bundle import bundle
+from engine.bundle import bundle as bundles
 from engine.core.errors import EngineError, Stopped
 from engine.core.hardware import available_cpus
 from engine.core.settings import CPU_BATCH
@@ -64,16 +64,16 @@ def uniform_bundle(source: Path, target: Path) -> Path:
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(source, target, copy_function=os.link)
-    models = bundle.load_bundle(source)
-    arrays = load_file(models.canaries.path)
+    canaries = bundles.load_bundle(source).canaries.path
+    arrays = load_file(canaries)
     arrays["logits"] = np.zeros_like(arrays["logits"])
-    name = models.canaries.path.relative_to(source)
+    name = canaries.relative_to(source)
     (target / name).unlink()
     save_file(arrays, target / name)
-    description = json.loads((source / bundle.DESCRIPTION_FILE).read_text())
+    description = json.loads((source / bundles.DESCRIPTION_FILE).read_text())
     description["canaries"]["sha256"] = hashlib.sha256((target / name).read_bytes()).hexdigest()
-    (target / bundle.DESCRIPTION_FILE).unlink()
-    (target / bundle.DESCRIPTION_FILE).write_text(json.dumps(description))
+    (target / bundles.DESCRIPTION_FILE).unlink()
+    (target / bundles.DESCRIPTION_FILE).write_text(json.dumps(description))
     return target
 
 
@@ -84,9 +84,9 @@ def run_checked(command: Sequence[object], environment: dict[str, str] | None = 
     return done.output
 
 
-def measure_rate(manifest: Path, models: Path, output: Path, *more: object) -> tuple[float, float]:
+def measure_rate(manifest: Path, bundle: Path, output: Path, *more: object) -> tuple[float, float]:
     """Return rows per second, and the seconds of start-up and end."""
-    options = ["-b", models, "-o", output, "--device", "cpu", "--batch-size", CPU_BATCH, "--part-rows", 256]
+    options = ["-b", bundle, "-o", output, "--device", "cpu", "--batch-size", CPU_BATCH, "--part-rows", 256]
     began = time.perf_counter()
     run_checked(["-m", "engine.run", manifest, *options, "--workers", available_cpus(), *more])
     wall_s = time.perf_counter() - began
@@ -95,14 +95,14 @@ def measure_rate(manifest: Path, models: Path, output: Path, *more: object) -> t
 
 
 def measure_overhead(
-    console: Console, manifest: Path, models: Path, work: Path, rounds: int
+    console: Console, manifest: Path, bundle: Path, work: Path, rounds: int
 ) -> dict[str, Any]:
     """Run one process and one actor in turn and compare their rates; the rows must be equal."""
     local_rates, ray_rates, overheads = [], [], []
     for number in range(rounds):
         outputs = work / f"alone-{number}", work / f"ray-{number}"
-        local_rates.append(measure_rate(manifest, models, outputs[0])[0])
-        rate, seconds = measure_rate(manifest, models, outputs[1], "--ray")
+        local_rates.append(measure_rate(manifest, bundle, outputs[0])[0])
+        rate, seconds = measure_rate(manifest, bundle, outputs[1], "--ray")
         ray_rates.append(rate)
         overheads.append(seconds)
         if not read_results_table(outputs[0]).equals(read_results_table(outputs[1])):
@@ -122,7 +122,7 @@ def measure_overhead(
 
 
 def measure_null_rates(
-    manifest: Path, models: Path, work: Path, actors: list[int], rounds: int
+    manifest: Path, bundle: Path, work: Path, actors: list[int], rounds: int
 ) -> dict[str, Any]:
     """Measure rows per second of null stages, and the driver's processor time."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(record.ROOT), *sys.path]))}
@@ -131,7 +131,7 @@ def measure_null_rates(
         for count in (0, *actors):
             name = f"{count} actor{'s' * (count > 1)}" if count else "one process"
             output = work / f"null-{count}-{number}"
-            rate, core_s = run_checked(["-c", _NULL, manifest, models, output, count], environment).split()
+            rate, core_s = run_checked(["-c", _NULL, manifest, bundle, output, count], environment).split()
             row = figures.setdefault(name, {"rounds": [], "driver_core_s": []})
             row["rounds"].append(float(rate))
             row["driver_core_s"].append(float(core_s))
@@ -141,7 +141,7 @@ def measure_null_rates(
     return figures
 
 
-def measure_recovery(manifest: Path, models: Path, work: Path, number: int) -> tuple[float, int]:
+def measure_recovery(manifest: Path, bundle: Path, work: Path, number: int) -> tuple[float, int]:
     """Measure the seconds from the kill of an actor until another holds a part, and the repeated rows."""
     from engine.core.deadline import Deadline
     from engine.core.settings import Settings
@@ -152,7 +152,7 @@ def measure_recovery(manifest: Path, models: Path, work: Path, number: int) -> t
 
     settings = Settings(
         manifest=manifest,
-        bundle=models,
+        bundle=bundle,
         output=work / f"killed-{number}",
         device="cpu",
         part_rows=RECOVERY_PART_ROWS,

@@ -29,7 +29,8 @@ from benchmarks import processes, record
 from benchmarks.intervals import bootstrap_interval
 from benchmarks.null import NullPixels, NullScores
 from benchmarks.processes import core_seconds
-from engine.bundle import bundle
+from engine.bundle import bundle as bundles
+from engine.bundle.bundle import Bundle
 from engine.core.hardware import available_cpus
 from engine.core.overlap import Meter
 from engine.core.records import Batch, Part, Scorer
@@ -102,19 +103,19 @@ def make_archive(folder: Path, rows: int, side: int) -> Path:
 class StageTimings:
     """Measures each stage alone, with the settings that `engine.run` chooses on this machine."""
 
-    def __init__(self, models: bundle.Bundle, manifest: Manifest, workers: int) -> None:
-        self._models, self._workers = models, workers
+    def __init__(self, bundle: Bundle, manifest: Manifest, workers: int) -> None:
+        self._bundle, self._workers = bundle, workers
         self._paths = [path for part in manifest.parts(CPU_PART_ROWS) for path in part.paths]
         self._root = manifest.root
-        self._schema = ResultSchema.of(models, manifest, Settings(manifest=manifest.source))
-        runners = [OnnxRunner(member, models) for member in models.members]
-        self._step = CpuScorer(models, runners, lanes=workers)
+        self._schema = ResultSchema.of(bundle, manifest, Settings(manifest=manifest.source))
+        runners = [OnnxRunner(member, bundle) for member in bundle.members]
+        self._step = CpuScorer(bundle, runners, lanes=workers)
         self._preprocess = Preprocess(
-            size=models.size,
+            size=bundle.size,
             batch_size=CPU_BATCH,
             threads=workers,
             decoding_bytes=Limits().decoding_bytes,
-            decode=models.decode,
+            decode=bundle.decode,
         )
 
     def costs(self, rows: int) -> dict[str, StageCost]:
@@ -159,7 +160,7 @@ class StageTimings:
         return time_work(lambda: _count(self._step.stage(batches, Meter("members"))))
 
     def _write(self, part: Part) -> StageCost:
-        members, classes = len(self._models.members), len(self._models.classes)
+        members, classes = len(self._bundle.members), len(self._bundle.classes)
         batches = list(self._batches(part))
         for batch in batches:
             batch.drop_encoded()
@@ -183,9 +184,9 @@ class EndToEnd:
     start_up_s: float  # process start to first read, and last part to exit
 
 
-def run_engine(manifest: Path, models: Path, folder: Path, *, errors_expected: int = 0) -> EndToEnd:
+def run_engine(manifest: Path, bundle: Path, folder: Path, *, errors_expected: int = 0) -> EndToEnd:
     output = folder / f"results-{time.time_ns()}"
-    command = [sys.executable, "-m", "engine.run", str(manifest), "-b", str(models), "-o", str(output)]
+    command = [sys.executable, "-m", "engine.run", str(manifest), "-b", str(bundle), "-o", str(output)]
     # overrides tuned options and a GPU
     command += ["--device", "cpu", "--batch-size", str(CPU_BATCH), "--workers", str(available_cpus())]
     done = processes.run_command(command)
@@ -203,18 +204,18 @@ def run_engine(manifest: Path, models: Path, folder: Path, *, errors_expected: i
 
 
 def measure_throughput(
-    console: Console, work: Path, models: Path, rows: int, rounds: int, side: int
+    console: Console, work: Path, path: Path, rows: int, rounds: int, side: int
 ) -> dict[str, Any]:
     """Measure end to end and each stage alone in `rounds` rounds: medians, and efficiency by round."""
     archive = make_archive(work, rows, side)
-    loaded = bundle.load_bundle(models)
+    bundle = bundles.load_bundle(path)
     manifest = open_manifest(archive)
     cores = available_cpus()
-    stages = StageTimings(loaded, manifest, cores)
+    stages = StageTimings(bundle, manifest, cores)
     stages.costs(min(rows, 8 * CPU_BATCH))  # warm-up
     rounds_taken = []
     for number in range(rounds):
-        end_to_end = run_engine(archive, models, work)
+        end_to_end = run_engine(archive, path, work)
         costs = stages.costs(min(rows, 512))
         ceiling = cores / sum(cost.core_s_per_image for cost in costs.values())
         rounds_taken.append((end_to_end, costs, end_to_end.rate / ceiling))
@@ -223,7 +224,7 @@ def measure_throughput(
             f"efficiency {end_to_end.rate / ceiling:.3f}",
             highlight=False,
         )
-    return _throughput_figures(rounds_taken, cores, rows, side, loaded)
+    return _throughput_figures(rounds_taken, cores, rows, side, bundle)
 
 
 def _throughput_figures(
@@ -231,7 +232,7 @@ def _throughput_figures(
     cores: int,
     rows: int,
     side: int,
-    models: bundle.Bundle,
+    bundle: Bundle,
 ) -> dict[str, Any]:
     def median(values: Iterable[float]) -> float:
         return statistics.median(values)
@@ -248,7 +249,7 @@ def _throughput_figures(
             "rows": rows,
             "distinct_images": DISTINCT,
             "image": f"{side} x {side} gray JPEG, quality 90, synthetic",
-            "members": [member.architecture for member in models.members],
+            "members": [member.architecture for member in bundle.members],
             "batch_size": CPU_BATCH,
             "precision": "fp32",
         },

@@ -37,24 +37,24 @@ def measure_rates(
     return rows
 
 
-def _open_members(stack: ExitStack, bundle: Path, choice: RunnerChoice, *, compiled: bool) -> list[Runner]:
-    models = bundles.load_bundle(bundle)
+def _open_members(stack: ExitStack, path: Path, choice: RunnerChoice, *, compiled: bool) -> list[Runner]:
+    bundle = bundles.load_bundle(path)
     return [
-        stack.enter_context(open_runner(choice, models, member, compiled=compiled))
-        for member in models.members
+        stack.enter_context(open_runner(choice, bundle, member, compiled=compiled))
+        for member in bundle.members
     ]
 
 
 def _measure_streams(
-    bundle: Path, choice: RunnerChoice, members: list[Runner], batch: int, *, graphs: bool
+    path: Path, choice: RunnerChoice, members: list[Runner], batch: int, *, graphs: bool
 ) -> list[dict[str, Any]]:
     """Measure a row for one stream and one for two, each the median of three rounds."""
-    models, rows = bundles.load_bundle(bundle), []
+    bundle, rows = bundles.load_bundle(path), []
     try:
         step = GpuScorer(
-            models, members, batch_size=batch, device=choice.device, slots=2, concurrent=False, graphs=graphs
+            bundle, members, batch_size=batch, device=choice.device, slots=2, concurrent=False, graphs=graphs
         )
-        worst = check_canaries(models, step)
+        worst = check_canaries(bundle, step)
         for concurrent in (False, True):
             step.prepare(concurrent=concurrent)
             rounds = [round(batch / step.seconds_a_batch(), 1) for _ in range(3)]

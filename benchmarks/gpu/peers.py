@@ -122,12 +122,12 @@ def _measure_rate(
     return {"images_per_s": round(scored / (time.perf_counter() - start), 1), "rows": scored, "batch": batch}
 
 
-def _ensemble(bundle: Path, device: str, *, compiled: bool) -> Callable[[torch.Tensor], np.ndarray]:
-    models = bundles.load_bundle(bundle)
+def _ensemble(path: Path, device: str, *, compiled: bool) -> Callable[[torch.Tensor], np.ndarray]:
+    bundle = bundles.load_bundle(path)
     dtype = torch.float16 if device != "cpu" else torch.float32
     members = []
-    for member in models.members:
-        module = network.load_member(member, models).to(device=device, memory_format=torch.channels_last)
+    for member in bundle.members:
+        module = network.load_member(member, bundle).to(device=device, memory_format=torch.channels_last)
         module.base.to(dtype)
         module.head.to(dtype)
         members.append(torch.compile(module.base) if compiled else module.base)
@@ -137,7 +137,7 @@ def _ensemble(bundle: Path, device: str, *, compiled: bool) -> Callable[[torch.T
     def score(pixels: torch.Tensor) -> np.ndarray:
         planes = (pixels.to(dtype) / 255).repeat(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
         total = torch.zeros(())
-        for base, head, weight in zip(members[::2], members[1::2], models.weights, strict=True):
+        for base, head, weight in zip(members[::2], members[1::2], bundle.weights, strict=True):
             total = total.to(device) + weight * torch.softmax(head(base(planes)).float(), dim=1)
         return total.cpu().numpy()
 
