@@ -159,16 +159,16 @@ def _parse_labels(table: pa.Table, column: str | None, bundle: Bundle, say: OnMe
     else:
         cells = table.column(column).to_pylist()
         texts = ["" if cell is None else str(cell).strip() for cell in cells]
-    known: dict[str, int] = {"": -1}
+    classes: dict[str, int] = {"": -1}
     for row, text in zip(table.column("row").to_pylist(), texts, strict=True):
-        if text not in known:
+        if text not in classes:
             position = names.find(text)
             if position is None:
                 raise UsageError(f"row {row}: {names.error_for(text)}")
-            known[text] = position
+            classes[text] = position
     if names.aliases:
         say(f"labels: read {', '.join(names.aliases_used())}")
-    return np.array([known[text] for text in texts], np.int64)
+    return np.array([classes[text] for text in texts], np.int64)
 
 
 def _class_folder_of(path: str, names: ClassNames) -> str:

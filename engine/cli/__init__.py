@@ -1,1 +1,1 @@
-"""Hold what the commands share: parsers, options, one-line errors, signals, the log, progress and metrics."""
+"""Hold the common parts of all commands: parsers, options, one-line errors, signals and the log."""

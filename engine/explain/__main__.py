@@ -44,12 +44,7 @@ def option_parser() -> Parser:
     )
     add("--rows", type=_parse_row_ranges, default=[], metavar="ROWS", help="these rows, such as 3,17,40-45")
     add("--abstained", action="store_true", help="the rows on which the run abstained")
-    add(
-        "--class",
-        dest="of_class",
-        metavar="NAME",
-        help="the class to explain (the run's target, else the last)",
-    )
+    add("--class", dest="of_class", metavar="NAME", help="class (the run's target, else the last)")
     add(
         "-o", "--output", type=parse_location, help=f"folder for the pictures (RESULTS/{EXPLANATIONS_FOLDER})"
     )
@@ -64,9 +59,7 @@ def option_parser() -> Parser:
     add("--redact", action="store_true", help="for a run with --redact: no line shows a path")
     add("--salt-file", type=Path, metavar="FILE", help="key of that run's hashes (ENGINE_SALT)")
     add("--paths-from", type=parse_location, metavar="MANIFEST", help="the manifest of that run")
-    add(
-        "--root", type=parse_location, help="folder of that manifest's relative paths (the manifest's folder)"
-    )
+    add("--root", type=parse_location, help="folder of that manifest's relative paths (its own folder)")
     return parser
 
 
@@ -90,9 +83,8 @@ def _settings_from(options: dict[str, Any]) -> tuple[Settings, RowSelection]:
     rows, abstained, top = options["rows"], options["abstained"], options["top"]
     if top is None and not rows and not abstained:
         top = DEFAULT_TOP
-    if not options["redact"] and (
-        option := next((name for name in _REDACTION_OPTIONS if options[name]), None)
-    ):
+    option = next((name for name in _REDACTION_OPTIONS if options[name]), None)
+    if option and not options["redact"]:
         raise UsageError(f"--{option.replace('_', '-')} works only with --redact")
     settings = Settings(
         manifest=options["manifest"],

@@ -67,7 +67,7 @@ def explain(
         images = stack.enter_context(RereadImages(run, explainer))
         references, source = choose_references(run, images, reference_rows)
         explainer.set_references(references)
-        for numbers, pixels, features in images.read_features(rows, say):
+        for numbers, pixels, features in images.load(rows, say):
             explanations = explainer.explain(features, run.index)
             for row, gray, explanation in zip(map(int, numbers), pixels[:, 0], explanations, strict=True):
                 folder.add(row, gray, explanation, source)

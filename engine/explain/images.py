@@ -53,9 +53,7 @@ class RereadImages:
     def __exit__(self, *error: object) -> None:
         self._preprocess.close()
 
-    def read_features(
-        self, rows: Sequence[int], say: OnMessage
-    ) -> Iterator[tuple[Rows, Pixels, FeatureMaps]]:
+    def load(self, rows: Sequence[int], say: OnMessage) -> Iterator[tuple[Rows, Pixels, FeatureMaps]]:
         """Yield the numbers [n], pixels [n, 1, H, W] and feature maps of rows with unchanged images.
 
         `say` gets a line for each changed or unreadable image.
@@ -103,12 +101,11 @@ def choose_references(
     """Choose the reference images: rows of the run, else the bundle's canaries."""
     from engine.explain.integrated_gradients import FeatureMaps
 
-    batches = list(images.read_features(rows, lambda _: None)) if rows else []
+    batches = list(images.load(rows, lambda _: None)) if rows else []
     numbers = sorted(int(row) for batch_rows, _, _ in batches for row in batch_rows)
     if len(numbers) >= MIN_REFERENCES:
-        return FeatureMaps.concatenate([features for _, _, features in batches]), ReferenceImages(
-            rows=tuple(numbers)
-        )
+        features = FeatureMaps.concatenate([features for _, _, features in batches])
+        return features, ReferenceImages(rows=tuple(numbers))
     pixels, _ = canaries.load_canaries(run.bundle)
     blocks = [pixels[start : start + BATCH] for start in range(0, min(MAX_REFERENCES, len(pixels)), BATCH)]
     features = FeatureMaps.concatenate(list(map(images.explainer.extract_features, blocks)))

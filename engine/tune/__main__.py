@@ -34,13 +34,7 @@ def option_parser() -> Parser:
         metavar="MANIFEST",
         help="images to measure, as for engine.run",
     )
-    add(
-        "--seconds",
-        type=number(1, 86_400),
-        default=60.0,
-        metavar="S",
-        help="duration of the search (%(default)g)",
-    )
+    add("--seconds", type=number(1, 86_400), default=60.0, metavar="S", help="search time (%(default)g)")
     add_options(parser, "device", "runner", "precision", "path_column", "root", "memory")
     return parser
 
