@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
@@ -29,6 +30,8 @@ _TYPES = {
     "array": "a list",
     "object": "an object",
 }
+# msgspec 0.22 has crashed where several threads used a record type for the first time at once
+_convert_lock = threading.RLock()
 _FORMS: dict[str, str] = {}  # what `text` has described, by the pattern as msgspec shows it
 
 
@@ -83,7 +86,8 @@ def from_builtins(data: Any, kind: type[T]) -> T:
     try:
         for path, number in _not_finite(data, ()):
             raise ValueError(f"{_named(path)} is {json.dumps(number)}: expected a finite number")
-        return msgspec.convert(data, kind)
+        with _convert_lock:
+            return msgspec.convert(data, kind)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except msgspec.ValidationError as error:
