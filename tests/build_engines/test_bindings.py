@@ -11,6 +11,8 @@ from tests.helpers import bindings
 from tests.helpers.bindings import ALL, TRT_10_16, TRT_11_4, Bindings
 from tests.helpers.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 HEADER = """\
 from __future__ import annotations
 

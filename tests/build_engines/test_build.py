@@ -105,7 +105,7 @@ def test_each_member_has_a_plan_with_a_correct_passport(built):
 
 
 def test_plans_are_chosen_by_gpu_version_and_batch(planned, monkeypatch):
-    bundle = bundles.load_bundle(planned[0])
+    bundle = bundles.load_bundle(planned)
     result, _ = select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)
     assert [plan.passport.member for plan in result] == ["member0", "member1"]
     for gpu, precision, batch, complaint, rebuild in [
@@ -134,7 +134,7 @@ def test_plans_are_chosen_by_gpu_version_and_batch(planned, monkeypatch):
 
 
 def test_batch_sizes_are_those_of_the_plans(planned):
-    plan = plans.load_plan(planned[0] / "plans" / TARGET / "member0.json")
+    plan = plans.load_plan(planned / "plans" / TARGET / "member0.json")
     large = plan.with_facts(profiles=(plans.OptimizationProfile(min=1, opt=256, max=256),))
     for made, batch in [((plan,), 32), ((large,), 256), ((plan, large), 32), ((), 128)]:
         chosen = RunnerChoice(runner="tensorrt", device="cuda:0", precision="fp16", reason="", plans=made)

@@ -26,6 +26,8 @@ from packaging.version import Version
 
 from tests.helpers.processes import ROOT
 
+pytestmark = pytest.mark.slow
+
 PYTHON = "3.12"
 LINUX = {
     **default_environment(),

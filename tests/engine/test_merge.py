@@ -88,6 +88,7 @@ def test_the_newest_score_of_each_image_wins(
     assert again.columns.tolist() == frame.columns.tolist()
 
 
+@pytest.mark.slow
 def test_runs_that_can_not_be_merged_are_refused(screened: Screen, tmp_path: Path, capsys: Any) -> None:
     monday = screened("monday", image_names(2))
     other = screened("other", image_names(2), bundle=write_bundle(tmp_path / "other-bundle", weights=(1.0,)))

@@ -288,7 +288,9 @@ def test_error_rate_over_the_limit_is_status_3(engine_process: Command, archive:
     assert (archive.parent / "out" / "_SUCCESS").exists()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_stops_the_run_and_the_same_command_goes_on(
     engine_run: Command, bundle: Path, tmp_path: Path, signal_number: int
 ) -> None:

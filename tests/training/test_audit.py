@@ -90,6 +90,7 @@ def test_shortcuts_are_found(attribute, values):
     assert result["balanced_accuracy"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_uninformative_sizes_are_no_shortcut():
     rng = np.random.default_rng(0)
     facts = [FileFacts(*rng.integers(50, 500, 3).tolist(), "L", "png") for _ in range(90)]

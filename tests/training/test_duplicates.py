@@ -113,12 +113,14 @@ def test_pairs_are_ordered_and_have_a_similarity(distinct):
     assert duplicates.SAME < similarity[0, 2] < similarity[2, 3] <= 1
 
 
+@pytest.mark.slow
 def test_copies_are_connected_without_their_original(distinct):
     rng = np.random.default_rng(0)
     family = [augmented(distinct[0], rng) for _ in range(20)]
     assert grouped(np.stack([*distinct[1:9], *family])) == [*range(8), *[8] * 20]
 
 
+@pytest.mark.slow
 def test_tight_clusters_of_copies_are_connected(distinct):
     """Each image has more near-identical neighbours than are looked at."""
     turned = moved(distinct[0], degrees=13, zoom=0.92)
@@ -201,6 +203,7 @@ def test_groups_are_numbered_by_first_appearance(count, pairs, expected):
     assert labels.tolist() == expected
 
 
+@pytest.mark.slow
 def test_real_radiographs(radiographs):
     """Copies of radiographs are found, other radiographs are not taken for copies."""
     pixels = load_pixels(radiographs[:40], size=(224, 224)).pixels

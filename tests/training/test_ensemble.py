@@ -49,6 +49,7 @@ def test_grid_is_complete_and_adds_up(members):
     assert all(sum(weights) == pytest.approx(1) and min(weights) >= 0 for weights in result)
 
 
+@pytest.mark.slow
 def test_many_members_stay_cheap():
     logits = np.stack([confident(LABELS)] * 8)
     assert len(weight_search.search_weights(logits, LABELS)) <= weight_search.MAX_CANDIDATES

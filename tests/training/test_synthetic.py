@@ -88,6 +88,7 @@ def test_label_noise_sets_the_ceiling(sd: float, ceiling: float) -> None:
     assert np.mean([posterior(s, sd).max() for s in surrogates]) == pytest.approx(ceiling, abs=0.01)
 
 
+@pytest.mark.slow
 def test_gray_level_does_not_predict_the_class() -> None:
     drawn = [draw_sample(2, index, label=index % 3, size_range=(128, 128)) for index in range(150)]
     surrogates = [s.surrogate for s in drawn]

@@ -275,6 +275,7 @@ def test_a_table_with_patients(tmp_path: Path, images: Path, training: Command) 
     assert (split.groupby("patient")["split"].nunique() == 1).all()
 
 
+@pytest.mark.slow
 def test_copies_can_be_dropped(tmp_path: Path, images: Path, training: Command) -> None:
     run = training(images, "-o", "bundle", "--check-data", "--duplicates", "drop")
     assert run.returncode == 0, run.stderr
@@ -283,6 +284,7 @@ def test_copies_can_be_dropped(tmp_path: Path, images: Path, training: Command) 
     assert "3 images were left out as copies" in run.stderr
 
 
+@pytest.mark.slow
 def test_shortcuts_are_reported(tmp_path: Path, training: Command) -> None:
     rng = np.random.default_rng(0)
     for label, name in enumerate(CLASSES):

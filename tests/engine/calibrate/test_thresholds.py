@@ -84,6 +84,7 @@ def test_a_temperature_never_makes_the_likelihood_worse() -> None:
     assert np.log(after).mean() > np.log(before).mean()
 
 
+@pytest.mark.slow
 def test_guarantees_hold_on_new_images() -> None:
     """300 of an over-confident model's images calibrate, 50,000 others judge; 40 times."""
     fresh, fresh_labels = truth(50_000, 1)

@@ -66,6 +66,7 @@ def manifest(archive: Path) -> Path:
     return archive / "manifest.csv"
 
 
+@pytest.mark.slow
 def test_the_report_of_doctor_is_correct(
     engine_process: Command, manifest: Path, bundle: Path, tmp_path: Path
 ) -> None:

@@ -128,6 +128,7 @@ def test_killed_shards_resume(start: Start, tmp_path: Path, whole: pa.Table) -> 
     assert only_one_run_is_left(output)
 
 
+@pytest.mark.slow
 def test_another_number_of_shards_is_refused(
     start: Start, engine_run: Command, bundle: Path, tmp_path: Path
 ) -> None:

@@ -244,6 +244,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
     return status, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_pictures_of_the_requested_rows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run.parent / "images/image-02.png").write_bytes((run.parent / "images/image-06.png").read_bytes())
     (run.parent / "images/image-05.jpg").unlink()
@@ -289,6 +290,7 @@ def test_pictures_of_the_requested_rows(run: Path, capsys: pytest.CaptureFixture
     assert np.abs(now - shown).mean() < 0.05  # sums depend on the batch a little
 
 
+@pytest.mark.slow
 def test_the_same_size_and_another_picture_is_not_explained(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,6 +304,7 @@ def test_the_same_size_and_another_picture_is_not_explained(
     assert not (run / "explanations").exists()
 
 
+@pytest.mark.slow
 def test_unexplainable_rows_are_one_line_errors(
     run: Path, bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,6 +335,7 @@ def test_unexplainable_rows_are_one_line_errors(
     assert "explanations need captum; install with: pip install -c constraints.txt '.[explain]'" in log
 
 
+@pytest.mark.slow
 def test_abstained_rows_are_explained_and_a_new_run_deletes_explanations(
     run: Path, small_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,7 +144,7 @@ def test_tuning_measures_all_candidates_in_order(tmp_path, bundle, monkeypatch):
             stop=Event(),
         ) as trials:
             for size in (4, 2):
-                assert trials.visit(search.TunedOptions(batch_size=size), 0) > 0
+                assert trials.measure(search.TunedOptions(batch_size=size), 0) > 0
     assert log[0].startswith("batch 4: ")
     assert trials.by_status.keys() == {"ok"}
     assert trials.by_status["ok"] >= 3 * (4 + 2)

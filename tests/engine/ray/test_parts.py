@@ -50,6 +50,7 @@ def test_an_invalid_record_of_actors_is_named(tmp_path: Path, recorded: str) -> 
         folder.actors(run)
 
 
+@pytest.mark.slow
 def test_joining_a_server_that_is_not_ray_fails_at_once() -> None:
     with socket.create_server(("", 0)) as server:
 

@@ -57,6 +57,7 @@ def test_the_kernel_equals_numpy(tmp_path, members, classes, temperature):
     assert (packed.cpu().numpy()[fine] != -7).all(), "every place is written"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [75, 90, 120])
 def test_the_kernel_compiles_for_other_gpus(tmp_path, capability):
     """In a process of its own: where the interpreter is on, there is no compiler."""

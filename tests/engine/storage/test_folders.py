@@ -45,6 +45,7 @@ def test_locks_on_a_disk(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_the_lock_in_an_object_store_is_held_by_one_process(proxy: Any, client: Any) -> None:
     """Five that want it at once, over and over; none is ever inside with another."""
     inside, most, entered = 0, 0, 0
