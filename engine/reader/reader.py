@@ -352,7 +352,7 @@ class _ReadScheduler:
                 f"the images have disappeared: {self._storage.where(path)} or a folder below it went away "
                 "during the run; run the same command again when it is back"
             )
-        trouble = self._storage.trouble(path, patient=not error.transient)
+        trouble = self._storage.storage_error(path, retry=not error.transient)
         self._denied += error.denied
         if trouble and not self._recently_read and (not trouble.denied or self._denied >= RECENT_FILES):
             raise EngineError(

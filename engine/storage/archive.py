@@ -1,8 +1,8 @@
-"""Members of .zip and .tar files, `archive.tar::folder/name.dcm`, read where they lie.
+"""Read members of .zip and .tar files, `archive.tar::folder/name.dcm`, without unpacking the archive.
 
-An archive is indexed once, by the standard library, headers only; after that a member costs a few calls of
-`pread` on a descriptor that all threads share. Archives are hostile like images: what a header declares is
-never allocated, a member yields no more than `admit` allowed, and an index holds hashes, no names.
+The standard library indexes an archive once, headers only. After that, reading a member takes a few `pread`
+calls on a descriptor that all threads share. Archives are untrusted: no declared size is allocated, a member
+yields no more bytes than `admit` allowed, and the index holds hashes instead of names.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from engine.storage import local
 from engine.storage.errors import ReadError
 
 OnAlive = Callable[[], None]
-Pread = Callable[[int, int], bytes]  # so many bytes from a place, fewer at the end
+Pread = Callable[[int, int], bytes]  # (size, offset) -> bytes, fewer at the end of the archive
 
 MAX_MEMBERS = 10_000_000  # of one archive; 29 bytes each in a .tar, 41 in a .zip
-MAX_ZIP_MEMBERS = 1_000_000  # zipfile takes 0.7 kB for each of them while it reads the directory
+MAX_ZIP_MEMBERS = 1_000_000  # zipfile allocates 0.7 kB for each while it reads the directory
 MAX_ZIP_DIRECTORY = 256 << 20  # bytes
-MAX_TAR_HEADERS = 16 << 10  # bytes of one member: tarfile is quadratic in them
-MAX_TAR_SETTINGS = 256  # of one member in pax headers, those for all members included, which tarfile copies
+MAX_TAR_HEADERS = 16 << 10  # header bytes of one member; tarfile takes quadratic time
+MAX_TAR_SETTINGS = 256  # pax settings of one member, with the global ones, which tarfile copies
 TAR_PADDING = 1 << 20  # bytes that may follow the end mark
-MAX_CACHED_MEMBERS = 4_000_000  # of all archives that are kept open, the last one aside
+MAX_CACHED_MEMBERS = 4_000_000  # in all open archives, except the one opened last
 MAX_CACHED_ARCHIVES = 256
-MEMBERS_PER_ALIVE = 256  # members
-SIGNATURE_BYTES = 512  # bytes that tell whether a member is an image
+MEMBERS_PER_ALIVE = 256  # indexed between two calls of `alive`
+SIGNATURE_BYTES = 512  # leading bytes that identify an image
 
 _SPLIT = re.compile(r"\.(?:zip|tar(?:\.(?:gz|bz2|xz|zst|lz4|Z))?|tgz|tbz2?|txz|tzst)::", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"\.(jpe?g|jfif|png|dcm|dicom|tiff?|bmp|webp|jp2|j2k|p[bgnp]m|gif)$", re.IGNORECASE)
@@ -64,27 +64,27 @@ _COMPRESSED = {
     b"Rar!": "RAR",
 }
 _ZIP_STARTS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08PK")
-_KEY = os.urandom(16)  # of this process: nobody can make two names that share a hash
+_KEY = os.urandom(16)  # random, so that nobody can craft two names with the same hash
 
-# Kinds of members: the first two can be read.
+# Kinds of members; only the first two can be read.
 STORED, DEFLATED, FOLDER, LINK, SPECIAL, SPARSE, ENCRYPTED, METHOD, DAMAGED = range(9)
 _REFUSED = {
-    FOLDER: (Status.UNREADABLE, "a folder, not a file"),
-    LINK: (Status.UNREADABLE, "a link, not a file; name the member that it points to"),
-    SPECIAL: (Status.UNREADABLE, "a device or other special member, not a file"),
-    SPARSE: (Status.UNSUPPORTED, "a sparse member; make the .tar without --sparse"),
+    FOLDER: (Status.UNREADABLE, "the member is a folder, not a file"),
+    LINK: (Status.UNREADABLE, "the member is a link; name the member that it points to"),
+    SPECIAL: (Status.UNREADABLE, "the member is a device or another special file"),
+    SPARSE: (Status.UNSUPPORTED, "the member is sparse; make the .tar without --sparse"),
     ENCRYPTED: (Status.UNREADABLE, "the member is encrypted; unpack the archive"),
-    METHOD: (Status.UNSUPPORTED, "packed by another method than stored or deflate; pack it again"),
-    DAMAGED: (Status.CORRUPT, "its entry in the archive is damaged"),
+    METHOD: (Status.UNSUPPORTED, "the member is compressed by an unsupported method; use stored or deflate"),
+    DAMAGED: (Status.CORRUPT, "the member's entry in the archive is damaged"),
 }
 
 
 def read(path: str, admit: Callable[[int], None], alive: OnAlive = lambda: None) -> bytes:
     """Return the bytes of a member, else of the plain file `path`. Any thread may call.
 
-    The archive is what is left of the last `.zip::` or `.tar::` where there is such a file; only where there
-    is none, a file that has the whole name is looked for. `admit` gets the member's size unpacked. `alive` is
-    called now and then while an archive is indexed, which may take longer than any read. Raises ReadError.
+    The archive is the path up to the last `.zip::` or `.tar::` that names a file; if there is no such file,
+    `path` itself is read. `admit` gets the member's unpacked size. `alive` is called from time to time while
+    an archive is indexed, which may take longer than any read. Raises ReadError.
     """
     for file, name in _archive_prefixes(path):
         try:
@@ -95,16 +95,16 @@ def read(path: str, admit: Callable[[int], None], alive: OnAlive = lambda: None)
             _cache.drop(file)
             raise local.to_read_error(error) from None
     if is_url(path):
-        raise ReadError(Status.MISSING, "no such archive")
+        raise ReadError(Status.MISSING, "the archive does not exist")
     return local.read(path, admit)
 
 
 def exists(path: str) -> bool:
-    """Return whether the archive is there, or a plain file of that name."""
-    return any(map(_is_there, (path, *(file for file, _ in _archive_prefixes(path)))))
+    """Return whether the archive, or a plain file of that name, exists."""
+    return any(map(_file_exists, (path, *(file for file, _ in _archive_prefixes(path)))))
 
 
-def _is_there(file: str) -> bool:
+def _file_exists(file: str) -> bool:
     if is_url(file):
         from engine.storage import remote
 
@@ -114,54 +114,55 @@ def _is_there(file: str) -> bool:
 
 def is_archive(path: Path) -> bool:
     """Return whether a file is an archive, by its content, else by its name."""
-    with path.open("rb") as opened:
-        start = opened.read(SIGNATURE_BYTES)
+    with path.open("rb") as file:
+        start = file.read(SIGNATURE_BYTES)
     return archive_kind(start) != "" or path.suffix.lower() in (".zip", ".tar")
 
 
 @contextmanager
 def list_images(
-    path: Path, spool: Path, wants: Callable[[str], bool] = lambda name: True
+    path: Path, spool: Path, accept: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[Iterator[tuple[str, int]], Counter[str]]]:
-    """`archive.tar::name` and size of each image, in archive order, and counts of what was left out.
+    """Yield `archive.tar::name` and size of each image, in archive order, and counts of skipped members.
 
-    What counts is the content; a name that promises an image is listed whatever it holds, as is what can't be
-    looked into. Hidden members, folders, other files and those that nobody `wants` are left out. Of several
-    members with one name, the last is what reading gives, so it alone is listed. Names wait in a temporary
-    file in the folder `spool`.
-    Raises ReadError where the archive can't be read to its end.
+    A member is an image by its content or by its name; one that cannot be read is listed too. Hidden members,
+    folders, other files and names that `accept` refuses are skipped. Of several members with one name only
+    the last is listed, which is the one that `read` returns. Names are kept in a temporary file in `spool`.
+    Raises ReadError if the archive cannot be read to its end.
     """
     if not _SPLIT.search(f"{path.name}::"):
-        raise ReadError(Status.UNSUPPORTED, "an archive, but its name doesn't end in .zip or .tar; rename it")
+        raise ReadError(
+            Status.UNSUPPORTED, "the file is an archive, but its name does not end in .zip or .tar; rename it"
+        )
     left_out: Counter[str] = Counter()
-    listed = array("Q")
+    numbers = array("Q")
 
-    def see(archive: Archive, number: int, member: ArchiveMember) -> None:
+    def collect(archive: Archive, number: int, member: ArchiveMember) -> None:
         if member.kind == FOLDER:
             return
         if _is_hidden(member.name):
             left_out["hidden"] += 1
-        elif not wants(member.name):
+        elif not accept(member.name):
             left_out["excluded"] += 1
         elif _IMAGE_NAME.search(member.name) or archive.may_be_image(member):
-            listed.append(number)
+            numbers.append(number)
             names.write(json.dumps([member.name, member.size]) + "\n")
         else:
             left_out["not images"] += 1
 
     with tempfile.TemporaryFile("w+", encoding="ascii", dir=spool) as names:
         try:
-            archive = _cache.index(str(path), see)
+            archive = _cache.index(str(path), collect)
         except OSError as error:
             raise local.to_read_error(error) from None
-        if archive.trouble[0] != Status.MISSING:
-            raise ReadError(*archive.trouble)
-        last = archive.last[np.asarray(listed)]
+        if archive.missing_error[0] != Status.MISSING:
+            raise ReadError(*archive.missing_error)
+        last = archive.last[np.asarray(numbers)]
         if replaced := int((~last).sum()):
             left_out["replaced by a later member of the same name"] = replaced
         names.seek(0)
-        found = (json.loads(line) for line, keep in zip(names, last, strict=True) if keep)
-        yield ((f"{path.name}::{name}", size) for name, size in found), left_out
+        images = (json.loads(line) for line, keep in zip(names, last, strict=True) if keep)
+        yield ((f"{path.name}::{name}", size) for name, size in images), left_out
 
 
 def _is_hidden(name: str) -> bool:
@@ -170,53 +171,56 @@ def _is_hidden(name: str) -> bool:
 
 
 def _archive_prefixes(path: str) -> Iterator[tuple[str, str]]:
-    for found in reversed(list(_SPLIT.finditer(path, 0, _LONGEST_PATH))):
-        yield path[: found.end() - 2], path[found.end() :]
+    for match in reversed(list(_SPLIT.finditer(path, 0, _LONGEST_PATH))):
+        yield path[: match.end() - 2], path[match.end() :]
 
 
 class ArchiveMember(NamedTuple):
-    """An archive's entry of a member. `offset`: of its data in a .tar, of its local header in a .zip."""
+    """A member's entry in the index. `offset`: of its data in a .tar, of its local header in a .zip."""
 
     name: str
     kind: int
     offset: int
     size: int  # bytes, unpacked
-    packed: int = 0  # bytes in a .zip
+    packed: int = 0  # compressed bytes in a .zip
     crc: int = 0
+
+
+OnMember = Callable[["Archive", int, ArchiveMember], None]  # (archive, number, member)
 
 
 class Archive:
     """An archive: an open descriptor and an index by the hash of a member's name."""
 
-    def __init__(
-        self, path: str, alive: OnAlive, see: Callable[[Archive, int, ArchiveMember], None] | None
-    ) -> None:
+    def __init__(self, path: str, alive: OnAlive, on_member: OnMember | None) -> None:
         self._path = path
         self._pread, self._size, self._state, close = _open(path)
-        # closed when the last thread that reads from it lets go
+        # the descriptor is closed when the last thread that reads from it drops the archive
         weakref.finalize(self, close).atexit = False
         start = self._pread(SIGNATURE_BYTES, 0)
         self._zip = archive_kind(start) == "zip" or (
             not archive_kind(start) and path.lower().endswith(".zip")
         )
-        # status and reason for a name that isn't there: the rest may have been cut off
-        self.trouble = (Status.MISSING, "the archive has no such member")
+        # error for a name that is not in the index: the archive may be cut short
+        self.missing_error = (Status.MISSING, "the archive has no such member")
         columns = {name: array(code) for name, code in _COLUMNS[: None if self._zip else -2]}
         try:
             for number, member in enumerate(self._members(start)):
                 if number == MAX_MEMBERS:
-                    raise ReadError(Status.UNSUPPORTED, f"more than {MAX_MEMBERS} members; split the archive")
-                member = self._checked(member)
+                    raise ReadError(
+                        Status.UNSUPPORTED, f"the archive has more than {MAX_MEMBERS} members; split it"
+                    )
+                member = self._validate(member)
                 for column, value in zip(
                     columns.values(), (*_name_hashes(member.name), *member[1:]), strict=False
                 ):
                     column.append(value)
-                if see:
-                    see(self, number, member)
+                if on_member:
+                    on_member(self, number, member)
                 if number % MEMBERS_PER_ALIVE == 0:
                     alive()
         except ReadError as error:
-            self.trouble = (error.status, str(error))
+            self.missing_error = (error.status, str(error))
         self._sort(columns)
 
     def _sort(self, columns: dict[str, array[int]]) -> None:
@@ -225,10 +229,10 @@ class Archive:
         for name in list(columns):
             self._columns[name] = np.asarray(columns.pop(name))[order]
         self._hash, self._check = self._columns["hash"], self._columns["check"]
-        again = (self._hash[:-1] == self._hash[1:]) & (self._check[:-1] == self._check[1:])
+        duplicate = (self._hash[:-1] == self._hash[1:]) & (self._check[:-1] == self._check[1:])
         self.members = len(order)
-        self.last = np.ones(self.members, bool)  # [members], in archive order: no later one has the name
-        self.last[order[:-1][again]] = False
+        self.last = np.ones(self.members, bool)  # [members], in archive order: no later member has the name
+        self.last[order[:-1][duplicate]] = False
 
     def _members(self, start: bytes) -> Iterator[ArchiveMember]:
         if kind := next((kind for magic, kind in _COMPRESSED.items() if start.startswith(magic)), None):
@@ -239,13 +243,13 @@ class Archive:
             raise ReadError(Status.TRUNCATED, "the archive has 0 bytes")
         return (_zip_members if self._zip else _tar_members)(self._pread, self._size)
 
-    def _checked(self, member: ArchiveMember) -> ArchiveMember:
-        """Numbers that no archive of this size can hold would not fit the index either."""
+    def _validate(self, member: ArchiveMember) -> ArchiveMember:
+        """Return the member, as damaged if its numbers are impossible, which would not fit the index."""
         offset, size, packed, _ = member[2:]
         if 0 <= offset <= self._size and 0 <= size < 1 << 62 and 0 <= packed < 1 << 62:
             return member
-        damaged = DAMAGED if member.kind in (STORED, DEFLATED) else member.kind
-        return ArchiveMember(member.name, damaged, 0, 0)
+        kind = DAMAGED if member.kind in (STORED, DEFLATED) else member.kind
+        return ArchiveMember(member.name, kind, 0, 0)
 
     def read(self, name: str, admit: Callable[[int], None]) -> bytes:
         """Return the bytes of the last member of that name. Raises ReadError, OSError."""
@@ -257,23 +261,27 @@ class Archive:
         if not self._zip:
             self._check_end(member.offset + member.size)
             admit(member.size)
-            return self._bytes(member.offset, member.size)
-        if member.packed > member.size + member.size // 8 + 1024:  # so that `admit` bounds these as well
-            raise ReadError(Status.CORRUPT, f"{member.packed} bytes packed for {member.size}")
+            return self._read_bytes(member.offset, member.size)
+        if (
+            member.packed > member.size + member.size // 8 + 1024
+        ):  # so `admit` bounds the compressed bytes too
+            raise ReadError(
+                Status.CORRUPT, f"the member has {member.packed} compressed bytes for {member.size}"
+            )
         offset = self._data_offset(member)
         self._check_end(offset + member.packed)
         admit(member.size)
-        data = self._bytes(offset, member.packed)
+        data = self._read_bytes(offset, member.packed)
         if member.kind == DEFLATED:
             data = _inflate(data, member.size)
         if len(data) != member.size:
-            raise ReadError(Status.CORRUPT, f"{len(data)} bytes; the archive says {member.size}")
+            raise ReadError(Status.CORRUPT, f"the member has {len(data)} bytes, not {member.size}")
         if zlib.crc32(data) != member.crc:
-            raise ReadError(Status.CORRUPT, "its CRC-32 is not the one that the archive gives")
+            raise ReadError(Status.CORRUPT, "the member's CRC-32 does not match its content")
         return data
 
     def may_be_image(self, member: ArchiveMember) -> bool:
-        """Return whether the first bytes are an image's, or cannot be read."""
+        """Return whether the first bytes are those of an image or cannot be read."""
         if member.kind in _REFUSED:
             return member.kind not in (LINK, SPECIAL)
         try:
@@ -284,19 +292,21 @@ class Archive:
             return True
 
     def _find(self, name: str) -> ArchiveMember:
-        wanted, check = _name_hashes(_without_dot_slash(name))
-        at = int(np.searchsorted(self._hash, np.uint64(wanted), side="right")) - 1
-        while at >= 0 and self._hash[at] == wanted:
-            if self._check[at] == check:
-                return ArchiveMember(name, *(int(column[at]) for column in list(self._columns.values())[2:]))
-            at -= 1
-        raise ReadError(*self.trouble)
+        name_hash, check = _name_hashes(_without_dot_slash(name))
+        position = int(np.searchsorted(self._hash, np.uint64(name_hash), side="right")) - 1
+        while position >= 0 and self._hash[position] == name_hash:
+            if self._check[position] == check:
+                return ArchiveMember(
+                    name, *(int(column[position]) for column in list(self._columns.values())[2:])
+                )
+            position -= 1
+        raise ReadError(*self.missing_error)
 
     def _data_offset(self, member: ArchiveMember) -> int:
-        """Return where the data of a zip member begin, behind its local header."""
+        """Return the offset of a zip member's data, which follow its local header."""
         header = self._pread(30, member.offset)
         if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
-            raise ReadError(Status.CORRUPT, f"no member at byte {member.offset} of the archive")
+            raise ReadError(Status.CORRUPT, f"no member begins at byte {member.offset} of the archive")
         name, extra = struct.unpack("<HH", header[26:])
         return member.offset + 30 + int(name + extra)
 
@@ -304,13 +314,13 @@ class Archive:
         if end > self._size:
             raise ReadError(Status.TRUNCATED, f"the archive ends {end - self._size} bytes before the member")
 
-    def _bytes(self, offset: int, size: int) -> bytes:
+    def _read_bytes(self, offset: int, size: int) -> bytes:
         data = self._pread(size, offset)
         while len(data) < size:
-            more = self._pread(size - len(data), offset + len(data))
-            if not more:
+            chunk = self._pread(size - len(data), offset + len(data))
+            if not chunk:
                 raise ReadError(Status.TRUNCATED, "the archive became shorter during the run")
-            data += more
+            data += chunk
         return data
 
 
@@ -326,7 +336,7 @@ _COLUMNS = (
 
 
 def _name_hashes(name: str) -> tuple[int, int]:
-    """64 bits to look a name up by and 32 more that have to agree."""
+    """Return 64 bits to search a name by and 32 more to confirm it."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=12, key=_KEY).digest()
     return int.from_bytes(digest[:8]), int.from_bytes(digest[8:])
 
@@ -357,7 +367,7 @@ def _file_state(info: os.stat_result) -> tuple[int, int]:
 
 
 def archive_kind(start: bytes) -> str:
-    """Name what the first bytes of a file say: zip, tar, compressed or nothing."""
+    """Return the kind of archive by its first bytes: zip, tar, compressed, or empty for none."""
     if start.startswith(_ZIP_STARTS):
         return "zip"
     if start[257:262] == b"ustar":
@@ -366,15 +376,15 @@ def archive_kind(start: bytes) -> str:
 
 
 def _inflate(data: bytes, size: int) -> bytes:
-    """Inflate at most `size` bytes, and one more if there are more."""
+    """Inflate at most `size` bytes, and one more if the data are longer."""
     try:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
     except zlib.error as error:
-        raise ReadError(Status.CORRUPT, f"it does not inflate: {error}") from None
+        raise ReadError(Status.CORRUPT, f"the member cannot be inflated: {error}") from None
 
 
 class _ArchiveView(io.RawIOBase):
-    """An archive as zipfile and tarfile see it: no more than `spare` bytes, and only what `check` passes."""
+    """A file for zipfile and tarfile that reads at most `spare` bytes and passes each read to `check`."""
 
     def __init__(self, pread: Pread, size: int, spare: int, check: Callable[[bytes], str | None]) -> None:
         self._pread, self._size, self._position = pread, size, 0
@@ -383,7 +393,7 @@ class _ArchiveView(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         if base + offset < 0:
-            raise OSError(22, "before the start")  # what zipfile expects of a file
+            raise OSError(22, "before the start")  # as zipfile expects
         self._position = base + offset
         return self._position
 
@@ -391,41 +401,44 @@ class _ArchiveView(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._size - self._position)
-        count = left if size is None or size < 0 else min(size, left)
+        remaining = max(0, self._size - self._position)
+        count = remaining if size is None or size < 0 else min(size, remaining)
         if count > self.spare:
             raise ReadError(
-                Status.UNSUPPORTED, f"headers of {count} bytes at byte {self._position} of the archive"
+                Status.UNSUPPORTED, f"the headers at byte {self._position} of the archive have {count} bytes"
             )
         data = self._pread(count, self._position) if count else b""
         self._position += len(data)
         self.spare -= len(data)
-        if complaint := self._check(data):
-            raise ReadError(Status.UNSUPPORTED, complaint)
+        if problem := self._check(data):
+            raise ReadError(Status.UNSUPPORTED, problem)
         return data
 
 
 def _zip_members(pread: Pread, size: int) -> Iterator[ArchiveMember]:
     def check(data: bytes) -> str | None:
-        many = len(data) > 46 * MAX_ZIP_MEMBERS and data.count(b"PK\x01\x02") > MAX_ZIP_MEMBERS
-        return f"more than {MAX_ZIP_MEMBERS} members; split the .zip or make it a .tar" if many else None
+        if len(data) <= 46 * MAX_ZIP_MEMBERS or data.count(b"PK\x01\x02") <= MAX_ZIP_MEMBERS:
+            return None
+        return f"the archive has more than {MAX_ZIP_MEMBERS} members; split it or make it a .tar"
 
     view = cast(IO[bytes], _ArchiveView(pread, size, MAX_ZIP_DIRECTORY, check))
     if not zipfile.is_zipfile(view):
-        raise ReadError(Status.TRUNCATED, "the archive has no directory at its end: cut short, or no .zip")
+        raise ReadError(
+            Status.TRUNCATED, "the archive has no directory at its end: it is cut short, or not a .zip"
+        )
     try:
-        with zipfile.ZipFile(view) as opened:
-            infos = opened.infolist()
-        del opened
+        with zipfile.ZipFile(view) as directory:
+            infos = directory.infolist()
+        del directory
     except (ReadError, MemoryError):
         raise
     except NotImplementedError as error:
-        raise ReadError(Status.UNSUPPORTED, f"the archive: {error}") from None
+        raise ReadError(Status.UNSUPPORTED, f"the archive cannot be read: {error}") from None
     except UnicodeDecodeError:
-        raise ReadError(Status.CORRUPT, "a name in the archive is marked as UTF-8 and isn't") from None
+        raise ReadError(Status.CORRUPT, "a name in the archive is marked as UTF-8, but is not") from None
     except OSError:
         raise
-    except Exception as error:  # no archive may end the run, whatever zipfile makes of it
+    except Exception as error:  # zipfile may raise anything; no archive may end the run
         raise ReadError(Status.CORRUPT, f"the archive's directory is damaged: {error}") from None
     for info in infos:
         yield ArchiveMember(
@@ -450,39 +463,45 @@ def _zip_kind(info: zipfile.ZipInfo) -> int:
 
 def _tar_members(pread: Pread, size: int) -> Iterator[ArchiveMember]:
     def check(data: bytes) -> str | None:
-        return "headers with numbers of more than 64 digits" if _MANY_DIGITS.search(data) else None
+        return (
+            "the archive's headers have a number of more than 64 digits"
+            if _MANY_DIGITS.search(data)
+            else None
+        )
 
     view = _ArchiveView(pread, size, MAX_TAR_HEADERS, check)
     end = 0
     try:
-        opened = tarfile.open(  # noqa: SIM115 - it has nothing of its own to close
+        tar = tarfile.open(  # noqa: SIM115 - there is nothing to close
             fileobj=cast(IO[bytes], view), mode="r:", encoding="utf-8", errors="backslashreplace"
         )
-        while (info := opened.next()) is not None:
-            cast(Any, opened).members.clear()  # it would keep them all
-            if opened.offset <= end:
-                raise ReadError(Status.CORRUPT, f"the archive goes back at byte {end}")
+        while (info := tar.next()) is not None:
+            cast(Any, tar).members.clear()  # else tarfile keeps all of them
+            if tar.offset <= end:
+                raise ReadError(
+                    Status.CORRUPT, f"the archive is damaged at byte {end}: the next member begins before it"
+                )
             if len(info.pax_headers) > MAX_TAR_SETTINGS:
-                reason = f"a member with more than {MAX_TAR_SETTINGS} pax settings in the archive"
+                reason = f"a member of the archive has more than {MAX_TAR_SETTINGS} pax settings"
                 raise ReadError(Status.UNSUPPORTED, reason)
-            end, view.spare = opened.offset, MAX_TAR_HEADERS
+            end, view.spare = tar.offset, MAX_TAR_HEADERS
             yield ArchiveMember(_without_dot_slash(info.name), _tar_kind(info), info.offset_data, info.size)
-        end = opened.offset
+        end = tar.offset
     except (ReadError, OSError, MemoryError):
         raise
-    except (
-        Exception
-    ):  # no archive may end the run, whatever tarfile makes of it: the place is looked at below
+    except Exception:  # tarfile may raise anything; the checks below find the damage at `end`
         pass
     tail = pread(tarfile.BLOCKSIZE, end) if end < size else b""
-    if len(tail) < tarfile.BLOCKSIZE:  # a block of zeros has to be there
-        raise ReadError(Status.TRUNCATED, f"the archive has no end mark; it seems cut short at byte {size}")
+    if len(tail) < tarfile.BLOCKSIZE:  # the end mark, a block of zeros, is missing
+        raise ReadError(
+            Status.TRUNCATED, f"the archive has no end mark; it is probably cut short at byte {size}"
+        )
     if any(tail):
         raise ReadError(Status.CORRUPT, f"the archive is damaged at byte {end}: no member begins there")
     if size - end > TAR_PADDING:
         raise ReadError(
             Status.TRUNCATED,
-            f"the archive ends at byte {end} of {size}: a copy cut short, or archives joined",
+            f"the archive ends at byte {end} of {size}: it was cut short, or several archives were joined",
         )
 
 
@@ -497,65 +516,63 @@ def _tar_kind(info: tarfile.TarInfo) -> int:
 
 
 class _ArchiveCache:
-    """The archives read last, open and indexed."""
+    """Keeps the archives that were read last open and indexed."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[str, Archive] = OrderedDict()
+        self._archives: OrderedDict[str, Archive] = OrderedDict()
         self._lock = threading.Lock()
-        self._indexing = threading.Lock()  # one at a time: zipfile needs room
-        self._steps = 0  # of whatever is being indexed
+        self._index_lock = threading.Lock()  # one archive at a time: zipfile needs much memory
+        self._steps = 0  # progress of the archive that is being indexed
 
     def get(self, path: str, alive: OnAlive) -> Archive:
-        """Raises OSError, ReadError where the file is no file."""
-        if found := self._look(path):
-            return found
-        with self._turn(alive):
-            return self._look(path) or self._add(path, alive, None)
+        """Return the archive, indexed. Raises OSError, and ReadError if `path` is not a file."""
+        if archive := self._lookup(path):
+            return archive
+        with self._wait_for_index_lock(alive):
+            return self._lookup(path) or self._add(path, alive, None)
 
-    def index(self, path: str, see: Callable[[Archive, int, ArchiveMember], None]) -> Archive:
-        """Build the same index anew and pass each member to `see`."""
-        with self._turn(lambda: None):
-            return self._add(path, lambda: None, see)
+    def index(self, path: str, on_member: OnMember) -> Archive:
+        """Index the archive again and pass each member to `on_member`."""
+        with self._wait_for_index_lock(lambda: None):
+            return self._add(path, lambda: None, on_member)
 
     def drop(self, path: str) -> None:
         with self._lock:
-            self._held.pop(path, None)
+            self._archives.pop(path, None)
 
-    def _look(self, path: str) -> Archive | None:
+    def _lookup(self, path: str) -> Archive | None:
         with self._lock:
-            if path in self._held:
-                self._held.move_to_end(path)
-            return self._held.get(path)
+            if path in self._archives:
+                self._archives.move_to_end(path)
+            return self._archives.get(path)
 
-    def _add(
-        self, path: str, alive: OnAlive, see: Callable[[Archive, int, ArchiveMember], None] | None
-    ) -> Archive:
+    def _add(self, path: str, alive: OnAlive, on_member: OnMember | None) -> Archive:
         def step() -> None:
             self._steps += 1
             alive()
 
-        archive = Archive(path, step, see)
+        archive = Archive(path, step, on_member)
         with self._lock:
-            self._held[path] = archive
-            members = sum(held.members for held in self._held.values())
-            while len(self._held) > 1 and (
-                members > MAX_CACHED_MEMBERS or len(self._held) > MAX_CACHED_ARCHIVES
+            self._archives[path] = archive
+            members = sum(cached.members for cached in self._archives.values())
+            while len(self._archives) > 1 and (
+                members > MAX_CACHED_MEMBERS or len(self._archives) > MAX_CACHED_ARCHIVES
             ):
-                members -= self._held.popitem(last=False)[1].members
+                members -= self._archives.popitem(last=False)[1].members
         return archive
 
     @contextmanager
-    def _turn(self, alive: OnAlive) -> Iterator[None]:
-        """Wait to index. That is not the storage's fault while whoever is at it gets on."""
-        seen = -1
-        while not self._indexing.acquire(timeout=0.5):
-            if self._steps != seen:
-                seen = self._steps
+    def _wait_for_index_lock(self, alive: OnAlive) -> Iterator[None]:
+        """Hold the lock; while waiting, call `alive` whenever the thread that indexes has made progress."""
+        last_steps = -1
+        while not self._index_lock.acquire(timeout=0.5):
+            if self._steps != last_steps:
+                last_steps = self._steps
                 alive()
         try:
             yield
         finally:
-            self._indexing.release()
+            self._index_lock.release()
 
 
-_cache = _ArchiveCache()  # shared by listing and reading, so that an archive is indexed once
+_cache = _ArchiveCache()  # for listing and reading, so that an archive is indexed once

@@ -9,12 +9,12 @@ from typing import Any
 
 
 class atomic:
-    """`with atomic(path) as temporary:` write `temporary`; then it is synced and renamed to `path`."""
+    """`with atomic(path) as temporary:` the block writes `temporary`, which then replaces `path`."""
 
-    def __init__(self, target: Path, mark: str = "") -> None:
-        """`mark` tells the temporary files of several writers apart."""
+    def __init__(self, target: Path, suffix: str = "") -> None:
+        """`suffix` distinguishes the temporary files of several writers."""
         self._target = target
-        self._temporary = target.with_name(f".{target.name}{mark}.tmp")
+        self._temporary = target.with_name(f".{target.name}{suffix}.tmp")
 
     def __enter__(self) -> Path:
         return self._temporary

@@ -1,4 +1,4 @@
-"""The errors and the retries that all kinds of storage share."""
+"""Define the errors and retries of all kinds of storage."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TypeVar
 from engine.core.records import Status
 
 ATTEMPTS = 6
-BACKOFF_S = 0.2  # before the second attempt; doubled for each one more
-CUT_SHORT = "cut short: fewer bytes came than announced"
+BACKOFF_S = 0.2  # before the second attempt; doubled for each further attempt
+CUT_SHORT = "the file was cut short: fewer bytes arrived than announced"
 T = TypeVar("T")
 
 
 class ReadError(Exception):
-    """A file can't be had; `status` says why in the ledger's words.
+    """A file cannot be read; `status` becomes that of its row.
 
-    `transient`: another attempt may succeed. `denied`: the storage refuses this file to whoever asks here.
+    `transient`: another attempt may succeed. `denied`: the storage refuses access with these credentials.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The folder that results are written to: on this machine, or in an object store.
+"""Define the folder that results are written to, on this machine or in an object store.
 
-Files appear whole or not at all.
+Files are written atomically.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from engine.core.location import Url
 from engine.core.records import Status
 from engine.storage.errors import ReadError
 
-LOCK_FILE = ".lock"  # names of all that locks a folder begin with it
+LOCK_FILE = ".lock"  # prefix of the names of all lock files
 T = TypeVar("T")
 
 
 class StoreError(OSError):
-    """An object store fails, for good or for longer than is waited."""
+    """An object store failed, also after retries."""
 
-    def __init__(self, error: ReadError, place: Url) -> None:
+    def __init__(self, error: ReadError, location: Url) -> None:
         code = errno.ENOENT if error.status == Status.MISSING else errno.EIO
-        super().__init__(code, str(error), str(place))
+        super().__init__(code, str(error), str(location))
 
 
 def error_text(error: OSError) -> str:
@@ -37,44 +37,44 @@ def error_text(error: OSError) -> str:
 
 
 class Folder(Protocol):
-    """The folder of a run's files. Names contain no folders; all but `location` may raise OSError."""
+    """The folder of a run's files. Names contain no slash; all methods may raise OSError."""
 
     @property
     def location(self) -> Path | Url: ...
 
     def names(self) -> list[str]:
-        """Empty when there is no such folder."""
+        """Return the names of the files; empty if the folder does not exist."""
         ...
 
     def exists(self, name: str) -> bool: ...
 
-    def read(self, name: str, take: Callable[[pa.NativeFile], T]) -> T:
-        """Return what `take` makes of a file. Raises FileNotFoundError."""
+    def read(self, name: str, parse: Callable[[pa.NativeFile], T]) -> T:
+        """Open a file and return `parse(file)`. Raises FileNotFoundError."""
         ...
 
     def write(self, name: str, write_to: Callable[[Path], object]) -> None:
-        """Make or replace a file by what `write_to` writes to a temporary one."""
+        """Create or replace a file: `write_to` writes a temporary file, which is then renamed or uploaded."""
         ...
 
     def delete(self, name: str) -> None:
-        """Nothing happens where there is none."""
+        """Delete a file if it exists."""
         ...
 
     def local(self, name: str) -> Path:
-        """Return a path on this machine for a file; `keep` stores what was written there."""
+        """Return a path on this machine for a file; `keep` stores what is written there."""
         ...
 
     def keep(self, name: str) -> None: ...
 
     def lock(self, *, shared: bool = False) -> None:
-        """Make the folder and keep other processes out; if `shared`, only those that do not share it.
+        """Create the folder and lock it; a `shared` lock excludes only exclusive ones.
 
-        Raises BlockingIOError while one that can't be shared with is in there.
+        Raises BlockingIOError while another process holds a lock that excludes this one.
         """
         ...
 
     def delete_leftovers(self) -> None:
-        """Delete what writers that were killed have left, when nobody else writes."""
+        """Delete the files of killed writers. Call only while no other process writes."""
         ...
 
     def unlock(self, *, remove_created: bool) -> None: ...
@@ -86,7 +86,7 @@ class Folder(Protocol):
     def release_run_lock(self) -> None: ...
 
     def claim(self, index: int) -> bool:
-        """Take a part in hand among those that share the folder. False while another has it."""
+        """Claim a part for this process; return False while another process has it."""
         ...
 
     def release(self, index: int) -> None: ...

@@ -1,4 +1,4 @@
-"""Files on web servers, through urllib3."""
+"""Read files from web servers, through urllib3."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from engine.storage.errors import CUT_SHORT, ReadError
 if TYPE_CHECKING:
     import urllib3
 
-IN_FLIGHT = 256  # connections that are kept for a host
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 10  # without an answer, without a byte
+IN_FLIGHT = 256  # connections kept open to a host
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 10  # until the connection is made, between two bytes
 MAX_REDIRECTS = 5
-CHUNK_BYTES = 1 << 20  # bytes that are read at once where a server does not say how many come
-MAX_CHUNK_BYTES = 64 << 20  # where it does
+CHUNK_BYTES = 1 << 20  # bytes of one read if the server sends no Content-Length
+MAX_CHUNK_BYTES = 64 << 20  # of one read otherwise
 _GONE, _BUSY, _DENIED = (404, 410), (408, 425, 429), (401, 403, 407)
 
 
@@ -44,16 +44,16 @@ def _pool() -> urllib3.PoolManager:
 def read_chunks(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
     """Yield the bytes of one file. Raises ReadError; its text contains nothing of the URL."""
     response = _open("GET", url)
-    whole = False
+    complete = False
     try:
         _check(response.status)
         yield from _read_body(response, admit)
-        whole = True
+        complete = True
     finally:
-        if whole:
+        if complete:
             response.release_conn()
         else:
-            response.close()  # what is left of it is not read
+            response.close()  # the rest is not read
 
 
 def exists(url: Url) -> bool:
@@ -64,7 +64,7 @@ def exists(url: Url) -> bool:
 
 
 def probe(url: Url) -> None:
-    """Raises ReadError where the server doesn't answer, or answers that it is in trouble."""
+    """Raise ReadError if the server does not answer or answers HTTP 5xx."""
     response = _open("GET", url)
     response.close()
     if response.status >= 500:
@@ -78,17 +78,19 @@ def _open(method: str, url: Url) -> urllib3.BaseHTTPResponse:
     try:
         return pool.request(method, url.whole, preload_content=False)
     except exceptions.LocationValueError:
-        raise ReadError(Status.UNREADABLE, "not a valid URL") from None
+        raise ReadError(Status.UNREADABLE, "it is not a valid URL") from None
     except exceptions.MaxRetryError as error:
         if isinstance(error.reason, exceptions.ResponseError):
-            raise ReadError(Status.UNREADABLE, f"more than {MAX_REDIRECTS} redirects") from None
+            raise ReadError(
+                Status.UNREADABLE, f"the server redirects more than {MAX_REDIRECTS} times"
+            ) from None
         if isinstance(error.reason, exceptions.SSLError):
             raise ReadError(Status.UNREADABLE, "the server's certificate is not trusted") from None
         raise _no_answer_error() from None
     except (exceptions.HTTPError, OSError):
         raise _no_answer_error() from None
-    except ValueError:  # from http.client, of characters that no URL has
-        raise ReadError(Status.UNREADABLE, "not a valid URL") from None
+    except ValueError:  # from http.client, for characters that no URL may contain
+        raise ReadError(Status.UNREADABLE, "it is not a valid URL") from None
 
 
 def _no_answer_error() -> ReadError:
@@ -99,9 +101,9 @@ def _check(status: int) -> None:
     if status == 200:
         return
     if status in _GONE:
-        raise ReadError(Status.MISSING, f"no such file on the server (HTTP {status})")
+        raise ReadError(Status.MISSING, f"the file does not exist on the server (HTTP {status})")
     if status in _DENIED:
-        raise ReadError(Status.UNREADABLE, f"access denied (HTTP {status})", denied=True)
+        raise ReadError(Status.UNREADABLE, f"the server denies access (HTTP {status})", denied=True)
     transient = status >= 500 or status in _BUSY
     raise ReadError(Status.UNREADABLE, f"the server answers HTTP {status}", transient=transient)
 
@@ -109,25 +111,25 @@ def _check(status: int) -> None:
 def _read_body(response: urllib3.BaseHTTPResponse, admit: Callable[[int], None]) -> Iterator[bytes]:
     from urllib3 import exceptions
 
-    announced = response.headers.get("Content-Length", "")
-    size = int(announced) if announced.isdecimal() else None
+    length = response.headers.get("Content-Length", "")
+    size = int(length) if length.isdecimal() else None
     if size is not None:
         admit(size)
-    came = 0
-    while size is None or came < size:
+    received = 0
+    while size is None or received < size:
         if size is None:
-            admit(came + CHUNK_BYTES)
+            admit(received + CHUNK_BYTES)
         try:
-            piece = response.read(
-                CHUNK_BYTES if size is None else min(size - came, MAX_CHUNK_BYTES), decode_content=False
+            chunk = response.read(
+                CHUNK_BYTES if size is None else min(size - received, MAX_CHUNK_BYTES), decode_content=False
             )
         except (exceptions.HTTPError, OSError):
             raise ReadError(Status.UNREADABLE, CUT_SHORT, transient=True) from None
-        if not piece:
+        if not chunk:
             break
-        came += len(piece)
-        yield piece
+        received += len(chunk)
+        yield chunk
     if size is None:
-        admit(came)
-    elif came != size:
+        admit(received)
+    elif received != size:
         raise ReadError(Status.UNREADABLE, CUT_SHORT, transient=True)

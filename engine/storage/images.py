@@ -1,7 +1,7 @@
 """Read an image by its path in the manifest, wherever it is stored.
 
-One module per kind of place: `local.py`; `archive.py` for members of archives; `remote.py` for URLs, which is
-imported for the first of them.
+There is one module per kind of storage: `local.py`, `archive.py` for members of archives, and `remote.py` for
+URLs, which is imported when the first URL is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["ImageStorage", "ReadError", "Url"]
 
 
 class ImageStorage:
-    """The files that a manifest's paths name; relative ones start at `root`. Any thread may read."""
+    """The files that a manifest names; relative paths start at `root`. Any thread may read."""
 
     def __init__(self, root: Path | Url) -> None:
         self.root = str(root)
@@ -32,71 +32,70 @@ class ImageStorage:
     def read(
         self, path: str | None, admit: Callable[[int], None], alive: Callable[[], None] = lambda: None
     ) -> bytes:
-        """Read one file. `admit` gets its size beforehand and may wait, or raise ReadError.
+        """Read one file. `admit` gets the size before the file is read and may wait, or raise ReadError.
 
-        It is called again, with more, where a server doesn't say how many will come. `alive` is called now
-        and then while something other than this file takes long: an archive's index.
-        Raises ReadError, whose status says what became of the row.
+        If a server sends no length, `admit` is called again for each chunk. `alive` is called from time to
+        time while an archive is indexed. Raises ReadError with the status of the row.
         """
         if not path:
             raise ReadError(Status.MISSING, "the row has no path")
-        place = self._place(path)
+        location = self._resolve(path)
         if "::" in path:
             from engine.storage import archive
 
-            return archive.read(_location_text(place), admit, alive)
-        if isinstance(place, Url):
+            return archive.read(_location_text(location), admit, alive)
+        if isinstance(location, Url):
             from engine.storage import remote
 
-            return remote.read(place, admit)
-        return local.read(place, admit)
+            return remote.read(location, admit)
+        return local.read(location, admit)
 
     def exists(self, path: str) -> bool:
-        """Return whether the location answers and has the file, or the archive that contains it."""
-        place = self._place(path)
+        """Return whether the file, or the archive that contains it, exists and can be reached."""
+        location = self._resolve(path)
         if "::" in path:
             from engine.storage import archive
 
-            return archive.exists(_location_text(place))
-        if isinstance(place, Url):
+            return archive.exists(_location_text(location))
+        if isinstance(location, Url):
             from engine.storage import remote
 
-            return remote.exists(place)
-        return local.exists(place)
+            return remote.exists(location)
+        return local.exists(location)
 
-    def trouble(self, path: str, *, patient: bool) -> ReadError | None:
-        """Why nothing at all can be read where `path` is; None where the place answers."""
+    def storage_error(self, path: str, *, retry: bool) -> ReadError | None:
+        """Return why the storage of `path` cannot be read at all; None if it answers."""
         try:
-            place = self._place(path)
+            location = self._resolve(path)
         except ReadError:
             return None
-        if isinstance(place, Url):
+        if isinstance(location, Url):
             from engine.storage import remote
 
-            return remote.probe_location(place, patient=patient)
-        return None if os.path.exists(self.root) else ReadError(Status.MISSING, "it went away")
+            return remote.probe_location(location, retry=retry)
+        return None if os.path.exists(self.root) else ReadError(Status.MISSING, "the folder has disappeared")
 
     def where(self, path: str) -> str:
         """Return the location of `path` for messages: the root, or the bucket or host of a URL."""
         try:
-            place = self._place(path)
+            location = self._resolve(path)
         except ReadError:
             return self.root
-        return f"{place.scheme}://{place.host}" if isinstance(place, Url) else self.root
+        return f"{location.scheme}://{location.host}" if isinstance(location, Url) else self.root
 
-    def _place(self, path: str) -> str | Url:
+    def _resolve(self, path: str) -> str | Url:
         if self._base is None and "://" not in path:
             return os.path.join(self.root, path)
         if not is_url(path):
             return self._base / path if self._base and path[0] != "/" else os.path.join(self.root, path)
         try:
-            place = parse(path)
+            location = parse(path)
         except SchemeError as error:
             raise ReadError(Status.UNSUPPORTED, str(error)) from None
         except ValueError as error:
             raise ReadError(Status.UNREADABLE, str(error)) from None
-        return place if isinstance(place, Url) else str(place)
+        return location if isinstance(location, Url) else str(location)
 
 
-def _location_text(place: str | Url) -> str:
-    return place.whole if isinstance(place, Url) else place
+def _location_text(location: str | Url) -> str:
+    return location.whole if isinstance(location, Url) else location

@@ -1,4 +1,4 @@
-"""Files of this machine and of what is mounted on it."""
+"""Read files of this machine and of file systems mounted on it."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def read(path: str, admit: Callable[[int], None]) -> bytes:
 def open_file(path: str) -> tuple[int, os.stat_result]:
     """Open a file; return the descriptor and its status.
 
-    Raises OSError, and ReadError for no regular file.
+    Raises OSError, and ReadError if it is not a regular file.
     """
     try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to must not hang
+        # O_NONBLOCK: opening a FIFO without a writer must not hang
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError:
-        raise ReadError(Status.UNREADABLE, "the path holds a NUL character") from None
+        raise ReadError(Status.UNREADABLE, "the path contains a NUL character") from None
     info = os.fstat(descriptor)
     if not stat.S_ISREG(info.st_mode):
         os.close(descriptor)
-        raise ReadError(Status.UNREADABLE, f"a {_kind(info.st_mode)}, not a file")
+        raise ReadError(Status.UNREADABLE, f"it is a {_kind(info.st_mode)}, not a file")
     return descriptor, info
 
 
@@ -50,17 +50,17 @@ def to_read_error(error: OSError) -> ReadError:
 
 
 def _read_all(descriptor: int, size: int) -> bytes:
-    """Fewer bytes than `size` where the file has shrunk meanwhile."""
+    """Read `size` bytes, or fewer if the file has become shorter."""
     data = os.read(descriptor, size)
     if len(data) == size:
         return data
-    pieces = [data]
+    chunks = [data]
     size -= len(data)
     while size > 0 and data:
         data = os.read(descriptor, size)
-        pieces.append(data)
+        chunks.append(data)
         size -= len(data)
-    return b"".join(pieces)
+    return b"".join(chunks)
 
 
 def _kind(mode: int) -> str:

@@ -23,8 +23,8 @@ class LocalFolder:
         self.location = location
         self._created = False
         self._lock = -1
-        self._numbered: NumberedLocks | None = None  # 0: the turn, from 1: parts; None unless shared
-        self._writer_mark = f".{uuid.uuid4().hex[:8]}"  # several processes may write one part at once
+        self._numbered: NumberedLocks | None = None  # 0: the run lock, from 1: parts; None unless shared
+        self._writer_id = f".{uuid.uuid4().hex[:8]}"  # several processes may write one part
 
     def names(self) -> list[str]:
         try:
@@ -35,12 +35,12 @@ class LocalFolder:
     def exists(self, name: str) -> bool:
         return (self.location / name).exists()
 
-    def read(self, name: str, take: Callable[[pa.NativeFile], T]) -> T:
-        with pa.OSFile(str(self.location / name), "rb") as opened:
-            return take(opened)
+    def read(self, name: str, parse: Callable[[pa.NativeFile], T]) -> T:
+        with pa.OSFile(str(self.location / name), "rb") as file:
+            return parse(file)
 
     def write(self, name: str, write_to: Callable[[Path], object]) -> None:
-        with atomic(self.location / name, self._writer_mark) as temporary:
+        with atomic(self.location / name, self._writer_id) as temporary:
             write_to(temporary)
 
     def delete(self, name: str) -> None:
@@ -50,26 +50,26 @@ class LocalFolder:
         return self.location / name
 
     def keep(self, name: str) -> None:
-        """Keep the file, which is in place already."""
+        """Do nothing: the file is in the folder already."""
 
     def lock(self, *, shared: bool = False) -> None:
         self._created = not self.location.exists()
         try:
-            self._lock = self._held(shared)
-        except FileNotFoundError:  # another that began nothing has just removed the folder
-            self._lock = self._held(shared)
-        if shared:  # temporary files may be in use, and vanish with the file that they become
+            self._lock = self._open_lock(shared)
+        except FileNotFoundError:  # another process that began no run has just removed the folder
+            self._lock = self._open_lock(shared)
+        if shared:
             self._numbered = NumberedLocks(self.location / _PART_LOCKS_FILE)
-            return
-        self.delete_leftovers()
+        else:  # shared, other processes may be writing temporary files
+            self.delete_leftovers()
 
     def delete_leftovers(self) -> None:
         for leftover in self.location.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
 
-    def _held(self, shared: bool) -> int:
+    def _open_lock(self, shared: bool) -> int:
         self.location.parent.mkdir(parents=True, exist_ok=True)
-        self.location.mkdir(mode=0o700, exist_ok=True)  # rows name people
+        self.location.mkdir(mode=0o700, exist_ok=True)  # rows may name patients
         return lock_file(self.location / LOCK_FILE, shared=shared)
 
     def unlock(self, *, remove_created: bool) -> None:
@@ -77,7 +77,7 @@ class LocalFolder:
             self.delete(_PART_LOCKS_FILE)
             self.delete(LOCK_FILE)
             if self._created:
-                with suppress(OSError):  # somebody else put something there, or deleted it
+                with suppress(OSError):  # another process added a file, or removed the folder
                     self.location.rmdir()
         if self._numbered:
             self._numbered.close()

@@ -31,11 +31,11 @@ _CLAIM_NAME = re.compile(r"\.part-\d{5,}\.lock")
 class ObjectFolder:
     """A prefix of an object store.
 
-    The lock is an object that its owner writes anew every BEAT_S seconds. It counts for nothing STALE_S
-    seconds after the last time, at once if the owner was a process of this machine that is gone. Those that
-    share the folder have one each, `.lock-ID`, and a part in hand is an object that names its owner's.
-    pyarrow has no conditional writes: two that ask in the same instant may both get the lock, or the same
-    part, which is harmless, since parts are the same whoever writes them. Only one gets the turn.
+    The lock is a lease: an object that its owner rewrites every RENEW_S seconds. It expires LEASE_S seconds
+    after the last write, or at once if its owner was a process of this machine that has ended. Processes that
+    share the folder have one lease each, `.lock-ID`; the claim of a part is an object that names a lease.
+    pyarrow has no conditional writes, so two processes may get the lock or a part at the same moment. That is
+    harmless, since both write the same part. Only one process gets the run lock.
     """
 
     def __init__(self, location: Url) -> None:
@@ -43,35 +43,36 @@ class ObjectFolder:
         self._lease: Lease | None = None
         self._shared = False
         self._ticket = 0
-        self._tickets_before: list[str] | None = (
-            None  # leases of those that may have the turn before this one
-        )
+        self._tickets_before: list[str] | None = None  # leases that may get the run lock before this one
         self._claimed: set[int] = set()
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def names(self) -> list[str]:
-        def listed(files: fs.FileSystem, path: str) -> list[str]:
-            found = files.get_file_info(fs.FileSelector(path, allow_not_found=True))
-            return [info.base_name for info in found]
+        def list_names(files: fs.FileSystem, path: str) -> list[str]:
+            infos = files.get_file_info(fs.FileSelector(path, allow_not_found=True))
+            return [info.base_name for info in infos]
 
-        return self._call("", listed)
+        return self._call("", list_names)
 
     def exists(self, name: str) -> bool:
         return self._call(name, lambda files, path: files.get_file_info(path).type == fs.FileType.File)
 
-    def read(self, name: str, take: Callable[[pa.NativeFile], T]) -> T:
-        def taken(files: fs.FileSystem, path: str) -> T:
-            with files.open_input_file(path) as opened:
-                return take(opened)
+    def read(self, name: str, parse: Callable[[pa.NativeFile], T]) -> T:
+        def open_and_parse(files: fs.FileSystem, path: str) -> T:
+            with files.open_input_file(path) as file:
+                return parse(file)
 
-        return self._call(name, taken)
+        return self._call(name, open_and_parse)
+
+    def _read_bytes(self, name: str) -> bytes:
+        return self.read(name, lambda file: file.read())
 
     def write(self, name: str, write_to: Callable[[Path], object]) -> None:
         with tempfile.TemporaryDirectory(prefix="engine-") as folder:
             temporary = Path(folder) / name
             write_to(temporary)
             data = temporary.read_bytes()
-        self._call(name, lambda files, path: _upload(files, path, data))
+        self._put(name, data)
 
     def delete(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -82,14 +83,14 @@ class ObjectFolder:
             self._temporary = tempfile.TemporaryDirectory(prefix="engine-")
         target = Path(self._temporary.name) / name
         with suppress(FileNotFoundError):
-            target.write_bytes(self.read(name, lambda opened: opened.read()))
+            target.write_bytes(self._read_bytes(name))
         return target
 
     def keep(self, name: str) -> None:
         assert self._temporary is not None
         written = Path(self._temporary.name) / name
         if written.exists() and not self.exists(name):
-            self._call(name, lambda files, path: _upload(files, path, written.read_bytes()))
+            self._put(name, written.read_bytes())
 
     def lock(self, *, shared: bool = False) -> None:
         name = f"{LOCK_FILE}-{uuid.uuid4().hex}" if shared else LOCK_FILE
@@ -97,19 +98,19 @@ class ObjectFolder:
         lease = Lease(name, lambda record: self._put(name, record))
         record = lease.renew()
         try:
-            self._refuse_other_holders(shared, but_for=name)  # of two at once one at least sees the other
-            if self.read(name, lambda opened: opened.read()) != record:
+            self._refuse_other_holders(shared, except_for=name)  # of two at once, at least one sees the other
+            if self._read_bytes(name) != record:
                 raise BlockingIOError
         except BlockingIOError:
             with suppress(FileNotFoundError):
-                if self.read(name, lambda opened: opened.read()) == record:  # else it is the other's
+                if self._read_bytes(name) == record:  # else another process holds it
                     self.delete(name)
             raise
         self._lease, self._shared = lease, shared
         lease.keep_renewing()
 
     def delete_leftovers(self) -> None:
-        """Delete leases and claims of ended processes; cut uploads leave nothing."""
+        """Delete leases and claims of ended processes; an interrupted upload leaves no object."""
         for name in self.names():
             lease = name.startswith(f"{LOCK_FILE}-")
             if (lease or _CLAIM_NAME.fullmatch(name)) and not self._read_live_lease(
@@ -117,10 +118,10 @@ class ObjectFolder:
             ):
                 self.delete(name)
 
-    def _refuse_other_holders(self, shared: bool, *, but_for: str = "") -> None:
-        """Raises BlockingIOError when one is there that this one can't share with."""
+    def _refuse_other_holders(self, shared: bool, *, except_for: str = "") -> None:
+        """Raise BlockingIOError if another process holds a lock that excludes this one."""
         names = [LOCK_FILE] if shared else [name for name in self.names() if name.startswith(LOCK_FILE)]
-        if any(self._read_live_lease(name) for name in names if name != but_for):
+        if any(self._read_live_lease(name) for name in names if name != except_for):
             raise BlockingIOError
 
     def unlock(self, *, remove_created: bool) -> None:
@@ -130,13 +131,14 @@ class ObjectFolder:
             self._lease.stop_renewing()
             for index in tuple(self._claimed):
                 self.release(index)
-            with suppress(StoreError):  # it will be stale soon
+            with suppress(StoreError):  # it expires soon
                 self.delete(self._lease.name)
 
     def acquire_run_lock(self) -> bool:
-        """Lamport's bakery: tickets are drawn in the sight of all, and the lowest is served.
+        """Acquire the run lock by Lamport's bakery algorithm; return False while another process has it.
 
-        Who draws at the same time shows ticket 0 and is waited for; who draws later sees this one's.
+        Each process publishes a ticket in its lease, and the lowest ticket holds the lock. While a process
+        chooses its ticket it publishes 0, so that others wait; a later process sees this ticket.
         """
         if not self._shared:
             return True
@@ -147,8 +149,9 @@ class ObjectFolder:
             self._lease.renew(ticket=self._ticket)
             self._tickets_before = [name for name in self._tickets() if name != self._lease.name]
         while self._tickets_before:
-            theirs = self._ticket_of(self._tickets_before[-1])
-            if theirs is not None and (theirs, self._tickets_before[-1]) < (self._ticket, self._lease.name):
+            other = self._tickets_before[-1]
+            ticket = self._ticket_of(other)
+            if ticket is not None and (ticket, other) < (self._ticket, self._lease.name):
                 return False
             self._tickets_before.pop()
         return True
@@ -159,7 +162,7 @@ class ObjectFolder:
             self._lease.renew(ticket=None)
 
     def _tickets(self) -> dict[str, int]:
-        """Read the tickets in all leases, drawn or being drawn."""
+        """Return the tickets in all live leases by the lease's name; 0 for one that is being chosen."""
         leases = [name for name in self.names() if name.startswith(f"{LOCK_FILE}-")]
         tickets = {name: self._ticket_of(name) for name in leases}
         return {name: ticket for name, ticket in tickets.items() if ticket is not None}
@@ -173,9 +176,9 @@ class ObjectFolder:
         assert self._lease
         if self.is_claimed(index):
             return False
-        name, mine = _claim_name(index), self._lease.name.encode()
-        self._put(name, mine)
-        if self.read(name, lambda opened: opened.read()) != mine:
+        name, owner = _claim_name(index), self._lease.name.encode()
+        self._put(name, owner)
+        if self._read_bytes(name) != owner:
             return False
         self._claimed.add(index)
         return True
@@ -183,7 +186,7 @@ class ObjectFolder:
     def release(self, index: int) -> None:
         if index in self._claimed:
             self._claimed.discard(index)
-            with suppress(StoreError):  # it counts for nothing once its owner has gone
+            with suppress(StoreError):  # it expires with its lease
                 self.delete(_claim_name(index))
 
     def is_claimed(self, index: int) -> bool:
@@ -193,7 +196,7 @@ class ObjectFolder:
     def _owner(self, claim: str) -> str | None:
         """Return the lease that a claim names."""
         try:
-            owner = self.read(claim, lambda opened: opened.read()).decode()
+            owner = self._read_bytes(claim).decode()
         except (FileNotFoundError, UnicodeDecodeError):
             return None
         return owner if owner.startswith(f"{LOCK_FILE}-") and "/" not in owner else None
@@ -202,44 +205,42 @@ class ObjectFolder:
         self._call(name, lambda files, path: _upload(files, path, data))
 
     def _read_live_lease(self, lease: str | None) -> dict[str, Any] | None:
-        """Read a lease, None if its owner is gone."""
+        """Read a lease; None if it has expired or its owner has ended."""
         if lease is None:
             return None
         try:
-            facts: dict[str, Any] = json.loads(self.read(lease, lambda opened: opened.read()))
-            shown: float = (
-                self._call(lease, lambda files, path: files.get_file_info(path).mtime_ns or 0) / 1e9
-            )
+            facts: dict[str, Any] = json.loads(self._read_bytes(lease))
+            renewed_ns = self._call(lease, lambda files, path: files.get_file_info(path).mtime_ns or 0)
         except (FileNotFoundError, ValueError):
             return None
-        if time.time() - shown > LEASE_S:
+        if time.time() - renewed_ns / 1e9 > LEASE_S:
             return None
-        here = facts.get("machine") == _boot_id()
-        return None if here and facts.get("began") != _process_start(facts.get("pid")) else facts
+        local = facts.get("machine") == _boot_id()
+        return None if local and facts.get("began") != _process_start(facts.get("pid")) else facts
 
     def _call(self, name: str, action: Callable[[fs.FileSystem, str], T]) -> T:
-        """`action` with the file system and the path of `name`, tried again; raises StoreError."""
-        place = self.location / name if name else self.location
+        """Call `action` with the file system and the path of `name`, with retries. Raises StoreError."""
+        url = self.location / name if name else self.location
 
-        def tried() -> T:
-            files = objects.filesystem(place)
+        def attempt() -> T:
+            files = objects.filesystem(url)
             try:
-                return action(files, objects.path_of(place))
+                return action(files, objects.path_of(url))
             except OSError as error:
                 if objects.is_storage_error(error):
                     raise objects.to_read_error(error) from None
                 raise
 
         try:
-            return with_retries(tried)
+            return with_retries(attempt)
         except ReadError as error:
             if error.status == Status.MISSING:
-                raise FileNotFoundError(errno.ENOENT, "no such object", str(place)) from None
-            raise StoreError(error, place) from None
+                raise FileNotFoundError(errno.ENOENT, "the object does not exist", str(url)) from None
+            raise StoreError(error, url) from None
 
 
 class Lease:
-    """An object that a process rewrites while it lives, so that others can tell."""
+    """An object that a process rewrites while it runs; it expires when the process ends."""
 
     def __init__(self, name: str, put: Callable[[bytes], object]) -> None:
         pid = os.getpid()
@@ -253,8 +254,8 @@ class Lease:
         self._lock, self._done = threading.Lock(), threading.Event()
 
     def renew(self, **facts: int | None) -> bytes:
-        """Write it, with new `facts` if there are some; returns what was written."""
-        with self._lock:  # an old one must not follow a new one
+        """Write the lease, with new `facts` if given; return what was written."""
+        with self._lock:  # an older record must not replace a newer one
             self._facts |= facts
             record = json.dumps(self._facts).encode()
             if not self._done.is_set():
@@ -266,12 +267,12 @@ class Lease:
 
     def _renew_until_stopped(self) -> None:
         while not self._done.wait(RENEW_S):
-            with suppress(StoreError):  # the parts will tell
+            with suppress(StoreError):  # if the storage is lost, writing the next part fails
                 self.renew()
 
     def stop_renewing(self) -> None:
         self._done.set()
-        with self._lock:  # a write that is under way must not come after the object is deleted
+        with self._lock:  # wait for a write in progress, which would create the object again
             pass
 
 
@@ -282,7 +283,7 @@ def _claim_name(index: int) -> str:
 def _upload(files: fs.FileSystem, path: str, data: bytes) -> None:
     """Upload with one write and one close: pyarrow would complete a stream that is dropped half-way.
 
-    With all bytes handed over at once an upload that fails has failed pieces, and these are never completed.
+    When all bytes are written at once, an upload that fails has failed pieces and is never completed.
     """
     stream = files.open_output_stream(path)
     stream.write(data)
@@ -293,16 +294,18 @@ def _upload(files: fs.FileSystem, path: str, data: bytes) -> None:
 
 
 def _boot_id() -> str:
-    """This boot of this machine, and the space of process numbers."""
+    """Return an identifier of this boot of the machine and of its process number space."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return uuid.uuid4().hex
 
 
 def _process_start(pid: object) -> str | None:
-    """Return when the process `pid` began, in ticks; None where there is none."""
+    """Return the start time of the process `pid` in ticks; None if it does not exist."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return re.sub(r".*\)", "", stat, flags=re.DOTALL).split()[19]  # behind the name, which may hold anything
+    return re.sub(r".*\)", "", stat, flags=re.DOTALL).split()[
+        19
+    ]  # after the name, which may contain anything

@@ -1,4 +1,4 @@
-"""Object stores through pyarrow's own file systems: S3, Google Cloud Storage, Azure Blob Storage.
+"""Access object stores through pyarrow's file systems: S3, Google Cloud Storage, Azure Blob Storage.
 
 Region, endpoint and credentials come from where each vendor's own tools look for them.
 """
@@ -21,17 +21,17 @@ from engine.core.location import Url
 from engine.core.records import Status
 from engine.storage.errors import CUT_SHORT, ReadError
 
-IN_FLIGHT = 256  # requests that a file system may have open
+IN_FLIGHT = 256  # concurrent requests of a file system
 CHUNK_BYTES = 64 << 20  # bytes of one request
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 10  # without an answer, without a byte
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 10  # until the connection is made, between two bytes
 
 _filesystem_lock = threading.Lock()
 _ERROR_SOURCE = re.compile(r"AWS Error|google::cloud|Azure|curl")
-# what the vendors' libraries say, the first that fits: status, text, transient, denied
+# patterns of the vendors' error texts, of which the first match counts: status, text, transient, denied
 _ERROR_KINDS: tuple[tuple[str, Status, str, bool, bool], ...] = (
     (
         r"NO_SUCH_(KEY|BUCKET)|NoSuch(Key|Bucket)|status 404|NOT_FOUND",
-        *(Status.MISSING, "no such object", False, False),
+        *(Status.MISSING, "the object does not exist", False, False),
     ),
     (
         r"INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|EXPIRED|TOKEN|UNRECOGNIZED_CLIENT|INVALID_SIGNATURE"
@@ -41,7 +41,7 @@ _ERROR_KINDS: tuple[tuple[str, Status, str, bool, bool], ...] = (
     ),
     (
         r"ACCESS_DENIED|AccessDenied|PERMISSION_DENIED|AuthorizationPermission|AuthorizationFail|\b403\b",
-        *(Status.UNREADABLE, "access denied", False, True),
+        *(Status.UNREADABLE, "the storage denies access", False, True),
     ),
     (
         r"PERMANENT_REDIRECT|PermanentRedirect|status 301|AuthorizationHeaderMalformed",
@@ -62,19 +62,19 @@ _ERROR_KINDS: tuple[tuple[str, Status, str, bool, bool], ...] = (
 def read_chunks(url: Url, admit: Callable[[int], None]) -> Iterator[bytes]:
     """Yield the bytes of one object, mostly in one chunk. Raises ReadError.
 
-    It takes a HEAD and a GET: pyarrow gives no way to get the size with the bytes.
+    It takes a HEAD and a GET, since pyarrow cannot return the size with the bytes.
     """
     with translate_errors():
-        opened, left = _open_file(filesystem(url), path_of(url))
-    with opened:
-        admit(left)
-        while left:
+        file, remaining = _open_file(filesystem(url), path_of(url))
+    with file:
+        admit(remaining)
+        while remaining:
             with translate_errors():
-                piece = opened.read(min(left, CHUNK_BYTES))
-            if not piece:
+                chunk = file.read(min(remaining, CHUNK_BYTES))
+            if not chunk:
                 raise ReadError(Status.UNREADABLE, CUT_SHORT, transient=True)
-            left -= len(piece)
-            yield piece
+            remaining -= len(chunk)
+            yield chunk
 
 
 def open_object(url: Url) -> tuple[Any, int]:
@@ -85,16 +85,16 @@ def open_object(url: Url) -> tuple[Any, int]:
 
 
 def read_chunk(file: Any, count: int, start: int) -> bytes:
-    """So many bytes from `start`. Raises ReadError."""
+    """Return `count` bytes from `start`. Raises ReadError."""
     with translate_errors():
         return bytes(file.read_at(count, start))
 
 
 def _open_file(files: fs.FileSystem, path: str) -> tuple[pa.NativeFile, int]:
     if not isinstance(files, fs.GcsFileSystem):
-        opened = files.open_input_file(path)
-        return opened, opened.size()
-    # there a file of random access waits for the network with the interpreter lock held
+        file = files.open_input_file(path)
+        return file, file.size()
+    # on GCS, a random access file holds the interpreter lock while it waits for the network
     info = files.get_file_info(path)
     if info.type != fs.FileType.File:
         raise FileNotFoundError
@@ -109,18 +109,18 @@ def exists(url: Url) -> bool:
 def modified_ns(url: Url) -> int | None:
     """Return when an object was written, in ns since 1970, if the storage knows. Raises ReadError."""
     with translate_errors():
-        found = filesystem(url).get_file_info(path_of(url)).mtime_ns
-        return None if found is None else int(found)
+        modified = filesystem(url).get_file_info(path_of(url)).mtime_ns
+        return None if modified is None else int(modified)
 
 
 def probe(url: Url) -> None:
-    """Raises ReadError where the bucket can't be listed.
+    """Raise ReadError if the bucket cannot be listed.
 
-    A listing of nothing: unlike a HEAD, its answer says whether it is the credentials that are wrong.
+    The listing is empty; unlike the answer to a HEAD, its error tells whether the credentials are wrong.
     """
-    below = path_of(Url(url.scheme, url.host, "/.nothing"))
+    empty = path_of(Url(url.scheme, url.host, "/.nothing"))
     with translate_errors():
-        filesystem(url).get_file_info(fs.FileSelector(below, allow_not_found=True))
+        filesystem(url).get_file_info(fs.FileSelector(empty, allow_not_found=True))
 
 
 def path_of(url: Url) -> str:
@@ -130,7 +130,7 @@ def path_of(url: Url) -> str:
 
 
 def filesystem(url: Url) -> fs.FileSystem:
-    """Return the file system of a bucket or account, made at its first use."""
+    """Return the file system of a bucket or account, created at its first use."""
     with _filesystem_lock:
         try:
             if url.scheme == "s3":
@@ -142,7 +142,7 @@ def filesystem(url: Url) -> fs.FileSystem:
 
 @cache
 def _open_s3(bucket: str) -> fs.FileSystem:
-    # connections are as many as threads of this pool
+    # S3 opens as many connections as this pool has threads
     pa.set_io_thread_count(max(IN_FLIGHT, pa.io_thread_count()))
     environment = os.environ
     endpoint = environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL")
@@ -151,14 +151,14 @@ def _open_s3(bucket: str) -> fs.FileSystem:
         try:
             region = fs.resolve_s3_region(bucket)
         except OSError:
-            region = None  # the first read will say what is wrong
+            region = None  # the first read raises the error
     return fs.S3FileSystem(
         region=region or "us-east-1",
         endpoint_override=endpoint,
         anonymous=_environment_value("AWS_NO_SIGN_REQUEST"),
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=READ_TIMEOUT_S,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # retrying() counts
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # with_retries() retries
     )
 
 
@@ -169,7 +169,7 @@ def _open_gs() -> fs.FileSystem:
         anonymous=_environment_value("GS_NO_SIGN_REQUEST"),
         scheme=scheme or ("http" if endpoint else "https"),
         endpoint_override=endpoint or None,
-        retry_time_limit=timedelta(seconds=1),  # as above
+        retry_time_limit=timedelta(seconds=1),  # with_retries() retries
     )
 
 
@@ -180,7 +180,8 @@ def _open_azure(host: str) -> fs.FileSystem:
     if not account:
         raise ReadError(
             Status.UNREADABLE,
-            "whose container? set AZURE_STORAGE_ACCOUNT, or write abfs://container@account.dfs.core.windows.net/",
+            "the URL names no storage account; set AZURE_STORAGE_ACCOUNT, or write "
+            "abfs://container@account.dfs.core.windows.net/",
         )
     key, token = environment.get("AZURE_STORAGE_KEY"), environment.get("AZURE_STORAGE_SAS_TOKEN")
     return fs.AzureFileSystem(account, account_key=key, sas_token=None if key else token)
@@ -192,7 +193,7 @@ def _environment_value(variable: str) -> bool:
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """Turns what pyarrow raises into ReadError."""
+    """Turn what pyarrow raises into ReadError."""
     try:
         yield
     except (OSError, pa.ArrowException, ValueError) as error:
@@ -205,16 +206,14 @@ def is_storage_error(error: OSError) -> bool:
 
 
 def to_read_error(error: Exception) -> ReadError:
-    """Translate an error; the text depends on the kind of error alone, since pyarrow's has keys and
-    times in it.
-    """
+    """Translate an error by its kind, without pyarrow's text, which contains keys and times."""
     if isinstance(error, FileNotFoundError):
-        return ReadError(Status.MISSING, "no such object")
+        return ReadError(Status.MISSING, "the object does not exist")
     if not isinstance(error, OSError):
-        return ReadError(Status.UNREADABLE, "not a name that an object can have")
-    # without names, which may say anything
-    said = re.sub(r"'[^']*'", "", str(error).rpartition("AWS Error")[2])
+        return ReadError(Status.UNREADABLE, "it is not a valid name of an object")
+    # names may contain anything, so they are removed
+    message = re.sub(r"'[^']*'", "", str(error).rpartition("AWS Error")[2])
     for pattern, status, text, transient, denied in _ERROR_KINDS:
-        if re.search(pattern, said):
+        if re.search(pattern, message):
             return ReadError(status, text, transient=transient, denied=denied)
-    return ReadError(Status.UNREADABLE, "the storage fails", transient=True)
+    return ReadError(Status.UNREADABLE, "the storage fails for an unknown reason", transient=True)

@@ -12,7 +12,7 @@ from engine.storage.object_folder import ObjectFolder
 
 
 def open_folder(location: Path | Url) -> Folder:
-    """Raises UsageError where nothing can be written by such a URL."""
+    """Open the folder. Raises UsageError for a URL that cannot be written to."""
     if isinstance(location, Path):
         return LocalFolder(location)
     if location.scheme in HTTP_SCHEMES:

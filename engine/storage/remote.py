@@ -1,4 +1,4 @@
-"""Files in object stores and on web servers, by URL."""
+"""Read files from object stores and web servers by URL."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MAX_MANIFEST = 16 << 30  # bytes
 
 
 def read(url: Url, admit: Callable[[int], None]) -> bytes:
-    place = http if url.scheme in HTTP_SCHEMES else objects
-    return with_retries(lambda: b"".join(place.read_chunks(url, admit)))
+    client = http if url.scheme in HTTP_SCHEMES else objects
+    return with_retries(lambda: b"".join(client.read_chunks(url, admit)))
 
 
 def open_random(text: str) -> tuple[Callable[[int, int], bytes], int, None, Callable[[], None]]:
@@ -28,7 +28,8 @@ def open_random(text: str) -> tuple[Callable[[int, int], bytes], int, None, Call
     url = _parse_url(text)
     if url.scheme in HTTP_SCHEMES:
         raise ReadError(
-            Status.UNSUPPORTED, "an archive on a web server; supported: on disks, in object stores"
+            Status.UNSUPPORTED,
+            "it is an archive on a web server; archives can be read from disks and object stores",
         )
     try:
         file, size = with_retries(lambda: objects.open_object(url))
@@ -49,11 +50,11 @@ def exists_at(text: str) -> bool:
 
 def _parse_url(text: str) -> Url:
     try:
-        found = parse(text)
+        url = parse(text)
     except ValueError as error:
         raise ReadError(Status.UNREADABLE, str(error)) from None
-    assert isinstance(found, Url)
-    return found
+    assert isinstance(url, Url)
+    return url
 
 
 def fetch_manifest(url: Url, folder: Path) -> Path:
@@ -61,44 +62,50 @@ def fetch_manifest(url: Url, folder: Path) -> Path:
 
     Raises UsageError.
     """
-    place = http if url.scheme in HTTP_SCHEMES else objects
+    client = http if url.scheme in HTTP_SCHEMES else objects
     target = folder / (url.name or "manifest")
 
     def admit(size: int) -> None:
         if size > MAX_MANIFEST:
-            raise ReadError(Status.TOO_LARGE, f"{size} bytes; a manifest may have {MAX_MANIFEST}")
+            raise ReadError(
+                Status.TOO_LARGE, f"it has {size} bytes; a manifest may have up to {MAX_MANIFEST}"
+            )
 
     def copy() -> None:
-        with target.open("wb") as opened:
-            for piece in place.read_chunks(url, admit):
-                opened.write(piece)
+        with target.open("wb") as file:
+            for chunk in client.read_chunks(url, admit):
+                file.write(chunk)
 
     try:
         with_retries(copy)
-        if place is objects and (changed := with_retries(lambda: objects.modified_ns(url))) is not None:
-            os.utime(target, ns=(changed, changed))
+        if client is objects and (modified := with_retries(lambda: objects.modified_ns(url))) is not None:
+            os.utime(target, ns=(modified, modified))
     except ReadError as error:
-        hint = "; a folder of images must be local: give a list" if error.status == Status.MISSING else ""
+        hint = (
+            "; give a list of the images, since only a local folder can be listed"
+            if error.status == Status.MISSING
+            else ""
+        )
         raise UsageError(f"manifest {url}: {error}{hint}") from None
     return target
 
 
 def exists(url: Url) -> bool:
-    """Check once whether a file exists; the caller checks several files that existed a moment ago."""
+    """Check without retries whether a file exists; the caller checks several files."""
     try:
         return http.exists(url) if url.scheme in HTTP_SCHEMES else objects.exists(url)
     except ReadError:
         return False
 
 
-def probe_location(url: Url, *, patient: bool) -> ReadError | None:
-    """Why the whole place of `url` can't be read; None where it answers, at once or when `patient` later."""
-    place = http if url.scheme in HTTP_SCHEMES else objects
+def probe_location(url: Url, *, retry: bool) -> ReadError | None:
+    """Return why the storage of `url` cannot be read at all; None if it answers."""
+    client = http if url.scheme in HTTP_SCHEMES else objects
     try:
-        if patient:
-            with_retries(lambda: place.probe(url))
+        if retry:
+            with_retries(lambda: client.probe(url))
         else:
-            place.probe(url)
+            client.probe(url)
     except ReadError as error:
         return error if error.status == Status.UNREADABLE else None
     return None

@@ -123,13 +123,13 @@ def test_each_failure_has_its_status_and_a_plain_text(
         f"file://{tmp_path}/a%20b.png": (Status.OK, ""),
         f"file://localhost{tmp_path}/a%20b.png": (Status.OK, ""),
         str(name): (Status.OK, ""),
-        "s3://archive/knees/nowhere.png": (Status.MISSING, "no such object"),
-        "s3://nobucket/knees/nowhere.png": (Status.MISSING, "no such object"),
-        "s3://archive/knees": (Status.MISSING, "no such object"),
+        "s3://archive/knees/nowhere.png": (Status.MISSING, "the object does not exist"),
+        "s3://nobucket/knees/nowhere.png": (Status.MISSING, "the object does not exist"),
+        "s3://archive/knees": (Status.MISSING, "the object does not exist"),
         "s3://archive/knees/empty.png": (Status.EMPTY, "the file has 0 bytes"),
-        "s3://archive/knees/forbidden-token-503.png": (Status.UNREADABLE, "access denied"),
-        "s3://archive/knees/sick.png": (Status.UNREADABLE, "the storage fails"),
-        "s3://archive/knees/a//b": (Status.UNREADABLE, "not a name that an object can have"),
+        "s3://archive/knees/forbidden-token-503.png": (Status.UNREADABLE, "the storage denies access"),
+        "s3://archive/knees/sick.png": (Status.UNREADABLE, "the storage fails for an unknown reason"),
+        "s3://archive/knees/a//b": (Status.UNREADABLE, "it is not a valid name of an object"),
         "s3:///knees": (Status.UNREADABLE, "no bucket behind s3://"),
         "s3://key:secret@archive/x": (
             Status.UNREADABLE,
@@ -167,7 +167,10 @@ def test_storage_that_refuses_all_requests_ends_the_run(
 ) -> None:
     (tmp_path / "m.csv").write_bytes(csv([f"s3://archive/knees/{row}.png" for row in range(500)]))
     wrong = b"<Error><Code>InvalidAccessKeyId</Code><Message>of someone</Message></Error>"
-    for body, complaint in ((wrong, "the storage does not accept the credentials"), (b"", "access denied")):
+    for body, complaint in (
+        (wrong, "the storage does not accept the credentials"),
+        (b"", "the storage denies access"),
+    ):
         proxy.refuse = lambda method, path, body=body: (403, {}, b"" if method == "HEAD" else body)
         run = engine_run("m.csv", "-b", bundle)
         assert run.returncode == 1
@@ -331,7 +334,10 @@ def test_an_archive_in_s3_is_listed_and_known_again_by_the_objects_time(
             "--root https://host/x?...: a folder has no query",
         ),
         (("m.csv", "-o", "file://host/x"), "file://...: a file URL with a host"),
-        (("s3://archive/lists/nowhere.csv",), "manifest s3://archive/lists/nowhere.csv: no such object"),
+        (
+            ("s3://archive/lists/nowhere.csv",),
+            "manifest s3://archive/lists/nowhere.csv: the object does not exist",
+        ),
         (("m.csv", "-o", "s3://archive/knees"), "output s3://archive/knees: it is not empty ("),
         (("s3://archive/knees/image-00.png",), "manifest s3://archive/knees/image-00.png: this is an image"),
         (
@@ -391,11 +397,11 @@ def test_what_a_web_server_may_do(images: Path, monkeypatch: pytest.MonkeyPatch)
         "/none": (Status.EMPTY, "the file has 0 bytes"),
         "/a b.png?signature=secret": (Status.OK, ""),
         "/moved/moved/a%20b.png": (Status.OK, ""),
-        "/moved" * 6 + "/a%20b.png": (Status.UNREADABLE, "more than 5 redirects"),
-        "/nowhere?signature=secret": (Status.MISSING, "no such file on the server (HTTP 404)"),
-        "/status/403/x?signature=secret": (Status.UNREADABLE, "access denied (HTTP 403)"),
+        "/moved" * 6 + "/a%20b.png": (Status.UNREADABLE, "the server redirects more than 5 times"),
+        "/nowhere?signature=secret": (Status.MISSING, "the file does not exist on the server (HTTP 404)"),
+        "/status/403/x?signature=secret": (Status.UNREADABLE, "the server denies access (HTTP 403)"),
         "/status/500/x?signature=secret": (Status.UNREADABLE, "the server answers HTTP 500"),
-        "/cut/a b.png": (Status.UNREADABLE, "cut short: fewer bytes came than announced"),
+        "/cut/a b.png": (Status.UNREADABLE, "the file was cut short: fewer bytes arrived than announced"),
     }
     files |= {"a%20b.png": files["a b.png"]}
     with web_server(files) as (address, seen):

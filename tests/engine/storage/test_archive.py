@@ -437,7 +437,7 @@ def test_few_archives_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     before = len(os.listdir("/proc/self/fd"))
     for index in [*range(12), 0]:
         assert outcome(f"{tmp_path}/{index}.tar::b") == b"1"
-        assert len(archive._cache._held) <= 2
+        assert len(archive._cache._archives) <= 2
     assert len(os.listdir("/proc/self/fd")) <= before + 2
 
 

@@ -168,7 +168,7 @@ def test_a_killed_process_on_another_machine_is_detected(
         monkeypatch.setattr("engine.storage.object_folder.LEASE_S", 90.0)
         again = alone._refuse_other_holders  # as if the other came between the first look and the second
         monkeypatch.setattr(
-            alone, "_refuse_other_holders", lambda *_, **but_for: but_for and again(*_, **but_for)
+            alone, "_refuse_other_holders", lambda *_, **except_for: except_for and again(*_, **except_for)
         )
         with pytest.raises(BlockingIOError):
             alone.lock()
