@@ -121,7 +121,7 @@ class PreparedRun:
     def sink(self) -> Sink:
         written = self.folder.files.release
         by = scorer_of(self.choice)
-        return Sink(self.folder.files, self.layout, self.run.to_metadata(), by, written=written)
+        return Sink(self.folder.files, self.layout, self.run.to_metadata(), by, on_written=written)
 
     def summary(self) -> Summary:
         """Return the summary of a run that was finished already."""

@@ -29,17 +29,17 @@ class ResultSchema:
     members: tuple[str, ...]
     passthrough: pa.Schema  # as in the manifest
     column_prefix: str
-    uids: bool  # whether DICOM's UIDs are among them
-    redaction: Redaction | None = None  # what stands for paths
-    triage: Triage | None = None  # what follows from the scores; none in runs of older versions
+    uids: bool  # whether DICOM UIDs are included
+    redaction: Redaction | None = None  # replaces paths
+    triage: Triage | None = None  # None for runs of older versions
 
     @classmethod
     def of(
         cls, bundle: Bundle, manifest: Manifest, settings: Settings, *, with_triage: bool = True
     ) -> ResultSchema:
-        """Raises UsageError for a manifest column with a result's name.
+        """Return the schema of a run. Raises UsageError for a manifest column with a result's name.
 
-        `with_triage`: False to go on with a run of an older version, which has no such columns.
+        `with_triage`: False to resume a run of an older version, which has no such columns.
         """
         names = tuple(member.name for member in bundle.members)
         column_prefix = settings.column_prefix
@@ -49,11 +49,11 @@ class ResultSchema:
         own = [field.name for field in layout._head() + layout._tail()]
         if len(set(own)) < len(own):
             raise UsageError(f"bundle {bundle.path}: members and classes give two columns the same name")
-        clash = sorted(set(own) & {column_prefix + name for name in manifest.columns.names})
-        if clash:
+        clashes = sorted(set(own) & {column_prefix + name for name in manifest.columns.names})
+        if clashes:
             raise UsageError(
-                f"manifest {manifest.source}: columns {', '.join(map(repr, clash))} are names of results; "
-                "rename them or give --column-prefix manifest_"
+                f"manifest {manifest.source}: columns {', '.join(map(repr, clashes))} are names of result "
+                "columns; rename them or give --column-prefix manifest_"
             )
         return layout
 
@@ -82,7 +82,7 @@ class ResultSchema:
         return pa.schema([*self._head(), *kept, *self._tail()])
 
     def paths(self, paths: list[str | None]) -> list[str | None]:
-        """Return the paths as the results name them."""
+        """Return the paths as they are written to the results, hashed if redacted."""
         name = self.redaction.name if self.redaction else None
         return [path and name(path) for path in paths] if name else paths
 

@@ -14,7 +14,7 @@ _LABELS = np.array([status.label for status in Status])
 
 
 class PartBuffer:
-    """The columns of a part while its batches come in."""
+    """The columns of an open part, filled batch by batch."""
 
     def __init__(self, part: Part, layout: ResultSchema) -> None:
         rows, classes, members = part.rows, len(layout.classes), len(layout.members)
@@ -42,18 +42,18 @@ class PartBuffer:
                 self.bits[position] = header.bits
                 if header.photometric:
                     self.dicom[position] = (header.photometric, *header.uids)
-        where = batch.start + batch.index
-        self.scores[where], self.members[:, where] = batch.probabilities, batch.members
+        scored = batch.start + batch.index
+        self.scores[scored], self.members[:, scored] = batch.probabilities, batch.members
         if batch.distances is not None:
-            self.distances[:, where] = batch.distances
-        self.prediction[where], self.confidence[where] = batch.prediction, batch.confidence
+            self.distances[:, scored] = batch.distances
+        self.prediction[scored], self.confidence[scored] = batch.prediction, batch.confidence
         self.errors.update((batch.start + position, text) for position, text in batch.errors.items())
         self.flags.update((batch.start + position, names) for position, names in batch.flags.items())
         self.filled += batch.rows
 
     def table(self, layout: ResultSchema) -> pa.Table:
         part, rows = self.part, self.part.rows
-        failed, sizeless = self.status != Status.OK, self.width == 0
+        failed, no_size = self.status != Status.OK, self.width == 0
         columns = [
             pa.array(part.row),
             pa.array(layout.paths(part.paths), pa.string()),
@@ -61,10 +61,10 @@ class PartBuffer:
             pa.array(_LABELS[self.status]),
             pa.array([self.errors.get(row) for row in range(rows)], pa.string()),
             pa.array([self.flags.get(row, []) for row in range(rows)], pa.list_(pa.string())),
-            pa.array(self.width, mask=sizeless),
-            pa.array(self.height, mask=sizeless),
+            pa.array(self.width, mask=no_size),
+            pa.array(self.height, mask=no_size),
             pa.array(self.bits, mask=self.bits == 0),
-            *(self._words(place) for place in range(1 + len(UID_COLUMNS) * layout.uids)),
+            *(self._dicom_column(position) for position in range(1 + len(UID_COLUMNS) * layout.uids)),
             pa.array(np.array(layout.classes)[self.prediction], pa.string(), mask=failed),
             pa.array(self.confidence, mask=failed),
             *(pa.array(column, mask=failed) for column in self.scores.T),
@@ -74,10 +74,8 @@ class PartBuffer:
             columns += layout.triage.columns(self.scores, self.members, self.distances, self.flags, failed)
         return pa.table(columns, schema=layout.schema)
 
-    def _words(self, place: int) -> pa.Array[Any]:
-        """Return one DICOM text per row, null where there is none."""
-        words = [
-            self.dicom.get(row, ("",) * (1 + len(UID_COLUMNS)))[place] or None
-            for row in range(self.part.rows)
-        ]
-        return pa.array(words, pa.string())
+    def _dicom_column(self, position: int) -> pa.Array[Any]:
+        """Return one DICOM text per row, null if the row has none."""
+        absent = ("",) * (1 + len(UID_COLUMNS))
+        texts = [self.dicom.get(row, absent)[position] or None for row in range(self.part.rows)]
+        return pa.array(texts, pa.string())

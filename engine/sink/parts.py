@@ -51,17 +51,17 @@ class _Owner(msgspec.Struct):
 
 
 def read_failed_rows(folder: Folder, indices: Iterable[int], columns: Sequence[str]) -> Iterator[Part]:
-    """Yield the rows of finished parts that failed, to be tried again, with `columns` of the results."""
+    """Yield the failed rows of finished parts, with `columns` of the results."""
     done = pa.array([Status.OK.label, Status.SKIPPED.label])
     failed = pc.invert(pc.is_in(pc.field("status"), done))
     yield from read_rows(folder, dict.fromkeys(indices, failed), columns)
 
 
-def read_rows(folder: Folder, wanted: Mapping[int, pc.Expression], columns: Sequence[str]) -> Iterator[Part]:
-    """Yield the rows of finished parts that match an expression for each, with `columns` of the results."""
-    for index, which in wanted.items():
+def read_rows(folder: Folder, filters: Mapping[int, pc.Expression], columns: Sequence[str]) -> Iterator[Part]:
+    """Yield the rows of each part in `filters` that match its filter, with `columns` of the results."""
+    for index, condition in filters.items():
         names = list(dict.fromkeys(["row", PATH_COLUMN, "status", *columns]))
-        table = folder.read(part_name(index), partial(_read_table, columns=names)).filter(which)
+        table = folder.read(part_name(index), partial(_read_table, columns=names)).filter(condition)
         paths = table.column(PATH_COLUMN).to_pylist()
         yield Part(index, table.column("row").to_numpy(), paths, table.select(columns).combine_chunks())
 
@@ -72,66 +72,60 @@ def _read_table(file: pa.NativeFile, columns: list[str] | None = None) -> pa.Tab
 
 def list_parts(folder: Folder) -> set[int]:
     """List the parts on disk by their names."""
-    return {int(found[1]) for found in map(_PART_NAME.fullmatch, folder.names()) if found}
+    return {int(match[1]) for match in map(_PART_NAME.fullmatch, folder.names()) if match}
 
 
 def read_parts(folder: Folder, run_id: str, wanted: Container[int] | None = None) -> dict[int, PartInfo]:
-    """Read the footers of the parts on disk, by index, only `wanted` ones if given.
+    """Read the footers of the parts on disk, by index; only of the `wanted` ones, if given.
 
     Raises as `read_part` does.
     """
-    there = [index for index in list_parts(folder) if wanted is None or index in wanted]
-    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:  # in an object store each takes its round trips
-        return {done.index: done for done in threads.map(partial(read_part, folder, run_id), there)}
+    indices = [index for index in list_parts(folder) if wanted is None or index in wanted]
+    with ThreadPoolExecutor(
+        FOOTERS_AT_ONCE
+    ) as threads:  # in an object store each footer takes several round trips
+        return {part.index: part for part in threads.map(partial(read_part, folder, run_id), indices)}
 
 
 def read_part(folder: Folder, run_id: str, index: int) -> PartInfo:
-    """Read the footer of a part. Raises EngineError if it is cut, of another run, or does not add up."""
+    """Read the footer of a part. Raises EngineError if it is damaged, of another run or inconsistent."""
     name = part_name(index)
     try:
         return _parse_footer(index, folder.read(name, pq.read_metadata), run_id)
     except StoreError:
         raise
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
-        why = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise EngineError(
-            f"{folder.location / name}: not a part of this run ({why}); delete it and run again"
+            f"{folder.location / name}: it is not a part of this run ({reason}); delete it and run again"
         ) from None
 
 
 def _parse_footer(index: int, footer: pq.FileMetaData, run_id: str) -> PartInfo:
     metadata = footer.metadata or {}
-    about, owner = (
-        from_json(metadata[_PART_KEY], PartFooter),
-        from_json(metadata[METADATA_KEY], _Owner).run_id,
-    )
+    facts = from_json(metadata[_PART_KEY], PartFooter)
+    owner = from_json(metadata[METADATA_KEY], _Owner).run_id
     if owner != run_id:
         raise ValueError(f"it belongs to run {owner}")
-    if about.part != index:
-        raise ValueError(f"it is part {about.part}")
+    if facts.part != index:
+        raise ValueError(f"it is part {facts.part}")
     row, prediction = _column_statistics(footer, "row"), _column_statistics(footer, "prediction")
     first, last = min(group.min for group in row), max(group.max for group in row)
-    done = PartInfo(
-        index,
-        first,
-        footer.num_rows,
-        about.by_status,
-        about.by_class,
-        about.by,
-        about.written_at,
+    part = PartInfo(
+        index, first, footer.num_rows, facts.by_status, facts.by_class, facts.by, facts.written_at
     )
-    if last - first + 1 != done.rows:
-        raise ValueError(f"rows {first} to {last} in {done.rows} rows")
-    if sum(done.by_status.values()) != done.rows:
-        raise ValueError(f"{sum(done.by_status.values())} of {done.rows} rows have a status")
-    scored = done.rows - sum(group.null_count for group in prediction)
-    if not scored == done.by_status.get("ok", 0) == sum(done.by_class.values()):
-        raise ValueError(f"{scored} rows have scores, {done.by_status.get('ok', 0)} are ok")
-    return done
+    if last - first + 1 != part.rows:
+        raise ValueError(f"it has rows {first} to {last}, but {part.rows} rows")
+    if sum(part.by_status.values()) != part.rows:
+        raise ValueError(f"{sum(part.by_status.values())} of {part.rows} rows have a status")
+    scored = part.rows - sum(group.null_count for group in prediction)
+    if not scored == part.by_status.get("ok", 0) == sum(part.by_class.values()):
+        raise ValueError(f"{scored} rows have scores, but {part.by_status.get('ok', 0)} are ok")
+    return part
 
 
 def _column_statistics(footer: pq.FileMetaData, column: str) -> list[Any]:
     """Return the statistics of a column, one for each row group."""
-    names = [footer.row_group(0).column(place).path_in_schema for place in range(footer.num_columns)]
-    place = names.index(column)
-    return [footer.row_group(group).column(place).statistics for group in range(footer.num_row_groups)]
+    names = [footer.row_group(0).column(number).path_in_schema for number in range(footer.num_columns)]
+    number = names.index(column)
+    return [footer.row_group(group).column(number).statistics for group in range(footer.num_row_groups)]

@@ -1,4 +1,4 @@
-"""Finished parts to Parquet, atomically: a part is written whole or not at all, and says its provenance."""
+"""Write finished parts to Parquet, each atomically and with its provenance."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from engine.storage.folders import Folder, error_text
 class Sink:
     """Writes the parts of one run into `folder`; each file holds the JSON `provenance` and its scorer.
 
-    With `fold` the rows replace those of the same numbers in a part that is there already. `written` is
-    called with the index of each part that is safe.
+    With `fold` the rows replace those with the same numbers in a part that is on disk. `on_written` is called
+    with the index of each part after it is written.
     """
 
     def __init__(
@@ -39,25 +39,25 @@ class Sink:
         by: Scorer,
         *,
         fold: bool = False,
-        written: Callable[[int], None] = lambda _: None,
+        on_written: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self._written = written
+        self._on_written = on_written
         self._folder, self._layout, self._provenance, self._fold = folder, layout, provenance, fold
-        self.by = by  # may be replaced between two parts
+        self.by = by  # may change between two parts
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch | PartInfo]:
-        """Hand each batch on once its rows are kept, and a Done after each part that is safe on disk.
+        """Yield each batch when its rows are stored, and a PartInfo when a part is written.
 
-        Batches may come in any order; only the parts they belong to are held.
+        Batches may come in any order; only the parts they belong to are held in memory.
         """
-        opened: dict[int, PartBuffer] = {}
+        buffers: dict[int, PartBuffer] = {}
         with meter.upstream(batches) as source:
             for batch in source:
                 start = time.perf_counter()
                 index = batch.part.index
-                part = opened.get(index) or opened.setdefault(index, PartBuffer(batch.part, self._layout))
+                part = buffers.get(index) or buffers.setdefault(index, PartBuffer(batch.part, self._layout))
                 part.add(batch)
-                done = self._write(opened.pop(index)) if part.filled == part.part.rows else None
+                done = self._write(buffers.pop(index)) if part.filled == part.part.rows else None
                 meter.add(time.perf_counter() - start)
                 yield batch
                 if done:
@@ -65,7 +65,7 @@ class Sink:
 
     @nvtx.annotate("write")  # type: ignore[untyped-decorator,unused-ignore]
     def _write(self, part: PartBuffer) -> PartInfo:
-        """Write a part; no other function commits one."""
+        """Write a part. This is the only function that does."""
         index = part.part.index
         name = part_name(index)
         try:
@@ -91,8 +91,8 @@ class Sink:
                 by=done.by,
                 written=written.isoformat(timespec="milliseconds") if written else None,
             )
-            about = json.dumps(to_builtins(footer)).encode()
-            table = table.replace_schema_metadata({METADATA_KEY: self._provenance, _PART_KEY: about})
+            facts = json.dumps(to_builtins(footer)).encode()
+            table = table.replace_schema_metadata({METADATA_KEY: self._provenance, _PART_KEY: facts})
             self._folder.write(
                 name, partial(pq.write_table, table, compression="zstd", row_group_size=ROW_GROUP)
             )
@@ -101,12 +101,12 @@ class Sink:
                 f"{self._folder.location / name}: {error_text(error)}; "
                 "the written parts are complete; run the same command again to continue"
             ) from None
-        self._written(index)
+        self._on_written(index)
         return done
 
 
 def _replace_rows(old: pa.Table, new: pa.Table) -> pa.Table:
-    """`old` with the rows of `new` in place of those that have their numbers."""
+    """Return `old`, where rows of `new` replace those with the same number."""
     kept = old.filter(pc.invert(pc.is_in(old.column("row"), value_set=new.column("row"))))
     return pa.concat_tables([kept.cast(new.schema), new]).sort_by("row")
 

@@ -21,29 +21,27 @@ ABSTAIN_REASONS = ("gray_zone", "disagreement", "image_flags", "out_of_distribut
 
 
 def assign_zones(scores: Floats, rule_out: float, refer: float) -> npt.NDArray[np.int8]:
-    """Return positions [N] in ZONES of the target's probabilities [N]; a score equal to a threshold is
-    between.
-    """
+    """Return the zones [N], positions in ZONES, of the target's probabilities [N]; a threshold is gray."""
     above, below = scores > np.float32(refer), scores < np.float32(rule_out)
     return np.asarray(1 + above.astype(np.int8) - below.astype(np.int8), np.int8)
 
 
 @dataclass(frozen=True)
 class Triage:
-    """The columns of the results that follow from probabilities and flags."""
+    """Computes the result columns that are derived from probabilities and flags."""
 
     classes: tuple[str, ...]
     weights: tuple[float, ...]
     groups: Mapping[str, tuple[int, ...]]  # positions in `classes`, by name
     points: OperatingPoints | None
-    distance_limits: tuple[float, ...] = ()  # of each member's features; none where none are known
+    distance_limits: tuple[float, ...] = ()  # of each member's features; empty without limits
 
     @classmethod
     def of(cls, bundle: Bundle) -> Triage:
         groups = {name: tuple(map(bundle.classes.index, members)) for name, members in bundle.groups.items()}
         points = bundle.operating_points
-        far = points.distances if points else {}
-        limits = tuple(far[member.name] for member in bundle.members if far)
+        by_member = points.distances if points else {}
+        limits = tuple(by_member[member.name] for member in bundle.members if by_member)
         return cls(bundle.classes, bundle.weights, groups, points, limits)
 
     @property
@@ -65,22 +63,24 @@ class Triage:
         flags: Mapping[int, Sequence[str]],
         failed: Bools,
     ) -> list[pa.Array[Any]]:
-        """Return the columns of N rows from probabilities [N, C] of the ensemble, [M, N, C] of the
-        members, and their features' distances [M, N], NaN where none is known; flags by position.
+        """Return the columns of N rows, null where `failed` [N]; without operating points, triage is null.
 
-        Null where a row has `failed` [N]; without operating points there is no triage.
+        `probabilities` [N, C] are the ensemble's, `members` [M, N, C] the members', `distances` [M, N] those
+        of the members' features, NaN where unknown; `flags` are by position.
         """
-        apart = disagreement(members, self.weights)
-        sums = [probabilities[:, places].sum(axis=1, dtype=np.float32) for places in self.groups.values()]
+        spread = disagreement(members, self.weights)
+        sums = [
+            probabilities[:, positions].sum(axis=1, dtype=np.float32) for positions in self.groups.values()
+        ]
         return [
-            *(pa.array(column, mask=failed) for column in (*sums, entropy(probabilities), apart)),
-            *self._triage(probabilities, apart, distances, flags, failed),
+            *(pa.array(column, mask=failed) for column in (*sums, entropy(probabilities), spread)),
+            *self._triage(probabilities, spread, distances, flags, failed),
         ]
 
     def _triage(
         self,
         probabilities: Floats,
-        apart: Floats,
+        spread: Floats,
         distances: Floats,
         flags: Mapping[int, Sequence[str]],
         failed: Bools,
@@ -93,13 +93,13 @@ class Triage:
         )
         reasons = np.zeros((rows, len(ABSTAIN_REASONS)), np.bool_)
         reasons[:, 0] = zone == ZONES.index("gray_zone")
-        most = points.abstain.disagreement.above
-        if most is not None:
-            reasons[:, 1] = apart > np.float32(most)
+        limit = points.abstain.disagreement.above
+        if limit is not None:
+            reasons[:, 1] = spread > np.float32(limit)
         doubtful = set(points.abstain.image_flags)
         reasons[[row for row, names in flags.items() if not doubtful.isdisjoint(names)], 2] = True
-        for limit, distance in zip(self.distance_limits, distances, strict=False):
-            reasons[:, 3] |= distance > np.float32(limit)
+        for distance_limit, distance in zip(self.distance_limits, distances, strict=False):
+            reasons[:, 3] |= distance > np.float32(distance_limit)
         reasons[failed] = False
         offsets = np.concatenate([[0], reasons.sum(axis=1).cumsum()]).astype(np.int32)
         return [

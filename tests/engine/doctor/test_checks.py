@@ -168,7 +168,7 @@ def test_each_problem_has_a_fix(manifest: Path, bundle: Path, tmp_path: Path) ->
         ({"manifest": names}, "9 of 9 files do not exist", "--root FOLDER"),
         ({"root": tmp_path / "no"}, "no such folder", "--root FOLDER"),
         ({"path_column": "file"}, "no column 'file'", "--path-column NAME"),
-        ({"manifest": clash}, "names of results", "--column-prefix manifest_"),
+        ({"manifest": clash}, "names of result columns", "--column-prefix manifest_"),
         ({"output": foreign}, "holds no run", "-o FOLDER"),
         ({"output": tmp_path / "other"}, "another run: max_pixels was 5000", "-o FOLDER"),
         ({"runner": "tensorrt"}, "needs a GPU", "--runner auto"),
