@@ -27,14 +27,17 @@ def option_parser() -> Parser:
         examples="example: python -m engine.manifest /archive -o manifest.parquet --exclude 'backup/**'",
     )
     parser.add(
-        "folder", type=parse_location, metavar="FOLDER", help="or a .zip or .tar, here or in an object store"
+        "folder",
+        type=parse_location,
+        metavar="FOLDER",
+        help="a folder; or a .zip or .tar, here or in an object store",
     )
     parser.add(
         *("-o", "--output"),
         type=Path,
         default=Path("manifest.parquet"),
         metavar="MANIFEST",
-        help="the list that is made (%(default)s)",
+        help="the list to write (%(default)s)",
     )
     add_options(parser, "include", "exclude")
     parser.add("--overwrite", action="store_true", help="replace MANIFEST")
@@ -42,9 +45,9 @@ def option_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m engine.manifest FOLDER -o list.parquet`."""
+    """Run `python -m engine.manifest FOLDER -o list.parquet`; return the exit status."""
 
-    def work() -> int:
+    def run() -> int:
         options = option_parser().parse_args(arguments)
         try:
             print(_write_list_for(options), file=sys.stderr)
@@ -53,39 +56,39 @@ def main(arguments: list[str] | None = None) -> int:
         print(options.output)
         return 0
 
-    return run_command(work)
+    return run_command(run)
 
 
 def _write_list_for(options: argparse.Namespace) -> str:
-    """Write the list; paths in it are relative if it lies in the folder itself, else absolute."""
-    place, output = options.folder, options.output
+    """Write the list. Its paths are relative if it is written to the folder itself, else absolute."""
+    source, output = options.folder, options.output
     if output.exists() and not options.overwrite:
         raise UsageError(f"{output}: it exists; give --overwrite, or another -o")
-    if isinstance(place, Url):
+    if isinstance(source, Url):
         from engine.storage import remote
 
-        if place.scheme in HTTP_SCHEMES or not place.name:
+        if source.scheme in HTTP_SCHEMES or not source.name:
             raise UsageError(
-                f"{place}: it can't be listed; give a local folder, or an archive in an object store"
+                f"{source}: it can't be listed; give a local folder, or an archive in an object store"
             )
         with TemporaryDirectory(prefix="engine-") as scratch:
-            copy = remote.fetch_manifest(place, Path(scratch))
-            return _list_source(copy, f"{place}".removesuffix(place.name), options)
-    if not place.is_dir() and not place.is_file():
-        raise UsageError(f"{place}: no such folder or archive")
-    base = place if place.is_dir() else place.parent
+            copy = remote.fetch_manifest(source, Path(scratch))
+            return _list_source(copy, f"{source}".removesuffix(source.name), options)
+    if not source.is_dir() and not source.is_file():
+        raise UsageError(f"{source}: no such folder or archive")
+    base = source if source.is_dir() else source.parent
     return _list_source(
-        place, "" if output.parent.resolve() == base.resolve() else f"{base.absolute()}/", options
+        source, "" if output.parent.resolve() == base.resolve() else f"{base.absolute()}/", options
     )
 
 
-def _list_source(place: Path, before: str, options: argparse.Namespace) -> str:
-    if not place.is_dir() and not archive.is_archive(place):
-        raise UsageError(f"{options.folder}: neither a folder nor an archive")
+def _list_source(source: Path, prefix: str, options: argparse.Namespace) -> str:
+    if not source.is_dir() and not archive.is_archive(source):
+        raise UsageError(f"{options.folder}: it is neither a folder nor an archive")
     listing, output = FileLister(options.include, options.exclude), options.output
-    entries = listing.folder(place, output) if place.is_dir() else listing.archive(place, output.parent)
+    entries = listing.folder(source, output) if source.is_dir() else listing.archive(source, output.parent)
     try:
-        rows = write_list((entry._replace(path=before + entry.path) for entry in entries), listing, output)
+        rows = write_list((entry._replace(path=prefix + entry.path) for entry in entries), listing, output)
     except ReadError as error:
         raise UsageError(f"{options.folder}: {error}") from None
     return describe_list(rows, listing.skipped)

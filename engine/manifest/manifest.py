@@ -1,7 +1,7 @@
-"""A list of images to rows in order, streamed and cut into parts: CSV, Parquet, text list, folder or archive.
+"""Read a manifest (CSV, Parquet, text list, folder or archive) as rows in order, cut into parts.
 
-Opening a manifest reads it once from end to end without keeping it: that counts the rows, takes the
-fingerprint, settles the column types and finds what is malformed before the first image is touched.
+Opening a manifest reads it once to its end without keeping it in memory. This counts the rows, hashes the
+file, settles the column types and finds malformed rows before the first image is read.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SPREADSHEETS = (".xlsx", ".xls", ".ods")
 
 @dataclass(frozen=True)
 class Manifest:
-    """An opened manifest. `path_column` holds the paths, `columns` names the rest in order."""
+    """An opened manifest. `path_column` holds the paths; `columns` are the other columns in order."""
 
     source: Location
     root: Location
@@ -42,8 +42,8 @@ class Manifest:
     path_column: str
     columns: pa.Schema
     _rows: RowSource
-    skipped: dict[str, int] = field(default_factory=dict)  # files that a listing left out, by reason
-    _copy: Any = None  # of a manifest that was fetched; it goes with this
+    skipped: dict[str, int] = field(default_factory=dict)  # files that a listing skipped, by reason
+    _copy: Any = None  # of a remote manifest; deleted with this object
 
     @property
     def schema(self) -> pa.Schema:
@@ -51,11 +51,11 @@ class Manifest:
         return self._rows.schema
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yield all rows in order, a table at a time."""
+        """Yield all rows in order, as tables."""
         return self._rows.tables()
 
     def copy_to(self, target: Path) -> int:
-        """Write all rows to a Parquet file; returns how many."""
+        """Write all rows to a Parquet file; return their number."""
         with (
             atomic(target) as temporary,
             pq.ParquetWriter(temporary, self.schema, compression="zstd") as writer,
@@ -65,24 +65,24 @@ class Manifest:
         return self.rows
 
     def only(self, columns: Iterable[str]) -> Manifest:
-        """Without the columns that are not named. Raises UsageError for a name that is none."""
+        """Return the manifest with only these columns. Raises UsageError for an unknown name."""
         wanted = set(columns)
         if unknown := sorted(wanted - set(self.columns.names)):
             shown = ", ".join(map(repr, self.columns.names[:10])) or "no other columns"
             raise UsageError(f"--keep {unknown[0]}: the manifest has no such column; it has {shown}")
-        return replace(self, columns=pa.schema([one for one in self.columns if one.name in wanted]))
+        return replace(self, columns=pa.schema([column for column in self.columns if column.name in wanted]))
 
     def parts(self, part_rows: int, wanted: Iterable[int] | None = None) -> Iterator[Part]:
-        """Parts of `part_rows` rows in order, the last one shorter; only those in `wanted` when given."""
+        """Yield parts of `part_rows` rows in order, the last one shorter; if given, only the `wanted`."""
         keep = None if wanted is None else set(wanted)
-        index, held = 0, _RowBuffer(self._rows.schema)
+        index, buffer = 0, _RowBuffer(self._rows.schema)
         for table in self._rows.tables():
-            held.add(table)
-            while held.rows >= part_rows:
-                yield from self._part(index, part_rows, held.take(part_rows), keep)
+            buffer.add(table)
+            while buffer.rows >= part_rows:
+                yield from self._part(index, part_rows, buffer.take(part_rows), keep)
                 index += 1
-        if held.rows:
-            yield from self._part(index, part_rows, held.take(held.rows), keep)
+        if buffer.rows:
+            yield from self._part(index, part_rows, buffer.take(buffer.rows), keep)
 
     def _part(self, index: int, part_rows: int, table: pa.Table, keep: set[int] | None) -> Iterator[Part]:
         if keep is None or index in keep:
@@ -93,7 +93,7 @@ class Manifest:
 
 
 class _RowBuffer:
-    """Rows that have been read and not yet handed out."""
+    """Rows that are read but not yet in a part."""
 
     def __init__(self, schema: pa.Schema) -> None:
         self._tables: list[pa.Table] = []
@@ -122,9 +122,8 @@ def open_manifest(
     """Open a CSV (.csv, .tsv), Parquet, text list (one path a line), folder, zip or tar.
 
     Relative paths are resolved against `root`, else the manifest's own folder. A folder or archive is listed
-    to the Parquet file `listing`, unless that exists, and refused without one; `include` and `exclude` are
-    for these. With `since`, `listing` holds what is to be screened. Raises UsageError, one line, for
-    anything wrong.
+    to the Parquet file `listing`, unless it exists, and refused without `listing`; `include` and `exclude`
+    apply to it. With `since`, `listing` holds the rows to screen. Raises UsageError in one line.
     """
     if isinstance(source, Url):
         return _open_remote(
@@ -139,17 +138,17 @@ def open_manifest(
     if source.suffix.lower() in _SPREADSHEETS:
         raise UsageError(f"manifest {source}: this is a spreadsheet; save it as CSV (in Excel: CSV UTF-8)")
     try:
-        whole = needs_listing(source)
-        if (include or exclude) and not whole:
+        needs_list = needs_listing(source)
+        if (include or exclude) and not needs_list:
             raise UsageError(f"manifest {source}: --include and --exclude are for folders and archives")
-        if whole and not listing:  # as with --redact
+        if needs_list and not listing:  # with --redact
             raise UsageError(
-                f"manifest {source}: a folder or archive, whose listing names paths; make it first, where it "
-                f"may be: python -m engine.manifest {source} -o list.parquet"
+                f"manifest {source}: a list of this folder or archive would store paths in the results; make "
+                f"the list elsewhere first: python -m engine.manifest {source} -o list.parquet"
             )
-        if whole and listing and not listing.exists():
+        if needs_list and listing and not listing.exists():
             list_location(source, listing, include=include, exclude=exclude, own=listing.parent)
-        frozen = listing if listing and listing.exists() and (whole or since) else None
+        frozen = listing if listing and listing.exists() and (needs_list or since) else None
         rows = ParquetSource(frozen) if frozen else _open_source(source)
     except OSError as error:
         raise UsageError(f"manifest {source}: {error.strerror or error}") from None
@@ -157,15 +156,17 @@ def open_manifest(
         raise UsageError(f"manifest {source}: {_error_text(error)}") from None
     skipped = read_skipped(frozen) if frozen else {}
     if rows.rows == 0:
-        reason = describe_list(0, skipped) if whole else "it has no rows"
+        reason = describe_list(0, skipped) if needs_list else "it has no rows"
         raise UsageError(f"manifest {source}: {reason}; each row names one image")
     names = rows.schema.names
     if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise UsageError(f"manifest {source}: these columns appear twice: {', '.join(map(repr, twice))}")
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        raise UsageError(
+            f"manifest {source}: two columns have the same name: {', '.join(map(repr, duplicates))}"
+        )
     base = root or (source if source.is_dir() else source.parent)
     column = _path_column(source, rows, path_column, base)
-    columns = pa.schema([one for one in rows.schema if one.name != column])
+    columns = pa.schema([field for field in rows.schema if field.name != column])
     return Manifest(source, absolute(base), rows.rows, rows.sha256, column, columns, rows, skipped)
 
 
@@ -176,16 +177,18 @@ def _open_remote(url: Url, **options: Any) -> Manifest:
     scratch = _TemporaryFolder()
     copy = remote.fetch_manifest(url, scratch.folder)
     if url.scheme in HTTP_SCHEMES and is_archive(copy):
-        raise UsageError(f"manifest {url}: an archive on a web server; supported: on disks, in object stores")
+        raise UsageError(
+            f"manifest {url}: it is on a web server; archives can be read from disks and object stores"
+        )
     try:
-        found = open_manifest(copy, **options)
+        manifest = open_manifest(copy, **options)
     except UsageError as error:
         raise UsageError(str(error).replace(str(copy), str(url))) from None
-    return replace(found, source=url, _copy=scratch)
+    return replace(manifest, source=url, _copy=scratch)
 
 
 class _TemporaryFolder:
-    """A temporary folder that goes when nothing refers to this any more."""
+    """A temporary folder that is deleted with this object."""
 
     def __init__(self) -> None:
         self.folder = Path(mkdtemp(prefix="engine-"))
@@ -195,14 +198,14 @@ class _TemporaryFolder:
 def _error_text(error: Exception) -> str:
     text = " ".join(str(error).split())[:200]
     if "straddl" in text:
-        return f"a row of more than {READ_BLOCK >> 20} MiB; is a closing quote missing?"
+        return f"a row has more than {READ_BLOCK >> 20} MiB; is a closing quote missing?"
     if "UTF8" in text.upper() or isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8; save it as UTF-8 (in Excel: CSV UTF-8)"
     return text
 
 
 def needs_listing(source: Path) -> bool:
-    """Return whether it is a folder or an archive. Raises OSError."""
+    """Return whether `source` is a folder or an archive. Raises OSError."""
     return source.is_dir() or is_archive(source)
 
 
@@ -220,15 +223,18 @@ def _path_column(source: Path, rows: RowSource, wanted: str | None, root: Locati
     if column in (wanted, PATH_COLUMN):
         return column
     if IMAGE_SUFFIX.search(column):
-        raise UsageError(f"manifest {source}: no header, its first line is {column!r}; add a line 'path'")
+        raise UsageError(
+            f"manifest {source}: it has no header, its first line is {column!r}; add a line 'path'"
+        )
     first = next(rows.tables()).column(column).slice(0, 100).to_pylist()
     if not any(value and (_LOOKS_LIKE_PATH.search(value) or _path_exists(root, value)) for value in first):
         raise UsageError(
-            f"manifest {source}: no column 'path', and {column!r}, the first, has no paths; see --path-column"
+            f"manifest {source}: it has no column 'path', and {column!r}, the first, has no paths; see "
+            "--path-column"
         )
     return column
 
 
 def _path_exists(root: Location, name: str) -> bool:
-    """Nobody is asked for each name of a list on another machine."""
+    """Return whether a path exists; remote storage is not asked."""
     return is_url(name) or (isinstance(root, Path) and (root / name).exists())

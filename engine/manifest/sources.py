@@ -25,7 +25,7 @@ _DECIMAL = r"^(?:-?(?:0|[1-9][0-9]{0,14})(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3
 
 
 class RowSource(Protocol):
-    """The rows of one kind of manifest. `tables` can be called again and gives the same rows."""
+    """The rows of a manifest. `tables` can be called repeatedly."""
 
     schema: pa.Schema
     rows: int
@@ -35,8 +35,8 @@ class RowSource(Protocol):
 
 
 def _read_start(source: Path) -> bytes:
-    with source.open("rb") as opened:
-        return opened.read(512)
+    with source.open("rb") as file:
+        return file.read(512)
 
 
 def _open_source(source: Path) -> RowSource:
@@ -53,23 +53,23 @@ def _open_source(source: Path) -> RowSource:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ParquetSource:
     def __init__(self, source: Path) -> None:
         self._source = source
-        with pq.ParquetFile(source) as opened:
+        with pq.ParquetFile(source) as file:
             self.schema = pa.schema(
-                [field.with_type(_without_string_views(field.type)) for field in opened.schema_arrow]
+                [field.with_type(_without_string_views(field.type)) for field in file.schema_arrow]
             )
-            self.rows = opened.metadata.num_rows
+            self.rows = file.metadata.num_rows
         self.sha256 = _sha256(source)
 
     def tables(self) -> Iterator[pa.Table]:
-        with pq.ParquetFile(self._source) as opened:
-            for batch in opened.iter_batches(65_536):
+        with pq.ParquetFile(self._source) as file:
+            for batch in file.iter_batches(65_536):
                 yield pa.Table.from_batches([batch]).cast(self.schema)
 
 
@@ -87,8 +87,8 @@ class _TextSource:
 
     def __init__(self, source: Path) -> None:
         self._source = source
-        with source.open(encoding="utf-8-sig") as opened:
-            first = opened.readline(READ_BLOCK).strip().lower()
+        with source.open(encoding="utf-8-sig") as file:
+            first = file.readline(READ_BLOCK).strip().lower()
         if re.match(r"\"?path\"?($|[,;\t])", first):
             raise UsageError(f"manifest {source}: it has a header, so it is a CSV; rename it to .csv")
         self.rows = sum(table.num_rows for table in self.tables())
@@ -102,38 +102,38 @@ class _TextSource:
 
 
 class _CsvSource:
-    """A CSV with a header; the delimiter is the comma, semicolon or tab that the header uses most.
+    """A CSV with a header; the delimiter is the comma, semicolon or tab that is most frequent in the header.
 
-    All cells are read as text. A column becomes a number only when that loses nothing: "007" stays text.
+    All cells are read as text. A column becomes a number only if no information is lost: "007" stays text.
     """
 
     def __init__(self, source: Path) -> None:
         self._source = source
-        with source.open(encoding="utf-8-sig", newline="") as opened:
-            header = opened.readline()
+        with source.open(encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
             self._delimiter = max(",;\t", key=header.count)
-            opened.seek(0)
-            names = next(csv.reader(opened, delimiter=self._delimiter))
+            file.seek(0)
+            names = next(csv.reader(file, delimiter=self._delimiter))
         self._text = pa.schema([(name, pa.string()) for name in names])
-        kinds = {name: ColumnTypeInference() for name in names}
+        types = {name: ColumnTypeInference() for name in names}
         self.rows = 0
         for table in self._read():
             self.rows += table.num_rows
             for name, column in zip(table.column_names, table.columns, strict=True):
-                kinds[name].see(column)
-        self.schema = pa.schema([(name, kinds[name].type()) for name in names])
+                types[name].add(column)
+        self.schema = pa.schema([(name, types[name].type()) for name in names])
         self._check_quotes()
         self.sha256 = _sha256(source)
 
     def _check_quotes(self) -> None:
-        """Refuse a quote that is never closed; it would swallow all rows after it."""
-        with self._source.open("rb") as opened:
-            odd = sum(block.count(b'"') for block in iter(lambda: opened.read(READ_BLOCK), b"")) % 2
-        if not odd:
+        """Raise UsageError for a quote that is never closed, which would hide all rows after it."""
+        with self._source.open("rb") as file:
+            quotes = sum(block.count(b'"') for block in iter(lambda: file.read(READ_BLOCK), b""))
+        if quotes % 2 == 0:
             return
         line = 0
-        with self._source.open(encoding="utf-8-sig", newline="") as opened:
-            rows = csv.reader(opened, delimiter=self._delimiter, strict=True)
+        with self._source.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, delimiter=self._delimiter, strict=True)
             try:
                 for _ in rows:
                     line = rows.line_num
@@ -167,7 +167,7 @@ class _CsvSource:
 
 
 class ColumnTypeInference:
-    """The narrowest type that every cell of a column fits: bool, int64, float64, else string."""
+    """Finds the narrowest type that fits all cells of a column: bool, int64, float64, else string."""
 
     def __init__(self) -> None:
         self._candidates: list[tuple[str, pa.DataType]] = [
@@ -175,10 +175,10 @@ class ColumnTypeInference:
             (_INTEGER, pa.int64()),
             (_DECIMAL, pa.float64()),
         ]
-        self._seen = False
+        self._has_values = False
 
-    def see(self, column: pa.ChunkedArray[Any]) -> None:
-        self._seen = self._seen or bool(pc.any(pc.not_equal(column, pa.scalar(""))).as_py())
+    def add(self, column: pa.ChunkedArray[Any]) -> None:
+        self._has_values = self._has_values or bool(pc.any(pc.not_equal(column, pa.scalar(""))).as_py())
         self._candidates = [
             (pattern, kind)
             for pattern, kind in self._candidates
@@ -186,7 +186,7 @@ class ColumnTypeInference:
         ]
 
     def type(self) -> pa.DataType:
-        if not self._candidates or not self._seen:
+        if not self._candidates or not self._has_values:
             return pa.string()
         return self._candidates[0][1]
 

@@ -342,7 +342,7 @@ def test_an_archive_in_s3_is_listed_and_known_again_by_the_objects_time(
         (("s3://archive/knees/image-00.png",), "manifest s3://archive/knees/image-00.png: this is an image"),
         (
             ("s3://archive/lists/k.zip", "--redact"),
-            "manifest s3://archive/lists/k.zip: a folder or archive, whose listing names paths",
+            "manifest s3://archive/lists/k.zip: a list of this folder or archive would store paths",
         ),
     ],
 )
