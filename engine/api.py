@@ -1,4 +1,4 @@
-"""`engine.screen`: a whole run from Python, with the options of the command line and its checks."""
+"""`engine.screen`: a run from Python, with the options and checks of the command line."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from engine.storage.folders import error_text
 
 
 class Options(TypedDict, total=False):
-    """The static types of `screen`'s options, which `python -m engine.run --help-all` explains.
+    """The types of `screen`'s options, which `python -m engine.run --help-all` explains.
 
-    `Settings` states the options; a test compares every line here with it.
+    A test compares them with `Settings`.
     """
 
     output: AnyPlace
@@ -73,20 +73,19 @@ def screen(
     stop: threading.Event | None = None,
     **options: Unpack[Options],
 ) -> Summary:
-    """Screen `manifest`, as `python -m engine.run` does; the same call goes on where an earlier one stopped.
+    """Screen `manifest` as `python -m engine.run` does; the same call resumes an interrupted run.
 
-    `progress` is called after each batch with a `Progress`, in the thread that called this; what it raises
-    ends the run, and so do `finish_by` and setting `stop`. `say` gets the lines for people: what runs where,
-    and why.
+    `progress` is called in this thread with a `Progress` after each batch; an exception from it ends the run,
+    as do `finish_by` and setting `stop`. `say` is called with each status line.
 
-    Raises UsageError before anything is written, Stopped, NothingNew (for `since`), ErrorRateError when it is
-    finished with more failed rows than `max_error_rate`, and EngineError for what else goes wrong; TypeError
-    for an option that there is not. Never ends the process and leaves signals alone.
+    Raises UsageError before anything is written, Stopped, NothingNew (for `since`), ErrorRateError if the run
+    is finished with more failed rows than `max_error_rate`, EngineError for all other failures, and TypeError
+    for an unknown option. Does not end the process and does not handle signals.
     """
     settings = settings_from_keywords(manifest, options)
     try:
         deadline = Deadline(settings.finish_by, stop)
         return launch.launch_run(settings, on_progress=progress, say=say, deadline=deadline)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise EngineError(f"{where}{error_text(error)}") from error
+        file_name = f"{error.filename}: " if error.filename else ""
+        raise EngineError(f"{file_name}{error_text(error)}") from error

@@ -20,8 +20,8 @@ def main() -> int:
     from engine.run import main as run_main
 
     threading.Thread(target=exit_with_parent, name="parent", daemon=True).start()
-    moment, *arguments = sys.argv[1:]
-    return run_main(arguments, Deadline(datetime.fromisoformat(moment) if moment else None))
+    finish_by, *arguments = sys.argv[1:]
+    return run_main(arguments, Deadline(datetime.fromisoformat(finish_by) if finish_by else None))
 
 
 if __name__ == "__main__":

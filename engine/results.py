@@ -1,4 +1,4 @@
-"""The results of a run, or of several that were merged, with where they come from: pandas or Arrow."""
+"""Read the results of a run, or merged results, with their provenance, as pandas or Arrow."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ PARTS_AHEAD = 4
 def read_results(
     path: str | os.PathLike[str], *, columns: Sequence[str] | None = None, unfinished: bool = False
 ) -> pd.DataFrame:
-    """Return the rows of a results folder, a local one or in an object store, in manifest order.
+    """Return the rows of a results folder, local or in an object store, in manifest order.
 
-    `columns` names those that are wanted. `frame.attrs["provenance"]` is what `_run.json` says: run id,
-    bundle, plans, weights, versions, machine, options (for merged results, `_merged.json`: each run's).
-    Raises UsageError for a folder without results, a run that is not finished (unless `unfinished`, which
-    reads the parts that are there) and where pandas is missing; EngineError when storage fails.
+    `columns` selects columns. `frame.attrs["provenance"]` is the content of `_run.json`: run id, bundle,
+    plans, weights, versions, machine, options (for merged results, `_merged.json`, with those of each run).
+    Raises UsageError for a folder without results, for an unfinished run (unless `unfinished`, which reads
+    the finished parts) and if pandas is missing; EngineError if storage fails.
     """
     try:
         import pandas  # noqa: F401 - to_pandas needs it
     except ImportError:
         raise UsageError(
             f"read_results needs pandas; install it with: {install_command(packages='pandas')}; "
-            "open_results does without"
+            "engine.open_results does not need it"
         ) from None
     dataset = open_results(path, unfinished=unfinished)
     wanted = list(columns) if columns is not None else None
@@ -66,15 +66,14 @@ def read_results(
 
 
 def open_results(path: str | os.PathLike[str], *, unfinished: bool = False) -> ds.Dataset:
-    """Open the same rows as an Arrow dataset without reading them: to filter, or for more rows than fit in
-    memory.
+    """Open the rows as an Arrow dataset, to filter them or to read more than fit in memory.
 
-    Its provenance is JSON in `dataset.schema.metadata[b"engine"]`. Raises as `read_results` does.
+    The provenance is JSON in `dataset.schema.metadata[b"engine"]`. Raises as `read_results` does.
     """
-    found = open_results_folder(parse_location(os.fspath(path)), unfinished=unfinished)
-    if not found.parts:
-        raise UsageError(f"results {path}: no part is finished yet")
-    return found.dataset()
+    folder = open_results_folder(parse_location(os.fspath(path)), unfinished=unfinished)
+    if not folder.parts:
+        raise UsageError(f"results {path}: the run has no finished part yet")
+    return folder.dataset()
 
 
 def provenance(dataset: ds.Dataset) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def provenance(dataset: ds.Dataset) -> dict[str, Any]:
 
 
 class Origin(Record):
-    """The metadata of merged parts: the runs that rows are from."""
+    """The metadata of merged parts: the runs that the rows come from."""
 
     format: Literal[1] = 1
     merged: str  # when: ISO 8601, UTC
@@ -105,14 +104,14 @@ class MergedSuccess(Record):
 
 @dataclass(frozen=True)
 class ResultsFolder:
-    """A results folder that was looked through."""
+    """A results folder whose parts are known."""
 
     place: Location
     files: Folder
     run: RunRecord | MergedRecord
     parts: tuple[str, ...]  # names, in order
     rows: int
-    done: tuple[PartInfo, ...]  # the parts of a run, in order; none of merged results
+    done: tuple[PartInfo, ...]  # the parts of a run, in order; empty for merged results
     finished: bool
 
     @property
@@ -125,26 +124,26 @@ class ResultsFolder:
         return next(iter(self.runs.values()))
 
     def schema(self) -> pa.Schema:
-        """Without provenance; there has to be a part."""
+        """Return the schema of the first part, without provenance. There must be a part."""
         schema: pa.Schema = self.files.read(self.parts[0], pq.read_schema)
         return schema.remove_metadata()
 
     def tables(
         self, columns: Sequence[str] | None = None, *, words: Sequence[str] = ()
     ) -> Iterator[pa.Table]:
-        """Row groups, in order: `columns` of them, where they are there, `words` as dictionaries.
+        """Yield the row groups in order, with those of `columns` that exist, `words` as dictionaries.
 
-        The first of the next few parts are read meanwhile.
+        The first row groups of the next parts are read ahead.
         """
 
-        def take(number: int, file: pa.NativeFile) -> tuple[int, pa.Table]:
-            opened = pq.ParquetFile(file, read_dictionary=list(words))
-            names = opened.schema_arrow.names
-            table = opened.read_row_group(number, [name for name in columns or names if name in names])
-            return opened.num_row_groups, table.replace_schema_metadata(None)
+        def read_group(number: int, file: pa.NativeFile) -> tuple[int, pa.Table]:
+            parquet = pq.ParquetFile(file, read_dictionary=list(words))
+            names = parquet.schema_arrow.names
+            table = parquet.read_row_group(number, [name for name in columns or names if name in names])
+            return parquet.num_row_groups, table.replace_schema_metadata(None)
 
         def read(name: str, number: int) -> tuple[int, pa.Table]:
-            return self.files.read(name, partial(take, number))
+            return self.files.read(name, partial(read_group, number))
 
         with ThreadPoolExecutor(PARTS_AHEAD) as threads:
             first = ordered_map(threads, partial(read, number=0), self.parts, PARTS_AHEAD)
@@ -164,44 +163,44 @@ class ResultsFolder:
         return ds.dataset(names, schema=schema, format="parquet", filesystem=files)
 
 
-def open_results_folder(place: Location, *, unfinished: bool) -> ResultsFolder:
-    """Look through a results folder, footers included. Raises UsageError and EngineError."""
+def open_results_folder(location: Location, *, unfinished: bool) -> ResultsFolder:
+    """Open a results folder and check its parts' footers. Raises UsageError and EngineError."""
     try:
-        files = open_folder(place)
+        files = open_folder(location)
         return (
-            _open_merged(place, files)
+            _open_merged(location, files)
             if files.exists(MERGED_FILE)
-            else _open_run(place, unfinished=unfinished)
+            else _open_run(location, unfinished=unfinished)
         )
     except OSError as error:
-        raise EngineError(f"results {place}: {error_text(error)}") from None
+        raise EngineError(f"results {location}: {error_text(error)}") from None
 
 
-def _open_run(place: Location, *, unfinished: bool) -> ResultsFolder:
-    folder = RunFolder.existing(place)
+def _open_run(location: Location, *, unfinished: bool) -> ResultsFolder:
+    folder = RunFolder.existing(location)
     run = folder.run()
     done = folder.finished(run)
     rows = sum(part.rows for part in done.values())
     finished = folder.is_marked_finished() and len(done) == run.part_count
     if not unfinished and not finished:
         raise UsageError(
-            f"results {place}: the run is not finished, {rows} of {run.rows} rows are there; give its own "
-            "command again (in Python, unfinished=True reads what there is)"
+            f"results {location}: the run is not finished, {rows} of {run.rows} rows are written; run its "
+            "own command again (in Python, unfinished=True reads these rows)"
         )
     order = sorted(done)
     parts, names = tuple(done[index] for index in order), tuple(map(part_name, order))
-    return ResultsFolder(place, folder.files, run, names, rows, parts, finished)
+    return ResultsFolder(location, folder.files, run, names, rows, parts, finished)
 
 
-def _open_merged(place: Location, files: Folder) -> ResultsFolder:
+def _open_merged(location: Location, files: Folder) -> ResultsFolder:
     if not files.exists(SUCCESS_FILE):
-        raise UsageError(f"results {place}: merging was not finished; give its own command again")
+        raise UsageError(f"results {location}: merging was not finished; run its own command again")
     try:
         run = from_json(files.read(MERGED_FILE, lambda opened: opened.read()), MergedRecord)
         names = tuple(map(part_name, range(run.parts)))
         rows = sum(files.read(name, pq.read_metadata).num_rows for name in names)
         if rows != run.rows:
-            raise ValueError(f"{rows} rows in the parts, {run.rows} in {MERGED_FILE}")
+            raise ValueError(f"the parts have {rows} rows, {MERGED_FILE} has {run.rows}")
     except (ValueError, pa.ArrowException) as error:
-        raise UsageError(f"results {place}: {MERGED_FILE}: {' '.join(str(error).split())[:200]}") from None
-    return ResultsFolder(place, files, run, names, rows, (), finished=True)
+        raise UsageError(f"results {location}: {MERGED_FILE}: {' '.join(str(error).split())[:200]}") from None
+    return ResultsFolder(location, files, run, names, rows, (), finished=True)

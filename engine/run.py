@@ -1,4 +1,4 @@
-"""`python -m engine.run MANIFEST`: the command line of a screening run, and nothing else."""
+"""`python -m engine.run MANIFEST`: the command line of a screening run."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from engine.runs.summary import ErrorRateError, Summary
 
 
 def main(arguments: list[str] | None = None, deadline: Deadline | None = None) -> int:
-    """Return the exit status of a run; `deadline` is that of --finish-by unless the caller has another."""
+    """Run the command and return its exit status; `deadline` replaces that of --finish-by."""
     arguments = sys.argv[1:] if arguments is None else arguments
     hush_libraries()
     log = RedactingLog(redact="--redact" in arguments, as_json="--log-json" in arguments)
     console = Console(file=cast(TextIO, log), emoji=False, force_terminal=False if log.as_json else None)
 
-    def work() -> int:
+    def run() -> int:
         settings = settings_from(arguments)
         log.known = named_locations(settings)
-        end = stop_on_signal(console, deadline or Deadline(settings.finish_by))
+        run_deadline = stop_on_signal(console, deadline or Deadline(settings.finish_by))
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         if settings.dry_run:
             from engine.doctor.show import run_doctor
 
-            return run_doctor(sys.stdout, settings, manifest=True, say=say, stop=end.stop)
+            return run_doctor(sys.stdout, settings, manifest=True, say=say, stop=run_deadline.stop)
         try:
             with JsonProgress(log) if log.as_json else ProgressBar(console) as display:
-                summary = launch_run(settings, on_progress=display, say=say, deadline=end)
+                summary = launch_run(settings, on_progress=display, say=say, deadline=run_deadline)
         except ErrorRateError as error:
             _report(console, error.summary, settings)
             raise
         _report(console, summary, settings)
         return 0
 
-    return run_command(work, console)
+    return run_command(run, console)
 
 
 def _report(console: Console, summary: Summary, settings: Settings) -> None:
     if not summary.rows_done and not summary.shard and settings.device != ALL_GPUS:
-        hint = "no row failed" if settings.only_errors else "--overwrite starts again"
+        hint = "no row failed" if settings.only_errors else "--overwrite screens everything again"
         console.print(f"{summary.output} is finished already; {hint}", markup=False, soft_wrap=True)
     if isinstance(console.file, RedactingLog) and console.file.as_json:
         console.file.event("summary", **to_builtins(summary.as_record()))
@@ -58,11 +58,12 @@ def _report(console: Console, summary: Summary, settings: Settings) -> None:
         show_summary(console, summary)
     try:
         print(summary.output, flush=True)
-    except OSError:  # the results are safe, whoever wanted to read this
+    except OSError:  # nobody reads stdout; the results are complete
         sys.stdout = open_null()
     if summary.by_status.get("missing") == summary.rows:
         console.print(
-            "not one of the files is there; do relative paths start elsewhere? see --root", soft_wrap=True
+            "none of the files exists; if relative paths start in another folder, give it with --root",
+            soft_wrap=True,
         )
 
 

@@ -271,7 +271,7 @@ def printed(*arguments: str) -> str:
 
 PROVOKED: dict[str, Callable[[Path], str]] = {
     "no ensemble.json there": no_bundle,
-    "not one of the files": not_one_file,
+    "none of the files exists": not_one_file,
     "not paths": no_paths,
     "holds another run": another_run,
     "another process": another_process,
