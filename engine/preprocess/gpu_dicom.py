@@ -123,7 +123,7 @@ class DicomPipeline:
             torch.int16 if bits == 16 else torch.uint8
         )
         cells = cells.to(torch.int32) & (1 << bits) - 1
-        gray, flags = display(
+        displayed, flags = display(
             lambda levels: torch.from_numpy(levels).to(cells.device)[cells],
             torch.count_nonzero,
             lambda: torch.bincount(cells.reshape(-1), minlength=1 << bits).cpu().numpy(),
@@ -132,7 +132,7 @@ class DicomPipeline:
             inverted=inverted,
         )
         torch.cuda.current_stream(tensor.device).synchronize()  # DALI copies on another stream
-        return gray, flags
+        return displayed, flags
 
 
 def _first_frame(data: bytes, header: Header) -> npt.NDArray[np.uint8]:
