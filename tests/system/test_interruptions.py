@@ -260,7 +260,7 @@ def test_a_read_that_hangs_costs_its_row_and_no_time_of_others(start: Start, tmp
     assert process.returncode == 0, errors
     result = table(tmp_path / "out").to_pandas().set_index("row")
     assert sorted(result[result.status == "timeout"].index) == hanging
-    assert result.error[5] == "no answer for 9 s (--read-timeout)"
+    assert result.error[5] == "the storage did not answer within 9 s (--read-timeout)"
     rest = result.drop(hanging)
     assert set(rest.status) == {"ok", "missing", "corrupt"}
     assert rest.path.tolist() == [line for row, line in enumerate(lines) if row not in hanging]

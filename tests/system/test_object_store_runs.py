@@ -175,7 +175,8 @@ def test_storage_that_refuses_all_requests_ends_the_run(
         run = engine_run("m.csv", "-b", bundle)
         assert run.returncode == 1
         assert run.stderr.splitlines()[-1] == (
-            f"error: images at s3://archive: {complaint}; fix this and run the same command again"
+            f"error: the images at s3://archive cannot be read: {complaint}; "
+            "fix this and run the same command again"
         )
     assert not list(tmp_path.glob("*/part-*"))
 
@@ -217,7 +218,9 @@ def test_an_endpoint_that_is_down_ends_the_run_and_the_same_command_goes_on(
     assert log.splitlines()[-1].startswith("error: the images have disappeared: s3://archive or")
     _, log = never.communicate(timeout=60)
     assert never.returncode == 1
-    assert log.splitlines()[-1].startswith("error: images at s3://archive: the storage does not answer; ")
+    assert log.splitlines()[-1].startswith(
+        "error: the images at s3://archive cannot be read: the storage does not answer; "
+    )
     assert not list((tmp_path / "never").glob("part-*"))
     proxy.refuse, proxy.latency_s = (lambda method, path: None), 0
     run = engine_run("m.csv", "-b", bundle)
