@@ -14,7 +14,7 @@ from engine.core.records import OnMessage
 from engine.core.settings import Decode
 from engine.executors import launch
 from engine.runs.progress import OnProgress
-from engine.runs.run_settings import AnyPlace, settings_from_keywords
+from engine.runs.run_settings import AnyLocation, settings_from_keywords
 from engine.runs.summary import Summary
 from engine.storage.folders import error_text
 
@@ -25,7 +25,7 @@ class Options(TypedDict, total=False):
     A test compares them with `Settings`.
     """
 
-    output: AnyPlace
+    output: AnyLocation
     bundle: str | os.PathLike[str]
     device: str
     runner: Literal["auto", "tensorrt", "torch", "onnx"]
@@ -35,7 +35,7 @@ class Options(TypedDict, total=False):
     part_rows: int | None
     path_column: str | None
     column_prefix: str
-    root: AnyPlace | None
+    root: AnyLocation | None
     workers: int | None
     memory: int | str  # bytes, or "2GiB"
     max_pixels: int
@@ -46,12 +46,12 @@ class Options(TypedDict, total=False):
     only_errors: bool
     include: Sequence[str]
     exclude: Sequence[str]
-    since: AnyPlace | None
+    since: AnyLocation | None
     include_uids: bool
     redact: bool
     keep: Sequence[str]
     salt_file: str | os.PathLike[str] | None
-    paths_from: AnyPlace | None
+    paths_from: AnyLocation | None
     overwrite: bool
     decoder: Literal["auto", "cpu"]
     slots: int
@@ -66,7 +66,7 @@ class Options(TypedDict, total=False):
 
 
 def screen(
-    manifest: AnyPlace,
+    manifest: AnyLocation,
     *,
     progress: OnProgress = lambda _: None,
     say: OnMessage = lambda _: None,

@@ -125,7 +125,7 @@ def read_labelled_scores(
 def _hash_before_calibration(run: RunRecord) -> str:
     """Return the hash of a run's bundle before it was calibrated, which changes no member and no weight."""
     points = run.operating_points
-    return str(points["data"]["bundle_sha256"]) if points else run.result_options.bundle_sha256
+    return points.data.bundle_sha256 if points else run.result_options.bundle_sha256
 
 
 def _find_columns(names: list[str], prefix: str, columns: LabelColumns) -> tuple[str | None, str | None]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
-from engine.core.json_records import Record
+from engine.core.json_records import Fraction, Record
 
 
 class DecodeTuning(Record):
     """The split of JPEGs between the GPU's decoder, its CUDA kernels and the CPU (NVIDIA DALI's names)."""
 
-    hw_decoder_load: float = 0.65
-    hybrid_huffman_threshold: int = 1_000_000  # pixels
-    width_hint: int = 0
-    height_hint: int = 0
-    cpu_share: float = 0.0  # of the JPEGs, by the length of the file; 1: of every image
+    hw_decoder_load: Fraction
+    hybrid_huffman_threshold: Annotated[int, Meta(ge=0, le=1 << 40)]  # pixels
+    width_hint: Annotated[int, Meta(ge=0, le=1 << 16)]
+    height_hint: Annotated[int, Meta(ge=0, le=1 << 16)]
+    cpu_share: Fraction  # of the JPEGs, by the length of the file; 1: of every image
 
 
 class DecodeTrial(DecodeTuning):

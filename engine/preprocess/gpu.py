@@ -34,7 +34,13 @@ HASH_BUCKETS = 1 << 16
 
 
 class DecodeOptions(DecodeTuning):
-    """The split of images between GPU and CPU, and DALI's options."""
+    """The split of images between GPU and CPU, and DALI's options, with their defaults."""
+
+    hw_decoder_load: float = 0.65
+    hybrid_huffman_threshold: int = 1_000_000
+    width_hint: int = 0
+    height_hint: int = 0
+    cpu_share: float = 0.0
 
     def on_gpu(self, data: bytes, header: Header) -> bool:
         """Return whether the GPU decodes the image; depends on its bytes alone."""

@@ -138,10 +138,10 @@ def display_word(word: str) -> str:
 
 def _points(run: RunRecord) -> dict[str, Any]:
     """Return the thresholds of the bundle's operating points, if it has any."""
-    points = run.operating_points or {}
-    sides = (("rule_out", "below"), ("refer", "above"))
-    thresholds = [(points.get(name) or {}).get(side) for name, side in sides]
-    return {"target": points.get("target"), "marks": [value for value in thresholds if value is not None]}
+    points = run.operating_points
+    if not points:
+        return {"target": None, "marks": []}
+    return {"target": points.target, "marks": [points.rule_out.below, points.refer.above]}
 
 
 def _triage(totals: ReportTotals, points: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -403,7 +403,7 @@ def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
     return {
         "run": run.run_id,
         "basics": {name: value for name, value in basics.items() if value not in (None, "")},
-        "operating_points": _flatten(run.operating_points or {}),
+        "operating_points": _flatten(to_builtins(run.operating_points or {})),
         "versions": run.versions,
         "options": options | {f"tuned {name}": value for name, value in to_builtins(run.tuning).items()},
     }
@@ -411,7 +411,7 @@ def _provenance(run: RunRecord, *, hide: bool) -> dict[str, Any]:
 
 def _round_digits(value: Any) -> Any:
     """Round to three digits."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_round_digits(entry) for entry in value]
     return float(f"{value:.3g}") if isinstance(value, float) else value
 

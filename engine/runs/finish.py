@@ -29,13 +29,13 @@ def finish_run(
     parts: dict[int, PartInfo] | None = None,
     actors: ActorCounts | None = None,
 ) -> Summary:
-    """Re-read the footers of all parts; only when they add up to the manifest does the run succeed.
+    """Read the footers of all parts again and write `_SUCCESS` if they add up to the manifest.
 
-    `parts`: what the footers say, where they were read just now. A shard does so when no part of the run is
-    left to the others; its summary is about its own parts. Raises Stopped when parts of its own are missing
-    that nobody has in hand.
+    `parts`: the footers, if they have just been read. A shard writes `_SUCCESS` if all parts of the run are
+    on disk; its summary covers its own parts. Raises Stopped if some of these are missing and not claimed by
+    another process.
     """
-    add_up = partial(
+    summarise = partial(
         summarise_run,
         folder.path,
         run,
@@ -47,32 +47,32 @@ def finish_run(
     )
     count, own = run.part_count, run.part_indices(shard)
     with folder.run_lock(say):
-        there = folder.there()
-        if shard is None or (len(there) == count and not folder.is_marked_finished()):
-            summary = add_up(folder.complete(run, parts).values())
+        on_disk = folder.list_parts()
+        if shard is None or (len(on_disk) == count and not folder.is_marked_finished()):
+            summary = summarise(folder.complete(run, parts).values())
             folder.files.delete_leftovers()
             folder.mark_finished(summary.as_record())
         if shard is None:
             return summary
-    # before the parts are looked at: who lets go of one has written it
-    held = folder.claimed(set(own) - there)
+    # claims first: a process that releases a part has written it
+    claimed = folder.claimed(set(own) - on_disk)
     parts = folder.finished(run, own)
-    say(_shard_state(shard, own, held, set(parts), len(there), count))
+    say(_shard_state(shard, own, claimed, set(parts), len(on_disk), count))
     rows = sum(part.rows for part in parts.values())
-    return replace(add_up(parts.values()), rows=rows, shard=str(shard))
+    return replace(summarise(parts.values()), rows=rows, shard=str(shard))
 
 
 def _shard_state(
-    shard: Shard, own: Sequence[int], held: set[int], done: set[int], there: int, count: int
+    shard: Shard, own: Sequence[int], claimed: set[int], done: set[int], on_disk: int, count: int
 ) -> str:
-    if left := len(set(own) - done - held):
+    if missing := len(set(own) - done - claimed):
         raise Stopped(
-            f"shard {shard}: {left} of its {len(own)} parts are missing; "
+            f"shard {shard}: {missing} of its {len(own)} parts are missing; "
             "run the same command again to continue"
         )
-    if there == count:
+    if on_disk == count:
         return f"shard {shard} is done, and with it all {count} parts of the run"
     state = f"is done: {len(done)} of {count} parts"
-    if others := len(held - done):
+    if others := len(claimed - done):
         state = f"leaves {others} of its {len(own)} parts to another process, which is processing them"
-    return f"shard {shard} {state}; {there} of {count} parts of the run are there"
+    return f"shard {shard} {state}; {on_disk} of {count} parts of the run are written"

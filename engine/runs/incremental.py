@@ -1,4 +1,4 @@
-"""`--since RESULTS`: only the rows of a manifest that an earlier run has not done, or not as they are now."""
+"""`--since RESULTS`: select the rows of a manifest that are new or changed since an earlier run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from engine.runs.run_record import ResultOptions
 from engine.sink.parts import part_name
 from engine.storage.atomic import atomic
 
-# result options whose change makes old scores worthless
+# result options whose change invalidates old scores
 SCORE_OPTIONS = {
     "bundle_sha256": "the bundle",
     "precision": "the precision",
@@ -35,14 +35,14 @@ SCORE_OPTIONS = {
     "decode": "the decoding",
 }
 
-Keys = npt.NDArray[np.bytes_]  # 128-bit hashes of place, size and time of change
+Keys = npt.NDArray[np.bytes_]  # 128-bit hashes of path, size and time of change
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """The options that decide the scores of a run, by the names in DECISIVE.
+    """The options that decide the scores of a run, by the names in SCORE_OPTIONS.
 
-    Plans of a GPU may be built anew, each passed the gate; INT8 graphs depend on what calibrated them.
+    GPU plans are not among them, since each passes the accuracy gate; INT8 graphs are.
     """
 
     bundle_sha256: str
@@ -61,79 +61,81 @@ class ScoreOptions:
         return cls(options.bundle_sha256, options.precision, graphs, options.decode)
 
     def changed_option(self, other: Self) -> str | None:
-        """Return what changed_option first, in words."""
+        """Return the description of the first option that differs, None if there is none."""
         changed = (
-            words for name, words in SCORE_OPTIONS.items() if getattr(self, name) != getattr(other, name)
+            text for name, text in SCORE_OPTIONS.items() if getattr(self, name) != getattr(other, name)
         )
         return next(changed, None)
 
 
 class PreviousRun:
-    """A finished run, and what it has scored."""
+    """A finished run and the images that it scored."""
 
     def __init__(self, results: Location) -> None:
-        """Raises UsageError for anything but a finished run that says how its files were."""
-        self.place = results
+        """Open the run. Raises UsageError unless it is finished and its paths are not hashed."""
+        self.location = results
         folder = RunFolder.existing(results)
         run = folder.run()
         self._files, self._run, self.options = folder.files, run, run.result_options
         self.run_id = run.run_id
-        self.before = run.since  # where the run is that this one itself was since
+        self.since = run.since  # location of the run that this one continued
         if not folder.is_marked_finished():
             raise UsageError(f"--since {results}: that run is not finished")
         if self.options.redacted_by:
             raise UsageError(f"--since {results}: its paths are hashed, so nothing can be compared")
 
     def changed_option(self, options: ScoreOptions) -> str | None:
-        """Name the option that makes these scores incomparable with those of `options`, None if none does."""
+        """Return the option that makes these scores differ from those of `options`, None if there is none."""
         return ScoreOptions.of_run(self.options).changed_option(options)
 
     def keys(self, options: ScoreOptions) -> Keys:
         """Return the sorted keys, 16 bytes each, of the rows that need not be screened again.
 
-        What this run left out because of one before it counts too, while that one is still there.
+        Rows of the runs before this one count too, as long as their results exist.
         """
-        found: list[Keys] = []
+        keys: list[Keys] = []
         run, seen = self, set[str]()
         while run.run_id not in seen and run.changed_option(options) is None:
             seen.add(run.run_id)
-            found += run._own_keys()
-            if run.before is None:
+            keys += run._own_keys()
+            if run.since is None:
                 break
             try:
-                run = PreviousRun(parse(run.before))
-            except UsageError:  # it is gone: its rows are screened again
+                run = PreviousRun(parse(run.since))
+            except UsageError:  # its results are deleted: its rows are screened again
                 break
-        return np.sort(np.concatenate(found))
+        return np.sort(np.concatenate(keys))
 
     def _own_keys(self) -> Iterator[Keys]:
         prefix = self.options.column_prefix
         names = [PATH_COLUMN, prefix + SIZE_COLUMN, prefix + MODIFIED_COLUMN, "status"]
         done = pa.array([Status.OK.label, Status.SKIPPED.label])
         for index in range(self._run.part_count):
-            there = self._files.read(part_name(index), pq.read_schema).names
-            if missing := set(names) - set(there):
+            columns = self._files.read(part_name(index), pq.read_schema).names
+            if missing := set(names) - set(columns):
                 raise UsageError(
-                    f"--since {self.place}: its rows have no {min(missing)}; screen a folder, or a list that "
-                    "python -m engine.manifest made"
+                    f"--since {self.location}: its results have no column {min(missing)!r}; screen a folder, "
+                    "or a list made by python -m engine.manifest"
                 )
             table = self._files.read(part_name(index), partial(pq.read_table, columns=names))
             table = table.filter(pc.is_in(table.column("status"), value_set=done))
             yield _image_keys(self.options.root, *table.columns[:3])
 
 
-def write_changed(manifest: Manifest, earlier: PreviousRun, options: ScoreOptions, target: Path) -> int:
-    """Write what is new or changed in `manifest` since `earlier`; returns its rows. Raises UsageError."""
+def write_changed(manifest: Manifest, previous: PreviousRun, options: ScoreOptions, target: Path) -> int:
+    """Write the rows of `manifest` that are new or changed since `previous`; return their number.
+
+    Raises UsageError.
+    """
     columns = manifest.columns
     if not pa.types.is_timestamp(_column_type(columns, MODIFIED_COLUMN)) or not pa.types.is_integer(
         _column_type(columns, SIZE_COLUMN)
     ):
         raise UsageError(
             f"manifest {manifest.source}: --since needs columns {SIZE_COLUMN} and {MODIFIED_COLUMN}; "
-            "make the list with "
-            "python -m engine.manifest"
+            "make the list with python -m engine.manifest"
         )
-    known, rows = earlier.keys(options), 0
+    known, rows = previous.keys(options), 0
     root = str(manifest.root)
     with (
         atomic(target) as temporary,
@@ -146,8 +148,8 @@ def write_changed(manifest: Manifest, earlier: PreviousRun, options: ScoreOption
                 table.column(SIZE_COLUMN),
                 table.column(MODIFIED_COLUMN),
             )
-            place = np.minimum(np.searchsorted(known, keys), max(0, len(known) - 1))
-            new = table if not len(known) else table.filter(pa.array(known[place] != keys))
+            nearest = np.minimum(np.searchsorted(known, keys), max(0, len(known) - 1))
+            new = table if not len(known) else table.filter(pa.array(known[nearest] != keys))
             if new.num_rows:
                 writer.write_table(new)
                 rows += new.num_rows
@@ -173,4 +175,4 @@ def _hash_rows(root: str, rows: Iterable[tuple[str | None, int | None, int | Non
         else:
             text = f"{path if is_url(path) else os.path.join(root, path)}\0{size}\0{time}"
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        yield digest[:-1] + bytes([digest[-1] | 1])  # NumPy's byte strings don't end in zeros
+        yield digest[:-1] + bytes([digest[-1] | 1])  # NumPy drops zeros at the end of byte strings

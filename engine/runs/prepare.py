@@ -1,4 +1,4 @@
-"""A run before its stages and after them: checked, described, its folder locked; at the end the sums."""
+"""Prepare a run before its stages open: check its inputs, describe it and lock its folder."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SelectRunner = Callable[[Bundle], RunnerChoice]
 class PreparedRun:
     """A prepared run. Nothing is written before `begin`, which writes `run` or resumes the recorded one."""
 
-    settings: Settings  # with what the machine's profile adds
+    settings: Settings  # with the options of this machine's tuning profile
     bundle: Bundle
     choice: RunnerChoice
     folder: RunFolder  # locked
@@ -45,12 +45,12 @@ class PreparedRun:
     resumed: bool
     say: OnMessage
     start_messages: list[str]
-    done: dict[int, PartInfo] = field(default_factory=dict)  # its parts on disk, when it began
+    done: dict[int, PartInfo] = field(default_factory=dict)  # parts on disk when the run began
 
     def begin(self, settled: Settled | None = None) -> None:
-        """Record the run with what the stages have settled, or take up the one that is recorded.
+        """Record the run with the values that the stages have settled, or resume the recorded run.
 
-        Raises UsageError when the folder holds a run with other result options.
+        Raises UsageError if the folder holds a run with other result options.
         """
         self.run = self.folder.begin(self.run.with_settled(settled) if settled else self.run)
         self.folder.release_run_lock()
@@ -60,9 +60,9 @@ class PreparedRun:
         for line in self.start_messages:
             self.say(line)
         if self.folder.is_marked_finished():
-            with self.folder.run_lock(self.say):  # it may be finished since the parts were looked at
-                # a part may be there and not count: see `RunFolder.finished`
-                if not self.settings.shard or not self.folder.there() >= set(self.indices):
+            with self.folder.run_lock(self.say):  # another shard may just have finished it
+                # a part on disk may be unconfirmed, see `RunFolder.finished`
+                if not self.settings.shard or not self.folder.list_parts() >= set(self.indices):
                     self.folder.mark_unfinished()
 
     @property
@@ -79,7 +79,7 @@ class PreparedRun:
         return self.run.result_options.part_rows
 
     def progress(self) -> Progress:
-        """Return the progress at the start, with what earlier starts have finished."""
+        """Return the progress at the start, with the parts of earlier starts."""
         rows = self.run.shard_rows(self.settings.shard)
         progress = Progress(rows, finish_by=self.settings.finish_by)
         for part in self.done.values():
@@ -92,39 +92,38 @@ class PreparedRun:
         has claimed.
         """
         todo = set(self.indices) - set(self.done)
-        return self._claimed(todo, progress) if self.settings.shard else self._of_manifest(todo)
+        return self._claim_parts(todo, progress) if self.settings.shard else self._manifest_parts(todo)
 
-    def _of_manifest(self, indices: set[int]) -> Iterator[Part]:
+    def _manifest_parts(self, indices: set[int]) -> Iterator[Part]:
         return self.manifest.parts(self.part_rows, indices)
 
-    def _claimed(self, todo: set[int], progress: Progress) -> Iterator[Part]:
-        """Yield the parts as they are claimed; parts that a twin shard holds come last.
+    def _claim_parts(self, todo: set[int], progress: Progress) -> Iterator[Part]:
+        """Claim and yield parts; those that another process has claimed are tried again at the end.
 
-        What the other does leaves `progress`.
+        Rows that another process scores are subtracted from `progress`.
         """
         files = self.folder.files
         while todo:
-            held = set()
-            for part in self._of_manifest(todo):
+            claimed = set()
+            for part in self._manifest_parts(todo):
                 if not files.claim(part.index):
-                    held.add(part.index)
+                    claimed.add(part.index)
                 elif self.folder.has(part.index, self.run):
                     files.release(part.index)
                     progress.rows -= part.rows
                 else:
                     yield part
-            if held == todo:
-                progress.rows -= sum(map(self.run.rows_in_part, held))
+            if claimed == todo:
+                progress.rows -= sum(map(self.run.rows_in_part, claimed))
                 return
-            todo = held
+            todo = claimed
 
     def sink(self) -> Sink:
-        written = self.folder.files.release
-        by = scorer_of(self.choice)
-        return Sink(self.folder.files, self.layout, self.run.to_metadata(), by, on_written=written)
+        files, by = self.folder.files, scorer_of(self.choice)
+        return Sink(files, self.layout, self.run.to_metadata(), by, on_written=files.release)
 
     def summary(self) -> Summary:
-        """Return the summary of a run that was finished already."""
+        """Return the summary of a run that an earlier start finished."""
         shard = self.settings.shard
         if shard:
             self.say(f"{self.folder.path} is finished already")
@@ -137,10 +136,10 @@ class PreparedRun:
 def prepare_run(
     settings: Settings, say: OnMessage, *, chosen: SelectRunner | None = None
 ) -> Iterator[PreparedRun]:
-    """Check everything that can be checked before the stages are opened, and lock the folder.
+    """Check everything that can be checked before the stages open, and lock the folder.
 
-    `chosen` tells what runs the members where that is not this process.
-    Raises UsageError when the manifest, bundle or output folder is wrong, NothingNew for `since`.
+    `chosen` selects the runner if the members run in another process.
+    Raises UsageError if the manifest, bundle or output folder is wrong, and NothingNew for `since`.
     """
     bundle = bundles.load_bundle(settings.bundle)
     check_inputs(settings)
@@ -176,9 +175,9 @@ def describe(
     earlier: PreviousRun | None,
     tuned: bool = True,
 ) -> tuple[ResultSchema, AppliedProfile, RunnerChoice, RunRecord]:
-    """Describe a run that begins, or goes on with a `recorded` one; writes nothing.
+    """Describe a new run, or a resumed one that is `recorded`, without writing anything.
 
-    With `tuned`, this machine's profile adds to the settings. Raises UsageError.
+    With `tuned`, this machine's profile is applied to the settings. Raises UsageError.
     """
     layout = ResultSchema.of(bundle, manifest, settings, with_triage=recorded is None or recorded.has_triage)
     advice = apply_profile(settings, bundle, choice, recorded=recorded) if tuned else AppliedProfile(settings)
@@ -194,10 +193,10 @@ def describe(
 
 
 def _triage_lines(bundle: Bundle, choice: RunnerChoice, run: RunRecord) -> Iterator[str]:
-    """Describe how rows are sorted and what is not checked."""
+    """Yield the status lines about triage and out-of-distribution detection."""
     if bundle.operating_points:
-        measured = bundle.operating_points.data.precision
-        other = f"; this run is in {choice.precision}" if choice.precision != measured else ""
+        calibrated = bundle.operating_points.data.precision
+        other = f"; this run is in {choice.precision}" if choice.precision != calibrated else ""
         yield f"triage: {bundle.operating_points}{other}"
     if (run.out_of_distribution or "").startswith("not"):
         yield f"out of distribution is {run.out_of_distribution} gives no distances"
@@ -237,7 +236,7 @@ def open_run_manifest(settings: Settings, listing: Path, *, since: bool) -> Mani
         settings.manifest,
         path_column=settings.path_column,
         root=settings.root,
-        listing=None if settings.redaction else listing,  # which names paths
+        listing=None if settings.redaction else listing,  # a listing stores paths
         include=settings.include,
         exclude=settings.exclude,
         since=since,
@@ -252,23 +251,23 @@ def list_incremental(
     listing: Path,
     say: OnMessage,
 ) -> None:
-    """Freeze what is to be screened since an earlier run. Raises NothingNew."""
+    """Write the listing of the rows that are new since an earlier run. Raises NothingNew."""
     with TemporaryDirectory(prefix="engine-") as scratch:
-        whole = open_run_manifest(settings, Path(scratch, listing.name), since=False)
+        manifest = open_run_manifest(settings, Path(scratch, listing.name), since=False)
         options = ScoreOptions.create(bundle, choice)
         if changed := earlier.changed_option(options):
-            say(f"{changed} has changed since {earlier.place}: all {whole.rows} rows are screened")
-            rows = whole.copy_to(listing)
+            say(f"{changed} has changed since {earlier.location}: all {manifest.rows} rows are screened")
+            rows = manifest.copy_to(listing)
         else:
-            rows = write_changed(whole, earlier, options, listing)
-            say(f"{rows} of {whole.rows} rows are new or changed since {earlier.place}")
+            rows = write_changed(manifest, earlier, options, listing)
+            say(f"{rows} of {manifest.rows} rows are new or changed since {earlier.location}")
     if not rows:
         listing.unlink()
-        raise NothingNew(f"nothing is new since {earlier.place}; nothing was written")
+        raise NothingNew(f"no row is new or changed since {earlier.location}; nothing was written")
 
 
 def _check_decode(settings: Settings, bundle: Bundle) -> None:
-    """Scores are for pixels like those that the bundle was trained on."""
+    """Raise UsageError unless images are decoded as for the training of the bundle."""
     if settings.decode not in (None, bundle.decode):
         raise UsageError(
             f"--decode {settings.decode}: bundle {bundle.path} was trained with {bundle.decode}; leave the "
@@ -280,18 +279,20 @@ def check_inputs(settings: Settings) -> None:
     """Check manifest and root before an output folder is created."""
     manifest, root = settings.manifest, settings.root
     if settings.redaction and settings.since:
-        raise UsageError("--since with --redact: the list of what is new would put paths into the results")
+        raise UsageError(
+            "--since cannot be given with --redact: the list of new rows would store paths in the results"
+        )
     if isinstance(root, Url) and root.query:
-        raise UsageError(f"--root {root}?...: a folder has no query; give it without")
+        raise UsageError(f"--root {root}?...: a folder has no query; give --root without it")
     if isinstance(manifest, Url):
         if manifest.path.endswith("/") or not manifest.key:
             raise UsageError(
-                f"manifest {manifest}: a folder there can't be listed; give a list of its images"
+                f"manifest {manifest}: a remote folder can't be listed; give a list of its images"
             )
         return
     if not manifest.exists():
         raise UsageError(f"manifest {manifest}: no such file or folder")
     if not (manifest.is_file() or manifest.is_dir()):
-        raise UsageError(f"manifest {manifest}: neither a file nor a folder")
+        raise UsageError(f"manifest {manifest}: it is neither a file nor a folder")
     if isinstance(root, Path) and not root.is_dir():
         raise UsageError(f"--root {root}: no such folder; relative paths of the manifest start there")

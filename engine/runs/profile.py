@@ -1,7 +1,7 @@
 """Profiles of `engine.tune` for a machine: stored beside the bundle, read by `engine.run`.
 
-`BUNDLE.tuning` lies beside the bundle and not in it: a bundle is passed on, copied and hashed, while what is
-here is of use on one machine only. Each file is named by a hash of all that its figures depend on.
+`BUNDLE.tuning` is beside the bundle and not in it: a bundle is copied and hashed, while a profile applies to
+one machine only. Each file is named by a hash of all facts that its figures depend on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from engine.bundle.bundle import Bundle
 from engine.core.hardware import available_cpus, processor_name
 from engine.core.json_records import (
     Count,
-    Fraction,
     Record,
     from_builtins,
     from_json,
@@ -30,7 +29,7 @@ from engine.core.json_records import (
     to_json,
 )
 from engine.core.settings import Settings
-from engine.core.tuning import Tuning
+from engine.core.tuning import DecodeTuning, Tuning
 from engine.runners.base import RunnerChoice
 from engine.runs.run_record import RunRecord, UsedProfile, library_versions
 from engine.storage.atomic import atomic
@@ -39,24 +38,15 @@ PROFILE_FORMAT: Literal[1] = 1
 CPU_BATCHES = (1, 2, 4, 8, 16, 32)
 GPU_BATCHES = (16, 32, 64, 128, 256, 512)
 MAX_PROFILE_BYTES = 1 << 20
-# what decides the speed, and its versions: of the CPU's runner, and of a GPU's
+# packages whose versions decide the speed
 _KEY_PACKAGES = ("engine", "python", "nvidia-dali-cuda130", "imagecodecs", "simplejpeg", "numpy")
 _RUNNER_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "torch", "tensorrt-cu13", "tensorrt-rtx-cu13")
 
 
-class DecodingKnobs(Record):
-    """The fields of engine.preprocess.gpu.DecodeOptions, as the GPU's own tuning has settled them."""
-
-    hw_decoder_load: Fraction
-    hybrid_huffman_threshold: Annotated[int, Meta(ge=0, le=1 << 40)]
-    width_hint: Annotated[int, Meta(ge=0, le=1 << 16)]
-    height_hint: Annotated[int, Meta(ge=0, le=1 << 16)]
-    cpu_share: Fraction
-
-
 class TunedOptions(Record, omit_defaults=True):
-    """The options that differ from the defaults; None keeps a default. Checked: anybody may write a
-    profile.
+    """The options that differ from the defaults; None keeps a default.
+
+    They are checked, since a profile may come from anybody.
     """
 
     batch_size: int | None = None
@@ -64,24 +54,24 @@ class TunedOptions(Record, omit_defaults=True):
     runner: Literal["tensorrt", "torch", "onnx"] | None = None  # of a GPU
     cuda_graph: bool | None = None
     compiled: bool | None = None  # the members, by torch.compile
-    decoding: DecodingKnobs | None = None
+    decoding: DecodeTuning | None = None
 
     def __post_init__(self) -> None:
         batches = sorted({*CPU_BATCHES, *GPU_BATCHES})
         if self.batch_size is not None and self.batch_size not in batches:
             raise ValueError(f"batch_size is {self.batch_size}: allowed: {', '.join(map(str, batches))}")
-        most = 2 * available_cpus()
-        if self.workers is not None and self.workers > most:
-            raise ValueError(f"workers is {self.workers}: at most {most} on this machine")
+        limit = 2 * available_cpus()
+        if self.workers is not None and self.workers > limit:
+            raise ValueError(f"workers is {self.workers}: allowed: up to {limit} on this machine")
 
     def __str__(self) -> str:
-        words = [
+        texts = [
             self.batch_size and f"batch {self.batch_size}",
             self.workers and f"{self.workers} worker{'s' * (self.workers > 1)}",
             self.runner and f"the runner {self.runner}",
             self.cuda_graph is not None and f"{'a' if self.cuda_graph else 'no'} CUDA graph",
         ]
-        return ", ".join(word for word in words if word) or "the defaults"
+        return ", ".join(text for text in texts if text) or "the defaults"
 
     @property
     def named(self) -> dict[str, Any]:
@@ -100,7 +90,7 @@ class TunedOptions(Record, omit_defaults=True):
         return self.named.keys() <= {"batch_size", "workers"} and self.batch_size in sizes
 
     def on(self, settings: Settings) -> Settings:
-        """`settings` with these where the user named nothing."""
+        """Return `settings` with these options where the user set none."""
         return replace(
             settings,
             batch_size=self.batch_size if settings.batch_size is None else settings.batch_size,
@@ -119,7 +109,7 @@ class MachineGpu(Record):
 
 
 class Machine(Record):
-    """The facts that the figures depend on: a profile fits where they are equal."""
+    """The facts that the figures depend on; a profile fits if they are equal."""
 
     bundle_sha256: str
     precision: str
@@ -147,20 +137,20 @@ class Sampled(Record):
 
 
 class BestBeside(TunedOptions, omit_defaults=True):
-    """The best candidate beside the defaults."""
+    """The best candidate, compared with the defaults."""
 
-    of_defaults: tuple[float, ...]  # its rate / that of the defaults, visited in turn
+    of_defaults: tuple[float, ...]  # its rate / the default rate, for each pair of visits
 
 
 class Tried(Record):
-    """A candidate, and its images/s at each visit but the first."""
+    """A candidate, and its images/s at each visit except the first."""
 
     knobs: TunedOptions
     images_per_s: tuple[float, ...]
 
 
 class TuningProfile(Record):
-    """A file of BUNDLE.tuning: what `engine.tune` chose for a machine, and facts for people."""
+    """A file of BUNDLE.tuning: the options that `engine.tune` chose for a machine, and how."""
 
     format: Literal[1]
     knobs: TunedOptions
@@ -176,7 +166,7 @@ class TuningProfile(Record):
 def machine_key(bundle: Bundle, choice: RunnerChoice) -> Machine:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpu = choice.gpu
-    found = library_versions()
+    versions = library_versions()
     return Machine(
         bundle_sha256=bundle.sha256,
         precision=choice.precision,
@@ -187,19 +177,19 @@ def machine_key(bundle: Bundle, choice: RunnerChoice) -> Machine:
         cores=available_cpus(),
         memory_gib=round(memory / 2**30),
         gpu=MachineGpu(name=gpu.name, capability=gpu.capability, driver=gpu.driver) if gpu else None,
-        versions={name: found[name] for name in _KEY_PACKAGES if name in found}
+        versions={name: versions[name] for name in _KEY_PACKAGES if name in versions}
         | _package_versions(_RUNNER_PACKAGES if gpu else _RUNNER_PACKAGES[:1]),
     )
 
 
 def _package_versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in packages:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def profiles_folder(bundle: Path) -> Path:
@@ -211,7 +201,7 @@ def profile_path(bundle: Path, machine: Machine) -> Path:
 
 
 def save_profile(bundle: Path, profile: TuningProfile) -> Path:
-    """Write a profile, whole or not at all. Raises OSError."""
+    """Write a profile atomically. Raises OSError."""
     path = profile_path(bundle, profile.machine)
     path.parent.mkdir(exist_ok=True)
     with atomic(path) as temporary:
@@ -221,32 +211,32 @@ def save_profile(bundle: Path, profile: TuningProfile) -> Path:
 
 @dataclass(frozen=True)
 class AppliedProfile:
-    """The effect of the bundle's profiles on a run."""
+    """The effect of a tuning profile on a run."""
 
-    settings: Settings  # with what fits of the profile
-    line: str | None = None  # for people
+    settings: Settings  # with the options of the profile
+    line: str | None = None  # status line
     recorded: UsedProfile | None = None  # for `_run.json`
-    tuning: Tuning | None = None  # what a run on a GPU need not tune
+    tuning: Tuning | None = None  # values that a run on a GPU need not measure
 
 
 def apply_profile(
     settings: Settings, bundle: Bundle, choice: RunnerChoice, *, recorded: RunRecord | None
 ) -> AppliedProfile:
-    """Apply the profile that fits machine and bundle, where the user named nothing.
+    """Apply the profile of this machine and bundle to the options that the user did not set.
 
-    `choice` is what runs the members by `settings` alone. A run that is resumed keeps the result options that
-    are `recorded` for it. A profile that does not fit or can't be read is ignored, with a line.
+    `choice` is the runner by `settings` alone. A resumed run keeps its `recorded` result options. A profile
+    that does not fit or cannot be read is ignored, with a status line.
     """
-    began_with = recorded.profile.knobs.get("runner") if recorded and recorded.profile else None
-    if began_with and settings.runner == "auto":
-        settings = replace(settings, runner=str(began_with))
+    runner = recorded.profile.knobs.get("runner") if recorded and recorded.profile else None
+    if runner and settings.runner == "auto":
+        settings = replace(settings, runner=str(runner))
     folder = profiles_folder(bundle.path)
     machine = machine_key(bundle, choice)
     path = profile_path(bundle.path, machine)
     try:
         if not path.exists():
             others = folder.is_dir() and any(entry.suffix == ".json" for entry in folder.iterdir())
-            line = f"{folder.name}: no profile there is for this machine, bundle and versions: ignored"
+            line = f"{folder.name} is ignored: no profile in it is for this machine, bundle and versions"
             return AppliedProfile(settings, line if others else None)
         knobs = _read_profile(path, machine).knobs
         if not choice.gpu and not knobs.for_cpu:
@@ -277,25 +267,25 @@ def apply_profile(
 
 
 def profiled_rate(bundle: Bundle, choice: RunnerChoice) -> tuple[float, str] | None:
-    """Images/s that `engine.tune` measured here with what it chose, and the name of the profile."""
+    """Return the images/s that `engine.tune` measured with the chosen options, and the profile's name."""
     machine = machine_key(bundle, choice)
     path = profile_path(bundle.path, machine)
     try:
         profile = _read_profile(path, machine)
         compared = structs.replace(profile.knobs, compiled=None, decoding=None)
-        rates = next(one.images_per_s for one in profile.tried if one.knobs == compared)
+        rates = next(tried.images_per_s for tried in profile.tried if tried.knobs == compared)
         return float(median(rates)), f"{path.parent.name}/{path.name}"
     except (OSError, ValueError, StopIteration):
         return None
 
 
 def _read_profile(path: Path, machine: Machine) -> TuningProfile:
-    """Raises ValueError, with words of our own, and OSError."""
-    # a FIFO by this name must not hold up the run
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:
-        if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-            raise ValueError("it is no file")
-        raw = opened.read(MAX_PROFILE_BYTES + 1)
+    """Read a profile. Raises ValueError and OSError."""
+    # O_NONBLOCK: a FIFO by this name must not block the run
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a file")
+        raw = file.read(MAX_PROFILE_BYTES + 1)
     if len(raw) > MAX_PROFILE_BYTES:
         raise ValueError(f"it has more than {MAX_PROFILE_BYTES} bytes")
     try:

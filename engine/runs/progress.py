@@ -1,4 +1,4 @@
-"""Count what a run has done while it goes on."""
+"""Count the rows of a run while it goes on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.core.records import Batch, Status
 class Progress:
     """The counts of a run so far; `rows_done` and the counters grow while it runs."""
 
-    rows: int  # that the run has to do, earlier starts included
+    rows: int  # of the run, those of earlier starts included
     rows_before: int = 0  # finished by an earlier start of the same run
     rows_done: int = 0  # by this start, on disk or not
     by_status: Counter[str] = field(default_factory=Counter)  # of rows_before and rows_done
@@ -41,7 +41,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Rows per second of this start."""
+        """Return the rows per second of this start."""
         return self.rows_done / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
     @property
@@ -49,11 +49,11 @@ class Progress:
         return self.rows - self.rows_before - self.rows_done
 
     def seconds_for(self, rows: int) -> float:
-        """Return the seconds for `rows` more rows at the present rate; infinite before there is one."""
+        """Return the seconds for `rows` more rows at the present rate; infinite before the first batch."""
         return rows / self.rate if self.rate else float("inf")
 
     def share_by(self, moment: datetime) -> float:
-        """Forecast: the share of the run that is done at `moment`, 0 to 1."""
+        """Forecast the share of the run that is done at `moment`, 0 to 1."""
         left_s = (moment - datetime.now(UTC)).total_seconds()
         done = self.rows_before + self.rows_done + self.rate * max(0.0, left_s)
         return min(1.0, done / self.rows) if self.rows else 1.0

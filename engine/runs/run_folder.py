@@ -1,4 +1,4 @@
-"""The results folder: whose run it holds, what is finished, who works in it."""
+"""Open and lock a results folder; read and write its run, its finished parts and its marks."""
 
 from __future__ import annotations
 
@@ -23,15 +23,11 @@ from engine.storage.object_folder import LEASE_S
 from engine.storage.open_folder import open_folder
 
 RUN_FILE, SUCCESS_FILE, LISTING_FILE = "_run.json", "_SUCCESS", "_manifest.parquet"
-EXPLANATIONS_FOLDER, INDEX_FILE, PICTURE_GLOB = (
-    "explanations",
-    "index.json",
-    "row-*.png",
-)  # of python -m engine.explain
-REPORT_FILE = "report.html"  # of python -m engine.report; every finished run has one
-LOCK_POLL_S = 0.05, 1.0  # between two looks whether it is one's turn, on a disk and in an object store
+EXPLANATIONS_FOLDER, INDEX_FILE, PICTURE_GLOB = "explanations", "index.json", "row-*.png"  # engine.explain
+REPORT_FILE = "report.html"  # of engine.report
+LOCK_POLL_S = 0.05, 1.0  # between two attempts to get the run lock, on a disk and in an object store
 LOCK_NOTICE_S = 2.0
-ACTORS_FILE = "_actors.json"  # of a run on Ray: how often the canaries have come well through each
+ACTORS_FILE = "_actors.json"  # of a run on Ray
 
 
 class ActorRecord(Record):
@@ -39,18 +35,18 @@ class ActorRecord(Record):
 
     host: str = ""
     device: str = ""
-    rounds: int  # how often the canaries have come well through it
+    rounds: int  # canary checks that it has passed
 
 
 class ActorsRecord(Record):
-    """`_actors.json`: which actors gave right scores until when."""
+    """`_actors.json`: the canary checks that each actor has passed."""
 
     run_id: str
     actors: dict[str, ActorRecord]  # by id
 
 
 class ReferenceImages(Record, omit_defaults=True):
-    """Images that explained ones are compared with: rows of the run, or the bundle's canaries."""
+    """The images that explanations compare with: rows of the run, or the bundle's canaries."""
 
     rows: tuple[int, ...] = ()
     canaries: int = 0
@@ -61,11 +57,11 @@ class ExplainedRow(Record):
 
     row: int
     of_class: str = field(name="class")
-    voters: dict[str, str]  # picture by member, and that of the ensemble
+    voters: dict[str, str]  # file name of the picture by member, and of the ensemble
     probability: float
     typical: float  # mean probability of the reference images
-    shares: dict[str, float]  # of the difference, by member
-    scale: float  # largest change of the probability by one place
+    shares: dict[str, float]  # of the difference in probability, by member
+    scale: float  # largest change of the probability by one image region
 
 
 class ExplanationIndex(Record):
@@ -78,15 +74,16 @@ class ExplanationIndex(Record):
     rows: tuple[ExplainedRow, ...]
 
 
-def _shorten_hash(value: object) -> str:
-    shown = list(value) if isinstance(value, tuple) else value
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) == 64 else repr(shown)  # a hash
+def _format_option(value: object) -> str:
+    if isinstance(value, str) and len(value) == 64:  # a hash
+        return f"{value[:12]}..."
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 class RunFolder:
-    """Locks the folder at `path` for this process while it is open; `shared`, for the shards of one run.
+    """Locks the folder at `path` for this process while it is open; `shared` among the shards of a run.
 
-    Created here, it is removed if no run was begun.
+    A folder that this object creates is removed if no run begins.
     """
 
     def __init__(self, path: Path | Url, *, overwrite: bool, shared: bool = False) -> None:
@@ -108,15 +105,13 @@ class RunFolder:
             self.refuse_foreign()
             self.files.lock(shared=self._shared)
             if self._overwrite:
-                self.files.delete(LISTING_FILE)  # the folder is listed again; the rest goes in begin()
+                self.files.delete(LISTING_FILE)  # the manifest is listed again; `begin` deletes the rest
         except BlockingIOError:
-            why = "another process is writing there"
-            if self._shared:
-                why += " without --shard"
-            why += "; wait for it"
-            if isinstance(self.path, Url):
-                why += f", or for {LEASE_S:g} s if it was killed"
-            raise UsageError(f"output {self.path}: {why}") from None
+            unshared = " without --shard" if self._shared else ""
+            killed = f", or {LEASE_S:g} s if it was killed" if isinstance(self.path, Url) else ""
+            raise UsageError(
+                f"output {self.path}: another process is writing there{unshared}; wait for its end{killed}"
+            ) from None
         except OSError as error:
             raise UsageError(f"output {self.path}: {error_text(error)}") from None
         return self
@@ -130,12 +125,12 @@ class RunFolder:
         self.files.unlock(remove_created=nothing_begun)
 
     def acquire_run_lock(self, say: Callable[[str], None]) -> None:
-        """Wait until no other shard begins or ends the run; `say` it when that takes long."""
-        began, told = time.monotonic(), False
+        """Wait until no other shard begins or ends the run; call `say` if that takes long."""
+        start, reported = time.monotonic(), False
         while not self.files.acquire_run_lock():
-            if not told and time.monotonic() - began > LOCK_NOTICE_S:
-                say(f"waiting for another shard, which begins or ends the run in {self.path}")
-                told = True
+            if not reported and time.monotonic() - start > LOCK_NOTICE_S:
+                say(f"waiting for another shard that begins or ends the run in {self.path}")
+                reported = True
             time.sleep(LOCK_POLL_S[isinstance(self.path, Url)])
         self._holds_run_lock = True
 
@@ -153,9 +148,9 @@ class RunFolder:
             self.release_run_lock()
 
     def refuse_foreign(self) -> None:
-        """Raises UsageError for a file, and for a folder that holds something else."""
+        """Raise UsageError for a file, and for a folder with other content than a run."""
         if isinstance(self.path, Path) and self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"output {self.path}: this is a file; give a folder with -o")
+            raise UsageError(f"output {self.path}: it is a file; give a folder with -o")
         names = self.files.names()
         if names and not any(name == RUN_FILE or name.startswith(LOCK_FILE) for name in names):
             raise UsageError(
@@ -170,16 +165,16 @@ class RunFolder:
             self.files.delete(name)
 
     def listing(self) -> Path:
-        """Return the path of a folder's listing, where it is or can be written for `store_listing`."""
+        """Return the path at which the listing is read, or written before `store_listing`."""
         return self.files.local(LISTING_FILE)
 
     def store_listing(self) -> None:
         self.files.keep(LISTING_FILE)
 
     def recorded(self) -> RunRecord | None:
-        """Read `_run.json`; None for a new folder. Raises UsageError for one that this version can't read."""
+        """Read `_run.json`; None for a new folder. Raises UsageError if this version cannot read it."""
         try:
-            return RunRecord.parse(self.files.read(RUN_FILE, lambda opened: opened.read()))
+            return RunRecord.parse(self.files.read(RUN_FILE, lambda file: file.read()))
         except FileNotFoundError:
             return None
         except StoreError:
@@ -198,7 +193,7 @@ class RunFolder:
         return run
 
     def begin(self, run: RunRecord) -> RunRecord:
-        """Record `run`, or check that the recorded one has the same result options and hand it back."""
+        """Record `run`, or return the recorded run after checking that its result options are the same."""
         if self._overwrite:
             self.mark_unfinished()
             self._clear()
@@ -210,10 +205,10 @@ class RunFolder:
         return recorded
 
     def check_same(self, recorded: RunRecord, run: RunRecord) -> None:
-        """Raises UsageError when the run that is recorded has other result options than `run`."""
+        """Raise UsageError if the recorded run has other result options than `run`."""
         old, new = to_builtins(recorded.result_options), to_builtins(run.result_options)
         changed = [
-            f"{name} was {_shorten_hash(old.get(name))}, is {_shorten_hash(new.get(name))}"
+            f"{name} was {_format_option(old.get(name))}, is {_format_option(new.get(name))}"
             for name in {**old, **new}
             if old.get(name) != new.get(name)
         ]
@@ -229,7 +224,7 @@ class RunFolder:
             )
 
     def mark_unfinished(self) -> None:
-        """Delete the marks of a finished run."""
+        """Delete `_SUCCESS` and the report."""
         for name in (SUCCESS_FILE, REPORT_FILE):
             self.files.delete(name)
 
@@ -243,15 +238,15 @@ class RunFolder:
     def _write(self, name: str, text: str) -> None:
         self.files.write(name, lambda temporary: temporary.write_text(text))
 
-    def there(self) -> set[int]:
-        """Return the indices of the parts on disk, by their names alone."""
+    def list_parts(self) -> set[int]:
+        """Return the indices of the parts on disk, without reading their footers."""
         return list_parts(self.files)
 
     def finished(self, run: RunRecord, wanted: Container[int] | None = None) -> dict[int, PartInfo]:
-        """Return the parts on disk by index, each checked against the manifest; only `wanted` ones, if given.
+        """Return the parts on disk by index, checked against the manifest; only the `wanted`, if given.
 
-        A part by an actor on Ray counts once the canaries have come well through the actor after it. Raises
-        EngineError that names the wrong one.
+        A part of a Ray actor counts only if the actor has passed a canary check after it. Raises EngineError
+        that names the wrong part.
         """
         parts, actors = read_parts(self.files, run.run_id, wanted), self.actors(run)
         parts = {index: part for index, part in parts.items() if is_confirmed(part, actors)}
@@ -260,7 +255,7 @@ class RunFolder:
         return parts
 
     def has(self, index: int, run: RunRecord) -> bool:
-        """Return whether this part is on disk. Raises EngineError if it is wrong."""
+        """Return whether a part is on disk. Raises EngineError if it does not fit the run."""
         if not self.files.exists(part_name(index)):
             return False
         part = read_part(self.files, run.run_id, index)
@@ -270,19 +265,19 @@ class RunFolder:
     def claimed(self, indices: set[int]) -> set[int]:
         """Return the parts that another process has claimed.
 
-        In an object store a killed one on another machine seems to live for a while, which is waited for.
+        In an object store, wait for the leases of killed processes on other machines to expire.
         """
-        found = set(filter(self.files.is_claimed, indices))
-        over = time.monotonic() + (LEASE_S if isinstance(self.path, Url) else 0.0)
-        while found and time.monotonic() < over:
+        claimed = set(filter(self.files.is_claimed, indices))
+        deadline = time.monotonic() + (LEASE_S if isinstance(self.path, Url) else 0.0)
+        while claimed and time.monotonic() < deadline:
             time.sleep(LOCK_POLL_S[1])
-            found = set(filter(self.files.is_claimed, found))
-        return found
+            claimed = set(filter(self.files.is_claimed, claimed))
+        return claimed
 
     def actors(self, run: RunRecord) -> dict[str, ActorRecord]:
-        """Read what is recorded of each actor on Ray, by its id."""
+        """Read the records of the actors on Ray, by id."""
         try:
-            recorded = from_json(self.files.read(ACTORS_FILE, lambda opened: opened.read()), ActorsRecord)
+            recorded = from_json(self.files.read(ACTORS_FILE, lambda file: file.read()), ActorsRecord)
         except FileNotFoundError:
             return {}
         except StoreError:
@@ -297,17 +292,19 @@ class RunFolder:
         self._write(ACTORS_FILE, to_json(ActorsRecord(run_id=run.run_id, actors=dict(actors))))
 
     def complete(self, run: RunRecord, parts: dict[int, PartInfo] | None = None) -> dict[int, PartInfo]:
-        """Return all parts of the run; their footers have to add up to the manifest. Raises EngineError.
+        """Return all parts of the run. Raises EngineError unless they add up to the manifest.
 
-        `parts`: as `finished` gives them, where that was called just now.
+        `parts`: the result of `finished`, if it has just been called.
         """
         parts = self.finished(run) if parts is None else parts
         for index in range(run.part_count):
             if index not in parts:
-                raise EngineError(f"{self.path / part_name(index)}: it is missing; run again")
+                raise EngineError(
+                    f"{self.path / part_name(index)}: the part is missing; run the same command again"
+                )
         total = sum(part.rows for part in parts.values())
         if total != run.rows:
-            raise EngineError(f"{self.path}: {total} rows in the parts, {run.rows} in the manifest")
+            raise EngineError(f"{self.path}: the parts have {total} rows, the manifest has {run.rows}")
         return parts
 
     def _check(self, index: int, first_row: int, rows: int, run: RunRecord) -> None:
@@ -315,25 +312,25 @@ class RunFolder:
         expected = run.rows_in_part(index)
         if (first_row, rows) != (first, expected):
             raise EngineError(
-                f"{self.path / part_name(index)}: {rows} rows from row {first_row}, not {expected} "
+                f"{self.path / part_name(index)}: it has {rows} rows from row {first_row}, not {expected} "
                 f"from row {first}; delete it and run again"
             )
 
 
 def clear_explanations(folder: Folder) -> None:
-    """Delete the explanations in `folder`, and the folder if it is empty then; not behind a link."""
+    """Delete the explanations in `folder`, and the folder if it is then empty; do not follow a link."""
     if isinstance(folder.location, Path) and folder.location.is_symlink():
         return
     names = folder.names()
     for name in [INDEX_FILE, *(name for name in names if fnmatch(name, PICTURE_GLOB))] if names else []:
         folder.delete(name)
     if names and isinstance(folder.location, Path):
-        with suppress(OSError):  # somebody put something else there
+        with suppress(OSError):  # it contains other files
             folder.location.rmdir()
 
 
 def is_confirmed(part: PartInfo, actors: Mapping[str, ActorRecord]) -> bool:
-    """Return whether a process wrote the part, or an actor whose canaries passed after it."""
+    """Return whether the part counts: its actor on Ray, if any, passed a canary check after it."""
     actor = part.by.actor
     return actor is None or (actor in actors and part.by.round < actors[actor].rounds)
 
@@ -343,5 +340,5 @@ def _describe_shards(count: int | None) -> str:
 
 
 def recorded_bundle_path(results: Path | Url) -> Path:
-    """Return the recorded path of a run's bundle. Raises UsageError when there is no run."""
+    """Return the recorded path of a run's bundle. Raises UsageError if there is no run."""
     return Path(RunFolder.existing(results).run().bundle or Settings.bundle)

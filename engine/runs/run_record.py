@@ -1,4 +1,4 @@
-"""`_run.json`, which every part repeats in its footer: options, bundle, versions and machine of a run."""
+"""Define `_run.json`, which every part repeats in its footer: options, bundle, versions and machine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import replace
 
 from engine.bundle.bundle import Bundle
+from engine.bundle.operating_points import OperatingPoints
 from engine.core.hardware import Gpu, processor_name
 from engine.core.json_records import Count, Record, from_json, to_builtins
 from engine.core.location import absolute
@@ -24,13 +25,13 @@ from engine.core.version import __version__
 from engine.manifest.manifest import Manifest
 from engine.runners.base import RunnerChoice
 
-PARTS_PER_SHARD = 8  # about, if there are the rows
+PARTS_PER_SHARD = 8  # about, if the manifest has enough rows
 
 PositiveInt = Annotated[int, Meta(ge=1)]
 
 
 class HardwareGroup(Record):
-    """Actors of a run on Ray that give the same scores, bit for bit, and are given the same batches."""
+    """Actors on Ray that give the same scores, bit for bit, and get batches of the same size."""
 
     runner: str
     device: str
@@ -41,7 +42,7 @@ class HardwareGroup(Record):
 
 
 class ResultOptions(Record):
-    """Options that decide the results, which may not change on resume."""
+    """The options that decide the results and may not change on resume."""
 
     manifest_sha256: str
     root: str  # of relative paths
@@ -56,7 +57,7 @@ class ResultOptions(Record):
     precision: str
     plans: dict[str, str] | None = None  # sha256 by member
     decode: str | None = None
-    decoder: str | None = None  # None on the CPU, which has but one
+    decoder: str | None = None  # None on the CPU, which has only one
     batch_size: PositiveInt
     part_rows: PositiveInt
     shards: PositiveInt | None = None
@@ -65,7 +66,7 @@ class ResultOptions(Record):
     include_uids: bool = False
     redacted_by: str | None = None  # a hash of the salt
     kept_columns: tuple[str, ...] | None = None
-    kinds: tuple[HardwareGroup, ...] | UnsetType = UNSET  # where a run on Ray has several
+    kinds: tuple[HardwareGroup, ...] | UnsetType = UNSET  # if a run on Ray has several groups
 
     @classmethod
     def create(
@@ -78,11 +79,11 @@ class ResultOptions(Record):
         *,
         since: str | None,
     ) -> Self:
-        """Return the options of a run by `settings`; what they leave open is as in `recorded`."""
-        hidden = settings.redaction
+        """Return the result options of `settings`; unset ones are taken from `recorded`."""
+        redaction = settings.redaction
         return cls(
             manifest_sha256=manifest.sha256,
-            root=hidden.name(str(manifest.root)) if hidden else str(manifest.root),
+            root=redaction.name(str(manifest.root)) if redaction else str(manifest.root),
             path_column=manifest.path_column,
             include=settings.include,
             exclude=settings.exclude,
@@ -101,8 +102,8 @@ class ResultOptions(Record):
             max_pixels=settings.limits.max_pixels,
             max_file_size=settings.limits.max_file_size,
             include_uids=settings.include_uids,
-            redacted_by=hidden.key if hidden else None,
-            kept_columns=hidden.keep if hidden else None,
+            redacted_by=redaction.key if redaction else None,
+            kept_columns=redaction.keep if redaction else None,
         )
 
 
@@ -120,14 +121,14 @@ class Machine(Record):
 
 
 class UsedProfile(Record):
-    """The profile of `engine.tune` that a run was begun with, and what it took from it."""
+    """The profile of `engine.tune` that a run began with, and the options that were taken from it."""
 
     file: str
     knobs: dict[str, bool | int | str | dict[str, int | float]]
 
 
 class RunRecord(Record):
-    """`_run.json`: the options that decide the results, and facts. Read since version 0.1.0."""
+    """`_run.json`: the options that decide the results, and other facts. Read since version 0.1.0."""
 
     format: Literal[1] = 1
     run_id: str
@@ -135,21 +136,17 @@ class RunRecord(Record):
     result_options: ResultOptions
     manifest: str | None = None  # None where paths are redacted
     rows: Count
-    not_listed: dict[str, int] = field(
-        default_factory=dict
-    )  # files left out of a folder's listing, by reason
+    not_listed: dict[str, int] = field(default_factory=dict)  # files that a listing skipped, by reason
     since: str | None = None  # results folder of an earlier run
     bundle: str | None = None
     classes: Annotated[tuple[str, ...], Meta(min_length=1)]
     target: str | None = None
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)  # classes by group
-    operating_points: dict[str, Any] | UnsetType | None = (
-        UNSET  # as ensemble.json has them; before 0.1: unset
-    )
-    out_of_distribution: str | None = None  # "looked at", or why not; None where the bundle has no limits
+    operating_points: OperatingPoints | UnsetType | None = UNSET  # unset before 0.1
+    out_of_distribution: str | None = None  # "looked at", or why not; None if the bundle has no limits
     weights: dict[str, float]  # by member
     machine: Machine | None = None
-    chosen: str | None = None  # what runs the members, and why
+    chosen: str | None = None  # runner of the members, and why it was selected
     tuning: Tuning = Tuning()
     versions: dict[str, str] = field(default_factory=dict)
     profile: UsedProfile | None = None
@@ -174,25 +171,23 @@ class RunRecord(Record):
         profile: UsedProfile | None = None,
         tuning: Tuning | None = None,
     ) -> Self:
-        """Describe the run that `settings` ask for.
+        """Describe the run of `settings`; unset options are taken from `recorded`, the run to resume.
 
-        What they leave open is as in `recorded`, the run that is resumed. `since`: an earlier run's id and
-        the manifest. `tuning`: what is known beforehand.
+        `since`: an earlier run's id and the manifest. `tuning`: values from this machine's profile.
         """
-        hidden, points = settings.redaction, bundle.operating_points
         return cls(
             run_id=uuid.uuid4().hex,
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             result_options=ResultOptions.create(settings, recorded, manifest, bundle, choice, since=since),
-            manifest=None if hidden else str(absolute(manifest.source)),
+            manifest=None if settings.redaction else str(absolute(manifest.source)),
             rows=manifest.rows,
             not_listed=manifest.skipped,
             since=str(absolute(settings.since)) if settings.since else None,
-            bundle=None if hidden else str(bundle.path.absolute()),
+            bundle=None if settings.redaction else str(bundle.path.absolute()),
             classes=bundle.classes,
             target=bundle.target,
             groups=dict(bundle.groups),
-            operating_points=to_builtins(points) if points else None,
+            operating_points=bundle.operating_points,
             out_of_distribution=_out_of_distribution(bundle, choice),
             weights={member.name: member.weight for member in bundle.members},
             machine=Machine.create(choice),
@@ -218,7 +213,7 @@ class RunRecord(Record):
         return replace(self, result_options=replace(self.result_options, **changed))
 
     def with_settled(self, settled: Settled) -> Self:
-        """Return a copy with what opening the stages has settled."""
+        """Return a copy with the values that the open stages have settled."""
         run = self.with_options(batch_size=settled.batch_size)
         return replace(run, tuning=settled.tuning, versions=self.versions | settled.versions)
 
@@ -240,19 +235,20 @@ class RunRecord(Record):
         return max(0, min(part_rows, self.rows - index * part_rows))
 
     def part_indices(self, shard: Shard | None) -> Sequence[int]:
-        """Return which parts are to be done: all, or those of the shard."""
+        """Return the indices of all parts, or of those of the shard."""
         return shard.parts(self.part_count) if shard else range(self.part_count)
 
     def shard_rows(self, shard: Shard | None) -> int:
-        """Return how many rows these parts have."""
+        """Return the number of rows in these parts."""
         return sum(map(self.rows_in_part, self.part_indices(shard)))
 
 
 def _batch_size(settings: Settings, recorded: RunRecord | None, choice: RunnerChoice) -> int:
-    asked = settings.batch_size
-    if recorded and (asked is None or asked == recorded.tuning.batch_size_asked):  # halved for want of memory
+    requested = settings.batch_size
+    # a recorded size that differs from the requested one was halved because memory was short
+    if recorded and requested in (None, recorded.tuning.batch_size_asked):
         return recorded.result_options.batch_size
-    return asked or default_sizes(choice)[0]
+    return requested or default_sizes(choice)[0]
 
 
 def _part_rows(
@@ -263,21 +259,21 @@ def _part_rows(
     if recorded:
         return recorded.result_options.part_rows
     batch_size, part_rows = default_sizes(choice)
-    if settings.shard:  # none of them has much more to do than another
+    if settings.shard:  # smaller parts, so that the shards have about the same number of rows
         share = -(-manifest.rows // (PARTS_PER_SHARD * settings.shard.of))
         part_rows = min(part_rows, max(share, batch_size))
     return part_rows
 
 
 def _out_of_distribution(bundle: Bundle, choice: RunnerChoice) -> str | None:
-    """Describe whether images out of distribution are detected, None for a bundle without limits."""
+    """Return whether out-of-distribution images are detected, or why not; None without limits."""
     if bundle.operating_points is None or not bundle.operating_points.distances:
         return None
     return "looked at" if choice.gives_distances else f"not looked at: {choice.runner} in {choice.precision}"
 
 
 def default_sizes(choice: RunnerChoice) -> tuple[int, int]:
-    """Batch size and rows a part where the user names none."""
+    """Return the default batch size and number of rows of a part."""
     if choice.device == "cpu":
         return CPU_BATCH, CPU_PART_ROWS
     largest = [plan.passport.max_batch for plan in choice.plans]
@@ -296,10 +292,10 @@ def scorer_of(choice: RunnerChoice) -> Scorer:
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the engine and of the libraries that decide pixels and files."""
-    found = {"engine": __version__, "python": platform.python_version()}
+    versions = {"engine": __version__, "python": platform.python_version()}
     for package in ("nvidia-dali-cuda130", "imagecodecs", "simplejpeg", "numpy", "pyarrow", "pydicom"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

@@ -16,35 +16,35 @@ from engine.core.option import text_of
 from engine.core.settings import ALL_GPUS, OPTIONS, Settings, parse_location
 from engine.runs.run_folder import recorded_bundle_path
 
-AnyPlace = str | os.PathLike[str] | Url
+AnyLocation = str | os.PathLike[str] | Url
 
 
 def settings_from(arguments: list[str]) -> Settings:
-    """Raises UsageError, and SystemExit for --help."""
+    """Parse a command line. Raises UsageError, and SystemExit for --help."""
     return settings_of(vars(option_parser().parse_args(arguments)))
 
 
-def settings_from_keywords(manifest: AnyPlace, keywords: Mapping[str, Any]) -> Settings:
-    """Return the settings that keywords of `engine.screen` ask for. Raises TypeError and UsageError."""
+def settings_from_keywords(manifest: AnyLocation, keywords: Mapping[str, Any]) -> Settings:
+    """Return the settings of the keywords of `engine.screen`. Raises TypeError and UsageError."""
     known = [name for name, option in OPTIONS.items() if option.in_python]
     for name in keywords.keys() - set(known):
         close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
         raise TypeError(f"screen() has no option {name!r}; {hint}")
-    given = {name: OPTIONS[name].check(value) for name, value in keywords.items()}
-    return settings_of({"manifest": parse_location(manifest), **given})
+    values = {name: OPTIONS[name].check(value) for name, value in keywords.items()}
+    return settings_of({"manifest": parse_location(manifest), **values})
 
 
-def settings_of(given: Mapping[str, Any]) -> Settings:
-    """Return the settings of parsed values, by the names of options. Raises UsageError for those at odds."""
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Return the settings of parsed values by option name. Raises UsageError for contradicting options."""
+    arguments: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
-    settings = Settings(**values)
+    settings = Settings(**arguments)
     if settings.overwrite and (settings.shard or settings.device == ALL_GPUS):
         option = f"--shard {settings.shard}" if settings.shard else f"--device {ALL_GPUS}"
         raise UsageError(
-            f"--overwrite with {option}: it would delete what other shards have done; delete "
+            f"--overwrite with {option}: it would delete the parts of other shards; delete "
             f"{settings.output} before they start, or give another -o"
         )
     if settings.only_errors:
@@ -53,14 +53,16 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     if not settings.redact and (settings.keep or settings.salt_file):
         raise UsageError(f"{'--keep' if settings.keep else '--salt-file'} works only with --redact")
     if settings.paths_from and not (settings.redact and settings.only_errors):
-        raise UsageError("--paths-from is for --only-errors of a run with --redact; give all three")
+        raise UsageError("--paths-from works only with --only-errors and --redact; give all three")
     return settings
 
 
 def command_line(settings: Settings) -> list[str]:
-    """Return the arguments of `engine.run` that ask for `settings`."""
-    found = [one for name in _changed(settings) for one in OPTIONS[name].arguments(getattr(settings, name))]
-    return [*found, "--", text_of(settings.manifest)]
+    """Return the arguments of `engine.run` for `settings`."""
+    options = [
+        text for name in _changed(settings) for text in OPTIONS[name].arguments(getattr(settings, name))
+    ]
+    return [*options, "--", text_of(settings.manifest)]
 
 
 def _changed(settings: Settings) -> list[str]:
@@ -87,13 +89,15 @@ def _check_ray(settings: Settings) -> None:
 
 
 def _take_from_run(settings: Settings) -> Settings:
-    """--only-errors: the options are those of the run, but for how it is operated."""
+    """Take the options of the run for --only-errors, except those of operation."""
     changed = _changed(settings)
-    wrong = {OPTIONS[name].flag for name in changed if not OPTIONS[name].operating}
+    not_allowed = {OPTIONS[name].flag for name in changed if not OPTIONS[name].operating}
     if settings.paths_from:
-        wrong.discard(OPTIONS["root"].flag)
-    if wrong:
-        raise UsageError(f"{min(wrong)} can't be given with --only-errors, which takes it from the run")
+        not_allowed.discard(OPTIONS["root"].flag)
+    if not_allowed:
+        raise UsageError(
+            f"{min(not_allowed)} can't be given with --only-errors, which takes the option from the run"
+        )
     return (
         settings if "bundle" in changed else replace(settings, bundle=recorded_bundle_path(settings.manifest))
     )

@@ -20,19 +20,19 @@ from engine.runs.run_record import RunRecord
 
 
 class ScoredBy(Scorer):
-    """A scorer, and how much it wrote."""
+    """A scorer, with the parts and rows that it wrote."""
 
     parts: int
     rows: int
 
 
 class StageTimes(Record):
-    """The seconds of a stage: at work, waiting for input, waiting for the next stage."""
+    """The seconds that a stage worked, waited for input and waited for the next stage."""
 
     busy_s: float
     starved_s: float
     blocked_s: float
-    occupancy: float  # share of its lanes' time at work
+    occupancy: float  # share of its threads' time that they worked
 
 
 class ActorCounts(Record):
@@ -40,13 +40,13 @@ class ActorCounts(Record):
 
     started: int
     lost: int
-    refused: tuple[str, ...]  # why, one line each
+    refused: tuple[str, ...]  # one reason each
     parts_done_again: int
     rows_crashed: int
 
 
 class LastStart(Record):
-    """The work of the start that finished a run."""
+    """The counts and times of the start that finished a run."""
 
     rows: int
     elapsed_s: float
@@ -58,10 +58,10 @@ class LastStart(Record):
 
 
 class Success(Record):
-    """`_SUCCESS`: the sums of a finished run, and what `--log-json` says at its end. Read since 0.1.0."""
+    """`_SUCCESS` and the last event of `--log-json`: the sums of a finished run. Read since 0.1.0."""
 
     run_id: str
-    shard: str | UnsetType = UNSET  # "3/16" where this is about its parts only
+    shard: str | UnsetType = UNSET  # "3/16" if it covers only the parts of a shard
     finished: str  # ISO 8601, UTC
     rows: int
     ok: int
@@ -88,13 +88,13 @@ class Summary:
     by_status: dict[str, int]
     by_class: dict[str, int]
     scored_by: tuple[ScoredBy, ...]
-    rows_done: int  # by this start; 0 when the run was finished already
+    rows_done: int  # by this start; 0 if the run was already finished
     elapsed_s: float
     stages: dict[str, StageTimes]  # of this start
     limited_by: str | None
     decoder_restarts: int
     decoder_refusals: int  # images that the GPU's decoder refused
-    shard: str | None = None  # "3/16" where this is about its parts only
+    shard: str | None = None  # "3/16" if it covers only the parts of a shard
     actors: ActorCounts | None = None
 
     @property
@@ -102,7 +102,7 @@ class Summary:
         return self.rows - self.by_status.get("ok", 0) - self.by_status.get("skipped", 0)
 
     def as_record(self) -> Success:
-        """Return what `_SUCCESS` is to say of it, finished now."""
+        """Return the content of `_SUCCESS`, finished now."""
         return Success(
             run_id=self.run_id,
             shard=self.shard or UNSET,
@@ -159,7 +159,9 @@ def summarise_run(
         run.rows,
         dict(by_status),
         dict(by_class),
-        tuple(ScoredBy(**asdict(one), parts=len(rows), rows=sum(rows)) for one, rows in scorers.items()),
+        tuple(
+            ScoredBy(**asdict(scorer), parts=len(rows), rows=sum(rows)) for scorer, rows in scorers.items()
+        ),
         progress.rows_done,
         round(elapsed, 3),
         stages,
@@ -171,7 +173,7 @@ def summarise_run(
 
 
 class ErrorRateError(EngineError):
-    """A run is finished, and more of its rows failed than was allowed."""
+    """A run is finished, but more of its rows failed than allowed."""
 
     exit_status = 3
 

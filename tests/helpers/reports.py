@@ -34,17 +34,13 @@ def with_operating_points(results: Path) -> Path:
     """Change results to those of a bundle with groups and operating points."""
     run = json.loads((results / "_run.json").read_text())
     classes, weights = run["classes"], run["weights"]
+    calibrated = Path(__file__).parents[1] / "engine/bundle/written_by_0_1_0/calibrated.json"
+    points = json.loads(calibrated.read_text())["operating_points"] | {"target": classes[-1]}
+    points["rule_out"]["below"], points["refer"]["above"] = 0.2, 0.6
     run |= {
         "target": classes[-1],
         "groups": {"bone_loss": classes[1:]},
-        "operating_points": {
-            "target": classes[-1],
-            "rule_out": {"below": 0.2, "interval": [0.1, 0.3]},
-            "refer": {
-                "above": 0.6,
-                "on_data": {"specificity": {"of": 40, "value": 0.9, "low": 0.8, "high": 1}},
-            },
-        },
+        "operating_points": points,
     }
     (results / "_run.json").write_text(json.dumps(run))
     for file in results.glob("part-*.parquet"):

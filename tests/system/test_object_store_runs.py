@@ -320,7 +320,7 @@ def test_an_archive_in_s3_is_listed_and_known_again_by_the_objects_time(
     assert pq.read_table(tmp_path / "first" / "part-00000.parquet")["status"].to_pylist() == ["ok"]
     for manifest in (position, "list.parquet"):
         done = engine_run(manifest, "-b", bundle, "-o", "second", "--since", "first")
-        assert "nothing is new" in done.stderr, done.stderr
+        assert "no row is new or changed" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

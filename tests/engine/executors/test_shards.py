@@ -74,9 +74,7 @@ def test_the_last_shard_writes_success_and_others_report_missing_parts(
         assert not (output / "_SUCCESS").exists()
         log = ended(shard(start, f"{number}/3"))
         own = len(range(number - 1, total, 3))
-        line = (
-            f"shard {number}/3 is done: {own} of {total} parts; {done} of {total} parts of the run are there"
-        )
+        line = f"shard {number}/3 is done: {own} of {total} parts; {done} of {total} parts of the run"
         assert (line in log) == (number != 2), log
     assert f"shard 2/3 is done, and with it all {total} parts of the run" in log
     assert table(output).equals(whole)

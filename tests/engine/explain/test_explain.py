@@ -321,7 +321,7 @@ def test_unexplainable_rows_are_one_line_errors(
     status, log = command(capsys, run, "--rows", "4,10")
     assert status == 2
     assert "no scored row of it was requested" in log
-    assert "not the one that" in refused("-b", bundle)
+    assert "not the bundle that" in refused("-b", bundle)
     assert "allowed: cpu, cuda:N" in refused("--device", "gpu")
     assert "contains a foreign file" in refused("-o", run)
     assert "works only with --redact" in refused("--paths-from", "m.csv")

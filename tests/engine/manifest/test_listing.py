@@ -211,7 +211,7 @@ def test_since_screens_what_is_new_or_changed(engine_run: Command, bundle: Path,
     done = engine_run(folder, "-b", bundle, "-o", "wednesday", "--since", "tuesday")
     assert "1 of 7 rows are new or changed since" in done.stderr, done.stderr
     nothing = engine_run(folder, "-b", bundle, "-o", "thursday", "--since", "wednesday")
-    assert (nothing.returncode, "nothing is new" in nothing.stderr) == (0, True), nothing.stderr
+    assert (nothing.returncode, "no row is new or changed" in nothing.stderr) == (0, True), nothing.stderr
     assert not (tmp_path / "thursday").exists()
     shutil.rmtree(tmp_path / "monday")
     done = engine_run(folder, "-b", bundle, "-o", "friday", "--since", "wednesday")
@@ -238,7 +238,7 @@ def test_since_with_incomparable_runs_is_refused(engine_run: Command, bundle: Pa
     (tmp_path / "whole" / "_SUCCESS").rename(tmp_path / "kept")
     for source, old, words in (
         (folder, "nowhere", "no _run.json there"),
-        (folder, "plain", "its rows have no file_"),
+        (folder, "plain", "its results have no column 'file_"),
         (folder, "whole", "that run is not finished"),
     ):
         done = engine_run(source, "-b", bundle, "-o", "out", "--since", old)

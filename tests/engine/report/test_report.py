@@ -145,7 +145,7 @@ def test_operating_points_explanations_and_pictures(reported: Screen, archive: P
     assert page.values("class").count("thumbnail") == len(listed)
     work = page.section("Work list")
     assert all(path in work for path in listed.path)
-    assert "refer on data specificity 0.9 (0.8 to 1)" in page.section("Provenance")
+    assert "refer on data specificity 0.903 (0.862 to 0.936)" in page.section("Provenance")
     assert "below 0.200 rules out, above 0.600 refers" in triage
     assert page.values("class").count("mark") == 2
     pictures = page.values("src")

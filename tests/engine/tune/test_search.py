@@ -183,7 +183,7 @@ def test_a_profile_of_another_machine_or_bundle_is_ignored_with_a_line(
     tuned.save_profile(own_bundle, profile_of(other_machine, TunedOptions(batch_size=16)))
     run = engine_run(archive, "-b", own_bundle)
     assert run.returncode == 0, run.stderr
-    assert "bundle.tuning: no profile there is for this machine" in run.stderr
+    assert "bundle.tuning is ignored: no profile in it is for this machine" in run.stderr
     assert record(tmp_path / "results")["result_options"]["batch_size"] == 8
     assert record(tmp_path / "results")["profile"] is None
 
@@ -248,7 +248,7 @@ def test_gpu_tuning_of_a_profile_applies_only_to_new_runs(own_bundle: Path) -> N
     models = bundles.load_bundle(own_bundle)
     on_cpu = select_for_settings(settings, models)
     choice = replace(on_cpu, gpu=Gpu(name="stand-in", uuid="GPU-0", capability="9.0", driver="580"))
-    settled = tuned.DecodingKnobs(**decoding)  # type: ignore[arg-type]
+    settled = DecodeTuning(**decoding)  # type: ignore[arg-type]
     knobs = TunedOptions(cuda_graph=False, compiled=True, decoding=settled)
     for machine in (tuned.machine_key(models, one) for one in (choice, on_cpu)):
         tuned.save_profile(own_bundle, profile_of(machine, knobs))
@@ -257,7 +257,7 @@ def test_gpu_tuning_of_a_profile_applies_only_to_new_runs(own_bundle: Path) -> N
     assert "entries for a GPU" in (refused.line or "")
     new = tuned.apply_profile(settings, models, choice, recorded=None)
     assert new.settings == replace(settings, cuda_graph=False)
-    assert new.tuning == Tuning(compiled=True, decoding=DecodeTuning(**decoding))
+    assert new.tuning == Tuning(compiled=True, decoding=settled)
     resumed = tuned.apply_profile(settings, models, choice, recorded=run_record())
     assert resumed.tuning == Tuning()
     assert resumed.settings.runner == "auto"
