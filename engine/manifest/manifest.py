@@ -161,9 +161,7 @@ def open_manifest(
     names = rows.schema.names
     if len(set(names)) < len(names):
         duplicates = sorted({name for name in names if names.count(name) > 1})
-        raise UsageError(
-            f"manifest {source}: two columns have the same name: {', '.join(map(repr, duplicates))}"
-        )
+        raise UsageError(f"manifest {source}: two columns are named {', '.join(map(repr, duplicates))}")
     base = root or (source if source.is_dir() else source.parent)
     column = _path_column(source, rows, path_column, base)
     columns = pa.schema([field for field in rows.schema if field.name != column])
@@ -177,9 +175,7 @@ def _open_remote(url: Url, **options: Any) -> Manifest:
     scratch = _TemporaryFolder()
     copy = remote.fetch_manifest(url, scratch.folder)
     if url.scheme in HTTP_SCHEMES and is_archive(copy):
-        raise UsageError(
-            f"manifest {url}: it is on a web server; archives can be read from disks and object stores"
-        )
+        raise UsageError(f"manifest {url}: archives are read from disks and object stores, not from https://")
     try:
         manifest = open_manifest(copy, **options)
     except UsageError as error:
@@ -224,7 +220,7 @@ def _path_column(source: Path, rows: RowSource, wanted: str | None, root: Locati
         return column
     if IMAGE_SUFFIX.search(column):
         raise UsageError(
-            f"manifest {source}: it has no header, its first line is {column!r}; add a line 'path'"
+            f"manifest {source}: it has no header, but begins with {column!r}; add a line 'path'"
         )
     first = next(rows.tables()).column(column).slice(0, 100).to_pylist()
     if not any(value and (_LOOKS_LIKE_PATH.search(value) or _path_exists(root, value)) for value in first):

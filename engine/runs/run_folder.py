@@ -108,9 +108,9 @@ class RunFolder:
                 self.files.delete(LISTING_FILE)  # the manifest is listed again; `begin` deletes the rest
         except BlockingIOError:
             unshared = " without --shard" if self._shared else ""
-            killed = f", or {LEASE_S:g} s if it was killed" if isinstance(self.path, Url) else ""
+            killed = f", or for {LEASE_S:g} s if it was killed" if isinstance(self.path, Url) else ""
             raise UsageError(
-                f"output {self.path}: another process is writing there{unshared}; wait for its end{killed}"
+                f"output {self.path}: another process is writing there{unshared}; wait for it{killed}"
             ) from None
         except OSError as error:
             raise UsageError(f"output {self.path}: {error_text(error)}") from None

@@ -131,9 +131,7 @@ def list_images(
     Raises ReadError if the archive cannot be read to its end.
     """
     if not _SPLIT.search(f"{path.name}::"):
-        raise ReadError(
-            Status.UNSUPPORTED, "the file is an archive, but its name does not end in .zip or .tar; rename it"
-        )
+        raise ReadError(Status.UNSUPPORTED, "it is an archive, but not named .zip or .tar; rename it")
     left_out: Counter[str] = Counter()
     numbers = array("Q")
 
@@ -207,9 +205,7 @@ class Archive:
         try:
             for number, member in enumerate(self._members(start)):
                 if number == MAX_MEMBERS:
-                    raise ReadError(
-                        Status.UNSUPPORTED, f"the archive has more than {MAX_MEMBERS} members; split it"
-                    )
+                    raise ReadError(Status.UNSUPPORTED, f"it has more than {MAX_MEMBERS} members; split it")
                 member = self._validate(member)
                 for column, value in zip(
                     columns.values(), (*_name_hashes(member.name), *member[1:]), strict=False
@@ -262,12 +258,9 @@ class Archive:
             self._check_end(member.offset + member.size)
             admit(member.size)
             return self._read_bytes(member.offset, member.size)
-        if (
-            member.packed > member.size + member.size // 8 + 1024
-        ):  # so `admit` bounds the compressed bytes too
-            raise ReadError(
-                Status.CORRUPT, f"the member has {member.packed} compressed bytes for {member.size}"
-            )
+        # so `admit` bounds the compressed bytes too
+        if member.packed > member.size + member.size // 8 + 1024:
+            raise ReadError(Status.CORRUPT, f"it has {member.packed} compressed bytes for {member.size}")
         offset = self._data_offset(member)
         self._check_end(offset + member.packed)
         admit(member.size)
@@ -423,9 +416,7 @@ def _zip_members(pread: Pread, size: int) -> Iterator[ArchiveMember]:
 
     view = cast(IO[bytes], _ArchiveView(pread, size, MAX_ZIP_DIRECTORY, check))
     if not zipfile.is_zipfile(view):
-        raise ReadError(
-            Status.TRUNCATED, "the archive has no directory at its end: it is cut short, or not a .zip"
-        )
+        raise ReadError(Status.TRUNCATED, "the archive has no directory: it is cut short or not a .zip")
     try:
         with zipfile.ZipFile(view) as directory:
             infos = directory.infolist()
@@ -479,7 +470,7 @@ def _tar_members(pread: Pread, size: int) -> Iterator[ArchiveMember]:
             cast(Any, tar).members.clear()  # else tarfile keeps all of them
             if tar.offset <= end:
                 raise ReadError(
-                    Status.CORRUPT, f"the archive is damaged at byte {end}: the next member begins before it"
+                    Status.CORRUPT, f"the archive is damaged at byte {end}: it goes backward there"
                 )
             if len(info.pax_headers) > MAX_TAR_SETTINGS:
                 reason = f"a member of the archive has more than {MAX_TAR_SETTINGS} pax settings"
@@ -493,9 +484,7 @@ def _tar_members(pread: Pread, size: int) -> Iterator[ArchiveMember]:
         pass
     tail = pread(tarfile.BLOCKSIZE, end) if end < size else b""
     if len(tail) < tarfile.BLOCKSIZE:  # the end mark, a block of zeros, is missing
-        raise ReadError(
-            Status.TRUNCATED, f"the archive has no end mark; it is probably cut short at byte {size}"
-        )
+        raise ReadError(Status.TRUNCATED, f"the archive has no end mark; is it cut short at byte {size}?")
     if any(tail):
         raise ReadError(Status.CORRUPT, f"the archive is damaged at byte {end}: no member begins there")
     if size - end > TAR_PADDING:

@@ -67,9 +67,7 @@ def fetch_manifest(url: Url, folder: Path) -> Path:
 
     def admit(size: int) -> None:
         if size > MAX_MANIFEST:
-            raise ReadError(
-                Status.TOO_LARGE, f"it has {size} bytes; a manifest may have up to {MAX_MANIFEST}"
-            )
+            raise ReadError(Status.TOO_LARGE, f"it has {size} bytes; allowed: up to {MAX_MANIFEST}")
 
     def copy() -> None:
         with target.open("wb") as file:

@@ -147,7 +147,7 @@ def test_parts_are_consecutive_and_can_be_chosen(tmp_path: Path) -> None:
         ("m.csv", "x/a.png,1\nx/b.png,2\n", "no header"),
         ("m.csv", "path,x\na.png,1,2\n", "Expected 2 columns, got 3"),
         ("m.csv", b"path\n\xe9.png\n", "not UTF-8"),
-        ("m.csv", "path,a,a\nx.png,1,2\n", "two columns have the same name: 'a'"),
+        ("m.csv", "path,a,a\nx.png,1,2\n", "two columns are named 'a'"),
         ("m.csv", 'path,x\na.png,1\nb.png,"2\nc.png,3\n', "line 3: a quote is opened and never closed"),
         ("m.csv", "path\n" + "a" * (9 << 20) + "\n", "more than 4 MiB; is a closing quote missing"),
         ("m.txt", "path,label\na.png,1\n", "rename it to .csv"),
