@@ -1,7 +1,7 @@
 """`python -m engine.merge RESULTS... -o merged`: one row per image out of several runs, the newest score.
 
-Two passes over the runs. The first writes a key of each row, the hash of its image's place, to buckets on the
-disk; in each bucket the row that is kept is found for every key. The second copies these rows. Memory holds
+The runs are read twice. First, a key of each row, the hash of its image's location, is written to buckets on
+the disk, and in each bucket the row to keep is chosen for every key. Then these rows are copied. Memory holds
 one bucket and one part, however many rows there are.
 """
 
@@ -11,15 +11,14 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from tempfile import TemporaryFile
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,16 +45,12 @@ from engine.runs.incremental import ScoreOptions
 from engine.runs.run_folder import SUCCESS_FILE
 from engine.runs.run_record import RunRecord
 from engine.sink.parts import METADATA_KEY, ROW_GROUP, part_name
-from engine.storage.folders import Folder, error_text
+from engine.storage.folders import error_text
 from engine.storage.open_folder import open_folder
 
 PART_ROWS = 65_536
 BUCKET_ROWS, MAX_BUCKETS = 1 << 20, 256
 RUN_ID, RUN_ROW = "run_id", "run_row"
-_OK = np.uint64(1 << 63)
-_MAX_RUNS = 1 << 15  # runs
-_ENTRY = np.dtype([("key", "<u8", 2), ("worth", "<u8"), ("place", "<u8")])
-Entries = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True)
@@ -69,15 +64,15 @@ def merge(sources: Sequence[Location], output: Location) -> MergeResult:
     """Join the results in the folders `sources`, merged ones among them, into the folder `output`.
 
     Of the rows of one image (the same path below the same root) the newest that has scores is kept, else the
-    newest: that of the run begun last, within a run the last. Columns are those of all runs, null where a run
-    has none; `row` is numbered anew, `run_id` and `run_row` say where a row is from. One without path stays.
-    Raises UsageError for unfinished runs and for runs that can't stand beside each other: of another bundle,
-    precision or decoding, or with paths hashed by another salt.
+    newest: that of the run begun last, within a run the last. Rows without a path are all kept. The columns
+    are those of all runs, null where a run has none; `row` is numbered anew, `run_id` and `run_row` name the
+    run and its row. Raises UsageError for unfinished runs and for runs whose scores can't be compared: of
+    another bundle, precision or decoding, or with paths hashed by another salt.
     """
-    found = [open_results_folder(place, unfinished=False) for place in sources]
-    runs = {run_id: run for one in found for run_id, run in one.runs.items()}
-    _check_compatible(found, runs)
-    schema = _merged_schema(found)
+    results = [open_results_folder(location, unfinished=False) for location in sources]
+    runs = {run_id: run for source in results for run_id, run in source.runs.items()}
+    _check_compatible(results)
+    schema = _merged_schema(results)
     folder = open_folder(output)
     try:
         if names := folder.names():
@@ -86,24 +81,27 @@ def merge(sources: Sequence[Location], output: Location) -> MergeResult:
     except OSError as error:
         raise UsageError(f"output {output}: {error_text(error)}") from None
     try:
-        with tempfile.TemporaryDirectory(prefix="engine-") as scratch:
-            kept = _choose_rows(found, _rank_runs(runs), Path(scratch))
-            rows, parts, by_status = 0, 0, Counter[str]()
-            origin = Origin(merged=datetime.now(UTC).isoformat(timespec="seconds"), runs=runs)
-            about = {METADATA_KEY: json.dumps(to_builtins(origin)).encode()}
-            for table in _rechunk(_copy_rows(found, kept, schema), PART_ROWS):
-                table = table.set_column(0, "row", pa.array(np.arange(rows, rows + table.num_rows)))
-                by_status.update(map(str, table.column("status").to_pylist()))
-                whole = table.replace_schema_metadata(about)
-                write = partial(pq.write_table, whole, compression="zstd", row_group_size=ROW_GROUP)
-                folder.write(part_name(parts), write)
-                rows, parts = rows + table.num_rows, parts + 1
+        kept = _choose_rows(results, runs)
+        by_status = Counter[str]()
+        origin = Origin(merged=datetime.now(UTC).isoformat(timespec="seconds"), runs=runs)
+        metadata = {METADATA_KEY: json.dumps(to_builtins(origin)).encode()}
+        for part, table in enumerate(_rechunk(_copy_rows(results, kept, schema), PART_ROWS)):
+            row = part * PART_ROWS
+            table = table.set_column(0, "row", pa.array(np.arange(row, row + table.num_rows)))
+            by_status.update(map(str, table.column("status").to_pylist()))
+            table = table.replace_schema_metadata(metadata)
+            write = partial(pq.write_table, table, compression="zstd", row_group_size=ROW_GROUP)
+            folder.write(part_name(part), write)
+        rows = by_status.total()
+        parts = -(-rows // PART_ROWS)
         merged = MergedRecord(**asdict(origin), rows=rows, parts=parts, by_status=dict(by_status))
         folder.write(MERGED_FILE, lambda temporary: temporary.write_text(to_json(merged)))
         folder.write(SUCCESS_FILE, lambda temporary: temporary.write_text(to_json(MergedSuccess(rows=rows))))
     except BaseException as error:
         with suppress(OSError):
-            _clear(folder)
+            for name in folder.names():
+                if name == MERGED_FILE or name.startswith("part-"):
+                    folder.delete(name)
         if isinstance(error, OSError):
             raise EngineError(f"output {output}: {error_text(error)}") from None
         if isinstance(error, pa.ArrowException):
@@ -112,47 +110,35 @@ def merge(sources: Sequence[Location], output: Location) -> MergeResult:
         raise
     finally:
         folder.unlock(remove_created=True)
-    return MergeResult(rows, sum(one.rows for one in found) - rows, dict(by_status))
+    return MergeResult(rows, sum(source.rows for source in results) - rows, dict(by_status))
 
 
-def _clear(folder: Folder) -> None:
-    for name in folder.names():
-        if name == MERGED_FILE or name.startswith("part-"):
-            folder.delete(name)
-
-
-def _check_compatible(found: Sequence[ResultsFolder], runs: dict[str, RunRecord]) -> None:
-    if len(runs) >= _MAX_RUNS:
-        raise UsageError(f"{len(runs)} runs; allowed: up to {_MAX_RUNS - 1}; merge some of them first")
-    first = found[0]
-    for one in found:
-        if words := _difference(first.first, one.first):  # the runs of one folder are alike
+def _check_compatible(results: Sequence[ResultsFolder]) -> None:
+    """Raise UsageError if scores of two folders can't be compared; the runs of one folder are alike."""
+    first = results[0].first
+    options = first.result_options
+    for source in results:
+        run = source.first
+        words = ScoreOptions.of_run(options).changed_option(ScoreOptions.of_run(run.result_options))
+        if not words and run.classes != first.classes:
+            words = "the classes"
+        if not words and run.result_options.redacted_by != options.redacted_by:
+            words = "the salt of paths"
+        if words:
             raise UsageError(
-                f"results {one.place}: {words} differ from those of {first.place}; such scores can't be "
-                "compared, keep them apart"
+                f"results {source.place}: {words} differ from those of {results[0].place}; such scores "
+                "can't be compared, keep them apart"
             )
 
 
-def _difference(first: RunRecord, other: RunRecord) -> str | None:
-    """Return what keeps the scores of two runs from being compared, in words."""
-    if words := ScoreOptions.of_run(first.result_options).changed_option(
-        ScoreOptions.of_run(other.result_options)
-    ):
-        return words
-    if first.classes != other.classes:
-        return "the classes"
-    salts = first.result_options.redacted_by, other.result_options.redacted_by
-    return "the salt of paths" if salts[0] != salts[1] else None
-
-
-def _merged_schema(found: Sequence[ResultsFolder]) -> pa.Schema:
+def _merged_schema(results: Sequence[ResultsFolder]) -> pa.Schema:
     schemas = []
-    for one in found:
-        schema = one.schema()
+    for source in results:
+        schema = source.schema()
         clash = {RUN_ID, RUN_ROW} & set(schema.names)
-        if clash and isinstance(one.run, RunRecord):
+        if clash and isinstance(source.run, RunRecord):
             raise UsageError(
-                f"results {one.place}: a manifest column has the name {min(clash)!r}, which merging "
+                f"results {source.place}: a manifest column has the name {min(clash)!r}, which merging "
                 "gives to one of its own; run it with --column-prefix manifest_"
             )
         schemas.append(schema)
@@ -164,63 +150,53 @@ def _merged_schema(found: Sequence[ResultsFolder]) -> pa.Schema:
     return pa.schema([*rest, pa.field(RUN_ID, pa.string()), pa.field(RUN_ROW, pa.int64())])
 
 
-def _rank_runs(runs: dict[str, RunRecord]) -> dict[str, int]:
-    """Rank the runs by id; the run that began last gets the highest rank."""
-    order = sorted(runs, key=lambda run_id: runs[run_id].began)
-    return {run_id: age for age, run_id in enumerate(order)}
-
-
 def _read_tables(source: ResultsFolder, wanted: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """Row groups, in order, with `run_id` and `run_row`."""
+    """Yield the row groups, in order, with `run_id` and `run_row`."""
     for table in source.tables(wanted):
         if isinstance(source.run, RunRecord):
-            (run_id,) = source.runs
-            table = table.append_column(RUN_ID, pa.array([run_id] * table.num_rows, pa.string()))
+            table = table.append_column(RUN_ID, pa.array([source.run.run_id] * table.num_rows, pa.string()))
             table = table.append_column(RUN_ROW, table.column("row"))
         yield table
 
 
-def _choose_rows(
-    found: Sequence[ResultsFolder], ages: dict[str, int], scratch: Path
-) -> npt.NDArray[np.bool_]:
-    """Decide for every row of all folders, in order, whether it stays; the result is on the disk."""
-    total = sum(one.rows for one in found)
-    buckets = min(MAX_BUCKETS, 1 + total // BUCKET_ROWS)
+def _choose_rows(results: Sequence[ResultsFolder], runs: dict[str, RunRecord]) -> npt.NDArray[np.bool_]:
+    """Decide for each row of all folders, in order, whether it is kept; the array is a file on the disk.
+
+    An entry of a bucket is four integers: two of the key, the rank (higher for a row with scores, then for a
+    run that began later), and the number of the row.
+    """
+    ages = {run_id: age for age, run_id in enumerate(sorted(runs, key=lambda run_id: runs[run_id].began))}
+    total = sum(source.rows for source in results)
     with ExitStack() as stack:
-        files = [stack.enter_context((scratch / f"{number}").open("w+b")) for number in range(buckets)]
-        place = 0
-        for source in found:
-            for table in _read_tables(source, ["row", PATH_COLUMN, "status", RUN_ID, RUN_ROW]):
-                _spill_to_buckets(_index_entries(source, table, ages, place), files)
-                place += table.num_rows
-        if place != total:
+        count = min(MAX_BUCKETS, 1 + total // BUCKET_ROWS)
+        files = [stack.enter_context(TemporaryFile()) for _ in range(count)]
+        start = 0
+        for source in results:
+            roots = {run_id: run.result_options.root for run_id, run in source.runs.items()}
+            for table in _read_tables(source, ["row", PATH_COLUMN, "status", RUN_ID]):
+                ids = [str(run_id) for run_id in table.column(RUN_ID).to_pylist()]
+                paths = table.column(PATH_COLUMN).to_pylist()
+                keys = b"".join(map(_image_key, (roots[run_id] for run_id in ids), paths))
+                ok = table.column("status").to_numpy() == Status.OK.label
+                ranks = ok * len(ages) + [ages[run_id] for run_id in ids]
+                numbers = np.arange(start, start + table.num_rows)
+                entries = np.column_stack([np.frombuffer(keys, np.int64).reshape(-1, 2), ranks, numbers])
+                for bucket, file in enumerate(files):
+                    file.write(entries[entries[:, 0] % count == bucket].tobytes())
+                start += table.num_rows
+        if start != total:
             raise EngineError(
-                f"{place} rows in the parts, {total} in their footers; a run is still writing there"
+                f"{start} rows in the parts, {total} in their footers; a run is still writing there"
             )
-        kept = np.memmap(scratch / "kept", np.bool_, "w+", shape=(max(1, total),))
+        kept = np.memmap(stack.enter_context(TemporaryFile()), np.bool_, "w+", shape=(max(1, total),))
         for file in files:
             file.seek(0)
-            entries = np.frombuffer(file.read(), _ENTRY)
-            order = np.lexsort((entries["place"], entries["worth"], *entries["key"].T))
-            keys = entries["key"][order]
-            last = np.append((keys[1:] != keys[:-1]).any(axis=1), True)[: len(keys)]
-            kept[entries["place"][order[last]]] = True
+            entries = np.frombuffer(file.read(), np.int64).reshape(-1, 4)
+            entries = entries[np.lexsort(entries.T[[2, 1, 0]])]  # stable: of equal ranks the last row is last
+            changed = entries[1:, :2] != entries[:-1, :2]
+            last = np.append(changed.any(axis=1), True)[: len(entries)]
+            kept[entries[last, 3]] = True
     return kept
-
-
-def _index_entries(source: ResultsFolder, table: pa.Table, ages: dict[str, int], place: int) -> Entries:
-    ids = [str(run_id) for run_id in table.column(RUN_ID).to_pylist()]
-    roots = {run_id: run.result_options.root for run_id, run in source.runs.items()}
-    entries = np.empty(table.num_rows, _ENTRY)
-    keys = b"".join(
-        _image_key(roots[run_id], path)
-        for run_id, path in zip(ids, table.column(PATH_COLUMN).to_pylist(), strict=True)
-    )
-    entries["key"] = np.frombuffer(keys, "<u8").reshape(-1, 2)
-    entries["worth"] = [ages[run_id] for run_id in ids]
-    entries["worth"][table.column("status").to_numpy() == Status.OK.label] |= _OK
-    entries["place"] = np.arange(place, place + table.num_rows)
-    return entries
 
 
 def _image_key(root: str, path: str | None) -> bytes:
@@ -232,20 +208,14 @@ def _image_key(root: str, path: str | None) -> bytes:
     return hashlib.blake2b(place.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def _spill_to_buckets(entries: Entries, files: Sequence[BinaryIO]) -> None:
-    bucket = entries["key"][:, 0] % np.uint64(len(files))
-    for number, file in enumerate(files):
-        file.write(entries[bucket == number].tobytes())
-
-
 def _copy_rows(
-    found: Sequence[ResultsFolder], kept: npt.NDArray[np.bool_], schema: pa.Schema
+    results: Sequence[ResultsFolder], kept: npt.NDArray[np.bool_], schema: pa.Schema
 ) -> Iterator[pa.Table]:
-    place = 0
-    for source in found:
+    start = 0
+    for source in results:
         for table in _read_tables(source):
-            chosen = table.filter(pa.array(kept[place : place + table.num_rows]))
-            place += table.num_rows
+            chosen = table.filter(pa.array(kept[start : start + table.num_rows]))
+            start += table.num_rows
             yield pa.table([_cast_column(chosen, field) for field in schema], schema=schema)
 
 
@@ -273,8 +243,7 @@ def _rechunk(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
             whole = pa.concat_tables(held)
             yield whole.slice(0, rows)
             held = [whole.slice(rows)]
-    rest = pa.concat_tables(held)
-    if rest.num_rows:
+    if (rest := pa.concat_tables(held)).num_rows:
         yield rest
 
 
@@ -296,16 +265,13 @@ def option_parser() -> Parser:
 def main(arguments: list[str] | None = None) -> int:
     def work() -> int:
         given = option_parser().parse_args(arguments)
-        _print_result(merge([parse_location(one) for one in given.results], parse_location(given.output)))
+        merged = merge([parse_location(one) for one in given.results], parse_location(given.output))
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(merged.by_status.items()))
+        print(f"{merged.rows} rows ({counts}); {merged.dropped} older ones left out", file=sys.stderr)
         print(given.output)
         return 0
 
     return run_command(work)
-
-
-def _print_result(outcome: MergeResult) -> None:
-    counts = ", ".join(f"{count} {status}" for status, count in sorted(outcome.by_status.items()))
-    print(f"{outcome.rows} rows ({counts}); {outcome.dropped} older ones left out", file=sys.stderr)
 
 
 if __name__ == "__main__":
