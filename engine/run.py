@@ -12,7 +12,7 @@ from engine.cli.log import RedactingLog, named_locations, open_null
 from engine.cli.terminal import hush_libraries, run_command, stop_on_signal
 from engine.core.deadline import Deadline
 from engine.core.json_records import to_builtins
-from engine.core.settings import ALL_GPUS, Settings
+from engine.core.settings import Settings
 from engine.executors.launch import launch_run
 from engine.monitoring.metrics import JsonProgress
 from engine.monitoring.progress_bar import ProgressBar, show_summary
@@ -20,8 +20,8 @@ from engine.runs.run_settings import settings_from
 from engine.runs.summary import ErrorRateError, Summary
 
 
-def main(arguments: list[str] | None = None, deadline: Deadline | None = None) -> int:
-    """Run the command and return its exit status; `deadline` replaces that of --finish-by."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     hush_libraries()
     log = RedactingLog(redact="--redact" in arguments, as_json="--log-json" in arguments)
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None, deadline: Deadline | None = None) -
     def run() -> int:
         settings = settings_from(arguments)
         log.known = named_locations(settings)
-        run_deadline = stop_on_signal(console, deadline or Deadline(settings.finish_by))
+        run_deadline = stop_on_signal(console, Deadline(settings.finish_by))
         say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
         if settings.dry_run:
             from engine.doctor.show import run_doctor
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None, deadline: Deadline | None = None) -
 
 
 def _report(console: Console, summary: Summary, settings: Settings) -> None:
-    if not summary.rows_done and not summary.shard and settings.device != ALL_GPUS:
+    if not summary.rows_done and not summary.shard:
         hint = "no row failed" if settings.only_errors else "--overwrite screens everything again"
         console.print(f"{summary.output} is finished already; {hint}", markup=False, soft_wrap=True)
     if isinstance(console.file, RedactingLog) and console.file.as_json:

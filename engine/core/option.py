@@ -102,12 +102,6 @@ class Option:
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"{self.name}: {error}") from None
 
-    def arguments(self, value: Any) -> list[str]:
-        """Return what asks for `value` on the command line."""
-        if isinstance(value, bool):
-            return [self.flag if value else self.flag.replace("--", "--no-", 1)]
-        return [f"{self.flag}={text_of(one)}" for one in (value if self.is_list else (value,))]
-
 
 def option(
     group: str,
@@ -179,13 +173,6 @@ def _is_one(value: Any, kind: Any) -> bool:
             and all(isinstance(one, str) for one in value)
         )
     return isinstance(value, Real if kind is float else kind)
-
-
-def text_of(value: Any) -> str:
-    """Return a value as the command line takes it."""
-    if isinstance(value, Url):
-        return value.whole
-    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 def whole(low: int = 1, high: int | None = None) -> Callable[[str | int], int]:

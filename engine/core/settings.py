@@ -14,7 +14,7 @@ from engine.core.location import Location, Url, parse
 from engine.core.option import number, option, options_of, size, whole
 from engine.core.redaction import Redaction, read_salt
 
-ALL_GPUS = "cuda:all"  # as a device: see `engine.executors.multi_gpu`
+ALL_GPUS = "cuda:all"  # as a device: an actor on a local Ray for each GPU
 Decode = Literal["exact", "fast"]  # JPEG in full, or near the size that is needed by a scaled DCT
 DECODES: tuple[Decode, ...] = get_args(Decode)
 RUNNERS = ("tensorrt", "torch", "onnx")
@@ -175,7 +175,7 @@ class Settings:
     include_uids: bool = option(_RESULTS, "DICOM's study, series and SOP UIDs as columns", False)
 
     device: str = option(
-        _SPEED, "auto, cpu, cuda:N, or cuda:all: a process for each GPU (%(default)s)", "auto", first=True
+        _SPEED, "auto, cpu, cuda:N, or cuda:all: all GPUs, with Ray (%(default)s)", "auto", first=True
     )
     shard: Shard | None = option(
         _SPEED,

@@ -27,7 +27,6 @@ from engine.core.records import OnMessage
 from engine.core.settings import ALL_GPUS, Settings
 from engine.doctor.diagnosis import Diagnosis, format_bytes
 from engine.doctor.manifest_checks import check_manifest
-from engine.executors import multi_gpu
 from engine.runners import select_gpu as gpu_choice
 from engine.runners.base import RunnerChoice
 from engine.runs.prepare import select_for_settings
@@ -55,27 +54,15 @@ def diagnose(
     """
     if settings.only_errors:
         raise UsageError("--only-errors cannot be checked before a run; leave it out")
-    diagnosis = Diagnosis(_first_process_settings(settings))
+    if settings.device == ALL_GPUS:
+        settings = replace(settings, device="cuda:0", ray="local")
+    diagnosis = Diagnosis(settings)
     _check_machine(diagnosis)
     _check_packages(diagnosis)
     bundle_and_choice = _check_bundle(diagnosis)
     if manifest:
         check_manifest(diagnosis, bundle_and_choice, say, stop or threading.Event())
     return diagnosis
-
-
-def _first_process_settings(settings: Settings) -> Settings:
-    """Return the settings of the first process that `--device cuda:all` starts."""
-    if settings.device != ALL_GPUS:
-        return settings
-    first = replace(settings, device="cuda:0")
-    with suppress(UsageError):  # `_check_bundle` reports it
-        count = len(multi_gpu.list_devices())
-        memory = settings.memory // count
-        workers = max(1, (settings.workers or available_cpus()) // count)
-        shard = multi_gpu.local_shards(settings, count)[0]
-        return replace(first, memory=memory, workers=workers, shard=shard)
-    return first
 
 
 def _check_machine(diagnosis: Diagnosis) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
+from engine.core import hardware
 from engine.core.deadline import Deadline
+from engine.core.errors import UsageError
 from engine.core.records import OnMessage
 from engine.core.settings import ALL_GPUS, Settings
-from engine.executors import multi_gpu
 from engine.executors.retry import retry_failed_rows
 from engine.monitoring.metrics import MetricsFile
 from engine.pipeline.pipeline import screen_in_process
@@ -27,6 +29,7 @@ def launch_run(
 ) -> Summary:
     """Screen or retry failed rows with `settings`. Raises ErrorRateError after too many errors."""
     deadline = deadline or Deadline(settings.finish_by)
+    settings = resolve_all_gpus(settings)
     execute: Callable[..., Summary] = (
         retry_failed_rows
         if settings.only_errors
@@ -34,8 +37,6 @@ def launch_run(
         if settings.ray
         else screen_in_process
     )
-    if settings.device == ALL_GPUS:
-        execute = multi_gpu.run_on_all_gpus
     with ExitStack() as stack:
         publish_progress = on_progress
         if settings.metrics_file:
@@ -52,6 +53,27 @@ def launch_run(
                 f"{summary.errors} of {summary.rows} rows failed, more than --max-error-rate allows", summary
             )
     return summary
+
+
+def resolve_all_gpus(settings: Settings) -> Settings:
+    """Return `settings` with `--device cuda:all` replaced by a local Ray, which has an actor for each GPU.
+
+    `workers` and `memory` are divided among the actors. Raises UsageError without a GPU or without Ray.
+    """
+    if settings.device != ALL_GPUS:
+        return settings
+    gpus = hardware.count_gpus()
+    from engine.ray.cluster import import_ray
+
+    try:
+        import_ray()
+    except UsageError as error:
+        raise UsageError(
+            f"{error}; without Ray, start a process for each GPU: "
+            f"CUDA_VISIBLE_DEVICES=0 python -m engine.run MANIFEST --shard 1/{gpus}, and so on"
+        ) from None
+    workers = max(1, settings.workers // gpus) if settings.workers else None
+    return replace(settings, device="auto", ray="local", workers=workers, memory=settings.memory // gpus)
 
 
 def _write_report(summary: Summary, say: OnMessage, deadline: Deadline) -> None:

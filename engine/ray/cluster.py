@@ -56,7 +56,8 @@ def import_ray() -> Any:
         import ray
     except ImportError as error:
         raise UsageError(
-            f"--ray needs Ray, which can't be imported ({error}); install it with: {install_command('ray')}"
+            f"--ray and --device cuda:all need Ray, which can't be imported ({error}); install it with: "
+            + install_command("ray")
         ) from None
     return ray
 

@@ -12,7 +12,6 @@ from typing import Any
 from engine.cli.options import option_parser
 from engine.core.errors import UsageError
 from engine.core.location import Url
-from engine.core.option import text_of
 from engine.core.settings import ALL_GPUS, OPTIONS, Settings, parse_location
 from engine.runs.run_folder import recorded_bundle_path
 
@@ -41,10 +40,14 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
     settings = Settings(**arguments)
-    if settings.overwrite and (settings.shard or settings.device == ALL_GPUS):
-        option = f"--shard {settings.shard}" if settings.shard else f"--device {ALL_GPUS}"
+    if settings.shard and settings.device == ALL_GPUS:
         raise UsageError(
-            f"--overwrite with {option}: it would delete the parts of other shards; delete "
+            f"--device {ALL_GPUS} with --shard: give each GPU its own shard, with CUDA_VISIBLE_DEVICES, or "
+            "join the machines into a Ray cluster and use --ray HOST:PORT"
+        )
+    if settings.overwrite and settings.shard:
+        raise UsageError(
+            f"--overwrite with --shard {settings.shard}: it would delete the parts of other shards; delete "
             f"{settings.output} before they start, or give another -o"
         )
     if settings.only_errors:
@@ -55,14 +58,6 @@ def settings_of(values: Mapping[str, Any]) -> Settings:
     if settings.paths_from and not (settings.redact and settings.only_errors):
         raise UsageError("--paths-from works only with --only-errors and --redact; give all three")
     return settings
-
-
-def command_line(settings: Settings) -> list[str]:
-    """Return the arguments of `engine.run` for `settings`."""
-    options = [
-        text for name in _changed(settings) for text in OPTIONS[name].arguments(getattr(settings, name))
-    ]
-    return [*options, "--", text_of(settings.manifest)]
 
 
 def _changed(settings: Settings) -> list[str]:

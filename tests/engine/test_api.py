@@ -20,7 +20,7 @@ import engine
 from engine.api import Options
 from engine.core.settings import OPTIONS, Settings
 from engine.runs.progress import Progress
-from engine.runs.run_settings import command_line, settings_from, settings_from_keywords
+from engine.runs.run_settings import settings_from, settings_from_keywords
 from tests.helpers.processes import ROOT
 from tests.helpers.runs import list_images, parts
 
@@ -93,7 +93,21 @@ def test_a_command_line_asks_for_the_same_settings(tmp_path: Path) -> None:
     assert settings.limits.memory == 2 << 30
     assert settings.redaction is not None
     assert settings.redaction.keep == ("a", "b")
-    assert settings_from(command_line(settings)) == settings
+    moment = settings.finish_by
+    assert moment is not None
+    arguments = [
+        *("--root=s3://bucket/a b", "--include=*.png", "--include=--x", "--shard=2/3", "--memory=2GiB"),
+        *(
+            "--no-cuda-graph",
+            "--serial",
+            f"--finish-by={moment.isoformat()}",
+            "--redact",
+            "--keep=b",
+            "--keep=a",
+        ),
+        *(f"--salt-file={tmp_path / 'salt'}", "--max-error-rate=1e-7", "--", "-m.csv"),
+    ]
+    assert settings_from(arguments) == settings
     assert settings_from(["m"]) == Settings(manifest=Path("m"))
 
 

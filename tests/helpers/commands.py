@@ -15,7 +15,7 @@ from tests.helpers.processes import ROOT
 
 PEERS = "benchmarks/peers/"
 # modules that other processes start
-NO_COMMANDS = {"engine/preprocess/decoder.py", "engine/gpu_worker.py", "tests/helpers/nodes.py"}
+NO_COMMANDS = {"engine/preprocess/decoder.py", "tests/helpers/nodes.py"}
 
 
 def commands() -> list[str]:
