@@ -23,7 +23,7 @@ from build_engines.options import (
 )
 from engine.cli.parser import Parser
 from engine.cli.terminal import run_command
-from engine.core.option import number, size, whole
+from engine.core.option import byte_size, integer, number
 
 if TYPE_CHECKING:
     from build_engines.session import BuiltMember
@@ -63,7 +63,7 @@ def option_parser() -> Parser:
     add("--precision", choices=PRECISIONS, default=defaults.precision, help="of the members (%(default)s)")
     add(
         "--batch-size",
-        type=whole(1, 4096),
+        type=integer(1, 4096),
         default=defaults.batch_size,
         metavar="N",
         help="largest batch, in images (%(default)s)",
@@ -95,13 +95,13 @@ def option_parser() -> Parser:
         help="tensorrt: file with kernel timings; makes rebuilds faster",
         more=True,
     )
-    add("--workspace", type=size, metavar="SIZE", help="largest scratch memory, such as 2GiB", more=True)
-    add("--optimization-level", type=whole(0, 5), metavar="0..5", help="effort of the builder", more=True)
-    add("--max-aux-streams", type=whole(0, 16), metavar="N", help="streams inside one member", more=True)
+    add("--workspace", type=byte_size, metavar="SIZE", help="largest scratch memory, such as 2GiB", more=True)
+    add("--optimization-level", type=integer(0, 5), metavar="0..5", help="effort of the builder", more=True)
+    add("--max-aux-streams", type=integer(0, 16), metavar="N", help="streams inside one member", more=True)
     add("--calibration", type=Path, metavar="DIR", help="images to calibrate and compare on (synthetic)")
     add(
         "--calibration-images",
-        type=whole(1, 100_000),
+        type=integer(1, 100_000),
         default=defaults.calibration_images,
         metavar="N",
         help="largest number of these images (%(default)s)",

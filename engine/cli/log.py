@@ -70,7 +70,7 @@ def named_locations(settings: Settings) -> list[tuple[str, str]]:
     forms: list[tuple[str, str]] = []
     for placeholder, location in locations.items():
         if isinstance(location, Url):
-            forms += [(form, placeholder) for form in (location.whole, str(location))]
+            forms += [(form, placeholder) for form in (location.with_query, str(location))]
         elif location and location.name:
             paths = (location, location.absolute(), location.resolve())
             forms += [(str(form), placeholder) for form in paths]

@@ -1,21 +1,16 @@
-"""The errors a user can meet. Each is one line and carries the exit status of the command line."""
+"""The errors that users see. Each is one line and has the exit status of the command line."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 class EngineError(Exception):
-    """Something went wrong that the user should read as one line, not as a traceback."""
+    """An error that is shown to the user as one line, without a traceback."""
 
     exit_status = 1
 
 
 class UsageError(EngineError):
-    """A wrong argument, manifest, bundle or output folder: the value, what is allowed, the likely mistake."""
+    """A wrong argument, manifest, bundle or output folder. The text has the value and what is allowed."""
 
     exit_status = 2
 
@@ -27,7 +22,7 @@ class ParityError(EngineError):
 
 
 class NothingNew(EngineError):  # noqa: N818 - not a failure
-    """There is no row to screen since an earlier run."""
+    """There are no new rows since the earlier run."""
 
     exit_status = 0
 

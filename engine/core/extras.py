@@ -1,4 +1,4 @@
-"""The command that installs an extra, and whether the installed packages fit, by their own metadata."""
+"""The command that installs an extra, and the check of the installed packages by their metadata."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 PROJECT = "bone-radiograph-screening"
-NO_EXTRA = ""  # the extra of what is needed in any case
+NO_EXTRA = ""  # the extra of the packages that are always needed
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Package:
 
 def list_packages() -> dict[str, list[Package]]:
     """List the required packages by extra, with the installed versions."""
-    found = defaultdict[str, list[Package]](list)
+    packages = defaultdict[str, list[Package]](list)
     for extra, requirement in _requirements():
         version = package_version(requirement.name)
         fits = version is not None and requirement.specifier.contains(version, prereleases=True)
         name = canonicalize_name(requirement.name)
-        found[extra].append(Package(name, extra, str(requirement.specifier), version, fits))
-    return dict(found)
+        packages[extra].append(Package(name, extra, str(requirement.specifier), version, fits))
+    return dict(packages)
 
 
 def package_version(name: str) -> str | None:
@@ -63,15 +63,17 @@ def install_command(extras: str = NO_EXTRA, *, packages: str = "") -> str:
 
 def find_conflicts() -> list[str]:
     """Return a line for each package of the project that requires another version of an installed package."""
-    found = []
+    conflicts = []
     for name in sorted({canonicalize_name(requirement.name) for _, requirement in _requirements()}):
-        here = package_version(name)
-        for wanted in map(Requirement, (metadata.requires(name) or []) if here else []):
+        installed = package_version(name)
+        for wanted in map(Requirement, (metadata.requires(name) or []) if installed else []):
             applies = wanted.marker is None or wanted.marker.evaluate({"extra": NO_EXTRA})
             other = package_version(wanted.name) if applies else None
             if other and not wanted.specifier.contains(other, prereleases=True):
-                found.append(f"{name} {here} asks for {wanted.name}{wanted.specifier}, here is {other}")
-    return found
+                conflicts.append(
+                    f"{name} {installed} requires {wanted.name}{wanted.specifier}; installed: {other}"
+                )
+    return conflicts
 
 
 def _requirements() -> Iterator[tuple[str, Requirement]]:

@@ -1,4 +1,4 @@
-"""The GPU that this process would use, or one line that says why there is none."""
+"""Facts about GPUs, memory and processors of this machine."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ if TYPE_CHECKING:
 
 
 MIN_DRIVER = 580  # its branch, for CUDA 13
-_CPU_HINT = "the CPU does it too: --device cpu"
-
-
-# how PyTorch, Triton, cuBLAS, cuDNN and TensorRT say it
+_CPU_HINT = "to run on the CPU: --device cpu"
+# messages of PyTorch, Triton, cuBLAS, cuDNN and TensorRT
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|alloc_failed|unable to find an engine", re.IGNORECASE)
 
 
 def require_gpu(index: int = 0, *, without: str = _CPU_HINT) -> Gpu:
-    """GPU number `index`. Raises UsageError without PyTorch, CUDA, a driver new enough, or the GPU.
+    """Return GPU number `index`. Raises UsageError without PyTorch, CUDA, a recent driver, or the GPU.
 
-    `without` is what can be done without one, for people.
+    `without` is the end of the message: how to proceed without a GPU.
     """
     cuda = _import_torch(without).cuda
     try:
@@ -36,18 +34,18 @@ def require_gpu(index: int = 0, *, without: str = _CPU_HINT) -> Gpu:
     except (RuntimeError, AssertionError) as error:  # no driver, one that is too old, no device
         reason = " ".join(str(error).split(". ")[0].split())[:200]
         raise UsageError(
-            f"no GPU: {reason} (driver: {driver_version() or 'none'}, needed: r{MIN_DRIVER} or "
-            f"newer); {without}"
+            f"no usable GPU: {reason} (driver: {driver_version() or 'none'}; needed: r{MIN_DRIVER} or newer)"
+            f"; {without}"
         ) from None
     count = cuda.device_count()
     if index >= count:
         allowed = ", ".join(f"cuda:{number}" for number in range(count)) or "none is visible"
         raise UsageError(f"--device cuda:{index}: there is no such GPU; allowed: {allowed}")
-    found = cuda.get_device_properties(index)
+    properties = cuda.get_device_properties(index)
     return Gpu(
-        name=found.name,
-        uuid=f"GPU-{found.uuid}",
-        capability=f"{found.major}.{found.minor}",
+        name=properties.name,
+        uuid=f"GPU-{properties.uuid}",
+        capability=f"{properties.major}.{properties.minor}",
         driver=driver_version() or "unknown",
     )
 
@@ -56,7 +54,7 @@ def count_gpus() -> int:
     """Count the visible GPUs. Raises UsageError for none."""
     count = int(_import_torch(_CPU_HINT).cuda.device_count())
     if not count:
-        require_gpu()  # says why
+        require_gpu()  # raises the error with the reason
     return count
 
 
@@ -85,8 +83,8 @@ def driver_version() -> str | None:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         return None
-    found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
-    return found[1] if found else None
+    match = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", text)
+    return match[1] if match else None
 
 
 def _import_torch(without: str) -> ModuleType:
@@ -94,7 +92,7 @@ def _import_torch(without: str) -> ModuleType:
         import torch
     except ImportError as error:
         raise UsageError(
-            f"a GPU needs PyTorch, which can't be imported ({error}); install it with: "
+            f"a GPU needs PyTorch, which cannot be imported ({error}); install it with: "
             f"{install_command('gpu')}; {without}"
         ) from None
     if torch.version.cuda is None:
@@ -110,18 +108,18 @@ def total_memory() -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes still available by the kernel and by the control group."""
+    """Return the bytes that the kernel and the control group still allow."""
     free = _read_meminfo("MemAvailable")
     with suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
-        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        return min(free, max(0, most - used))
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        return min(free, max(0, limit - used))
     return free
 
 
 def _read_meminfo(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return int(found[1]) << 10 if found else 0
+    match = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(match[1]) << 10 if match else 0
 
 
 class Gpu(Record):
@@ -134,18 +132,18 @@ class Gpu(Record):
 
 
 def has_vnni() -> bool:
-    """Return whether products of 8-bit numbers can be summed here without overflow: on x86 only with VNNI."""
+    """Return whether this CPU sums products of 8-bit numbers without overflow: on x86 only with VNNI."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
     try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
+        flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return False
-    return bool(words & {"avx512_vnni", "avx_vnni"})
+    return bool(flags & {"avx512_vnni", "avx_vnni"})
 
 
 def processor_name() -> str:
-    """Return the processor's marketing name where Linux tells it."""
+    """Return the processor's marketing name, or its architecture where Linux does not know it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -156,7 +154,7 @@ def processor_name() -> str:
 
 
 def available_cpus() -> int:
-    """CPUs this process may use: its affinity, and the quota of its control group where there is one."""
+    """Return the CPUs that this process may use, by its affinity and the quota of its control group."""
     cpus = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

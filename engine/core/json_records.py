@@ -1,4 +1,4 @@
-"""Read JSON into typed records and write it back; what does not fit is named by field and value."""
+"""Read JSON into typed records and write it back; errors name the field and its value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TYPES = {
 }
 # msgspec 0.22 has crashed where several threads used a record type for the first time at once
 _convert_lock = threading.RLock()
-_FORMS: dict[str, str] = {}  # what `text` has described, by the pattern as msgspec shows it
+_FORMS: dict[str, str] = {}  # descriptions given to `text`, by the pattern in msgspec's messages
 
 
 class _KeywordsOnly(msgspec.StructMeta):
@@ -53,9 +53,9 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, metaclass=
 
 def text(pattern: str, description: str) -> Any:
     """Return the metadata of a text that matches all of `pattern`; an error line shows `description`."""
-    whole = rf"\A(?:{pattern})\Z"
-    _FORMS[repr(whole)[1:-1]] = description
-    return msgspec.Meta(pattern=whole)
+    anchored = rf"\A(?:{pattern})\Z"
+    _FORMS[repr(anchored)[1:-1]] = description
+    return msgspec.Meta(pattern=anchored)
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -74,7 +74,7 @@ def check_order(name: str, *numbers: float) -> None:
 def from_json(text: bytes | str, kind: type[T]) -> T:
     """Parse `text` into a `kind`. Raises ValueError in one line: field, value, what is allowed."""
     try:
-        # msgspec's own parser refuses lone surrogates, as which file names that are not UTF-8 are kept
+        # not msgspec's parser: it refuses lone surrogates, which stand for bytes of non-UTF-8 file names
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON ({_one_line(error)})") from None
@@ -113,7 +113,7 @@ def _not_finite(data: Any, path: Path) -> Iterator[tuple[Path, float]]:
 
 
 def _explain(message: str, data: Any, kind: Any) -> str:
-    """Put field and value before what msgspec says is allowed: `members[0].weight is 1.5: ...`."""
+    """Put field and value before msgspec's message: `members[0].weight is 1.5: ...`."""
     reason, location = message, _LOCATION.search(message)
     path: Path = ()
     if location:
@@ -122,51 +122,51 @@ def _explain(message: str, data: Any, kind: Any) -> str:
         if location[1]:  # a key does not fit
             (entry,) = _offending(data, path, kind, message)
             return f"{_named(path)}: key {_shown(entry)}: {_allowed(reason, kind, path)}"
-    if found := _FIELD.match(reason):
-        return f"{_named((*path, found[2]))}" + (
-            " is missing" if "missing" in found[1] else ": unknown field"
+    if match := _FIELD.match(reason):
+        return f"{_named((*path, match[2]))}" + (
+            " is missing" if "missing" in match[1] else ": unknown field"
         )
-    if not reason.startswith(("Expected ", "Invalid ", "Number ", "Integer ")):  # of a __post_init__
+    if not reason.startswith(("Expected ", "Invalid ", "Number ", "Integer ")):  # raised by a __post_init__
         return f"{_named(path)}: {reason}" if path else reason
     allowed = _allowed(reason, kind, path)
     return f"{_named(path)} is {_shown(_value_at(data, path))}: {allowed}" if path else allowed
 
 
 def _allowed(reason: str, kind: Any, path: Path) -> str:
-    """Return what msgspec says, with the words of `text` for a pattern and with the values of a Literal."""
+    """Return msgspec's message with the description of `text` for a pattern and the values of a Literal."""
     if reason.startswith("Invalid enum value"):
         return f"allowed: {', '.join(map(str, _literals(kind, path)))}"
-    if found := _PATTERN.search(reason):
-        return f"expected {_FORMS.get(found[1], f'a text like {found[1]}')}"
+    if match := _PATTERN.search(reason):
+        return f"expected {_FORMS.get(match[1], f'a text like {match[1]}')}"
     if path:  # the value is shown
         reason = reason.partition(", got `")[0]
     return _TYPE.sub(_in_words, reason[0].lower() + reason[1:])
 
 
 def _in_words(types: re.Match[str]) -> str:
-    """Return what msgspec calls `float | null` in words."""
+    """Return types such as `float | null` in words."""
     return " or ".join(_TYPES.get(name, name) for name in types[1].split(" | "))
 
 
 def _literals(kind: Any, path: Path) -> tuple[Any, ...]:
     """Return the values that are allowed at `path` of a `kind`."""
-    found: Any = inspect.type_info(kind)
+    node: Any = inspect.type_info(kind)
     for step in (*path, None):
-        if isinstance(found, inspect.UnionType):
-            found = next(one for one in found.types if not isinstance(one, inspect.NoneType))
-        if isinstance(found, inspect.StructType):
-            found = next(one.type for one in found.fields if one.encode_name == step)
-        elif isinstance(found, inspect.DictType):
-            found = found.value_type
-        elif isinstance(found, inspect.TupleType):
-            found = found.item_types[int(step or 0)]
-        elif not isinstance(found, inspect.LiteralType):
-            found = found.item_type
-    return tuple(found.values)
+        if isinstance(node, inspect.UnionType):
+            node = next(entry for entry in node.types if not isinstance(entry, inspect.NoneType))
+        if isinstance(node, inspect.StructType):
+            node = next(entry.type for entry in node.fields if entry.encode_name == step)
+        elif isinstance(node, inspect.DictType):
+            node = node.value_type
+        elif isinstance(node, inspect.TupleType):
+            node = node.item_types[int(step or 0)]
+        elif not isinstance(node, inspect.LiteralType):
+            node = node.item_type
+    return tuple(node.values)
 
 
 def _path(location: str, data: Any, kind: Any, message: str) -> Path:
-    """Return the path at msgspec's `location`, which says `[...]` for the entry of a dict."""
+    """Return the path at msgspec's `location`, which shows `[...]` for the entry of a dict."""
     path: Path = ()
     for name, index, any_entry in _STEP.findall(location):
         if any_entry:
@@ -180,7 +180,7 @@ def _path(location: str, data: Any, kind: Any, message: str) -> Path:
 
 
 def _offending(data: Any, path: Path, kind: Any, message: str) -> list[Any]:
-    """Return the key of the dict at `path` for which msgspec says `message`: found by halves."""
+    """Bisect the dict at `path` for the key whose entry makes msgspec raise `message`."""
     entries = _value_at(data, path)
     keys = list(entries) if isinstance(entries, dict) else []
     while len(keys) > 1:
@@ -225,6 +225,6 @@ def _shown(value: Any) -> str:
 
 
 def _one_line(error: object) -> str:
-    """Return printable text: a value may hold what moves a terminal's cursor."""
+    """Return printable text in one line: a value may contain control characters."""
     words = " ".join(str(error).split())[:_LINE]
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in words)

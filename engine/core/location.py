@@ -20,15 +20,15 @@ class SchemeError(ValueError):
 
 @dataclass(frozen=True, repr=False)
 class Url:
-    """A place that is not local. Its text form has no query, which may hold a signature.
+    """A remote location. Its text form has no query, which may contain a signature.
 
-    In object stores the key is taken as it stands; in http URLs it is percent-encoded.
+    The key of an object is used unchanged; the path of an http URL is percent-encoded.
     """
 
     scheme: str
     host: str  # bucket, container, or host with port
-    path: str  # behind the host, with its leading slash unless empty
-    query: str = ""  # of http, with its question mark
+    path: str  # after the host, with its leading slash unless empty
+    query: str = ""  # of http URLs, with its question mark
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.host}{self.path}"
@@ -36,8 +36,8 @@ class Url:
     __repr__ = __str__
 
     @property
-    def whole(self) -> str:
-        """Return the URL with its query, for requests only; never write it to a text."""
+    def with_query(self) -> str:
+        """Return the URL with its query, for requests only; never log or store it."""
         return f"{self}{self.query}"
 
     @property
@@ -46,7 +46,7 @@ class Url:
 
     @property
     def name(self) -> str:
-        # the last name also of what is unquoted: a file may be made that has it
+        # unquoted first: the name may become a file name, which must not contain a slash
         return posixpath.basename(unquote(self.path) if self.scheme in HTTP_SCHEMES else self.path)
 
     @property
@@ -56,7 +56,7 @@ class Url:
     def __truediv__(self, name: str) -> Url:
         """Resolve a relative path below this location; "." and ".." work as in a folder.
 
-        Behind "::" is the name of an archive's member, which is taken as it stands.
+        The name of an archive's member follows "::" and is used unchanged.
         """
         name, mark, member = name.partition("::")
         if self.scheme in HTTP_SCHEMES:
@@ -76,29 +76,31 @@ def is_url(text: str) -> bool:
 
 def parse(text: str) -> Location:
     """Parse a local path or a URL. Raises ValueError, whose text does not contain `text`."""
-    found = _SCHEME.match(text)
-    if not found:
+    match = _SCHEME.match(text)
+    if not match:
         return Path(text)
-    scheme, rest = found[1].lower(), text[found.end() :]
+    scheme, rest = match[1].lower(), text[match.end() :]
     host, slash, path = rest.partition("/")
     if scheme == "file":
         if host not in ("", "localhost"):
-            raise ValueError("a file URL with a host; write file:///folder/name for a local file")
+            raise ValueError("a file URL must not have a host; write file:///folder/name for a local file")
         return Path(unquote(slash + path))
     if scheme not in OBJECT_SCHEMES + HTTP_SCHEMES:
-        raise SchemeError(f"URLs of this scheme are not read; allowed are {ALLOWED}")
+        raise SchemeError(f"URLs of this scheme are not supported; allowed: {ALLOWED}")
     query = ""
     if scheme in HTTP_SCHEMES:
-        bare = re.split(r"[?#]", rest, maxsplit=1)[0]
-        query = rest[len(bare) :].partition("#")[0]
-        host, slash, path = bare.partition("/")
+        without_query = re.split(r"[?#]", rest, maxsplit=1)[0]
+        query = rest[len(without_query) :].partition("#")[0]
+        host, slash, path = without_query.partition("/")
     container, at, host_only = host.rpartition("@")
     if at and not (scheme in ("abfs", "abfss") and container and ":" not in container):
-        raise ValueError("a user or password in a URL, which ends in logs; put it into the environment")
+        raise ValueError(
+            "a URL is logged, so it must not contain a user or password; set them in the environment"
+        )
     if not host_only:
-        raise ValueError(f"no {'host' if scheme in HTTP_SCHEMES else 'bucket'} behind {scheme}://")
+        raise ValueError(f"there is no {'host' if scheme in HTTP_SCHEMES else 'bucket'} after {scheme}://")
     return Url(scheme, host, slash + path, query)
 
 
-def absolute(place: Location) -> Location:
-    return place.absolute() if isinstance(place, Path) else place
+def absolute(location: Location) -> Location:
+    return location.absolute() if isinstance(location, Path) else location

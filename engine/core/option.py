@@ -1,4 +1,4 @@
-"""State an option as a field's metadata; parse it from the command line or check it as a Python keyword."""
+"""Options as metadata of dataclass fields, for the command line and for Python keywords."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from numbers import Integral, Real
 from pathlib import Path
@@ -30,7 +30,8 @@ _UNITS = {
     "ti": 2**40,
 }
 _KEYWORD_TYPES: dict[Any, Any] = {Path: str | os.PathLike[str], tuple[str, ...]: Sequence[str]}
-_WORDS = {
+_FOR_ARGPARSE = ("metavar", "choices", "nargs", "const")
+_TYPE_NAMES = {
     bool: "True, False",
     int: "a whole number",
     float: "a number",
@@ -46,17 +47,17 @@ _WORDS = {
 class Option:
     """An option of the command line and, unless `in_python` is false, a keyword of `engine.screen`."""
 
-    name: str  # of the field that holds its value
     group: str  # title in --help
     help: str
     default: Any
-    short: str
-    first: bool  # shown by --help, and not by --help-all alone
-    operating: bool  # how a run is operated and not what it is: --only-errors does not take it from the run
-    in_python: bool
-    parse: Callable[[Any], Any] | None  # of a text, or of what `keyword_type` allows
-    keyword_type: Any  # what `engine.screen` takes, None left out
     for_argparse: Mapping[str, Any]  # metavar, choices, nargs, const
+    name: str = ""  # of the field, filled by `options_of`
+    short: str = ""  # short flag
+    first: bool = False  # shown by --help; the others are shown only by --help-all
+    operating: bool = False  # --only-errors does not take it from the earlier run
+    in_python: bool = True
+    parse: Callable[[Any], Any] | None = None  # of a text, or of a value of `keyword_type`
+    keyword_type: Any = None  # type that `engine.screen` takes, without None; filled by `options_of`
 
     @property
     def flag(self) -> str:
@@ -70,28 +71,28 @@ class Option:
     @property
     def argparse_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `add_argument`, without the help."""
-        rest = {"dest": self.name, "default": self.default, **self.for_argparse}
+        arguments = {"dest": self.name, "default": self.default, **self.for_argparse}
         if self.keyword_type is bool:
-            rest["action"] = argparse.BooleanOptionalAction if self.default is None else "store_true"
+            arguments["action"] = argparse.BooleanOptionalAction if self.default is None else "store_true"
         elif self.is_list:
-            rest |= {"action": "append", "default": []}
+            arguments |= {"action": "append", "default": []}
         elif self.parse:
-            rest["type"] = self.parse
-        return rest
+            arguments["type"] = self.parse
+        return arguments
 
     def check(self, value: Any) -> Any:
-        """Return the field's value for a keyword's `value`; None is the default.
+        """Return the field's value for a Python keyword's `value`; None means the default.
 
         Raises TypeError for a wrong type and UsageError for a value that is not allowed.
         """
         if value is None:
             return self.default
-        if isinstance(value, Integral) and not isinstance(value, bool):  # of NumPy, too
+        if isinstance(value, Integral) and not isinstance(value, bool):  # also integers of NumPy
             value = int(value)
         kinds = _members(self.keyword_type)
-        if not any(_is_one(value, kind) for kind in kinds):
-            words = ", ".join(dict.fromkeys(_WORDS[_plain(kind)] for kind in kinds))
-            raise TypeError(f"{self.name} is {value!r}; allowed: {words}")
+        if not any(_is_instance(value, kind) for kind in kinds):
+            allowed = ", ".join(dict.fromkeys(_TYPE_NAMES[_class_of(kind)] for kind in kinds))
+            raise TypeError(f"{self.name} is {value!r}; allowed: {allowed}")
         choices = self.for_argparse.get("choices", (value,))
         if value not in choices:
             raise UsageError(f"{self.name} is {value!r}; allowed: {', '.join(choices)}")
@@ -103,51 +104,28 @@ class Option:
             raise UsageError(f"{self.name}: {error}") from None
 
 
-def option(
-    group: str,
-    text: str,
-    default: Any = None,
-    *,
-    short: str = "",
-    first: bool = False,
-    operating: bool = False,
-    in_python: bool = True,
-    parse: Callable[[Any], Any] | None = None,
-    keyword_type: Any = None,
-    **for_argparse: Any,
-) -> Any:
-    """Return a dataclass field that states an option; see `Option`.
+def option(group: str, text: str, default: Any = None, **stated: Any) -> Any:
+    """Return a dataclass field that states an option: fields of `Option`, and arguments of `add_argument`.
 
-    `keyword_type` is given where `engine.screen` takes another type than the field holds.
+    `keyword_type` is needed only if `engine.screen` takes another type than the field holds.
     """
-    stated = {
-        "group": group,
-        "help": text,
-        "short": short,
-        "first": first,
-        "operating": operating,
-        "in_python": in_python,
-        "parse": parse,
-        "keyword_type": keyword_type,
-        "for_argparse": for_argparse,
-    }
-    return field(default=default, metadata={"option": stated})
+    for_argparse = {name: stated.pop(name) for name in _FOR_ARGPARSE if name in stated}
+    described = Option(group=group, help=text, default=default, for_argparse=for_argparse, **stated)
+    return field(default=default, metadata={"option": described})
 
 
 def options_of(record: type[Any]) -> dict[str, Option]:
     """Return the options that the fields of a dataclass state, by name, in their order."""
     hints = typing.get_type_hints(record)
-    found = {}
-    for one in fields(record):
-        if stated := one.metadata.get("option"):
-            kind = stated["keyword_type"] or _keyword_type(hints[one.name])
-            found[one.name] = Option(name=one.name, default=one.default, **(stated | {"keyword_type": kind}))
-    return found
+    return {
+        name: replace(described, name=name, keyword_type=described.keyword_type or _keyword_type(hints[name]))
+        for name, described in ((entry.name, entry.metadata.get("option")) for entry in fields(record))
+        if described
+    }
 
 
 def _keyword_type(hint: Any) -> Any:
-    members = [one for one in _members(hint) if one is not types.NoneType]
-    kinds = [_KEYWORD_TYPES.get(one, one) for one in members]
+    kinds = [_KEYWORD_TYPES.get(kind, kind) for kind in _members(hint) if kind is not types.NoneType]
     return kinds[0] if len(kinds) == 1 else typing.Union[tuple(kinds)]  # noqa: UP007 - of a tuple
 
 
@@ -156,36 +134,35 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def _plain(kind: Any) -> Any:
-    """Return the class behind a type; str for a Literal."""
+def _class_of(kind: Any) -> Any:
+    """Return the class of a type annotation; str for a Literal."""
     origin = typing.get_origin(kind)
     return str if origin is typing.Literal else origin or kind
 
 
-def _is_one(value: Any, kind: Any) -> bool:
-    kind = _plain(kind)
+def _is_instance(value: Any, kind: Any) -> bool:
+    kind = _class_of(kind)
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
     if kind is Sequence:
         return (
             isinstance(value, Iterable)
             and not isinstance(value, str | bytes)
-            and all(isinstance(one, str) for one in value)
+            and all(isinstance(item, str) for item in value)
         )
     return isinstance(value, Real if kind is float else kind)
 
 
-def whole(low: int = 1, high: int | None = None) -> Callable[[str | int], int]:
+def integer(low: int = 1, high: int | None = None) -> Callable[[str | int], int]:
     """Return a parser of whole numbers from `low` to `high`."""
 
-    def parse(given: str | int) -> int:
-        value = int(given) if isinstance(given, int) or re.fullmatch(r"[0-9]{1,18}", given) else low - 1
-        if value < low or (high is not None and value > high):
-            allowed = (
-                f"a whole number from {low} to {high}" if high is not None else "a positive whole number"
-            )
-            raise argparse.ArgumentTypeError(f"{given!r} is not {allowed}")
-        return value
+    allowed = "a positive whole number" if high is None else f"a whole number from {low} to {high}"
+
+    def parse(value: str | int) -> int:
+        number = int(value) if isinstance(value, int) or re.fullmatch(r"[0-9]{1,18}", value) else low - 1
+        if number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"{value!r} is not {allowed}")
+        return number
 
     return parse
 
@@ -193,29 +170,24 @@ def whole(low: int = 1, high: int | None = None) -> Callable[[str | int], int]:
 def number(low: float, high: float) -> Callable[[str | float], float]:
     """Return a parser of numbers from `low` to `high`."""
 
-    def parse(given: str | float) -> float:
+    def parse(value: str | float) -> float:
         try:
-            value = float(given)
+            number = float(value)
         except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{given!r} is not a number between {low:g} and {high:g}")
-        return value
+            number = math.nan
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{value!r} is not a number between {low:g} and {high:g}")
+        return number
 
     return parse
 
 
-def size(given: str | int) -> int:
-    """Return bytes, from 2GiB or the like."""
-    try:
-        return parse_bytes(str(given))
-    except UsageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def parse_bytes(text: str) -> int:
-    """Return '2GiB', '512M' or '4096' as bytes. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
-    if not found or found[2] not in _UNITS:
-        raise UsageError(f"{text!r} is not a size; give bytes or a number with a unit, such as 2GiB")
-    return int(float(found[1]) * _UNITS[found[2]])
+def byte_size(value: str | int) -> int:
+    """Parse '2GiB', '512M' or '4096' as a number of bytes."""
+    text = str(value)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    if not match or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; give bytes or a number with a unit, such as 2GiB"
+        )
+    return int(float(match[1]) * _UNITS[match[2]])

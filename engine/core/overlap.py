@@ -1,4 +1,4 @@
-"""Overlap of stages and of tasks, and the meters that tell which stage limits a run."""
+"""Overlap of stages and of tasks, and meters that show which stage limits a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Meter:
 
     @contextmanager
     def upstream(self, source: Iterable[T]) -> Iterator[Iterator[T]]:
-        """Hand `source` on, count the wait for it, and close it when the stage ends, however that ends."""
+        """Give `source` to the stage, count the wait for it, and close it when the stage ends or fails."""
         try:
             yield self._timed(iter(source))
         finally:
@@ -57,7 +57,7 @@ class Meter:
 
 
 def close_iterator(iterable: object) -> None:
-    """Close a generator; anything else has nothing to close."""
+    """Close a generator; other iterables have nothing to close."""
     closer = getattr(iterable, "close", None)
     if closer:
         closer()
@@ -73,7 +73,7 @@ class _Channel:
         self._changed = threading.Condition()
 
     def put(self, item: object) -> bool:
-        """Wait for room; False when the other side is gone."""
+        """Wait for room; return False when the other side has closed the queue."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._items) < self._depth or self._closed)
             if self._closed:
@@ -84,7 +84,7 @@ class _Channel:
 
     def get(self) -> object:
         with self._changed:
-            # awake now and then: a signal that comes just before the wait is only looked at after it
+            # with a timeout: a signal that comes just before the wait is only handled after it
             while not self._changed.wait_for(lambda: len(self._items) > 0, timeout=POLL_S):
                 pass
             item = self._items.popleft()
@@ -126,7 +126,7 @@ def prefetch(source: Iterator[T], depth: int, meter: Meter | None = None) -> Ite
                     break
                 if meter:
                     meter.blocked_s += time.perf_counter() - start
-        except BaseException as caught:  # handed to the consumer, which raises it
+        except BaseException as caught:  # passed to the consumer, which raises it
             error = caught
         finally:
             close_iterator(source)

@@ -1,4 +1,4 @@
-"""The records that cross a border between stages. Each field says which stage fills it."""
+"""The records that travel between stages. Comments name the stage that fills a field."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Status(enum.IntEnum):
         return self.name.lower()
 
 
-# what is to be known of an image that has a score
+# facts that users should know about a scored image
 FLAGS = (
     "first_frame",
     "decoder_warning",
@@ -58,11 +58,11 @@ class Scorer(Record, omit_defaults=True):
 
     host: str = ""
     device: str = ""
-    gpu: str | UnsetType | None = UNSET  # its name
+    gpu: str | UnsetType | None = UNSET  # name
     runner: str = ""
     precision: str = ""
     actor: str | None = None  # of a run on Ray
-    round: int = 0  # how often the canaries had come well through that actor before
+    round: int = 0  # rounds of canaries that had passed in that actor before
 
 
 _PEAK_BYTES_PER_PIXEL = {
@@ -86,14 +86,14 @@ class Header(NamedTuple):
     height: int
     flags: tuple[str, ...] = ()
     orientation: int = 1  # EXIF 1 to 8
-    layout: Any = None  # what else the format's own decoder has to know
+    layout: Any = None  # further facts for the decoder of the format
     bits: int = 8  # of a stored sample
     photometric: str = ""  # DICOM's PhotometricInterpretation
     uids: tuple[str, str, str] = ("", "", "")  # DICOM's study, series and SOP instance
 
     @property
     def decoding_bytes(self) -> int:
-        """Return the largest number of bytes that decoding holds at once, as measured for each format."""
+        """Return the peak memory of decoding in bytes, as measured for each format."""
         return self.width * self.height * _PEAK_BYTES_PER_PIXEL[self.format]
 
 
@@ -103,14 +103,14 @@ class PixelSlot(Protocol):
     pixels: Any  # uint8 tensor [B, 1, H, W] on the device
 
     def copy_host(self, pixels: npt.NDArray[np.uint8], start: int, stream: Any, cuda: Any) -> None:
-        """Copy pixels [c, 1, H, W] from host memory to the places from `start`, in the order of `stream`."""
+        """Copy pixels [c, 1, H, W] from host memory to the rows from `start`, in the order of `stream`."""
 
 
 class DevicePixels(Protocol):
     """Pixels of a batch, some or all of which are on a GPU."""
 
     def copy_to(self, slot: PixelSlot, stream: Any, cuda: Any) -> None:
-        """Copy k images to the first k places of `slot`, in the order of `stream`; must outlive the copy."""
+        """Copy k images to the first k rows of `slot`, in the order of `stream`; must outlive the copy."""
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class Part:
     row: npt.NDArray[np.int64]  # [n], numbers in the manifest: consecutive, but for a retry of failed rows
     paths: list[str | None]
     columns: pa.Table  # the other manifest columns, same length as `paths`
-    crashed: frozenset[int] = frozenset()  # positions that are not scored: each ends the process that does
+    crashed: frozenset[int] = frozenset()  # positions that are not scored because each crashes the worker
 
     @property
     def rows(self) -> int:
@@ -135,7 +135,7 @@ class Part:
 
 @dataclass(slots=True)
 class Batch:
-    """Consecutive rows of one part on their way through the stages, n rows of which k have pixels.
+    """Consecutive rows of one part that pass through the stages: n rows, k of them with pixels.
 
     A row is addressed by its position in the batch; `index` ties pixels and scores to it.
     """
@@ -150,15 +150,15 @@ class Batch:
     flags: dict[int, list[str]] = field(default_factory=dict)
     encoded: list[bytes] = field(default_factory=list)  # [n], b"" where there is nothing to decode
     headers: list[Header | None] = field(default_factory=list)  # [n]
-    on_gpu: list[bool] = field(default_factory=list)  # [n], decoded there and not on the CPU
-    release: Callable[[], None] = lambda: None  # gives the encoded bytes back to the reader's budget
+    on_gpu: list[bool] = field(default_factory=list)  # [n], decoded on the GPU and not on the CPU
+    release: Callable[[], None] = lambda: None  # returns the encoded bytes to the reader's budget
     # preprocess
     index: npt.NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # [k], positions
     pixels: npt.NDArray[np.uint8] | None = None  # [k, 1, H, W], dropped by the members
-    device_pixels: DevicePixels | None = None  # or these, from decoders of a GPU
+    device_pixels: DevicePixels | None = None  # instead of `pixels`, from decoders on a GPU
     # members and ensemble
     members: npt.NDArray[np.float32] | None = None  # [M, k, C], probabilities of each member
-    distances: npt.NDArray[np.float32] | None = None  # [M, k], of the features, where the runner says
+    distances: npt.NDArray[np.float32] | None = None  # [M, k], of the features, if the runner computes them
     probabilities: npt.NDArray[np.float32] | None = None  # [k, C], probabilities of the ensemble
     prediction: npt.NDArray[np.intp] = field(default_factory=lambda: np.empty(0, np.intp))  # [k], class
     confidence: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # [k]
@@ -168,12 +168,12 @@ class Batch:
         return len(self.status)
 
     def fail(self, position: int, status: Status, error: str) -> None:
-        """Turn a failure into the row's status: the one place where that happens."""
+        """Set a row's status and error; all failures go through here."""
         self.status[position] = status
         self.errors[position] = error
 
     def keep(self, position: int, data: bytes, header: Header, *, on_gpu: bool) -> None:
-        """Keep an encoded image that is to be decoded, and what its header says."""
+        """Store an encoded image that will be decoded, and its header."""
         self.encoded[position], self.headers[position] = data, header
         self.on_gpu[position] = on_gpu
         self.width[position], self.height[position] = header.width, header.height
@@ -181,7 +181,7 @@ class Batch:
             self.flags[position] = list(header.flags)
 
     def drop_encoded(self) -> None:
-        """Free the encoded bytes; the reader may read that much further ahead."""
+        """Free the encoded bytes, so that the reader can read further ahead."""
         self.encoded = []
         self.release()
 
@@ -200,7 +200,7 @@ class PartInfo:
     by_status: dict[str, int]
     by_class: dict[str, int]
     by: Scorer
-    written: datetime | None  # for the first time, UTC; unknown of parts of older versions
+    written: datetime | None  # first time, UTC; None for parts of older versions
 
     @property
     def errors(self) -> int:

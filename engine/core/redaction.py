@@ -1,4 +1,4 @@
-"""Paths name people. With --redact a keyed hash stands for each, in results and on the log."""
+"""Replace paths, which may name people, by keyed hashes in results and logs (--redact)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Redaction:
     keep: tuple[str, ...] = ()
 
     def name(self, path: str) -> str:
-        """HMAC-SHA256 of the path as the manifest has it, its first 128 bits in hexadecimal."""
+        """Return the first 128 bits of the HMAC-SHA256 of the path in the manifest, in hexadecimal."""
         return hmac.new(self.salt, path.encode("utf-8", "surrogatepass"), "sha256").hexdigest()[:32]
 
     @property
     def key(self) -> str:
-        """Tells one salt from another, and not what it is."""
+        """Return an identifier of the salt that does not reveal it."""
         return self.name("\0key")
 
 
@@ -43,9 +43,8 @@ def read_salt(file: Path | None) -> bytes:
         salt, source = os.environ.get(_SALT_VARIABLE, "").strip().encode(), _SALT_VARIABLE
         if not salt:
             raise UsageError(
-                f"--redact needs a salt: --salt-file FILE, or {_SALT_VARIABLE} in the environment; "
-                "keep it, since "
-                "only with it are two runs' names the same"
+                f"--redact needs a salt: --salt-file FILE, or {_SALT_VARIABLE} in the environment; keep it, "
+                "because two runs have the same names only with the same salt"
             )
     else:
         source = f"--salt-file {file}"
@@ -56,16 +55,16 @@ def read_salt(file: Path | None) -> bytes:
             raise UsageError(f"{source}: {error.strerror}") from None
     if len(salt) < MIN_SALT_BYTES:
         raise UsageError(
-            f"{source}: a salt of {len(salt)} bytes can be guessed; give at least {MIN_SALT_BYTES}"
+            f"{source}: a salt of {len(salt)} bytes can be guessed; give at least {MIN_SALT_BYTES} bytes"
         )
     return salt
 
 
 def redact_line(text: str, known: Iterable[tuple[str, str]] = ()) -> str:
-    """Replace the paths in a line of the log: `known` ones by their names, others by [path]."""
-    for path, word in sorted(known, key=lambda pair: -len(pair[0])):
-        if len(path) > 2:  # "a" is a word
-            text = re.sub(rf"(?<!\w){re.escape(path)}(?!\w)", word, text)
-    if "error: " in text or "manifest " in text:  # which shows cells, columns or files
+    """Replace the paths in a log line: `known` paths by their names, others by [path]."""
+    for path, name in sorted(known, key=lambda pair: -len(pair[0])):
+        if len(path) > 2:  # "a" may be a word
+            text = re.sub(rf"(?<!\w){re.escape(path)}(?!\w)", name, text)
+    if "error: " in text or "manifest " in text:  # such lines quote cells, columns or files
         text = _QUOTED.sub("[value]", text)
     return _PATH_LIKE.sub("[path]", text)

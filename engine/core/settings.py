@@ -1,4 +1,4 @@
-"""State what a run can be asked to do: the command line and `engine.screen` are made of it."""
+"""The settings of a run, from which the command line and the keywords of `engine.screen` are made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from engine.core.errors import UsageError
 from engine.core.location import Location, Url, parse
-from engine.core.option import number, option, options_of, size, whole
+from engine.core.option import byte_size, integer, number, option, options_of
 from engine.core.redaction import Redaction, read_salt
 
 ALL_GPUS = "cuda:all"  # as a device: an actor on a local Ray for each GPU
@@ -43,7 +43,7 @@ class Limits:
 
     @property
     def decoding_bytes(self) -> int:
-        """Return the bytes that images decoded together may take; a single image may take more."""
+        """Return the bytes that images decoded together may take; one image alone may take more."""
         return self.memory // 2
 
 
@@ -62,32 +62,32 @@ class Shard:
         return range(self.number - 1, count, self.of)
 
 
-def parse_location(given: str | os.PathLike[str] | Url) -> Location:
-    """Return the local path or URL that is given. Raises UsageError."""
-    if isinstance(given, Url):
-        return given
-    text = os.fspath(given)
+def parse_location(location: str | os.PathLike[str] | Url) -> Location:
+    """Parse a local path or URL. Raises UsageError."""
+    if isinstance(location, Url):
+        return location
+    text = os.fspath(location)
     try:
         return parse(text)
     except ValueError as error:
-        # a password may be behind the scheme
+        # the text after the scheme may contain a password
         raise UsageError(f"{text.partition('://')[0]}://...: {error}") from None
 
 
 def parse_shard(text: str) -> Shard:
-    """Return the shard that '3/16' names. Raises UsageError."""
-    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    shard = Shard(int(found[1]), int(found[2])) if found else None
+    """Parse a shard such as '3/16'. Raises UsageError."""
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    shard = Shard(int(match[1]), int(match[2])) if match else None
     if shard is None or not 1 <= shard.number <= shard.of:
         raise UsageError(
-            f"--shard {text}: allowed: K/N, with K from 1 to N; 1/16 to 16/16 for sixteen shards"
+            f"--shard {text}: allowed: K/N, with K from 1 to N, such as 1/16 to 16/16 for sixteen shards"
         )
     return shard
 
 
-def parse_moment(given: str | datetime, now: datetime | None = None) -> datetime:
+def parse_moment(value: str | datetime, now: datetime | None = None) -> datetime:
     """Return the next '06:00' after `now`, local time, or an ISO 8601 date and time. Raises UsageError."""
-    text = given.isoformat() if isinstance(given, datetime) else given  # pandas' have methods of their own
+    text = value.isoformat() if isinstance(value, datetime) else value  # pandas' Timestamp is one too
     now = now or datetime.now(UTC)
     example = "give a time such as 06:00 or 2031-05-17T06:00"
     try:
@@ -109,7 +109,7 @@ def parse_moment(given: str | datetime, now: datetime | None = None) -> datetime
 class Settings:
     """Options of `engine.run`, each stated here and nowhere else: see `engine.core.option`.
 
-    None means: as recorded by the run that is resumed, else chosen when the run begins.
+    None means: the value recorded by the run that is resumed, otherwise chosen at the start of the run.
     """
 
     manifest: Location
@@ -168,7 +168,7 @@ class Settings:
     part_rows: int | None = option(
         _RESULTS,
         f"rows a part, the unit of resume ({CPU_PART_ROWS} on a CPU, {GPU_PART_ROWS} on a GPU)",
-        parse=whole(1, 1_000_000),
+        parse=integer(1, 1_000_000),
         metavar="N",
     )
     column_prefix: str = option(_RESULTS, "put before the names of manifest columns", "", metavar="TEXT")
@@ -199,7 +199,7 @@ class Settings:
         _SPEED,
         "CPU threads (as tuned; else all that this process may use)",
         operating=True,
-        parse=whole(1, MAX_WORKERS),
+        parse=integer(1, MAX_WORKERS),
         metavar="N",
     )
     memory: int = option(
@@ -208,24 +208,24 @@ class Settings:
         Limits.memory,
         first=True,
         operating=True,
-        parse=size,
+        parse=byte_size,
         keyword_type=int | str,
         metavar="SIZE",
     )
     batch_size: int | None = option(
         _SPEED,
         f"images a batch (as tuned; else {CPU_BATCH} on a CPU, {GPU_BATCH} or the plan's on a GPU)",
-        parse=whole(1, 4096),
+        parse=integer(1, 4096),
         metavar="N",
     )
     slots: int = option(
-        _SPEED, "batches on the GPU (%(default)s)", 3, operating=True, parse=whole(1, 16), metavar="N"
+        _SPEED, "batches on the GPU (%(default)s)", 3, operating=True, parse=integer(1, 16), metavar="N"
     )
     streams: int | None = option(
         _SPEED,
         "1: members in turn, 2: at once (the faster)",
         operating=True,
-        parse=whole(1, 2),
+        parse=integer(1, 2),
         metavar="N",
     )
     cuda_graph: bool | None = option(_SPEED, "replay each batch's step as one graph", operating=True)
@@ -245,7 +245,7 @@ class Settings:
         _ACTORS,
         "with --ray: on CPUs (none beside GPUs, else as many as fit)",
         operating=True,
-        parse=whole(1, MAX_WORKERS),
+        parse=integer(1, MAX_WORKERS),
         metavar="N",
     )
     part_timeout_s: float = option(
@@ -284,13 +284,13 @@ class Settings:
         metavar="S",
     )
     max_pixels: int = option(
-        _STRICT, "of an image (%(default)s)", Limits.max_pixels, parse=whole(), metavar="N"
+        _STRICT, "of an image (%(default)s)", Limits.max_pixels, parse=integer(), metavar="N"
     )
     max_file_size: int = option(
         _STRICT,
         f"of an image ({Limits.max_file_size >> 20}MiB)",
         Limits.max_file_size,
-        parse=size,
+        parse=byte_size,
         keyword_type=int | str,
         metavar="SIZE",
     )

@@ -1,4 +1,4 @@
-"""The values that opening the stages settles: measured once, recorded, and kept on resume."""
+"""Values that are measured when the stages open, recorded, and kept on resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DecodeTuning(Record):
     hybrid_huffman_threshold: Annotated[int, Meta(ge=0, le=1 << 40)]  # pixels
     width_hint: Annotated[int, Meta(ge=0, le=1 << 16)]
     height_hint: Annotated[int, Meta(ge=0, le=1 << 16)]
-    cpu_share: Fraction  # of the JPEGs, by the length of the file; 1: of every image
+    cpu_share: Fraction  # of the JPEGs, chosen by file length; 1: all images
 
 
 class DecodeTrial(DecodeTuning):
@@ -27,7 +27,7 @@ class DecodeTrial(DecodeTuning):
 
 
 class StreamTuning(Record):
-    """Members on CUDA streams of their own, compared with one after the other."""
+    """The time of members on separate CUDA streams, compared with one stream."""
 
     concurrent: bool
     sequential_ms: float  # of a batch
@@ -36,11 +36,11 @@ class StreamTuning(Record):
 
 
 class Tuning(Record, omit_defaults=True):
-    """`tuning` of `_run.json`: what was measured on the GPU, and chosen; empty for a run on the CPU."""
+    """`tuning` of `_run.json`: measurements and choices on the GPU; empty for a run on the CPU."""
 
-    batch_size_asked: int | None = None  # where it was halved because GPU memory was short
+    batch_size_asked: int | None = None  # if it was halved because GPU memory was short
     eager_ms: float | None = None  # of a batch through the members
-    compiled_ms: float | UnsetType | None = UNSET  # None: they can't be compiled
+    compiled_ms: float | UnsetType | None = UNSET  # None: they cannot be compiled
     compiled: bool | None = None
     streams: StreamTuning | None = None
     canaries: float | None = None  # largest difference in probability from their reference
@@ -50,7 +50,7 @@ class Tuning(Record, omit_defaults=True):
 
 @dataclass(frozen=True)
 class Settled:
-    """The values that the stages of one process have settled when they are open."""
+    """The values that the stages of one process have chosen when they are open."""
 
     batch_size: int
     tuning: Tuning = field(default_factory=Tuning)

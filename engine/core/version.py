@@ -1,3 +1,3 @@
-"""State the version of the engine."""
+"""The version of the engine."""
 
 __version__ = "0.1.0"

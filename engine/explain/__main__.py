@@ -16,7 +16,7 @@ from engine.cli.log import RedactingLog, named_locations
 from engine.cli.parser import Parser
 from engine.cli.terminal import hush_libraries, run_command
 from engine.core.errors import UsageError
-from engine.core.option import whole
+from engine.core.option import integer
 from engine.core.records import OnMessage
 from engine.core.settings import MAX_WORKERS, Settings, parse_location
 from engine.explain.explain import explain
@@ -38,7 +38,7 @@ def option_parser() -> Parser:
     add("manifest", type=parse_location, metavar="RESULTS", help="folder of a run, s3://, gs:// or az://")
     add(
         "--top",
-        type=whole(1, MAX_ROWS),
+        type=integer(1, MAX_ROWS),
         metavar="N",
         help=f"the N rows with the highest probability ({DEFAULT_TOP})",
     )
@@ -52,7 +52,7 @@ def option_parser() -> Parser:
     add("--device", default="cpu", help="cpu or cuda:N (%(default)s)")
     add(
         "--workers",
-        type=whole(1, MAX_WORKERS),
+        type=integer(1, MAX_WORKERS),
         metavar="N",
         help="CPU threads (all usable CPUs)",
     )

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from engine.cli.parser import Parser
 from engine.cli.terminal import run_command
-from engine.core.option import whole
+from engine.core.option import integer
 from engine.core.settings import parse_location
 from engine.report.render import DEFAULT_ROWS, write_report
 
@@ -32,14 +32,14 @@ def option_parser() -> Parser:
     )
     add(
         "--rows",
-        type=whole(1, MAX_ROWS),
+        type=integer(1, MAX_ROWS),
         default=DEFAULT_ROWS,
         metavar="N",
         help="number of rows in each list: highest risk, abstained (%(default)s)",
     )
     add(
         "--thumbnails",
-        type=whole(1, MAX_THUMBNAILS),
+        type=integer(1, MAX_THUMBNAILS),
         default=0,
         metavar="N",
         help="add pictures of the first N listed rows; not for a run with --redact",

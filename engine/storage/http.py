@@ -76,7 +76,7 @@ def _open(method: str, url: Url) -> urllib3.BaseHTTPResponse:
     from urllib3 import exceptions
 
     try:
-        return pool.request(method, url.whole, preload_content=False)
+        return pool.request(method, url.with_query, preload_content=False)
     except exceptions.LocationValueError:
         raise ReadError(Status.UNREADABLE, "it is not a valid URL") from None
     except exceptions.MaxRetryError as error:

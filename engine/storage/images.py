@@ -98,4 +98,4 @@ class ImageStorage:
 
 
 def _location_text(location: str | Url) -> str:
-    return location.whole if isinstance(location, Url) else location
+    return location.with_query if isinstance(location, Url) else location

@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks import record
 from engine.cli.parser import Parser
 from engine.core.errors import UsageError
-from engine.core.option import whole
+from engine.core.option import integer
 from engine.core.records import Status
 from tests.fuzz.mutations import mutate
 from tests.fuzz.samples import samples
@@ -288,8 +288,8 @@ def option_parser() -> Parser:
         examples="example: python -m tests.fuzz --count 20000 --seed 1",
     )
     add = parser.add
-    add("--count", type=whole(), default=2000, metavar="N", help="files (%(default)s)")
-    add("--seed", type=whole(0), default=1, metavar="S", help="the same seed, the same files (%(default)s)")
+    add("--count", type=integer(), default=2000, metavar="N", help="files (%(default)s)")
+    add("--seed", type=integer(0), default=1, metavar="S", help="the same seed, the same files (%(default)s)")
     add("--formats", nargs="+", default=(), metavar="NAME", help="such as jpeg png (all)")
     add("--memory", type=float, default=1000, metavar="MB", help="allowed at the peak (%(default)s)")
     add("--timeout", type=float, metavar="S", help="seconds a run (60 and 0.05 for each file)")

@@ -130,18 +130,18 @@ def test_each_failure_has_its_status_and_a_plain_text(
         "s3://archive/knees/forbidden-token-503.png": (Status.UNREADABLE, "the storage denies access"),
         "s3://archive/knees/sick.png": (Status.UNREADABLE, "the storage fails for an unknown reason"),
         "s3://archive/knees/a//b": (Status.UNREADABLE, "it is not a valid name of an object"),
-        "s3:///knees": (Status.UNREADABLE, "no bucket behind s3://"),
+        "s3:///knees": (Status.UNREADABLE, "there is no bucket after s3://"),
         "s3://key:secret@archive/x": (
             Status.UNREADABLE,
-            "a user or password in a URL, which ends in logs; put it into the environment",
+            "a URL is logged, so it must not contain a user or password; set them in the environment",
         ),
         "file://elsewhere/x": (
             Status.UNREADABLE,
-            "a file URL with a host; write file:///folder/name for a local file",
+            "a file URL must not have a host; write file:///folder/name for a local file",
         ),
         "ftp://host/x.png": (
             Status.UNSUPPORTED,
-            "URLs of this scheme are not read; allowed are a local path, file://, s3://, gs://, az://, "
+            "URLs of this scheme are not supported; allowed: a local path, file://, s3://, gs://, az://, "
             "abfs://, https:// or http://",
         ),
     }
@@ -326,17 +326,17 @@ def test_an_archive_in_s3_is_listed_and_known_again_by_the_objects_time(
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("ftp://host/m.csv",), "ftp://...: URLs of this scheme are not read; allowed are a local path"),
+        (("ftp://host/m.csv",), "ftp://...: URLs of this scheme are not supported; allowed: a local path"),
         (
             ("m.csv", "-o", "https://host/results"),
             "results https://host/results: a web server takes no files",
         ),
-        (("m.csv", "--root", "s3://key:secret@bucket"), "s3://...: a user or password in a URL"),
+        (("m.csv", "--root", "s3://key:secret@bucket"), "s3://...: a URL is logged, so it must not"),
         (
             ("m.csv", "--root", "https://host/x?sig=secret"),
             "--root https://host/x?...: a folder has no query",
         ),
-        (("m.csv", "-o", "file://host/x"), "file://...: a file URL with a host"),
+        (("m.csv", "-o", "file://host/x"), "file://...: a file URL must not have a host"),
         (
             ("s3://archive/lists/nowhere.csv",),
             "manifest s3://archive/lists/nowhere.csv: the object does not exist",

@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from engine.core.errors import UsageError
-from engine.core.option import parse_bytes
+from engine.core.option import byte_size
 from engine.core.settings import parse_moment, parse_shard
 
 NOON = datetime(2031, 5, 17, 12, 0).astimezone()
@@ -32,7 +32,7 @@ def test_other_times_are_refused(text: str) -> None:
     ("text", "size"), [("4096", 4096), ("2GiB", 2 << 30), ("1.5k", 1500), ("3MB", 3_000_000)]
 )
 def test_sizes(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
+    assert byte_size(text) == size
 
 
 def test_shards() -> None:

@@ -266,7 +266,7 @@ def test_packages_are_compared_with_the_metadata(
     told = {problem.text: problem for problem in diagnosis.problems}
     here = extras.package_version("numpy")
     assert told[f"packages: numpy {here} does not fit >=99"].fix == "pip install -c constraints.txt ."
-    clash = f"old-friend 2.0 asks for rich<2, here is {extras.package_version('rich')}"
+    clash = f"old-friend 2.0 requires rich<2; installed: {extras.package_version('rich')}"
     assert told[clash].blocking
     (gpu,) = (problem for text, problem in told.items() if text.startswith("extra gpu: pyarrow"))
     assert not gpu.blocking  # there is no GPU

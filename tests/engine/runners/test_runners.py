@@ -88,11 +88,11 @@ def test_tensors_are_found_by_their_mode(rtx):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--device", "cuda:0"], "no GPU: "),
-        (["--device", "cuda"], "no GPU: "),
+        (["--device", "cuda:0"], "no usable GPU: "),
+        (["--device", "cuda"], "no usable GPU: "),
         (["--device", "cuda:x"], "--device cuda:x: allowed"),
         (["--runner", "tensorrt"], "needs a GPU (there is no GPU)"),
-        (["--runner", "torch", "--device", "cuda:3"], "no GPU: "),
+        (["--runner", "torch", "--device", "cuda:3"], "no usable GPU: "),
     ],
 )
 def test_requesting_a_missing_gpu_is_a_one_line_error(
@@ -107,13 +107,13 @@ def test_requesting_a_missing_gpu_is_a_one_line_error(
 
 def test_an_unusable_gpu_is_reported(bundle, monkeypatch):
     def broken(index: int = 0) -> None:
-        raise UsageError("no GPU: the driver is too old")
+        raise UsageError("no usable GPU: the driver is too old")
 
     monkeypatch.setattr(hardware, "has_gpu", lambda: True)
     monkeypatch.setattr(hardware, "require_gpu", broken)
     chosen = select_runner("auto", "auto", bundles.load_bundle(bundle), precision=None, batch_size=None)
     assert (chosen.runner, chosen.device) == ("onnx", "cpu")
-    assert "the GPU can't be used: no GPU: the driver is too old" in chosen.reason
+    assert "the GPU can't be used: no usable GPU: the driver is too old" in chosen.reason
 
 
 def test_out_of_memory_is_distinguished_from_other_errors():
