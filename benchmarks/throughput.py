@@ -109,7 +109,7 @@ class StageTimings:
         self._root = manifest.root
         self._schema = ResultSchema.of(bundle, manifest, Settings(manifest=manifest.source))
         runners = [OnnxRunner(member, bundle) for member in bundle.members]
-        self._step = CpuScorer(bundle, runners, lanes=workers)
+        self._step = CpuScorer(bundle, runners, threads=workers)
         self._preprocess = Preprocess(
             size=bundle.size,
             batch_size=CPU_BATCH,

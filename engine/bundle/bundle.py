@@ -1,4 +1,4 @@
-"""The model folder: load it, check every field and every hash. Nothing is ever unpickled."""
+"""Load the model folder and check every field and every hash; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, UnsetType, field
 from msgspec.structs import replace
@@ -19,11 +19,7 @@ from engine.core.json_records import Fraction, Positive, Record, Sha256, from_js
 from engine.core.settings import Decode
 from engine.storage.atomic import atomic
 
-if TYPE_CHECKING:
-    pass
-
 DISTANCE_OUTPUT = "distance"  # float32 [N], about 1 for images like those it was fitted to
-
 FORMAT_VERSION: Literal[1] = 1
 DESCRIPTION_FILE = "ensemble.json"
 Name = Annotated[str, text("[a-z0-9_]{1,64}", "a name of a-z, 0-9 and _")]
@@ -71,7 +67,7 @@ class MemberEntry(Record):
     architecture: str
     weight: Fraction
     temperature: Positive
-    files: dict[str, FileEntry]  # by kind: "onnx", "safetensors", OUTPUT
+    files: dict[str, FileEntry]  # by kind: "onnx", "safetensors", DISTANCE_OUTPUT
 
     def __post_init__(self) -> None:
         if "onnx" not in self.files:
@@ -79,19 +75,19 @@ class MemberEntry(Record):
 
 
 class EnsembleDescription(Record, kw_only=True):
-    """`ensemble.json`. `training` says how the bundle came to be, and nothing in the engine reads it."""
+    """`ensemble.json`. `training` describes how the bundle was made; the engine does not read it."""
 
     format: Literal[1]
     classes: tuple[str, ...]
     groups: dict[Name, tuple[str, ...]] = field(
         default_factory=dict
-    )  # of classes that are also looked at as one
+    )  # classes that are also evaluated as one
     input: InputEntry
     decode: Decode
     temperature: Positive
     members: tuple[MemberEntry, ...]
     canaries: FileEntry
-    documents: tuple[FileEntry, ...] = ()  # for people
+    documents: tuple[FileEntry, ...] = ()  # for readers, not for the engine
     training: dict[str, Any] = field(default_factory=dict)
     operating_points: OperatingPoints | UnsetType | None = UNSET
 
@@ -104,12 +100,12 @@ class EnsembleDescription(Record, kw_only=True):
         total = sum(member.weight for member in self.members)
         if not abs(total - 1) < 1e-6:
             raise ValueError(f"weights add up to {total:g}, not to 1")
-        fine = all(0 < len(name) <= 64 and name.isprintable() for name in self.classes)
-        if not (fine and len(set(self.classes)) == len(self.classes) >= 2):
+        valid_names = all(0 < len(name) <= 64 and name.isprintable() for name in self.classes)
+        if not (valid_names and len(set(self.classes)) == len(self.classes) >= 2):
             raise ValueError(f"classes {list(self.classes)}; allowed: two or more distinct names")
         for group, members in self.groups.items():
             if group in self.classes:
-                raise ValueError(f"group {group}: it has the name of a class")
+                raise ValueError(f"group {group} has the name of a class")
             if not members or not set(members) <= set(self.classes) or len(set(members)) < len(members):
                 raise ValueError(
                     f"group {group}: {list(members)}; allowed: some of {', '.join(self.classes)}"
@@ -144,7 +140,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An ensemble as trained: what it tells apart, what it eats, who votes with which weight."""
+    """A trained ensemble: classes, input size and normalization, members and their weights."""
 
     path: Path
     classes: tuple[str, ...]
@@ -154,7 +150,7 @@ class Bundle:
     temperature: float
     members: tuple[Member, ...]
     canaries: BundleFile
-    groups: dict[str, tuple[str, ...]]  # of classes that are also looked at as one, by name
+    groups: dict[str, tuple[str, ...]]  # classes that are also evaluated as one, by name
     operating_points: OperatingPoints | None
     sha256: str  # of ensemble.json, which holds the hashes of all other files
 
@@ -171,7 +167,7 @@ class Bundle:
 def load_bundle(path: Path) -> Bundle:
     """Load a bundle and check the hash of each of its files.
 
-    Raises UsageError, one line, for a bundle that is missing, half-written, altered or makes no sense.
+    Raises UsageError, one line, for a bundle that is missing, incomplete, altered or inconsistent.
     """
     description = path / DESCRIPTION_FILE
     try:
@@ -179,8 +175,8 @@ def load_bundle(path: Path) -> Bundle:
     except OSError as error:
         hint = f"give a model folder, or make one with: python -m training DATA -o {path}"
         missing = isinstance(error, FileNotFoundError)
-        why = f"no {DESCRIPTION_FILE} there" if missing else f"{DESCRIPTION_FILE}: {error.strerror}"
-        raise UsageError(f"bundle {path}: {why}; {hint}") from None
+        reason = f"it has no {DESCRIPTION_FILE}" if missing else f"{DESCRIPTION_FILE}: {error.strerror}"
+        raise UsageError(f"bundle {path}: {reason}; {hint}") from None
     bundle = _parse(path, raw)
     _check_hashes(bundle)
     return bundle
@@ -194,7 +190,7 @@ def serialize(description: EnsembleDescription) -> bytes:
 def _parse(path: Path, raw: bytes) -> Bundle:
     """Return the bundle that ensemble.json describes. Raises UsageError."""
     try:
-        found = from_json(raw, EnsembleDescription)
+        description = from_json(raw, EnsembleDescription)
     except ValueError as error:
         raise UsageError(f"bundle {path}: {DESCRIPTION_FILE}: {error}") from None
 
@@ -203,11 +199,11 @@ def _parse(path: Path, raw: bytes) -> Bundle:
 
     return Bundle(
         path,
-        found.classes,
-        (found.input.height, found.input.width),
-        "imagenet" if found.input.normalization else "none",
-        found.decode,
-        found.temperature,
+        description.classes,
+        (description.input.height, description.input.width),
+        "imagenet" if description.input.normalization else "none",
+        description.decode,
+        description.temperature,
         tuple(
             Member(
                 member.name,
@@ -216,11 +212,11 @@ def _parse(path: Path, raw: bytes) -> Bundle:
                 member.temperature,
                 {kind: file(entry) for kind, entry in member.files.items()},
             )
-            for member in found.members
+            for member in description.members
         ),
-        file(found.canaries),
-        found.groups,
-        found.operating_points or None,
+        file(description.canaries),
+        description.groups,
+        description.operating_points or None,
         hashlib.sha256(raw).hexdigest(),
     )
 
@@ -230,9 +226,8 @@ def update_bundle(
 ) -> Bundle:
     """Write operating points and their temperature into ensemble.json, atomically; return the new bundle.
 
-    `distances` holds the bytes of `distance_subgraph` by member; without it, the members lose theirs. A
-    bundle that was trained before there were groups gets them. Raises UsageError, and writes nothing, when
-    the file is not the one that was loaded.
+    `distances` has the bytes of `distance_subgraph` by member; without it, members lose theirs. A bundle
+    without groups gets them. Raises UsageError, and writes nothing, if the file has changed since loading.
     """
     file = bundle.path / DESCRIPTION_FILE
     raw = file.read_bytes()
@@ -267,7 +262,7 @@ def update_bundle(
 
 def _write_nodes(folder: Path, member: str, nodes: bytes) -> FileEntry:
     digest = hashlib.sha256(nodes).hexdigest()
-    name = f"{member}.{DISTANCE_OUTPUT}-{digest[:12]}.onnx"  # never that of a file in use
+    name = f"{member}.{DISTANCE_OUTPUT}-{digest[:12]}.onnx"  # a new name, so that no file in use is replaced
     with atomic(folder / name) as temporary:
         temporary.write_bytes(nodes)
     return FileEntry(path=name, sha256=digest)
@@ -286,7 +281,7 @@ def _find_mismatch(file: BundleFile) -> str | None:
         with file.path.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
-        return f"{error.strerror}; the bundle is incomplete, make or copy it again"
+        return f"{error.strerror}; the bundle is incomplete: make or copy it again"
     if digest != file.sha256:
         return f"altered: sha256 is {digest[:12]}, ensemble.json says {file.sha256[:12]}"
     return None

@@ -1,4 +1,4 @@
-"""The operating points of a bundle: where it rules out and where it refers, and what that was measured on."""
+"""The operating points of a bundle: its thresholds and the data that they were measured on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from engine.core.records import FLAGS
 from engine.stats.intervals import Proportion
 
 ZONES = ("rule_out", "gray_zone", "refer")
-# flags of an image whose pixels may not be like those of the training set; `first_frame`, `colour` and
-# `burned_in` tell of the file, and leave the picture as it is
+# flags of an image whose pixels may differ from those of the training set; `first_frame`, `colour` and
+# `burned_in` describe the file and do not change the pixels
 DOUBTFUL = ("decoder_warning", "window_fallback", "for_processing", "inverse_lut")
 
 Interval = tuple[Fraction, Fraction]
@@ -43,8 +43,8 @@ class RuleOut(Record):
 
     below: Fraction  # the target's probability
     interval: Interval  # by a bootstrap
-    on_data: Rates  # of "not ruled out", on the very images the threshold was found on
-    cross_fitted: Rates  # on images it was found without
+    on_data: Rates  # of "not ruled out", on the images that the threshold was computed from
+    cross_fitted: Rates  # on other images
 
     def __post_init__(self) -> None:
         check_order("interval", *self.interval)
@@ -107,7 +107,7 @@ class DistanceLimits(Record):
     """The distance of each member's features beyond which an image is out of distribution."""
 
     quantile: Fraction
-    images: Count  # that were looked at
+    images: Count  # number of images that the quantile is of
     above: dict[str, NotNegative]
 
 
@@ -125,7 +125,7 @@ class Abstention(Record):
 
 
 class LabelledData(Record):
-    """The images that the operating points were found on."""
+    """The images that the operating points were computed from."""
 
     sha256: Sha256  # of labels, members' probabilities, patients
     manifest_sha256: Sha256 | None  # None: results of several manifests
@@ -138,14 +138,14 @@ class LabelledData(Record):
 
 
 class OperatingPoints(Record):
-    """`operating_points` of ensemble.json, as `engine.calibrate` has found them."""
+    """`operating_points` of ensemble.json, written by `engine.calibrate`."""
 
     target: str  # class
     asked: AskedRates
     level: Fraction  # of the intervals
     rule_out: RuleOut
     refer: Refer
-    crossed: bool  # whether all thresholds between two kept what was asked, and the middle was taken
+    crossed: bool  # whether a range of thresholds kept both rates, of which the middle was taken
     temperature: FittedTemperature
     zones: Zones
     abstain: Abstention
@@ -188,5 +188,5 @@ class OperatingPoints(Record):
 
 
 def _check_names(what: str, entries: Mapping[str, object], names: Sequence[str]) -> None:
-    if odd := ", ".join(sorted(map(repr, set(entries) ^ set(names)))):
-        raise ValueError(f"{what}: {odd} missing or unknown")
+    if different := ", ".join(sorted(map(repr, set(entries) ^ set(names)))):
+        raise ValueError(f"{what}: {different} missing or unknown")

@@ -1,4 +1,4 @@
-"""Compiled plans and their passports: what a plan was made from, for which machine, how well it agrees."""
+"""Compiled plans and their passports: source, target machine and parity with the float32 reference."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Parity(Record):
 
     executed: bool  # the plan itself; False: its FP16 graph, on ONNX Runtime
     images: int
-    calibration: str  # where the images are from
+    calibration: str  # source of the images
     max: float  # largest difference of a probability
     mean: float
     agreement: float  # of the arg max, among the `counted` images that are not close calls
@@ -56,14 +56,14 @@ class Parity(Record):
 
     @property
     def passed(self) -> bool:
-        fine = self.max <= self.limit and self.agreement >= self.agreement_limit  # False for NaN
+        agrees = self.max <= self.limit and self.agreement >= self.agreement_limit  # False for NaN
         if self.auc is None or self.auc_reference is None or self.auc_limit is None:
-            return fine
-        return fine and abs(self.auc - self.auc_reference) <= self.auc_limit
+            return agrees
+        return agrees and abs(self.auc - self.auc_reference) <= self.auc_limit
 
     @classmethod
     def pending(cls, limit: float, agreement_limit: float) -> Parity:
-        """Return the parity of a plan that has not been compared yet; it has not passed."""
+        """Return the parity of a plan that has not been compared yet, which does not pass."""
         return cls(
             executed=False,
             images=0,
@@ -78,7 +78,7 @@ class Parity(Record):
 
 
 class Layer(Record, omit_defaults=True):
-    """A layer of a plan or graph; what its source does not tell is left out."""
+    """A layer of a plan or graph; fields that its source does not contain are left out."""
 
     name: str | None
     type: str | None = None
@@ -143,8 +143,8 @@ class Passport(Record):
         capability: str | None = None,
     ) -> str:
         """Return the command that rebuilds a plan for `precision` and `batch_size` on this GPU."""
-        hopeless = self.backend == "tensorrt_rtx" and capability not in (None, *RTX_CAPABILITIES)
-        target = "tensorrt" if hopeless else self.backend
+        rtx_impossible = self.backend == "tensorrt_rtx" and capability not in (None, *RTX_CAPABILITIES)
+        target = "tensorrt" if rtx_impossible else self.backend
         words = ["python -m build_engines", shlex.quote(str(bundle)), "--target", target]
         words += ["--precision", precision or self.precision]
         if self.profiles:
@@ -155,7 +155,7 @@ class Passport(Record):
         return f"build it again with: {' '.join(words)}"
 
     def problem(self, member: Member, gpu: Gpu, version: str | None) -> str | None:
-        """Why the plan can't run `member` on `gpu` under `version` of its backend; None when it can."""
+        """Return why the plan cannot run `member` on `gpu` with `version` of its backend; None if it can."""
         if self.member != member.name or self.reference_sha256 != member.files["onnx"].sha256:
             return "it was made from another model"
         if version is None:
@@ -163,7 +163,7 @@ class Passport(Record):
         if version != self.version and not (
             self.version_compatible and _accepts_version(self.version, version)
         ):
-            return f"it was built by {self.backend} {self.version}, here is {version}"
+            return f"it was built by {self.backend} {self.version}; installed: {version}"
         if gpu.capability in self.compute_capabilities:
             return None
         if self.hardware_compatible and _ampere_or_newer(gpu.capability, *self.compute_capabilities):
@@ -172,23 +172,21 @@ class Passport(Record):
         return f"it was built for compute capability {capabilities}, this GPU has {gpu.capability}"
 
     def cpu_problem(self, member: Member) -> str | None:
-        """Why the INT8 graph can't run `member` on the CPU here; None when it can."""
+        """Return why the INT8 graph cannot run `member` on this CPU; None if it can."""
         if self.member != member.name or self.reference_sha256 != member.files["onnx"].sha256:
             return "it was made from another model"
         if (self.backend, self.precision) != ("onnx", "int8"):
-            return f"it is {self.precision} for {self.backend}, and no INT8 graph"
+            return f"it is a plan in {self.precision} for {self.backend} and not an INT8 graph"
         if not (self.parity.passed and self.ensemble and self.ensemble.passed):
-            return "it did not pass the gate"
+            return "it did not pass the comparison with the float32 reference"
         if self.options.get("weight_bits") != 7 and not has_vnni():
-            return "it was built for a CPU with VNNI, which this one has not"
+            return "it was built for a CPU with VNNI, which this CPU does not have"
         return None
 
 
-def _accepts_version(built: str, here: str) -> bool:
-    """Return whether a version-compatible plan that `built` made runs under `here`: the same or a
-    later minor.
-    """
-    old, new = ([int(part) for part in version.split(".")[:2]] for version in (built, here))
+def _accepts_version(built: str, installed: str) -> bool:
+    """Return whether a version-compatible plan of version `built` runs on `installed`, same or later."""
+    old, new = ([int(part) for part in version.split(".")[:2]] for version in (built, installed))
     return old[0] == new[0] and old[1] <= new[1]
 
 
@@ -265,13 +263,13 @@ def load_int8_graphs(bundle: Bundle) -> tuple[Plan, ...]:
     if not all(path.is_file() for path in paths):
         raise UsageError(f"--precision int8: the bundle has no INT8 graphs; build them with: {build}")
     try:
-        found = tuple(load_plan(path) for path in paths)
+        graphs = tuple(load_plan(path) for path in paths)
     except UsageError as error:
         raise UsageError(f"{error}; build it again with: {build}") from None
-    for member, plan in zip(bundle.members, found, strict=True):
+    for member, plan in zip(bundle.members, graphs, strict=True):
         if problem := plan.passport.cpu_problem(member):
             raise UsageError(f"plan {plan.path}: {problem}; build it again with: {build}")
-    return found
+    return graphs
 
 
 def _modified_time(path: Path) -> float:

@@ -66,7 +66,7 @@ class Stages:
         self.preprocess = stack.enter_context(preprocess)
         members = open_runners(stack, self.context)
         self.settled = replace(self.settled, versions=versions_of(members))
-        self.step = CpuScorer(bundle, members, lanes=workers if settings.overlap else 0)
+        self.step = CpuScorer(bundle, members, threads=workers if settings.overlap else 0)
         stack.callback(self.step.close)
         preprocess.decoder.await_start()
 

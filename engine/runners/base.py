@@ -1,4 +1,4 @@
-"""Runners execute one member: pixels to logits. A back end is imported only when it is chosen."""
+"""A runner executes one member: pixels to logits. A back end is imported only when it is chosen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Runner(Protocol):
-    """A member, ready to run."""
+    """A loaded member."""
 
     name: str
     versions: dict[str, str]
@@ -25,13 +25,11 @@ class Runner(Protocol):
         ...
 
     def enqueue(self, pixels: Any, logits: Any, stream: Any) -> npt.NDArray[np.float32] | None:
-        """uint8 [N, 1, H, W] to float32 [N, C], into the buffer given.
+        """Compute logits, float32 [N, C], of pixels, uint8 [N, 1, H, W], into the given buffer.
 
-        Returns the distances [N] of the features to those of the calibration images, if the graph computes
-        them.
-
+        Returns the distances [N] of the features to those of the calibration images, if the graph has them.
         On a GPU both are tensors there, and the work is done in the order of the CUDA stream. On the CPU both
-        are NumPy arrays, `stream` is None, the work is done on return, and any thread may call.
+        are NumPy arrays, `stream` is None, the work is done on return, and any thread may call this.
         """
         ...
 
@@ -51,11 +49,11 @@ class RunnerChoice:
     precision: str
     reason: str  # one line, for the log
     gpu: Gpu | None = None
-    plans: tuple[Plan, ...] = ()  # one a member: TensorRT's, or INT8 graphs on the CPU
+    plans: tuple[Plan, ...] = ()  # one for each member: of TensorRT, or INT8 graphs on the CPU
 
     @property
     def plan_hashes(self) -> dict[str, str] | None:
-        """sha256 of each member's plan, None where there are no plans."""
+        """Return the sha256 of each member's plan, None without plans."""
         return {plan.passport.member: plan.passport.plan_sha256 for plan in self.plans} or None
 
     @property

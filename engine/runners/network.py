@@ -1,6 +1,6 @@
-"""The members as torch modules: any classifier of torchvision with the head of the method.
+"""The members as torch modules: a classifier of torchvision with the head of the method.
 
-Training fits them, the torch runner loads them from a bundle.
+Training fits them; the torch runner loads them from a bundle.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from engine.bundle.bundle import IMAGENET_MEAN, IMAGENET_STD, Bundle, Member
 from engine.core.errors import UsageError
 
 Normalization = Literal["none", "imagenet"]
-# Pretrained weights make torchvision scale the input of these itself, wrongly for [0, 1], and build auxiliary
-# heads that can't run at 224 x 224: the network is built without both and takes the weights that remain.
+# With pretrained weights torchvision scales the input of these networks, wrongly for [0, 1], and adds heads
+# that cannot run at 224 x 224. They are built without both and use the remaining weights.
 _BARE = {"aux_logits": False, "transform_input": False, "init_weights": False}
 _BARE_OPTIONS: dict[str, dict[str, Any]] = {"inception_v3": _BARE, "googlenet": _BARE}
 
@@ -30,7 +30,7 @@ _BARE_OPTIONS: dict[str, dict[str, Any]] = {"inception_v3": _BARE, "googlenet": 
 class Network(nn.Module):
     """A member: gray levels [N, 1, H, W] to float32 logits [N, C], including scaling.
 
-    `base` is torchvision's network from [N, 3, H, W] to features [N, F], `head` the method's.
+    `base` is torchvision's network from [N, 3, H, W] to features [N, F]; `head` is that of the method.
     """
 
     def __init__(self, base: nn.Module, head: nn.Sequential, normalization: Normalization = "none") -> None:
@@ -50,7 +50,7 @@ class Network(nn.Module):
         return planes.contiguous(memory_format=torch.channels_last)
 
     def features(self, gray: Tensor) -> Tensor:
-        """[N, F] of gray levels [N, 1, H, W]."""
+        """Return the features [N, F] of gray levels [N, 1, H, W]."""
         features: Tensor = self.base(self.planes(gray))
         return features
 
@@ -60,10 +60,10 @@ class Network(nn.Module):
 
 
 class OneChannel(nn.Module):
-    """A `Network` whose first convolution takes the gray channel itself, the sum of its three filters.
+    """A `Network` whose first convolution takes one gray channel: its filters are summed over the channels.
 
-    Only where that is the same function: a shift of the mean is not where the convolution pads with zeros.
-    The division by 255 stays apart, so that filters keep their precision in FP16.
+    This is exact unless a mean is subtracted and the convolution pads with zeros. The division by 255 is not
+    folded in, so that the filters keep their precision in FP16.
     """
 
     def __init__(self, base: nn.Module, head: nn.Sequential) -> None:
@@ -80,7 +80,7 @@ class OneChannel(nn.Module):
 
 
 def fold_channels(network: Network) -> Network | OneChannel:
-    """`network` with the channel repeat folded into its first convolution where that is exact; a copy."""
+    """Return a copy of `network` whose first convolution has one channel, where that is exact."""
     network = copy.deepcopy(network)
     stems = [
         (name, module)
@@ -100,7 +100,7 @@ def _fold_stem(stem: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
     weight = stem.weight.detach().double()  # [K, 3, h, w]
     shift = -(weight * (mean / std).double()).sum(dim=(1, 2, 3))
     bias = shift if stem.bias is None else shift + stem.bias.detach().double()
-    one = nn.Conv2d(
+    folded = nn.Conv2d(
         1,
         stem.out_channels,
         stem.kernel_size,  # type: ignore[arg-type]
@@ -110,40 +110,40 @@ def _fold_stem(stem: nn.Conv2d, mean: Tensor, std: Tensor) -> nn.Conv2d:
         bias=bool(bias.any()),
     )
     with torch.no_grad():
-        one.weight.copy_((weight / std.double()).sum(dim=1, keepdim=True))
-        if one.bias is not None:
-            one.bias.copy_(bias)
-    return one.to(memory_format=torch.channels_last)
+        folded.weight.copy_((weight / std.double()).sum(dim=1, keepdim=True))
+        if folded.bias is not None:
+            folded.bias.copy_(bias)
+    return folded.to(memory_format=torch.channels_last)
 
 
 def list_architectures() -> list[str]:
-    """Names of torchvision's classifiers."""
+    """Return the names of torchvision's classifiers."""
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
 def fuse_batch_norms(network: Network | OneChannel) -> Network | OneChannel:
-    """`network`, for inference: batch norms go into the convolutions before them, where fx can trace it."""
+    """Fold batch norms of `network` into the convolutions before them, in place, if fx can trace it."""
     try:
         network.base = fuse(network.base.eval())
     except (torch.fx.proxy.TraceError, NotImplementedError, TypeError, ValueError):
-        return network  # control flow that depends on data: the same function, a little slower
+        return network  # its control flow depends on data; unfused it is a little slower
     return network
 
 
 class InferenceNetwork(nn.Module):
-    """A network for inference: float32 up to the first convolution, where gray levels over 255 are exact."""
+    """A network for inference. The division by 255 is done in float32, before the cast to `dtype`."""
 
     def __init__(
-        self, network: Network | OneChannel, dtype: torch.dtype, layout: torch.memory_format
+        self, network: Network | OneChannel, dtype: torch.dtype, memory_format: torch.memory_format
     ) -> None:
         super().__init__()
-        self.network, self._dtype, self._layout = network, dtype, layout
+        self.network, self._dtype, self._memory_format = network, dtype, memory_format
         network.base.to(dtype)
         network.head.to(dtype)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, 1, H, W] to float32 logits [N, C]."""
-        planes = self.network.planes(pixels).to(self._dtype, memory_format=self._layout)
+        """Return float32 logits [N, C] of pixels, uint8 [N, 1, H, W]."""
+        planes = self.network.planes(pixels).to(self._dtype, memory_format=self._memory_format)
         logits: Tensor = self.network.head(self.network.base(planes)).float()
         return logits
 
@@ -152,15 +152,15 @@ def load_for_inference(
     member: Member,
     bundle: Bundle,
     dtype: torch.dtype,
-    layout: torch.memory_format = torch.channels_last,
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> InferenceNetwork:
     """Load a member of a bundle on the CPU with fused layers. Raises UsageError."""
     network = fuse_batch_norms(fold_channels(load_member(member, bundle)))
-    return InferenceNetwork(network, dtype, layout).eval().to(memory_format=layout)
+    return InferenceNetwork(network, dtype, memory_format).eval().to(memory_format=memory_format)
 
 
 def make_head(features: int, classes: int) -> nn.Sequential:
-    """Features [N, F] to logits [N, C]."""
+    """Return the head of the method: features [N, F] to logits [N, C]."""
     return nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, classes))
 
 
@@ -178,7 +178,7 @@ def load_member(member: Member, bundle: Bundle) -> Network:
         features = states["head.0.weight"].shape[1]
         network = Network(model, make_head(features, len(bundle.classes)), bundle.normalization)
         ordered = OrderedDict(states)
-        # which safetensors does not keep: the version of each module's layout, asked for by MNASNet
+        # safetensors does not store the version of each module's state, which MNASNet reads
         vars(ordered)["_metadata"] = vars(network.state_dict())["_metadata"]
         network.load_state_dict(ordered)
     except (SafetensorError, RuntimeError, KeyError, IndexError) as error:
@@ -188,10 +188,10 @@ def load_member(member: Member, bundle: Bundle) -> Network:
 
 
 def build_architecture(architecture: str) -> nn.Module:
-    """torchvision's classifier without weights. Raises UsageError for a name it does not have."""
+    """Return torchvision's classifier without weights. Raises UsageError for an unknown name."""
     if architecture not in list_architectures():
         raise UsageError(
-            f"no architecture {architecture!r}; allowed: torchvision's classifiers, such as resnet50, "
+            f"no architecture {architecture!r} exists; allowed: torchvision's classifiers, such as resnet50, "
             "inception_v3, densenet121, efficientnet_b0, convnext_tiny"
         )
     options = _BARE_OPTIONS.get(architecture, {})
@@ -200,16 +200,17 @@ def build_architecture(architecture: str) -> nn.Module:
 
 
 def remove_classifier(model: nn.Module, architecture: str) -> str:
-    """Make a network give pooled features [N, F], in place; what is cut off starts with the name returned.
+    """Remove a network's classifier in place; return the prefix of the removed parameters' names.
 
-    torchvision's classifiers end in one child, a linear layer or a sequence with one; what comes before
-    the first linear layer (a norm, a pooling) is part of the base. Dropout is not: the head has its own.
+    The network then returns pooled features [N, F]. torchvision's classifiers end in one child, a linear
+    layer or a sequence with one; the layers before the first linear layer (a norm, a pooling) stay in the
+    base. Dropout is removed: the head has its own.
     """
     name, last = list(model.named_children())[-1]
     layers = list(last) if isinstance(last, nn.Sequential) else [last]
-    linear = next((place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)), None)
+    linear = next((position for position, layer in enumerate(layers) if isinstance(layer, nn.Linear)), None)
     if linear is None:
-        raise UsageError(f"{architecture}: it does not end in a linear layer, so it can't take the head")
+        raise UsageError(f"{architecture} does not end in a linear layer, so the head cannot replace it")
     setattr(model, name, nn.Sequential(*layers[:linear], nn.Flatten()))
     if isinstance(getattr(model, "avgpool", None), nn.AdaptiveAvgPool2d):
         model.avgpool = nn.AdaptiveAvgPool2d(1)  # VGG and AlexNet pool to 7 x 7

@@ -18,7 +18,7 @@ try:
     import onnxruntime
 except ImportError as error:
     raise UsageError(
-        f"ONNX Runtime can't be imported ({error}); install it with: {install_command()}"
+        f"ONNX Runtime cannot be imported ({error}); install it with: {install_command()}"
     ) from None
 
 
@@ -32,7 +32,7 @@ def create_session(graph: bytes, providers: list[Any], *, threads: int = 1) -> o
 
 
 class _OnnxSession:
-    """An ONNX Runtime session of one member whose graph has the types and shapes it should."""
+    """An ONNX Runtime session of one member, whose graph is checked for types and shapes."""
 
     def __init__(self, member: Member, bundle: Bundle, graph: bytes, providers: list[Any]) -> None:
         self.name = member.name
@@ -42,7 +42,7 @@ class _OnnxSession:
         except Exception as error:  # ONNX Runtime raises many types for a bad graph
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
-                f"bundle {bundle.path}: {self.name}: ONNX Runtime refuses it: {reason}"
+                f"bundle {bundle.path}: {self.name}: ONNX Runtime refuses the graph: {reason}"
             ) from None
         self._shape = bundle.size
         self._check(bundle)
@@ -50,13 +50,13 @@ class _OnnxSession:
     def _check(self, bundle: Bundle) -> None:
         """Check inputs and outputs; a second output may be the distance of the features, float32 [N]."""
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        found = [(value.type, list(value.shape)[1:]) for value in (*inputs, *outputs)]
+        signature = [(value.type, list(value.shape)[1:]) for value in (*inputs, *outputs)]
         height, width = bundle.size
         wanted = [("tensor(uint8)", [1, height, width]), ("tensor(float)", [len(bundle.classes)])]
         self.gives_distance = [value.name for value in outputs[1:]] == [DISTANCE_OUTPUT]
-        if found != wanted + [("tensor(float)", [])] * self.gives_distance:
+        if signature != wanted + [("tensor(float)", [])] * self.gives_distance:
             raise UsageError(
-                f"bundle {bundle.path}: {self.name}: the graph has {found}; "
+                f"bundle {bundle.path}: {self.name}: the graph has {signature}; "
                 f"expected uint8 [N, 1, {height}, {width}] to float32 [N, {len(bundle.classes)}]"
             )
         self._input, self._output = inputs[0].name, outputs[0].name
@@ -78,12 +78,12 @@ class _OnnxSession:
 class OnnxRunner(_OnnxSession):
     """A session with one thread; callers run it from as many threads as there are cores.
 
-    One thread per batch needs no barrier between a layer's threads, is faster than several threads on one
-    batch, and gives scores that don't depend on how many cores there are.
+    One thread per batch is faster than several threads on one batch, because it needs no barrier after each
+    layer, and its scores do not depend on the number of cores.
     """
 
     def __init__(self, member: Member, bundle: Bundle, *, graph: bytes | None = None) -> None:
-        """`graph` replaces the member's own, which gives a distance where the bundle has a limit for it."""
+        """`graph` replaces the member's own, which computes a distance if the bundle has a limit for it."""
         if graph is None:
             graph = member.files["onnx"].path.read_bytes()
             if bundle.operating_points and bundle.operating_points.distances:
@@ -91,15 +91,15 @@ class OnnxRunner(_OnnxSession):
         super().__init__(member, bundle, graph, ["CPUExecutionProvider"])
 
     def infer(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """uint8 [N, 1, H, W] to float32 logits [N, C]."""
+        """Return float32 logits [N, C] of pixels, uint8 [N, 1, H, W]."""
         (logits,) = self._session.run([self._output], {self._input: pixels})
         return np.asarray(logits, np.float32)
 
     def enqueue(
         self, pixels: npt.NDArray[np.uint8], logits: npt.NDArray[np.float32], stream: None = None
     ) -> npt.NDArray[np.float32] | None:
-        logits[:], *more = self._session.run(None, {self._input: pixels})
-        return np.asarray(more[0], np.float32) if more else None
+        logits[:], *distances = self._session.run(None, {self._input: pixels})
+        return np.asarray(distances[0], np.float32) if distances else None
 
 
 class CudaOnnxRunner(_OnnxSession):
@@ -123,7 +123,7 @@ class CudaOnnxRunner(_OnnxSession):
             member, bundle, _member_graph(member, bundle, half=half), [("CUDAExecutionProvider", options)]
         )
         if self._session.get_providers()[0] != "CUDAExecutionProvider":
-            raise UsageError("--runner onnx: ONNX Runtime's CUDA libraries don't load on this machine")
+            raise UsageError("--runner onnx: ONNX Runtime cannot load its CUDA libraries on this machine")
         self._session.disable_fallback()
 
     def enqueue(self, pixels: torch.Tensor, logits: torch.Tensor, stream: torch.cuda.Stream) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from engine.bundle.bundle import Bundle, Member
+from engine.bundle.plans import load_int8_graphs
+from engine.core import hardware
 from engine.core.errors import UsageError
 from engine.core.settings import RUNNERS
 from engine.runners.base import Runner, RunnerChoice
+from engine.runners.select_gpu import select_on_gpu
 
 
 def select_runner(
     runner: str, device: str, bundle: Bundle, *, precision: str | None, batch_size: int | None
 ) -> RunnerChoice:
-    """Settle what the user left open ("auto", None). Raises UsageError for what can't be had here.
+    """Choose what the user left open ("auto", None). Raises UsageError if the request cannot be met here.
 
-    A GPU that is there but can't be used is no reason to fail with "auto"; the reason is in the choice.
+    With "auto", a GPU that cannot be used does not fail; the reason is in the choice.
     """
     if runner not in ("auto", *RUNNERS):
         raise UsageError(f"--runner {runner}: allowed: {', '.join(('auto', *RUNNERS))}")
@@ -24,32 +27,25 @@ def select_runner(
     prefix, _, number = device.partition(":")
     if prefix != "cuda" or not (number or "0").isdecimal():
         raise UsageError(f"--device {device}: allowed: auto, cpu, cuda:N, and cuda:all for a run")
-    from engine.runners import select_gpu as choice
-
-    return choice.select_on_gpu(runner, int(number or 0), bundle, precision, batch_size)
+    return select_on_gpu(runner, int(number or 0), bundle, precision, batch_size)
 
 
 def _select_anywhere(
     runner: str, bundle: Bundle, precision: str | None, batch_size: int | None
 ) -> RunnerChoice:
-    from engine.core import hardware as machine
-    from engine.runners import select_gpu as choice
-
-    if not machine.has_gpu():
+    if not hardware.has_gpu():
         return _select_on_cpu(runner, precision, bundle, "there is no GPU")
     try:
-        machine.require_gpu()
+        hardware.require_gpu()
     except UsageError as error:
-        return _select_on_cpu(runner, precision, bundle, f"the GPU can't be used: {error}")
-    return choice.select_on_gpu(runner, 0, bundle, precision, batch_size)
+        return _select_on_cpu(runner, precision, bundle, f"the GPU cannot be used: {error}")
+    return select_on_gpu(runner, 0, bundle, precision, batch_size)
 
 
 def _select_on_cpu(runner: str, precision: str | None, bundle: Bundle, reason: str) -> RunnerChoice:
     if runner not in ("auto", "onnx"):
         raise UsageError(f"--runner {runner} needs a GPU ({reason}); on the CPU: --runner onnx")
     if precision == "int8":
-        from engine.bundle.plans import load_int8_graphs
-
         text = f"ONNX Runtime on the CPU, INT8: {reason}"
         return RunnerChoice(
             runner="onnx", device="cpu", precision="int8", reason=text, plans=load_int8_graphs(bundle)
@@ -62,9 +58,9 @@ def _select_on_cpu(runner: str, precision: str | None, bundle: Bundle, reason: s
 
 
 def open_runner(choice: RunnerChoice, bundle: Bundle, member: Member, *, compiled: bool = False) -> Runner:
-    """Load a member as chosen. Raises UsageError when it can't be loaded.
+    """Load a member with the chosen runner. Raises UsageError when it cannot be loaded.
 
-    `compiled` is for the runner "torch": compile the module for its batch size.
+    With `compiled`, the runner "torch" compiles the module for each batch size.
     """
     plan = next((plan for plan in choice.plans if plan.passport.member == member.name), None)
     if choice.runner == "tensorrt":

@@ -1,4 +1,4 @@
-"""Select the runner of a GPU: plans when they fit, else PyTorch."""
+"""Select the runner on a GPU: TensorRT if the bundle's plans fit, otherwise PyTorch."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def select_on_gpu(
     gpu = hardware.require_gpu(index)
     precision = precision or "fp16"
     if precision == "int8":
-        raise UsageError("--precision int8 is for the CPU: give --device cpu too")
+        raise UsageError("--precision int8 needs the CPU: add --device cpu")
     device = f"cuda:{index}"
-    found, reason = find_fitting_plans(bundle, gpu, precision, batch_size)
-    if runner == "tensorrt" and not found:
+    fitting, reason = find_fitting_plans(bundle, gpu, precision, batch_size)
+    if runner == "tensorrt" and not fitting:
         raise UsageError(f"--runner tensorrt: {reason}")
-    if found and runner in ("auto", "tensorrt"):
-        text = f"TensorRT on {gpu.name}: plans/{found[0].passport.target} fits"
+    if fitting and runner in ("auto", "tensorrt"):
+        text = f"TensorRT on {gpu.name}: plans/{fitting[0].passport.target} fits"
         return RunnerChoice(
-            runner="tensorrt", device=device, precision=precision, reason=text, gpu=gpu, plans=found
+            runner="tensorrt", device=device, precision=precision, reason=text, gpu=gpu, plans=fitting
         )
     if runner == "onnx":
         text = f"ONNX Runtime on {gpu.name}: requested"
@@ -48,41 +48,41 @@ def select_on_gpu(
 def find_fitting_plans(
     bundle: Bundle, gpu: Gpu, precision: str, batch_size: int | None
 ) -> tuple[tuple[Plan, ...], str]:
-    """Find the newest target whose plans all fit, or return one line that says why none does."""
+    """Return the plans of the newest target that fits, or no plans and the reason in one line."""
     reason = f"the bundle has no plans; build them with: python -m build_engines {bundle.path}"
     for target, paths in plans.list_targets(bundle):
         try:
-            found = [plans.load_plan(path) for path in paths]
+            candidates = [plans.load_plan(path) for path in paths]
         except UsageError as error:
             reason = str(error)
             continue
-        if any(plan.passport.backend not in _DISTRIBUTIONS for plan in found):
+        if any(plan.passport.backend not in _DISTRIBUTIONS for plan in candidates):
             continue  # INT8 graphs for the CPU
-        why_not = plan_mismatch(bundle, found, gpu, precision, batch_size)
-        if why_not is None:
-            return tuple(found), ""
-        fix = fix_hint(found[0].passport, bundle.path, gpu, precision, batch_size)
-        reason = f"plans/{target}: {why_not}; {fix}"
+        problem = plan_mismatch(bundle, candidates, gpu, precision, batch_size)
+        if problem is None:
+            return tuple(candidates), ""
+        fix = fix_hint(candidates[0].passport, bundle.path, gpu, precision, batch_size)
+        reason = f"plans/{target}: {problem}; {fix}"
     return (), reason
 
 
 def fix_hint(passport: Passport, bundle: Path, gpu: Gpu, precision: str, batch_size: int | None) -> str:
-    """Return what to do about a plan that does not fit, ending in a command."""
+    """Return the fix for a plan that does not fit, with its command."""
     if tensorrt_version(passport.backend) is None:
         return f"install it with: {install_command(EXTRAS[passport.backend])}"
     return passport.rebuild(bundle, precision=precision, batch_size=batch_size, capability=gpu.capability)
 
 
 def plan_mismatch(
-    bundle: Bundle, found: list[Plan], gpu: Gpu, precision: str, batch_size: int | None
+    bundle: Bundle, candidates: list[Plan], gpu: Gpu, precision: str, batch_size: int | None
 ) -> str | None:
-    """Why plans, one a member, can't run there; None when they can."""
-    for member, plan in zip(bundle.members, found, strict=True):
+    """Return why plans, one for each member, cannot run on `gpu`; None if they can."""
+    for member, plan in zip(bundle.members, candidates, strict=True):
         passport = plan.passport
         if passport.precision != precision:
-            return f"it is {passport.precision}, not {precision}"
-        if why_not := passport.problem(member, gpu, tensorrt_version(passport.backend)):
-            return why_not
+            return f"its precision is {passport.precision}, not {precision}"
+        if problem := passport.problem(member, gpu, tensorrt_version(passport.backend)):
+            return problem
         if batch_size and batch_size > passport.max_batch:
             return f"it takes at most {passport.max_batch} images a batch, not {batch_size}"
     return None

@@ -1,4 +1,4 @@
-"""The TensorRT back end: a member from its plan. TensorRT and TensorRT for RTX share one Python API."""
+"""The TensorRT back end: runs a member's plan. TensorRT and TensorRT for RTX have the same Python API."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# TensorRT for RTX has a metapackage on top of its bindings, which can do without it
+# the metapackage of TensorRT for RTX may be absent where its bindings are installed
 _MODULES = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "build"}
 
 
 class TensorRTBackend:
-    """An imported TensorRT package, of the two, with a logger that keeps its messages.
+    """An imported package, TensorRT or TensorRT for RTX, with a logger that keeps its messages.
 
     Raises UsageError when the package is missing or broken.
     """
@@ -43,18 +43,18 @@ class TensorRTBackend:
 
     @cached_property
     def runtime(self) -> trt.Runtime:
-        """Return the one TensorRT runtime, which has to outlive all engines."""
+        """Return the TensorRT runtime, which must outlive all engines."""
         return self.checked(self.trt.Runtime(self.logger), "starting the runtime")
 
     def checked(self, result: T | None, what: str) -> T:
-        """`result`, unless it is None, False or a negative index: TensorRT's ways to say that `what` failed.
+        """Return `result`. Raises EngineError with TensorRT's last messages if it is None, False or negative.
 
-        Raises EngineError with TensorRT's own last words.
+        These are TensorRT's signs of failure; `what` names the failed action.
         """
-        said = "; ".join(self.logger.errors[-3:]) or "no reason given"
+        messages = "; ".join(self.logger.errors[-3:]) or "no reason given"
         self.logger.errors.clear()
         if result is None or result is False or (isinstance(result, int) and result < 0):
-            raise EngineError(f"{self.name} {self.version}: {what} failed: {said}")
+            raise EngineError(f"{self.name} {self.version}: {what} failed: {messages}")
         return result
 
 
@@ -62,18 +62,16 @@ def _import_backend(name: str) -> Any:
     reason = ""
     for module in _MODULES[name]:
         try:
-            found = importlib.import_module(module)
-        except Exception as error:  # its loader raises many types: missing libraries, another CUDA, no driver
+            return importlib.import_module(module)
+        except Exception as error:  # many types: missing libraries, another CUDA, no driver
             reason = reason or " ".join(f"{error}".split())[:160]
-        else:
-            return found
     command = install_command(EXTRAS[name])
-    raise UsageError(f"{name} can't be imported ({reason}); install it with: {command}") from None
+    raise UsageError(f"{name} cannot be imported ({reason}); install it with: {command}") from None
 
 
 @cache
 def _make_logger(module: Any) -> Any:
-    """Make the process's one logger, a subclass of TensorRT's logger class."""
+    """Make the logger of the process, a subclass of TensorRT's logger class."""
 
     class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -82,7 +80,7 @@ def _make_logger(module: Any) -> Any:
             self.warnings: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            with contextlib.suppress(Exception):  # called from C++, where nothing may be raised
+            with contextlib.suppress(Exception):  # called from C++, which must not see an exception
                 text = " ".join(message.split())[:300]
                 if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
                     self.errors.append(text)
@@ -95,14 +93,14 @@ def _make_logger(module: Any) -> Any:
 def deserialize_engine(backend: TensorRTBackend, plan: bytes, *, version_compatible: bool) -> trt.ICudaEngine:
     """Deserialize a plan on the current GPU. Raises EngineError.
 
-    A version-compatible plan brings a small runtime of its own, code for the host, which has to be allowed.
+    A version-compatible plan contains a small runtime, code for the host, which must be allowed.
     """
     backend.runtime.engine_host_code_allowed = version_compatible
     return backend.checked(backend.runtime.deserialize_cuda_engine(plan), "loading the plan")
 
 
 def tensor_names(backend: TensorRTBackend, engine: trt.ICudaEngine) -> tuple[str, str]:
-    """Return the names of the one input and the one output, which the graph's author chose."""
+    """Return the names of the only input and the only output."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     mode = backend.trt.TensorIOMode
     inputs = [name for name in names if engine.get_tensor_mode(name) == mode.INPUT]
@@ -113,7 +111,7 @@ def tensor_names(backend: TensorRTBackend, engine: trt.ICudaEngine) -> tuple[str
 
 
 class TensorRTRunner:
-    """An engine with an execution context for each pair of buffers, since pairs cannot share one."""
+    """A TensorRT engine with an execution context for each pair of input and output buffers."""
 
     def __init__(self, member: Member, bundle: Bundle, plan: Plan) -> None:
         self.name = member.name
@@ -133,7 +131,7 @@ class TensorRTRunner:
     def _check_types(self) -> None:
         height, width = self._shape
         trt = self._backend.trt
-        found = {
+        tensors = {
             name: (self._engine.get_tensor_dtype(name), tuple(self._engine.get_tensor_shape(name))[1:])
             for name in (self._input, self._output)
         }
@@ -141,27 +139,27 @@ class TensorRTRunner:
             self._input: (trt.DataType.UINT8, (1, height, width)),
             self._output: (trt.DataType.FLOAT, (self._classes,)),
         }
-        if found != wanted:
-            raise EngineError(f"its tensors are {found}, not {wanted}")
+        if tensors != wanted:
+            raise EngineError(f"the tensors of the plan are {tensors}; expected: {wanted}")
 
     @property
     def input_shape(self) -> tuple[int, int]:
         return self._shape
 
     def enqueue(self, pixels: torch.Tensor, logits: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        """uint8 [B, 1, H, W] to float32 [B, C], both on the device, in the order of `stream`."""
+        """Compute logits, float32 [B, C], of pixels, uint8 [B, 1, H, W], in the order of `stream`."""
         key = (pixels.data_ptr(), logits.data_ptr())
         context = self._contexts.get(key) or self._contexts.setdefault(
-            key, self._context(pixels, logits, stream)
+            key, self._make_context(pixels, logits, stream)
         )
         self._backend.checked(context.execute_async_v3(stream.cuda_stream), f"running {self.name}")
 
-    def _context(
+    def _make_context(
         self, pixels: torch.Tensor, logits: torch.Tensor, stream: torch.cuda.Stream
     ) -> trt.IExecutionContext:
         checked = self._backend.checked
-        context = checked(self._new_context(), "making an execution context")
-        profile = self._profile(len(pixels))
+        context = checked(self._create_context(), "making an execution context")
+        profile = self._find_profile(len(pixels))
         checked(context.set_optimization_profile_async(profile, stream.cuda_stream), "choosing the profile")
         checked(context.set_input_shape(self._input, tuple(pixels.shape)), f"the shape {tuple(pixels.shape)}")
         checked(context.set_tensor_address(self._input, pixels.data_ptr()), "binding the pixels")
@@ -169,30 +167,32 @@ class TensorRTRunner:
         try:
             missing = context.infer_shapes()
         except RuntimeError as error:
-            raise EngineError(f"{self.name}: its shapes can't be inferred: {error}") from None
+            raise EngineError(f"{self.name}: TensorRT cannot infer the shapes of the plan: {error}") from None
         if missing:
-            raise EngineError(f"{self.name}: the shapes of {', '.join(missing)} are not known")
+            raise EngineError(f"{self.name}: TensorRT does not know the shapes of {', '.join(missing)}")
         return context
 
-    def _new_context(self) -> trt.IExecutionContext:
+    def _create_context(self) -> trt.IExecutionContext:
         if self._backend.name != "tensorrt_rtx":
             return self._engine.create_execution_context()
-        # it compiles kernels for a shape while slower ones run; a graph would keep those
+        # by default slower kernels run until those for the shape are compiled; a CUDA graph would keep them
         api: Any = self._backend.trt
         config: Any = self._engine.create_runtime_config()
         strategies = api.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
         return self._engine.create_execution_context(config)
 
-    def _profile(self, batch_size: int) -> int:
-        """Return the profile with the smallest maximum batch that takes `batch_size`."""
+    def _find_profile(self, batch_size: int) -> int:
+        """Return the profile with the smallest maximum batch that is at least `batch_size`."""
         limits = [
             (int(self._engine.get_tensor_profile_shape(self._input, index)[2][0]), index)
             for index in range(self._engine.num_optimization_profiles)
         ]
         fits = [index for largest, index in sorted(limits) if largest >= batch_size]
         if not fits:
-            raise UsageError(f"{self.name}: its plan takes at most {max(limits)[0]} images, not {batch_size}")
+            raise UsageError(
+                f"{self.name}: the plan takes at most {max(limits)[0]} images a batch, not {batch_size}"
+            )
         return fits[0]
 
     def close(self) -> None:

@@ -11,16 +11,16 @@ from engine.runners.network import load_for_inference
 
 
 class TorchRunner:
-    """Fused, in one precision, on one device. Each new batch size compiles anew, when `compiled`."""
+    """A fused network in one precision on one device. If `compiled`, each new batch size is compiled."""
 
     def __init__(self, member: Member, bundle: Bundle, *, device: str, half: bool, compiled: bool) -> None:
         self.name = member.name
         self.versions = {"torch": str(torch.__version__)}
         self._shape = bundle.size
-        torch.backends.cudnn.allow_tf32 = False  # fp32 means it
+        torch.backends.cudnn.allow_tf32 = False  # fp32 in full
         module = load_for_inference(member, bundle, torch.float16 if half else torch.float32).to(device)
         if compiled:
-            torch._dynamo.config.recompile_limit = 64  # members share one cache
+            torch._dynamo.config.recompile_limit = 64  # all members share one cache
         self._module = torch.compile(module, dynamic=False) if compiled else module
 
     @property
@@ -29,7 +29,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def enqueue(self, pixels: torch.Tensor, logits: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
-        """uint8 [B, 1, H, W] to float32 [B, C], in the order of `stream`; without one, on the CPU."""
+        """Compute logits, float32 [B, C], of pixels, uint8 [B, 1, H, W], in the order of any `stream`."""
         with torch.cuda.stream(stream):
             logits.copy_(self._module(pixels))
 

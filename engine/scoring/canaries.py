@@ -1,11 +1,11 @@
-"""The bundle's canaries: pixels whose scores are known, sent through the very members that score images."""
+"""The bundle's canaries: pixels with known scores, which are scored by the same members as the images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,25 +18,20 @@ from engine.core.records import Batch, Part
 from engine.scoring.ensemble import combine_logits
 from engine.scoring.stage import Scorer
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-
 CANARY_LIMIT = 5e-3  # largest difference in probability from the float32 reference
-CANARY_SHARE = 1 / 200  # of the rows that a `Guard` lets through
+CANARY_SHARE = 1 / 200  # of the rows that a `CanaryMonitor` scores
 
 
 @dataclass(frozen=True)
 class Canaries:
-    """Pixels uint8 [N, 1, H, W], and the probabilities float32 [N, C] that they should get."""
+    """Pixels uint8 [N, 1, H, W], and their expected probabilities, float32 [N, C]."""
 
     pixels: npt.NDArray[np.uint8]
     expected: npt.NDArray[np.float32]
 
     @classmethod
     def of(cls, bundle: Bundle) -> Self:
-        """Raises UsageError."""
+        """Load the canaries of a bundle. Raises UsageError."""
         return cls(*load_canaries(bundle))
 
     @property
@@ -49,9 +44,9 @@ class Canaries:
         for start in range(0, self.rows, size):
             pixels = np.ascontiguousarray(self.pixels[start : start + size])
             rows = len(pixels)
-            none = np.zeros(rows, np.int32)
+            sizes = np.zeros(rows, np.int32)
             status = np.zeros(rows, np.uint8)
-            yield Batch(part, start, status, none, none, index=np.arange(rows), pixels=pixels)
+            yield Batch(part, start, status, sizes, sizes, index=np.arange(rows), pixels=pixels)
 
     def difference(self, scored: Batch) -> float:
         """Return the largest difference in probability from the reference.
@@ -59,20 +54,20 @@ class Canaries:
         Raises ParityError for a missing score.
         """
         if scored.errors or scored.probabilities is None:
-            raise ParityError("a canary of the bundle has no score: a member gave what is not a number")
+            raise ParityError("a canary of the bundle has no score: a member returned NaN or infinity")
         rows = self.expected[scored.start : scored.start + scored.rows]
         return float(np.abs(scored.probabilities - rows).max())
 
 
-def score_canaries(canaries: Canaries, step: Scorer, batch_size: int) -> npt.NDArray[np.float32]:
-    """Score the canaries; return float32 [N, C], the reference where another precision cannot be compared."""
-    scored = step.stage(canaries.batches(batch_size), Meter("canaries"))
+def score_canaries(canaries: Canaries, scorer: Scorer, batch_size: int) -> npt.NDArray[np.float32]:
+    """Score the canaries; return their probabilities, float32 [N, C]."""
+    scored = scorer.stage(canaries.batches(batch_size), Meter("canaries"))
     return np.concatenate([batch.probabilities for batch in scored if batch.probabilities is not None])
 
 
-def verify_canaries(canaries: Canaries, step: Scorer, batch_size: int) -> float:
+def verify_canaries(canaries: Canaries, scorer: Scorer, batch_size: int) -> float:
     """Score the canaries and return the largest difference. Raises ParityError when it is over the limit."""
-    worst = _largest_difference(canaries, step, batch_size)
+    worst = _largest_difference(canaries, scorer, batch_size)
     if not worst <= CANARY_LIMIT:
         raise ParityError(
             f"the bundle's canaries differ from their float32 reference by {worst:.2g} in probability "
@@ -81,37 +76,37 @@ def verify_canaries(canaries: Canaries, step: Scorer, batch_size: int) -> float:
     return worst
 
 
-def _largest_difference(canaries: Canaries, step: Scorer, batch_size: int) -> float:
-    scored = step.stage(canaries.batches(batch_size), Meter("canaries"))
+def _largest_difference(canaries: Canaries, scorer: Scorer, batch_size: int) -> float:
+    scored = scorer.stage(canaries.batches(batch_size), Meter("canaries"))
     return max(canaries.difference(batch) for batch in scored)
 
 
 class CanaryMonitor:
     """A scorer that inserts rounds of canaries between the batches of images.
 
-    `rounds` counts the rounds that passed; `on_round_passed` is called with it each time. Every batch that
-    comes out before a round ends was scored between two rounds that passed. `stage` and `check` raise
+    `rounds` counts the rounds that passed; `on_round_passed` is called with it each time. Every batch
+    that is yielded before a round ends was scored between two rounds that passed. `stage` and `check` raise
     ParityError when a round fails.
     """
 
-    def __init__(self, step: Scorer, canaries: Canaries, batch_size: int) -> None:
-        self._step, self._canaries, self._batch_size = step, canaries, batch_size
+    def __init__(self, scorer: Scorer, canaries: Canaries, batch_size: int) -> None:
+        self._scorer, self._canaries, self._batch_size = scorer, canaries, batch_size
         self._every_rows = canaries.rows / CANARY_SHARE
         self._rows = 0  # since a round began
         self.rounds = 0
         self.on_round_passed: Callable[[int], None] = lambda rounds: None
 
     def check(self) -> None:
-        """Run a round by itself, while no batch is in the scorer."""
+        """Run one round of canaries while no batch is in the scorer."""
         if self.rounds:
-            self._expect(_largest_difference(self._canaries, self._step, self._batch_size))
+            self._check_difference(_largest_difference(self._canaries, self._scorer, self._batch_size))
         else:
-            verify_canaries(self._canaries, self._step, self._batch_size)
+            verify_canaries(self._canaries, self._scorer, self._batch_size)
         self._rows = 0
         self._count_round()
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
-        with closing(self._step.stage(self._insert_canaries(batches), meter)) as scored:  # type: ignore[type-var]
+        with closing(self._scorer.stage(self._insert_canaries(batches), meter)) as scored:  # type: ignore[type-var]
             for batch in scored:
                 if batch.part.index < 0:
                     self._check_batch(batch)
@@ -128,15 +123,15 @@ class CanaryMonitor:
                 yield batch
 
     def _check_batch(self, batch: Batch) -> None:
-        self._expect(self._canaries.difference(batch))
+        self._check_difference(self._canaries.difference(batch))
         if batch.start + batch.rows == self._canaries.rows:
             self._count_round()
 
     @staticmethod
-    def _expect(worst: float) -> None:
+    def _check_difference(worst: float) -> None:
         if not worst <= CANARY_LIMIT:
             raise ParityError(
-                f"the bundle's canaries, right before, differ from their reference by {worst:.2g} in "
+                f"the bundle's canaries differ during the run from their reference by {worst:.2g} in "
                 f"probability (allowed: {CANARY_LIMIT:g})"
             )
 
@@ -145,13 +140,13 @@ class CanaryMonitor:
         self.on_round_passed(self.rounds)
 
     def close(self) -> None:
-        self._step.close()
+        self._scorer.close()
 
 
 def load_canaries(bundle: Bundle) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-    """Pixels uint8 [N, 1, H, W] and their reference probabilities float32 [N, C]. Raises UsageError.
+    """Return pixels, uint8 [N, 1, H, W], and reference probabilities, float32 [N, C]. Raises UsageError.
 
-    The file holds the members' reference logits [M, N, C]: what follows from them depends on the temperature.
+    The file contains reference logits [M, N, C], because the probabilities depend on the temperature.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -162,15 +157,13 @@ def load_canaries(bundle: Bundle) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np
     except (SafetensorError, KeyError, OSError) as error:
         problem = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"bundle {bundle.path}: its canaries can't be read ({problem}); train it again"
+            f"bundle {bundle.path}: its canaries cannot be read ({problem}); train it again"
         ) from None
-    found = [(str(array.dtype), array.shape) for array in (pixels, logits)]
+    stored = [(str(array.dtype), array.shape) for array in (pixels, logits)]
     rows = len(pixels)
-    if not rows or found != [
-        ("uint8", (rows, 1, *bundle.size)),
-        ("float32", (len(bundle.members), rows, len(bundle.classes))),
-    ]:
-        raise UsageError(f"bundle {bundle.path}: its canaries are {found}; train it again")
+    logits_shape = (len(bundle.members), rows, len(bundle.classes))
+    if not rows or stored != [("uint8", (rows, 1, *bundle.size)), ("float32", logits_shape)]:
+        raise UsageError(f"bundle {bundle.path}: its canaries are {stored}; train it again")
     _, expected = combine_logits(
         logits,
         weights=bundle.weights,

@@ -1,4 +1,4 @@
-"""Members and ensemble on the CPU: several batches in flight, a thread for each, yielded in order."""
+"""Members and ensemble on the CPU: one thread for each batch in flight; batches are yielded in order."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from engine.scoring import ensemble
 
 
 class CpuScorer:
-    """Scores batches in threads; each takes a whole batch through all members. lanes 0 is the serial twin."""
+    """Scores each batch with all members in one of `threads` threads; with 0, in the calling thread."""
 
-    def __init__(self, bundle: Bundle, runners: Sequence[Runner], *, lanes: int) -> None:
-        self._bundle, self._runners, self._lanes = bundle, runners, lanes
-        self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="members") if lanes else None
+    def __init__(self, bundle: Bundle, runners: Sequence[Runner], *, threads: int) -> None:
+        self._bundle, self._runners, self._threads = bundle, runners, threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="members") if threads else None
 
     def stage(self, batches: Iterable[Batch], meter: Meter) -> Iterator[Batch]:
         """Fill `members` and `probabilities`; the pixels are dropped."""
         with meter.upstream(batches) as source:
-            yield from ordered_map(self._pool, partial(self._run, meter=meter), source, self._lanes + 1)
+            yield from ordered_map(self._pool, partial(self._run, meter=meter), source, self._threads + 1)
 
     def _run(self, batch: Batch, meter: Meter) -> Batch:
         start = time.perf_counter()
@@ -39,11 +39,11 @@ class CpuScorer:
         shape = (len(self._runners), len(batch.index), len(self._bundle.classes))
         logits, distances = np.empty(shape, np.float32), []
         if len(batch.index):
-            for runner, member in zip(self._runners, logits, strict=True):
-                distances.append(runner.enqueue(batch.pixels, member, None))
+            for runner, member_logits in zip(self._runners, logits, strict=True):
+                distances.append(runner.enqueue(batch.pixels, member_logits, None))
         batch.pixels = None
         finite = np.asarray(np.isfinite(logits).all(axis=(0, 2)))
-        given = [one[finite] for one in distances if one is not None]
+        finite_distances = [distance[finite] for distance in distances if distance is not None]
         members, probabilities = ensemble.combine_logits(
             logits[:, finite],
             weights=self._bundle.weights,
@@ -51,9 +51,9 @@ class CpuScorer:
             temperature=self._bundle.temperature,
         )
         scores = ensemble.Scores.of(members, probabilities)
-        ensemble.record(batch, finite, scores, np.stack(given) if given else None)
+        ensemble.record(batch, finite, scores, np.stack(finite_distances) if finite_distances else None)
 
     def close(self) -> None:
-        """End the lanes; the runners belong to the caller."""
+        """End the threads; the caller closes the runners."""
         if self._pool:
             self._pool.shutdown(cancel_futures=True)

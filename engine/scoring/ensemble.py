@@ -26,15 +26,16 @@ class Scores:
 
     @classmethod
     def of(cls, members: Floats, probabilities: Floats) -> Self:
-        """Take the class of the highest probability."""
+        """Return scores whose prediction is the class of the highest probability."""
         return cls(members, probabilities, probabilities.argmax(axis=1), probabilities.max(axis=1))
 
-    def rows(self, which: npt.NDArray[np.bool_]) -> Scores:
+    def rows(self, selected: npt.NDArray[np.bool_]) -> Scores:
+        """Return the scores of the `selected` [k] images."""
         return Scores(
-            self.members[:, which],
-            self.probabilities[which],
-            self.prediction[which],
-            self.confidence[which],
+            self.members[:, selected],
+            self.probabilities[selected],
+            self.prediction[selected],
+            self.confidence[selected],
         )
 
 
@@ -46,7 +47,7 @@ def record(
     `scores` and `distances` [M, f] are those of the f images with finite logits.
     """
     for position in batch.index[~finite]:
-        batch.fail(int(position), Status.CRASHED, "a member gave a score that is not a number")
+        batch.fail(int(position), Status.CRASHED, "a member returned a score that is not a finite number")
     batch.index = batch.index[finite]
     batch.members, batch.probabilities = scores.members, scores.probabilities
     batch.prediction, batch.confidence = scores.prediction, scores.confidence
@@ -54,7 +55,7 @@ def record(
 
 
 def softmax(logits: Floats) -> Floats:
-    """Softmax over the last axis in float32, shifted by the maximum so that nothing overflows."""
+    """Compute the softmax over the last axis in float32, shifted by the maximum to avoid overflow."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True), np.float32)
 
@@ -66,10 +67,10 @@ def combine_logits(
     temperatures: Sequence[float],
     temperature: float = 1.0,
 ) -> tuple[Floats, Floats]:
-    """P(c) = sum over members m of w_m softmax(z_m / T_m)_c, sharpened by the ensemble's temperature.
+    """Compute P(c) = sum over members m of w_m softmax(z_m / T_m)_c, with the ensemble's temperature.
 
     `logits` is float32 [M, N, C]. Returns the members' probabilities [M, N, C] and the ensemble's [N, C],
-    both float32. Members are added in their order, in float32, so that a GPU can give the same numbers.
+    both float32. Members are added in order, in float32, so that a GPU can compute the same numbers.
     A temperature T other than 1 gives P(c)^(1/T), normalised (Guo et al. 2017, on log P).
     """
     scale = np.asarray(temperatures, np.float32)[:, None, None]
@@ -86,7 +87,7 @@ def average_members(members: Floats, weights: Sequence[float]) -> Floats:
 
 
 def apply_temperature(probabilities: Floats, temperature: float) -> Floats:
-    """P(c)^(1/T), normalised, of averaged probabilities [N, C]."""
+    """Return P(c)^(1/T), normalised, of averaged probabilities [N, C]."""
     if temperature == 1.0:
         return probabilities
     tiny = np.finfo(np.float32).tiny
@@ -95,20 +96,18 @@ def apply_temperature(probabilities: Floats, temperature: float) -> Floats:
 
 
 def entropy(probabilities: Floats) -> Floats:
-    """Compute the entropy of each row of [..., C] in bits (Shannon 1948, "A mathematical theory of
-    communication").
-    """
+    """Compute the entropy of each row of [..., C] in bits (Shannon 1948)."""
     logs = np.log2(np.maximum(probabilities, np.finfo(np.float32).tiny))
     return np.asarray(np.maximum(-(probabilities * logs).sum(axis=-1), 0), np.float32)
 
 
 def disagreement(members: Floats, weights: Sequence[float]) -> Floats:
-    """Jensen-Shannon divergence [N] of the members' probabilities [M, N, C], in bits.
+    """Compute the Jensen-Shannon divergence [N] of the members' probabilities [M, N, C], in bits.
 
-    The entropy of their weighted mean, less the weighted mean of their entropies: 0 where all say the same,
-    at most 1 for two members (Lin 1991, "Divergence measures based on the Shannon entropy").
+    The entropy of their weighted mean minus the weighted mean of their entropies: 0 if all are equal, at most
+    1 for two members (Lin 1991, "Divergence measures based on the Shannon entropy").
     """
-    apart = entropy(average_members(members, weights))
+    divergence = entropy(average_members(members, weights))
     for weight, member in zip(weights, members, strict=True):
-        apart -= np.float32(weight) * entropy(member)
-    return np.asarray(np.maximum(apart, 0), np.float32)
+        divergence -= np.float32(weight) * entropy(member)
+    return np.asarray(np.maximum(divergence, 0), np.float32)

@@ -4,7 +4,7 @@
     main stream    wait | fork | member A | join | fuse | copy to pinned memory | done
     side stream         | fork | member B | join
 
-Nothing in the loop waits for the whole device. The host waits for one thing only: `done` of the oldest slot.
+The loop never waits for the whole device. The host waits only for `done` of the oldest slot.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from engine.scoring.ensemble import record
 from engine.scoring.gpu_fuse import FusedSoftmax
 from engine.scoring.gpu_slots import Slot, SlotRing
 
-ALIGNED_ROWS = 64  # of float32: TensorRT wants the address of each tensor to be a multiple of 256
-WARM_UPS = 3  # runs before a capture: contexts, workspaces and kernels are made then
-TIMED_S = 0.5  # for each of concurrent and sequential
-MIN_SPEEDUP = 1.02  # sequential has to be this much faster to be chosen
+ALIGNED_ROWS = 64  # of float32: TensorRT needs tensor addresses that are multiples of 256
+WARM_UPS = 3  # runs before a capture, which create contexts, workspaces and kernels
+TIMED_S = 0.5  # for each of the concurrent and the sequential members
+MIN_SPEEDUP = 1.02  # sequential members must be this much faster to be chosen
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class BatchInFlight:
 class GpuScorer:
     """Scores batches of up to `batch_size` images with all members and the ensemble.
 
-    `cuda` has the names of `torch.cuda` that are used here; tests hand in a stand-in that checks the order of
-    accesses.
+    `cuda` is `torch.cuda`; tests replace it by an object that checks the order of accesses.
     """
 
     def __init__(
@@ -65,17 +64,17 @@ class GpuScorer:
         self.fusion = FusedSoftmax(bundle, device)
         self._main, self._copies = cuda.Stream(device), cuda.Stream(device)
         self._sides = [cuda.Stream(device) for _ in runners[1:]]
-        self._ring = SlotRing([self._slot(bundle) for _ in range(slots)])
+        self._ring = SlotRing([self._make_slot(bundle) for _ in range(slots)])
         self.prepare(concurrent=concurrent)
 
-    def _slot(self, bundle: Bundle) -> Slot:
+    def _make_slot(self, bundle: Bundle) -> Slot:
         batch, members, classes = self.batch_size, len(bundle.members), len(bundle.classes)
         pixels = (batch, 1, *bundle.size)
         pinned = self._device != "cpu"
         packed = (batch, self.fusion.width)
         rows = -(-batch // ALIGNED_ROWS) * ALIGNED_ROWS
         return Slot(
-            # zeros: the padding of a first, short batch is an image like any other
+            # zeros: the padding of a first, short batch must be valid pixels
             torch.zeros(pixels, dtype=torch.uint8, device=self._device),
             torch.zeros(pixels, dtype=torch.uint8, pin_memory=pinned),
             torch.zeros((members, rows, classes), dtype=torch.float32, device=self._device),
@@ -86,24 +85,24 @@ class GpuScorer:
         )
 
     def prepare(self, *, concurrent: bool) -> None:
-        """Warm up each slot and capture its graph; before decoding starts: a capture forbids allocations."""
+        """Warm up each slot and capture its graph, before decoding starts: a capture forbids allocations."""
         self.concurrent = concurrent
         self._cuda.synchronize()
-        pool = self._cuda.graph_pool_handle()  # for all: they replay one after the other, on one stream
+        pool = self._cuda.graph_pool_handle()  # shared: the graphs replay one after the other, on one stream
         for slot in self._ring.slots:
             slot.graph = None
             for _ in range(WARM_UPS):
                 self._enqueue_step(slot)
             self._cuda.synchronize()
             if self._graphs:
-                slot.graph = self._captured(slot, pool)
+                slot.graph = self._capture(slot, pool)
         self._cuda.synchronize()
 
-    def _captured(self, slot: Slot, pool: Any) -> Any:
+    def _capture(self, slot: Slot, pool: Any) -> Any:
         graph, cause = self._cuda.CUDAGraph(), None
         try:
             with (
-                self._cuda.stream(self._main),  # ends what a failing capture leaves open
+                self._cuda.stream(self._main),  # ends a failed capture
                 self._cuda.graph(graph, pool=pool, stream=self._main, capture_error_mode="thread_local"),
             ):
                 try:
@@ -112,20 +111,20 @@ class GpuScorer:
                     cause = error
                     raise
         except Exception:
-            if cause:  # not what ending a broken capture says
+            if cause:  # not the error of ending the failed capture
                 raise cause from None
             raise
         return graph
 
     def _enqueue_step(self, slot: Slot) -> None:
-        """Fork, members, join, fuse, copy to the host: from `slot.pixels` to `slot.result`."""
+        """Enqueue the step from `slot.pixels` to `slot.result`: fork, members, join, fuse, copy to host."""
         main, sides = self._main, self._sides if self.concurrent else [self._main] * len(self._sides)
         fork = self._cuda.Event()
         fork.record(main)
-        for place, (runner, stream) in enumerate(zip(self._runners, [main, *sides], strict=True)):
+        for number, (runner, stream) in enumerate(zip(self._runners, [main, *sides], strict=True)):
             if stream is not main:
                 stream.wait_event(fork)
-            runner.enqueue(slot.pixels, slot.logits[place, : self.batch_size], stream)
+            runner.enqueue(slot.pixels, slot.logits[number, : self.batch_size], stream)
         for stream in sides:
             if stream is not main:
                 join = self._cuda.Event()
@@ -148,7 +147,7 @@ class GpuScorer:
                 yield self.finish(in_flight.popleft(), meter)
 
     def enqueue(self, batch: Batch) -> BatchInFlight:
-        """Copy the pixels into a free slot and start its step; returns before either is done."""
+        """Copy the pixels into a free slot and start its step; return before either is done."""
         slot = self._ring.take()
         with nvtx.annotate("pixels to slot"):
             if batch.device_pixels:
@@ -164,12 +163,12 @@ class GpuScorer:
             else:
                 slot.graph.replay()
         slot.done.record(self._main)
-        slot.held.append(batch.device_pixels)  # DALI may take its buffer back after `done`, not before
+        slot.held.append(batch.device_pixels)  # DALI must not reuse its buffer before `done`
         batch.device_pixels = batch.pixels = None
         return BatchInFlight(batch, slot)
 
     def finish(self, work: BatchInFlight, meter: Meter) -> Batch:
-        """Wait for a batch, read its scores and free its slot. Padding stays behind."""
+        """Wait for a batch, read its scores without the padding, and free its slot."""
         start = time.perf_counter()
         batch, slot = work.batch, work.slot
         with nvtx.annotate("wait for results"):
@@ -196,7 +195,7 @@ class GpuScorer:
         return float(start.elapsed_time(end)) / 1000 / batches
 
     def choose_streams(self) -> StreamTuning:
-        """Time concurrent members against sequential ones and keep the faster; concurrent unless it loses."""
+        """Time concurrent and sequential members and keep the faster, concurrent ones if they are equal."""
         seconds = {}
         for concurrent in (True, False):
             self.prepare(concurrent=concurrent)
@@ -212,5 +211,5 @@ class GpuScorer:
         )
 
     def close(self) -> None:
-        """Wait for what is in flight: its buffers go with this object. The runners belong to the caller."""
+        """Wait for the batches in flight, whose buffers this object owns. The caller closes the runners."""
         self._cuda.synchronize()

@@ -1,6 +1,6 @@
-"""The fused step on the GPU: logits of all members to packed probabilities, one Triton kernel.
+"""Logits of all members to packed probabilities on the GPU, in one Triton kernel.
 
-Its NumPy counterpart is `engine.scoring.ensemble.combine_logits`; float32 throughout, they agree within 1e-6.
+The NumPy version is `engine.scoring.ensemble.combine_logits`; both use float32 and agree within 1e-6.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ def _fuse_row(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0)
     column = tl.arange(0, block)
-    real = column < classes
+    valid = column < classes
     out = packed + row * ((members + 1) * classes + 2)
     total = tl.zeros([block], tl.float32)
-    odd = tl.zeros([block], tl.int32)  # logits that are no numbers
+    invalid = tl.zeros([block], tl.int32)  # number of logits that are not finite
     for member in tl.static_range(members):
-        raw = tl.load(logits + (member * rows + row) * classes + column, mask=real, other=float("-inf"))
-        wrong = real & ((raw != raw) | (tl.abs(raw) == float("inf")))
-        odd += wrong.to(tl.int32)
-        # rounded as NumPy does it: `/` is good to 2 ulp on a GPU, which after exp is more than 1e-6
-        scaled = tl.div_rn(tl.where(wrong, 0.0, raw), tl.load(temperatures + member))
-        grown = tl.exp(scaled - tl.max(scaled, 0))
-        share = grown / tl.sum(grown, 0)
-        tl.store(out + member * classes + column, share, mask=real)
+        raw = tl.load(logits + (member * rows + row) * classes + column, mask=valid, other=float("-inf"))
+        not_finite = valid & ((raw != raw) | (tl.abs(raw) == float("inf")))
+        invalid += not_finite.to(tl.int32)
+        # rounded as in NumPy: `/` has an error of 2 ulp on a GPU, which exp makes larger than 1e-6
+        scaled = tl.div_rn(tl.where(not_finite, 0.0, raw), tl.load(temperatures + member))
+        exponentials = tl.exp(scaled - tl.max(scaled, 0))
+        share = exponentials / tl.sum(exponentials, 0)
+        tl.store(out + member * classes + column, share, mask=valid)
         total += tl.load(weights + member) * share
     if sharpen:
         logs = tl.div_rn(tl.log(tl.maximum(total, 1.1754943508222875e-38)), temperature)
-        logs = tl.where(real, logs, float("-inf"))
-        grown = tl.exp(logs - tl.max(logs, 0))
-        total = grown / tl.sum(grown, 0)
-    tl.store(out + members * classes + column, total, mask=real)
-    chosen = tl.argmax(tl.where(real, total, -1.0), 0)
-    chosen = tl.where(tl.sum(odd, 0) > 0, -1, chosen)
+        logs = tl.where(valid, logs, float("-inf"))
+        exponentials = tl.exp(logs - tl.max(logs, 0))
+        total = exponentials / tl.sum(exponentials, 0)
+    tl.store(out + members * classes + column, total, mask=valid)
+    chosen = tl.argmax(tl.where(valid, total, -1.0), 0)
+    chosen = tl.where(tl.sum(invalid, 0) > 0, -1, chosen)
     end = out + (members + 1) * classes
     tl.store(end, chosen.to(tl.float32))
-    tl.store(end + 1, tl.max(tl.where(real, total, -1.0), 0))
+    tl.store(end + 1, tl.max(tl.where(valid, total, -1.0), 0))
 
 
 class FusedSoftmax:
-    """The ensemble of a bundle on one device; owns the weights there."""
+    """The softmax and the weighted average of a bundle on one device; owns the weights there."""
 
     def __init__(self, bundle: Bundle, device: torch.device | str) -> None:
         self.members, self.classes = len(bundle.members), len(bundle.classes)
@@ -68,10 +68,10 @@ class FusedSoftmax:
         self._temperatures = torch.tensor(temperatures, dtype=torch.float32, device=device)
 
     def enqueue(self, logits: torch.Tensor, packed: torch.Tensor) -> None:
-        """float32 [M, R, C], R at least N, to float32 [N, (M + 1) * C + 2], on the current stream.
+        """Combine logits, float32 [M, R, C], R at least N, into float32 [N, (M + 1) * C + 2].
 
-        A row is the members' probabilities, the ensemble's, the class (-1 where a logit is not finite), and
-        the probability of the class.
+        Runs on the current stream. A row contains the members' probabilities, the ensemble's, the class (-1
+        where a logit is not finite), and the probability of the class.
         """
         _fuse_row[(len(packed),)](
             logits,
@@ -88,7 +88,7 @@ class FusedSoftmax:
         )
 
     def unpack(self, packed: Floats) -> Scores:
-        """Rows of a packed buffer as the results want them; views of it."""
+        """Return the scores in the rows of a packed buffer, as views of it."""
         end = self.members * self.classes
         return Scores(
             packed[:, :end].reshape(-1, self.members, self.classes).transpose(1, 0, 2),

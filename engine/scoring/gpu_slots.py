@@ -1,4 +1,4 @@
-"""The ring of slots: static buffers, each with its events and, captured once, the graph of its whole step."""
+"""The ring of slots: static buffers, each with its events and the CUDA graph of its step."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 @dataclass(eq=False)
 class Slot:
-    """The buffers of one batch in flight. They never move: contexts and graphs hold their addresses.
+    """The buffers of one batch in flight. They never move: contexts and graphs use their addresses.
 
-    Whoever took the slot from the ring owns it until `done` has passed and the results are read.
+    The code that takes a slot from the ring owns it until `done` has passed and the results are read.
     """
 
     pixels: torch.Tensor  # uint8 [B, 1, H, W], on the device
@@ -26,10 +26,10 @@ class Slot:
     copied: Any  # event: the pixels are in the slot
     done: Any  # event: the results are in `result`
     graph: Any = None
-    held: list[object] = field(default_factory=list)  # what must live until `done`
+    held: list[object] = field(default_factory=list)  # objects that must live until `done`
 
     def copy_host(self, pixels: npt.NDArray[np.uint8], start: int, stream: Any, cuda: Any) -> None:
-        """Copy pixels [c, 1, H, W] from host memory to the places from `start`, in the order of `stream`.
+        """Copy pixels [c, 1, H, W] from host memory to the rows from `start`, in the order of `stream`.
 
         They are staged in pinned memory, so `pixels` need not outlive the call.
         """
@@ -40,7 +40,7 @@ class Slot:
 
 
 class SlotRing:
-    """Slots, handed out in turn and only when free."""
+    """Slots, which are taken in turn and only when free."""
 
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
@@ -56,6 +56,6 @@ class SlotRing:
 
     def release(self, slot: Slot) -> None:
         """Return a slot to the ring after `slot.done` was waited for and its results were read."""
-        assert slot not in self._free, "a slot is given back once"
+        assert slot not in self._free, "a slot is released once"
         slot.held.clear()
         self._free.append(slot)

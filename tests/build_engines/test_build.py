@@ -114,7 +114,7 @@ def test_plans_are_chosen_by_gpu_version_and_batch(planned, monkeypatch):
             "--target tensorrt --precision fp16 --batch-size 32",  # TensorRT for RTX does not know Hopper
         ),
         (
-            *(ADA, "fp32", None, "it is fp16, not fp32"),
+            *(ADA, "fp32", None, "its precision is fp16, not fp32"),
             "--target tensorrt_rtx --precision fp32 --batch-size 32",
         ),
         (
@@ -127,7 +127,7 @@ def test_plans_are_chosen_by_gpu_version_and_batch(planned, monkeypatch):
         assert complaint in reason
         assert reason.endswith(f"python -m build_engines {bundle.path} {rebuild}")
     monkeypatch.setattr(select_gpu, "tensorrt_version", lambda backend: "1.6.0.1")
-    assert "here is 1.6.0.1" in select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)[1]
+    assert "installed: 1.6.0.1" in select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)[1]
     monkeypatch.setattr(select_gpu, "tensorrt_version", lambda backend: None)
     reason = select_gpu.find_fitting_plans(bundle, ADA, "fp16", None)[1]
     assert "tensorrt_rtx is not installed; install it with: pip install" in reason
@@ -238,7 +238,8 @@ def test_a_version_compatible_plan_runs_under_the_same_and_later_minors(planned)
         assert (made.problem(member, ADA, version) is None) == fits, version
     strict = structs.replace(made, version_compatible=False)
     assert (
-        strict.problem(member, ADA, "11.1.0.107") == "it was built by tensorrt 11.1.0.106, here is 11.1.0.107"
+        strict.problem(member, ADA, "11.1.0.107")
+        == "it was built by tensorrt 11.1.0.106; installed: 11.1.0.107"
     )
     wide = structs.replace(strict, hardware_compatible=True)
     assert wide.problem(member, HOPPER, "11.1.0.106") is None
@@ -342,7 +343,7 @@ def test_missing_files_and_invalid_graphs_are_one_line_errors(tmp_path):
     _replace(bundle, "member0.onnx", b"not a graph")
     run = build(bundle, "--target", "onnx")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "member0: ONNX Runtime refuses it" in run.stderr
+    assert "member0: ONNX Runtime refuses the graph" in run.stderr
     for wrong in (b"", b"not a graph", b"\x08\x0a"):
         with pytest.raises(EngineError):
             convert_to_fp16(wrong)
@@ -352,8 +353,8 @@ def test_invalid_canaries_are_one_line_errors(tmp_path):
     bundle = write_bundle(tmp_path / "bundle")
     pixels, logits = np.zeros((4, 1, 64, 64), np.uint8), np.zeros((2, 4, 3), np.float32)
     for wrong, complaint in [
-        (b"nothing", "can't be read"),
-        (save({"pixels": pixels}), "can't be read ('logits')"),
+        (b"nothing", "cannot be read"),
+        (save({"pixels": pixels}), "cannot be read ('logits')"),
         (save({"pixels": pixels[:0], "logits": logits[:, :0]}), "its canaries are"),
         (save({"pixels": pixels[..., :32], "logits": logits}), "its canaries are"),
         (save({"pixels": pixels, "logits": logits[:1]}), "its canaries are"),

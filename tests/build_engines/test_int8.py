@@ -226,9 +226,9 @@ def test_missing_altered_or_foreign_graphs_are_refused_with_the_build_command(bu
     passport = graph.with_suffix(".json")
     text = passport.read_text()
     for changed, why in (
-        ({"precision": "fp16"}, "no INT8 graph"),
-        ({"parity": json.loads(text)["parity"] | {"agreement": 0.5}}, "did not pass the gate"),
-        ({"ensemble": None}, "did not pass the gate"),
+        ({"precision": "fp16"}, "not an INT8 graph"),
+        ({"parity": json.loads(text)["parity"] | {"agreement": 0.5}}, "did not pass the comparison"),
+        ({"ensemble": None}, "did not pass the comparison"),
         ({"options": []}, "options is []: expected an object"),
     ):
         passport.write_text(json.dumps(json.loads(text) | changed))

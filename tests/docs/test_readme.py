@@ -249,7 +249,7 @@ def canaries(here: Path) -> str:
     """A member that is not what it was when the bundle was made."""
     models = bundles.load_bundle(here / "bundle")
     runners = [OnnxRunner(member, models) for member in models.members]
-    step = CpuScorer(models, runners, lanes=0)
+    step = CpuScorer(models, runners, threads=0)
     result = Canaries.of(models)
     with pytest.raises(ParityError) as caught:
         verify_canaries(replace(result, expected=result.expected + np.float32(0.03)), step, 8)
@@ -270,7 +270,7 @@ def printed(*arguments: str) -> str:
 
 
 PROVOKED: dict[str, Callable[[Path], str]] = {
-    "no ensemble.json there": no_bundle,
+    "it has no ensemble.json": no_bundle,
     "none of the files exists": not_one_file,
     "not paths": no_paths,
     "holds another run": another_run,

@@ -220,7 +220,7 @@ def test_a_folder_with_other_files_is_not_written_to(
         (["empty.csv"], "0 bytes"),
         (["header.csv"], "no rows"),
         (["numbers.csv"], "not paths"),
-        (["fine.csv", "-b", "nowhere"], "no ensemble.json there; give a model folder"),
+        (["fine.csv", "-b", "nowhere"], "it has no ensemble.json; give a model folder"),
         (["clash.csv"], "'status' are names of result columns"),
         (["fine.csv", "--batch-size", "0"], "'0' is not a whole number from 1 to 4096"),
         (["fine.csv", "--batch-size", "1000000000"], "from 1 to 4096"),

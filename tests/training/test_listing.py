@@ -166,7 +166,7 @@ def test_a_parquet_table(tmp_path):
     [
         ({"class": ["a", "b", "b"] * 3}, {}, "no column 'label'; it has 'class'; name one with"),
         ({"label": ["normal", "osteoporosis", "osteoporsis"] * 3}, {"classes": ["normal", "osteoporosis"]},
-         "row 3: label 'osteoporsis' is not one of normal, osteoporosis; osteoporosis"),
+         "row 3: label 'osteoporsis' is not one of normal, osteoporosis; did you mean osteoporosis"),
         ({"label": ["a", "b", None] * 3}, {}, "row 3: label '' is not one of a, b"),
         ({"label": ["a"] * 9}, {}, "at least two labels"),
         ({"label": ["a", "b", "b"] * 2 + ["a", "b", "c"]}, {}, "class 'c' has 1 images"),

@@ -222,7 +222,7 @@ def test_what_is_refused(
     refused("0 images of class osteoporosis are too few", label="normal")
     refused("0 images of other classes than osteoporosis", label="OS")
     refused(
-        "row 0: label 'osteoporos' is not one of normal, osteopenia, osteoporosis; osteoporosis?",
+        "label 'osteoporos' is not one of normal, osteopenia, osteoporosis; did you mean osteoporosis?",
         label="osteoporos",
     )
     refused("label '7' is not one of", label=7)

@@ -161,7 +161,7 @@ def test_each_problem_has_a_fix(manifest: Path, bundle: Path, tmp_path: Path) ->
     for changes, words, command in (
         (
             {"bundle": tmp_path / "no"},
-            r"bundle .*no: no ensemble\.json there",
+            r"bundle .*no: it has no ensemble\.json",
             f"python -m training DATA -o {tmp_path}/no",
         ),
         ({"manifest": tmp_path / "no.csv"}, "no such file", "python -m engine.manifest FOLDER"),
@@ -296,7 +296,7 @@ def test_a_gpu_that_can_not_be_used(tmp_path: Path, bundle: Path, monkeypatch: p
     assert lines_of(diagnosis)["GPU"] == (
         "cuda:0 NVIDIA H100 80GB HBM3, compute capability 9.0, 81559 MiB, driver 570.86"
     )
-    assert lines_of(diagnosis)["runs on"].startswith("ONNX Runtime on the CPU: the GPU can't be used")
+    assert lines_of(diagnosis)["runs on"].startswith("ONNX Runtime on the CPU: the GPU cannot be used")
     told = " ".join(problem.text for problem in diagnosis.problems if problem.blocking)
     assert "driver is 570.86, but a run needs r580 or newer" in told
     assert "the run would be on the CPU" in told

@@ -191,7 +191,7 @@ def blank_batches(count: int, rows: int, size: tuple[int, int]) -> Iterator[Batc
 def test_the_canary_monitor_scores_canaries_and_passes_on_only_images(bundle: Path) -> None:
     models = bundles.load_bundle(bundle)
     runners = [OnnxRunner(member, models) for member in models.members]
-    step, canaries = CpuScorer(models, runners, lanes=2), Canaries.of(models)
+    step, canaries = CpuScorer(models, runners, threads=2), Canaries.of(models)
     assert verify_canaries(canaries, step, 8) < 1e-5
     monitor = CanaryMonitor(step, canaries, 8)
     monitor.check()

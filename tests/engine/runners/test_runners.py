@@ -113,7 +113,7 @@ def test_an_unusable_gpu_is_reported(bundle, monkeypatch):
     monkeypatch.setattr(hardware, "require_gpu", broken)
     chosen = select_runner("auto", "auto", bundles.load_bundle(bundle), precision=None, batch_size=None)
     assert (chosen.runner, chosen.device) == ("onnx", "cpu")
-    assert "the GPU can't be used: no usable GPU: the driver is too old" in chosen.reason
+    assert "the GPU cannot be used: no usable GPU: the driver is too old" in chosen.reason
 
 
 def test_out_of_memory_is_distinguished_from_other_errors():

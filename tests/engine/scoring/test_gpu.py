@@ -232,7 +232,7 @@ def test_a_nan_score_fails_only_its_own_row(models, pixels, expected):
         logits[1] = np.nan
 
     runners[1].enqueue = odd
-    cpu = CpuScorer(models, runners, lanes=0)
+    cpu = CpuScorer(models, runners, threads=0)
     on_cpu = list(device_batches(pixels))
     for batch in on_cpu:
         batch.pixels, batch.device_pixels = pixels[batch.start + batch.index], None
