@@ -86,7 +86,13 @@ def prepared(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
-@each
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=() if page.name == "README.md" else pytest.mark.slow, id=page.name)
+        for page in PAGES
+    ],
+)
 def test_blocks_run(page: Path, prepared: Path) -> None:
     names: dict[str, object] = {}
     for block in blocks(page):

@@ -44,7 +44,7 @@ ssize_t read(int file, void *buffer, size_t count) {
 """
 
 
-@pytest.mark.parametrize(("kills", "rows"), [(8, 3200), pytest.param(30, 8000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "rows"), [(2, 1600), pytest.param(30, 8000, marks=pytest.mark.slow)])
 def test_kills_do_not_change_the_results(
     start: Start, engine_run: Command, bundle: Path, tmp_path: Path, kills: int, rows: int
 ) -> None:

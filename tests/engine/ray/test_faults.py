@@ -26,6 +26,8 @@ from tests.helpers.runs import ended, list_images, only_results_are_left, parts,
 
 ROWS, PART_ROWS = 4000, 64
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Path:
@@ -82,7 +84,6 @@ def test_killed_actors_do_not_change_the_results(start: Start, nodes: Nodes, pla
     assert counts["parts_done_again"] > 0
 
 
-@pytest.mark.slow
 def test_a_node_is_lost_and_another_joins(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "node"
     process = start("m.txt", "-o", output, "--actors", "2")
@@ -94,7 +95,6 @@ def test_a_node_is_lost_and_another_joins(start: Start, nodes: Nodes, plain: Pat
     assert check_results(output, plain)["lost"] == 1
 
 
-@pytest.mark.slow
 def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "hanging"
     process = start("m.txt", "-o", output, "--part-timeout", "2")
@@ -107,7 +107,6 @@ def test_actors_that_hang_are_replaced(start: Start, nodes: Nodes, plain: Path) 
     assert 1 <= log.count("for 2 s (--part-timeout)") == check_results(output, plain)["lost"] <= 2
 
 
-@pytest.mark.slow
 def test_one_process_continues_the_run_of_a_killed_driver(start: Start, plain: Path, bundle: Path) -> None:
     output = plain / "driver"
     alone = ["-m", "engine.run", "m.txt", "-b", bundle, "-o", output, "--part-rows", str(PART_ROWS)]
@@ -126,7 +125,6 @@ def test_one_process_continues_the_run_of_a_killed_driver(start: Start, plain: P
     assert table(output).equals(table(plain / "plain"))
 
 
-@pytest.mark.slow
 def test_a_row_that_ends_its_actor_is_marked_crashed(start: Start, plain: Path) -> None:
     lines = (plain / "m.txt").read_text().splitlines()[:1000]
     lines[437] = "images/deadly.png"
@@ -144,7 +142,6 @@ def test_a_row_that_ends_its_actor_is_marked_crashed(start: Start, plain: Path) 
     assert success(output)["last_start"]["actors"]["rows_crashed"] == 1
 
 
-@pytest.mark.slow
 def test_an_actor_with_wrong_scores_is_refused(start: Start, nodes: Nodes, plain: Path) -> None:
     output = plain / "noise"
     process = start("m.txt", "-o", output)
@@ -165,7 +162,6 @@ def test_a_run_ends_when_all_actors_have_wrong_scores(start: Start, nodes: Nodes
     assert not (plain / "wrong").exists()
 
 
-@pytest.mark.slow
 def test_two_kinds_of_actors_share_the_work(start: Start, nodes: Nodes, plain: Path) -> None:
     nodes.order("other")
     output = plain / "kinds"
@@ -180,7 +176,6 @@ def test_two_kinds_of_actors_share_the_work(start: Start, nodes: Nodes, plain: P
     assert "kinds was" in log
 
 
-@pytest.mark.slow
 def test_an_interrupted_run_continues(start: Start, plain: Path) -> None:
     output = plain / "interrupted"
     process = start("m.txt", "-o", output)
@@ -196,7 +191,6 @@ def test_an_interrupted_run_continues(start: Start, plain: Path) -> None:
     check_results(output, plain)
 
 
-@pytest.mark.slow
 def test_finish_by_stops_the_run_inside_a_part(start: Start, plain: Path) -> None:
     list_images(plain, 100_000, name="long.txt")
     moment = datetime.now() + timedelta(seconds=20)
@@ -209,7 +203,6 @@ def test_finish_by_stops_the_run_inside_a_part(start: Start, plain: Path) -> Non
         assert "of 100000 rows were processed; run the same command again to continue" in log
 
 
-@pytest.mark.slow
 def test_a_local_ray_leaves_no_process_behind(start: Start, plain: Path) -> None:
     output = plain / "own"
     before = set(Path("/tmp").glob("engine-ray-*"))
@@ -239,7 +232,6 @@ def processes_of(scratch: Path) -> list[str]:
     return commands
 
 
-@pytest.mark.slow
 def test_lost_storage_is_one_error_line(start: Start, plain: Path) -> None:
     folder = plain / "away"
     write_images(folder / "images", 8)

@@ -26,7 +26,7 @@ from engine.report.render import write_report
 from tests.helpers.images import write_images
 from tests.helpers.reports import HOSTILE, LABELS, with_explanations, with_operating_points
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
