@@ -148,7 +148,7 @@ def test_an_actor_with_wrong_scores_is_refused(start: Start, nodes: Nodes, plain
     wait_for_parts(process, output, 10)
     nodes.order("noise")
     log = ended(process)
-    assert "is refused: the bundle's canaries, right before, differ" in log
+    assert "is refused: the bundle's canaries differ during the run from their reference" in log
     assert "actors refused" in log
     counts = check_results(output, plain)
     assert len(counts["refused"]) == 1

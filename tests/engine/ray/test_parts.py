@@ -207,7 +207,7 @@ def test_the_canary_monitor_scores_canaries_and_passes_on_only_images(bundle: Pa
         logits += np.array([1, 0, 0], np.float32)
 
     runners[0].enqueue = add_error
-    with pytest.raises(ParityError, match="right before"):
+    with pytest.raises(ParityError, match="differ during the run from their reference"):
         list(monitor.stage(blank_batches(per_round + 1, 80, models.size), Meter("members")))
     step.close()
 

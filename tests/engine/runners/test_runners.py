@@ -53,7 +53,9 @@ def test_weights_of_another_network_are_one_line(real_bundle):
 @pytest.fixture
 def rtx() -> TensorRTBackend:
     pytest.importorskip("tensorrt_rtx")
-    return TensorRTBackend("tensorrt_rtx")
+    backend = TensorRTBackend("tensorrt_rtx")
+    backend.logger.errors.clear()  # the process has one logger, which other tests use too
+    return backend
 
 
 def test_each_failure_raises_with_the_message_of_tensorrt(rtx):

@@ -279,7 +279,7 @@ def test_half_a_section(folder: Path, section: Any) -> None:
     [
         ([], r"groups is \[\]: expected an object"),
         ({"bone loss": ["normal"]}, 'groups: key "bone loss": expected a name of a-z, 0-9 and _'),
-        ({"normal": ["osteopenia"]}, "group normal: it has the name of a class"),
+        ({"normal": ["osteopenia"]}, "group normal has the name of a class"),
         ({"a": []}, r"group a: \[\]"),
         ({"a": ["osteopetrosis"]}, "allowed: some of normal"),
         ({"a": ["normal", "normal"]}, "allowed: some of"),
