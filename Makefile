@@ -101,7 +101,7 @@ $(BIN)/uv: constraints.txt
 	touch $@
 
 demo/images/normal: | .venv/training.stamp
-	$(BIN)/python -m training.synthetic demo/images --class-folders --count 40 --seed 1 --size 256 384
+	$(BIN)/python -m training.synthetic demo/images --class-folders --count 34 --seed 1 --size 256 384
 
 demo/labelled/normal: | .venv/training.stamp
 	$(BIN)/python -m training.synthetic demo/labelled --class-folders --count 30 --seed 4 --size 256 384
