@@ -62,9 +62,9 @@ def resolve_all_gpus(settings: Settings) -> Settings:
     """
     if settings.device != ALL_GPUS:
         return settings
-    gpus = hardware.count_gpus()
     from engine.ray.cluster import import_ray
 
+    gpus = hardware.count_gpus()
     try:
         import_ray()
     except UsageError as error:
